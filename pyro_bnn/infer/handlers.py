@@ -1,0 +1,106 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Effect handlers and readings of traces that the guides and exporters share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+
+class SubstituteMessenger(Messenger):
+    """
+    Gives sample sites fixed values without marking them as observed.
+
+    Unlike :func:`pyro.poutine.condition` the sites stay latent, and unlike :func:`pyro.poutine.replay`
+    no trace is needed and observed sites and subsample indices may be set as well. No random number is
+    drawn at a site that has a value, so a substituted model can be differentiated by :mod:`torch.func`.
+
+    :param values: the value of each site, by name; names that the model does not sample are ignored.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> with SubstituteMessenger({"z": torch.tensor(2.0)}):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> z
+        tensor(2.)
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+        if msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Tells whether a trace node was made by :func:`pyro.deterministic`."""
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def observed_names(trace: Trace) -> list[str]:
+    """
+    The names of the observed sites: those with data, without factors, deterministic or subsample sites.
+
+    :param trace: a trace of a model that was called with its observations.
+    :return: names in the order of the trace.
+    """
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(site["fn"], _Subsample)
+        and not is_deterministic(site)
+        and type(site["fn"]).__name__ != "Unit"
+    ]
+
+
+def latent_names(trace: Trace) -> list[str]:
+    """
+    The names of the latent sample sites, without subsample sites.
+
+    :param trace: a trace of a model.
+    :return: names in the order of the trace.
+    """
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
+    ]
+
+
+def subsample_scale(site: dict[str, Any]) -> float:
+    """
+    The factor :math:`\\prod N/B` by which subsampled plates scale the log density of a site.
+
+    :param site: a trace node.
+    :return: the factor; 1 where no plate is subsampled.
+    """
+    scale = 1.0
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.size:
+            scale *= frame.full_size / frame.size
+    return scale
+
+
+def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
+    """
+    The pointwise log density of a site, without the factor of subsampled plates or
+    :func:`pyro.poutine.scale`; masked entries are zero.
+
+    :param site: a trace node whose value is set.
+    :return: a tensor of the batch shape of the site.
+    """
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    mask = site["mask"]
+    if mask is not None:
+        log_prob = log_prob * mask if isinstance(mask, bool) else log_prob.where(mask, log_prob.new_zeros(()))
+    return log_prob
