@@ -10,6 +10,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+#: A node of a trace, or a message of Pyro's effect handlers: a dictionary whose keys depend on its type.
+Site = Any
+
 
 class SubstituteMessenger(Messenger):
     """
@@ -34,13 +37,13 @@ class SubstituteMessenger(Messenger):
         super().__init__()
         self.values = values
 
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+    def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
 
 
-def is_deterministic(site: dict[str, Any]) -> bool:
+def is_deterministic(site: Site) -> bool:
     """Tells whether a trace node was made by :func:`pyro.deterministic`."""
     return bool(site["infer"].get("_deterministic", False))
 
@@ -77,9 +80,9 @@ def latent_names(trace: Trace) -> list[str]:
     ]
 
 
-def subsample_scale(site: dict[str, Any]) -> float:
-    """
-    The factor :math:`\\prod N/B` by which subsampled plates scale the log density of a site.
+def subsample_scale(site: Site) -> float:
+    r"""
+    The factor :math:`\prod N/B` by which subsampled plates scale the log density of a site.
 
     :param site: a trace node.
     :return: the factor; 1 where no plate is subsampled.
@@ -91,7 +94,7 @@ def subsample_scale(site: dict[str, Any]) -> float:
     return scale
 
 
-def unscaled_log_prob(site: dict[str, Any]) -> Tensor:
+def unscaled_log_prob(site: Site) -> Tensor:
     """
     The pointwise log density of a site, without the factor of subsampled plates or
     :func:`pyro.poutine.scale`; masked entries are zero.
