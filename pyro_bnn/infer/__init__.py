@@ -2,3 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Inference: fitting, bounds, guides, predictions."""
+
+from pyro_bnn.infer.draws import posterior_draws
+from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
+from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+
+__all__ = [
+    "FitResult",
+    "FitState",
+    "NonFiniteLossError",
+    "PosteriorPredictive",
+    "SitePrediction",
+    "fit",
+    "posterior_draws",
+    "posterior_predictive",
+]

@@ -43,6 +43,20 @@ class SubstituteMessenger(Messenger):
             msg["done"] = True
 
 
+def sample_sites(trace: Trace) -> dict[str, Site]:
+    """
+    The sample sites of a trace by name, without subsample sites.
+
+    :param trace: a trace of a model or a guide.
+    :return: trace nodes in the order of the trace.
+    """
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+    }
+
+
 def is_deterministic(site: Site) -> bool:
     """Tells whether a trace node was made by :func:`pyro.deterministic`."""
     return bool(site["infer"].get("_deterministic", False))

@@ -1,0 +1,119 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Posterior draws from any guide, MCMC run or dictionary, always shaped (draws,) + site shape."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.handlers import sample_sites
+from pyro_bnn.infer.parameters import local_parameters
+
+#: Where draws come from: a guide, an MCMC run, or draws themselves by site name.
+Posterior = Callable[..., Any] | MCMC | Mapping[str, Tensor]
+
+Draws = dict[str, Tensor]
+
+
+@torch.no_grad()
+def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch: Batch = ((), {})) -> Draws:
+    """
+    Draws from a posterior in whatever form it is.
+
+    :param posterior: a guide (one with ``sample_posterior``, a Pyro autoguide, or a function), an
+        :class:`~pyro.infer.MCMC` run (its chains one after the other), or a mapping from site names to draws
+        with the draws in the first dimension.
+    :param int num_samples: the number of draws S; 100 by default for a guide, all by default otherwise. Of
+        given draws an evenly spaced subset is taken.
+    :param batch: arguments of the guide, for guides that need them.
+    :return: by site, a tensor of shape ``(S,) + site shape``.
+    :raises ValueError: if more draws are asked for than there are.
+
+    Example::
+
+        >>> draws = posterior_draws({"w": torch.arange(6.0)}, 3)
+        >>> draws["w"]
+        tensor([0., 2., 5.])
+    """
+    if isinstance(posterior, MCMC):
+        posterior = posterior.get_samples()
+    if isinstance(posterior, Mapping):
+        return _thin(posterior, num_samples)
+    num_samples = 100 if num_samples is None else num_samples
+    args, kwargs = batch
+    with local_parameters(), poutine.block():
+        if hasattr(posterior, "sample_posterior"):
+            return dict(posterior.sample_posterior((num_samples,), *args, **kwargs))
+        if isinstance(posterior, AutoGuide) and posterior.prototype_trace is not None:
+            vectorized = _autoguide_draws(posterior, num_samples, batch)
+            if vectorized is not None:
+                return vectorized
+        return _loop_draws(posterior, num_samples, batch)
+
+
+def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:
+    sizes = {name: len(value) for name, value in samples.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"The sites do not have the same number of draws in their first dimension: {sizes}.")
+    size = next(iter(sizes.values()))
+    if num_samples is None or num_samples == size:
+        return dict(samples)
+    if num_samples > size:
+        raise ValueError(f"num_samples={num_samples}, but there are {size} draws only.")
+    index = torch.linspace(0, size - 1, num_samples, dtype=torch.float64).long()
+    return {name: value[index.to(value.device)] for name, value in samples.items()}
+
+
+def _loop_draws(guide: Any, num_samples: int, batch: Batch) -> Draws:
+    """One run of the guide per draw: right for every guide, slow."""
+    args, kwargs = batch
+    rows = []
+    for _ in range(num_samples):
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        sites = sample_sites(trace)
+        rows.append(
+            {
+                name: site["value"]
+                for name, site in sites.items()
+                if not (site["is_observed"] or site["infer"].get("is_auxiliary"))
+            }
+        )
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _autoguide_draws(guide: AutoGuide, num_samples: int, batch: Batch) -> Draws | None:
+    """All draws at once, in a plate left of all plates of the model; ``None`` if the guide does not broadcast."""
+    args, kwargs = batch
+    prototype: Any = guide.prototype_trace
+    # AutoStructured strips its prototype of what is needed here
+    sites = {n: s for n, s in prototype.nodes.items() if s.get("type") == "sample" and not s["is_observed"]}
+    frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
+    nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+    values: Mapping[str, Tensor]
+    try:
+        if isinstance(guide, AutoContinuous):
+            latent = guide.get_posterior(*args, **kwargs).sample((num_samples,) + (1,) * nesting)
+            values = {
+                site["name"]: biject_to(site["fn"].support)(unconstrained)
+                for site, unconstrained in guide._unpack_latent(latent)
+            }
+        else:
+            with pyro.plate("_draws", num_samples, dim=-1 - nesting):
+                values = guide(*args, **kwargs)
+        if set(values) != set(sites):
+            return None
+        draws = {}
+        for name, site in sites.items():
+            # fails, and so falls back to the loop, where a value did not broadcast
+            draws[name] = values[name].reshape(num_samples, *site["value"].shape)
+        return draws
+    except (RuntimeError, ValueError, KeyError, NotImplementedError):
+        return None

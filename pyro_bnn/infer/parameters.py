@@ -1,0 +1,95 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of a model and a guide, kept apart from every other model of the process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def local_parameters() -> Iterator[None]:
+    """
+    Runs a block in which the parameters of every module are the module's own.
+
+    By default Pyro shares the parameters of :class:`~pyro.nn.PyroModule` instances, autoguides among them,
+    by name through its global store, so that a second guide silently starts from the values of the first.
+    Inside this context the store holds only what plain ``pyro.param`` statements put there: a module finds no
+    entry of its name and uses its own tensors. Unlike the setting ``module_local_params`` it also works for
+    modules that were built before.
+
+    Example::
+
+        >>> from pyro.nn import PyroModule, PyroParam
+        >>> def build(value):
+        ...     module = PyroModule("m")
+        ...     module.p = PyroParam(torch.tensor(value))
+        ...     module.forward = lambda: module.p.item()
+        ...     return module
+        >>> with local_parameters():
+        ...     build(1.0)(), build(2.0)()
+        (1.0, 1.0)
+        >>> with local_parameters():
+        ...     first = build(1.0)()
+        >>> with local_parameters():
+        ...     build(2.0)()
+        2.0
+    """
+    store = pyro.get_param_store()
+    outer = store.get_state()
+    with store.scope(_plain(outer)) as inner:
+        yield
+    for name, value in _plain(inner)["params"].items():
+        # statements outside modules keep their place in the store, where their owner looks for them
+        store._params[name] = value
+        store._param_to_name[value] = name
+        store._constraints[name] = inner["constraints"][name]
+
+
+def _plain(state: Any) -> Any:
+    """The entries of a store's state that belong to no module: modules hold ``nn.Parameter``s."""
+    names = [name for name, value in state["params"].items() if not isinstance(value, torch.nn.Parameter)]
+    return {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}
+
+
+def named_parameters(
+    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """
+    The trainable leaf tensors of a model and a guide: those of the modules, and those that
+    :func:`pyro.param` statements reach when both run once.
+
+    :param callable model: a Pyro model.
+    :param callable guide: its guide, with all parameters created.
+    :param args: positional arguments of both.
+    :param kwargs: keyword arguments of both.
+    :return: unconstrained leaf tensors by a unique name; each tensor appears once.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+
+    def add(name: str, value: Tensor) -> None:
+        if id(value) not in seen and value.requires_grad:
+            seen.add(id(value))
+            found[name] = value
+
+    for prefix, part in (("model", model), ("guide", guide)):
+        if isinstance(part, torch.nn.Module):
+            for name, value in part.named_parameters():
+                add(f"{prefix}.{name}", value)
+    # statements in plain functions, and modules that such a function closes over
+    with poutine.block(), poutine.trace(param_only=True) as capture, torch.no_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        poutine.replay(model, trace=guide_trace)(*args, **kwargs)
+    for name, site in capture.trace.nodes.items():
+        if site["type"] == "param" and site["value"] is not None:
+            value = site["value"]
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if leaf is not None and leaf.is_leaf:
+                add(f"param.{name}", leaf)
+    return found

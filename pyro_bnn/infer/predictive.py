@@ -1,0 +1,367 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Posterior predictive draws, moments and pointwise log likelihoods, from any posterior."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+import xarray as xr
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.infer.data import Batch, as_batch, is_single_batch, iter_batches, map_tensors
+from pyro_bnn.infer.draws import Draws, Posterior, posterior_draws
+from pyro_bnn.infer.handlers import sample_sites, unscaled_log_prob
+from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.vectorize import ModelRunner, Reading, predicted_names
+
+
+@dataclass
+class SitePrediction:
+    """
+    Predictions at one observed site; S is the number of posterior draws.
+
+    :param samples: draws of the observation, one per posterior draw, shape ``(S, *batch, *event)``.
+    :param mean: the mean of the observation's distribution under each draw, shape ``(S, *batch, *event)``;
+        class probabilities ``(S, *batch, C)`` for categorical observations.
+    :param variance: its variance, in the same shape (for class probabilities p: p (1 - p)).
+    :param observed: the observations, shape ``(*batch, *event)``, if the data held any.
+    :param log_likelihood: the log density of each observation under each draw, shape ``(S, *batch)``, without
+        the factor of subsampled plates; nats.
+    :param dims: names of the dims of ``samples`` after the draws.
+    """
+
+    samples: Tensor | None
+    mean: Tensor | None
+    variance: Tensor | None
+    observed: Tensor | None
+    log_likelihood: Tensor | None
+    dims: tuple[str, ...]
+
+
+class PosteriorPredictive(Mapping[str, SitePrediction]):
+    """
+    What :func:`posterior_predictive` returns: a mapping from observed sites to :class:`SitePrediction`.
+
+    With one observed site its fields are attributes of this object too: ``prediction.mean``.
+
+    :param sites: the predictions by site.
+    :param draws: the posterior draws that were used, by latent site.
+    :param bool vectorized: whether the model was run under many draws at once.
+    """
+
+    def __init__(self, sites: dict[str, SitePrediction], draws: Draws, vectorized: bool) -> None:
+        self.sites = sites
+        self.draws = draws
+        self.vectorized = vectorized
+
+    def __getitem__(self, name: str) -> SitePrediction:
+        return self.sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __repr__(self) -> str:
+        shapes = {n: tuple(s.mean.shape) if s.mean is not None else None for n, s in self.sites.items()}
+        return f"PosteriorPredictive(mean shapes {shapes}, vectorized={self.vectorized})"
+
+    def _only(self) -> SitePrediction:
+        if len(self.sites) != 1:
+            raise AttributeError(
+                f"There are several observed sites; choose one of {list(self.sites)} by [name]."
+            )
+        return next(iter(self.sites.values()))
+
+    @property
+    def samples(self) -> Tensor | None:
+        """Draws of the observation at the only observed site."""
+        return self._only().samples
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The mean of the observation under each draw at the only observed site."""
+        return self._only().mean
+
+    @property
+    def variance(self) -> Tensor | None:
+        """The variance of the observation under each draw at the only observed site."""
+        return self._only().variance
+
+    @property
+    def observed(self) -> Tensor | None:
+        """The observations at the only observed site."""
+        return self._only().observed
+
+    @property
+    def log_likelihood(self) -> Tensor | None:
+        """The pointwise log likelihood of each draw at the only observed site."""
+        return self._only().log_likelihood
+
+    def to_dataset(self) -> xr.Dataset:
+        """
+        The predictions with named dims: ``<site>`` (samples), ``<site>_mean``, ``<site>_variance``,
+        ``<site>_log_likelihood`` and ``<site>_observed``.
+
+        :return: a dataset with dims ``draw`` and those of the sites.
+        """
+        variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        for name, site in self.sites.items():
+            for suffix, value, lead in (
+                ("", site.samples, ("draw",)),
+                ("_mean", site.mean, ("draw",)),
+                ("_variance", site.variance, ("draw",)),
+                ("_log_likelihood", site.log_likelihood, ("draw",)),
+                ("_observed", site.observed, ()),
+            ):
+                if value is not None:
+                    dims = list(lead) + list(site.dims)
+                    if value.dim() > len(dims):
+                        dims += [f"{name}_class"]
+                    variables[name + suffix] = (tuple(dims[: value.dim()]), value.detach().cpu().numpy())
+        coords = {
+            "draw": np.arange(next((len(s.mean) for s in self.sites.values() if s.mean is not None), 0))
+        }
+        return xr.Dataset(variables, coords=coords)
+
+
+def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
+    """
+    The mean and variance of an observation's distribution.
+
+    For :class:`~pyro.distributions.Categorical` these are the class probabilities p and p (1 - p), with the
+    classes in a new last dimension.
+
+    :param fn: a distribution.
+    :return: mean and variance, ``None`` where the distribution has none.
+
+    Example::
+
+        >>> observation_moments(dist.Categorical(torch.tensor([0.25, 0.75])))[0]
+        tensor([0.2500, 0.7500])
+    """
+    base = fn
+    while isinstance(base, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
+        base = base.base_dist
+    if isinstance(base, torch.distributions.Categorical):
+        probs = base.probs.expand(fn.batch_shape + fn.event_shape + base.probs.shape[-1:])
+        return probs, probs * (1 - probs)
+    moments = []
+    for name in ("mean", "variance"):
+        try:
+            moments.append(getattr(fn, name))
+        except (NotImplementedError, AttributeError):
+            moments.append(None)
+    return moments[0], moments[1]
+
+
+@contextmanager
+def evaluation_mode(module: Any) -> Iterator[None]:
+    """Puts a module in evaluation mode for a block (dropout off, batch statistics fixed), if it is one."""
+    if not isinstance(module, torch.nn.Module):
+        yield
+        return
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def split_batch(data: Any, batch_size: int | None) -> Iterator[Batch]:
+    """
+    Splits one batch into smaller ones along the first dimension of its tensors; loaders stay as they are.
+
+    :param data: data in any of the forms of :func:`~pyro_bnn.infer.data.iter_batches`.
+    :param int batch_size: rows per batch; ``None`` keeps the data whole.
+    :return: an iterator over batches.
+    """
+    if batch_size is None or not is_single_batch(data):
+        yield from iter_batches(data)
+        return
+    whole = as_batch(data)
+    tensors = [v for v in (*whole[0], *whole[1].values()) if isinstance(v, Tensor) and v.dim()]
+    rows = len(tensors[0]) if tensors else 0
+    for start in range(0, rows, batch_size):
+        yield map_tensors(
+            whole, lambda t, i=start: t[i : i + batch_size] if t.dim() and len(t) == rows else t
+        )
+
+
+@torch.no_grad()
+def posterior_predictive(
+    model: Callable[..., Any],
+    posterior: Posterior,
+    data: Any,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    vectorize: bool | None = None,
+    max_memory: float = 2**30,
+    draws: Draws | None = None,
+) -> PosteriorPredictive:
+    r"""
+    Predicts the observed sites of a model under posterior draws :math:`z_1, \dots, z_S`.
+
+    Per observed site y and input x it returns draws :math:`y_s \sim p(y \mid x, z_s)`, the mean and variance of
+    :math:`p(y \mid x, z_s)` and, if the data hold observations, :math:`\log p(y \mid x, z_s)`.
+
+    All draws run through the model at once where the model broadcasts (checked once, on the first batch), in
+    chunks within a memory budget; other models run in a loop. A guide with a method ``observed_distributions``
+    (the linearised predictives of Laplace guides) is asked for :math:`p(y \mid x, z_s)` instead of the model.
+    A model that is a module runs in evaluation mode.
+
+    :param callable model: a Pyro model.
+    :param posterior: a guide, an :class:`~pyro.infer.MCMC` run, or a mapping from latent sites to draws with
+        the draws in the first dimension.
+    :param data: one batch, with or without observations, or an iterable of batches; see
+        :mod:`pyro_bnn.infer.data`. Results are joined along the data's dimension.
+    :param int num_samples: the number of draws S; 100 for guides and all for given draws by default.
+    :param int batch_size: splits one batch of tensors into pieces of this many rows.
+    :param bool vectorize: ``None`` to check whether the model broadcasts; ``False`` to loop; ``True`` to fail
+        with the reason if it does not.
+    :param float max_memory: bytes for the intermediate values of one run, by an upper bound.
+    :param draws: posterior draws to use instead of fresh ones (e.g. ``prediction.draws`` of another call).
+    :return: a mapping from observed sites to predictions.
+
+    Where the model is called with observations, sites that depend on other observed sites are predicted given
+    those (one step ahead); call it without observations for draws of the joint predictive.
+
+    Example::
+
+        >>> import pyro
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> prediction = posterior_predictive(model, {"w": torch.arange(4.0)}, (x, x))
+        >>> prediction.mean[:, 0], prediction.log_likelihood.shape, prediction.vectorized
+        (tensor([0., 1., 2., 3.]), torch.Size([4, 3]), True)
+        >>> prediction.to_dataset()["obs_mean"].dims
+        ('draw', 'data')
+    """
+    parts: list[dict[str, SitePrediction]] = []
+    runner: ModelRunner | None = None
+    linearized = hasattr(posterior, "observed_distributions")
+    with evaluation_mode(model), evaluation_mode(posterior), local_parameters():
+        for batch in split_batch(data, batch_size):
+            if runner is None:
+                if draws is None:
+                    draws = posterior_draws(posterior, num_samples, batch)
+                runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory)
+            if linearized:
+                parts.append(_predict_by_guide(posterior, runner, batch))
+            else:
+                parts.append(_predict_by_model(runner, batch))
+    assert runner is not None
+    sites = {name: _join([part[name] for part in parts]) for name in parts[0]}
+    return PosteriorPredictive(sites, runner.draws, linearized or bool(runner.vectorize))
+
+
+def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
+    observed: dict[str, Tensor] = {}
+    dims: dict[str, tuple[str, ...]] = {}
+
+    def read(trace: Trace) -> dict[tuple[str, str], Reading]:
+        readings: dict[tuple[str, str], Reading] = {}
+        sites = sample_sites(trace)
+        for name in list(predicted_names(trace, runner.draws)):
+            site = sites[name]
+            lead = len(site["fn"].batch_shape)
+            if site["is_observed"]:
+                observed[name] = site["value"]
+                readings[name, "log_likelihood"] = name, unscaled_log_prob(site), 0
+                samples = site["fn"].sample()
+            else:
+                samples = site["value"]
+            if name not in dims:
+                dims[name] = site_dims(site, runner.ndims[name])
+            mean, variance = observation_moments(site["fn"])
+            for key, value in (("samples", samples), ("mean", mean), ("variance", variance)):
+                if value is not None:
+                    readings[name, key] = name, value, value.dim() - lead
+        return readings
+
+    found = runner.run(batch, read)
+    return {
+        name: SitePrediction(
+            found.get((name, "samples")),
+            found.get((name, "mean")),
+            found.get((name, "variance")),
+            observed.get(name),
+            found.get((name, "log_likelihood")),
+            dims[name],
+        )
+        for name in dims
+    }
+
+
+def _predict_by_guide(guide: Any, runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
+    args, kwargs = batch
+    model_sites = sample_sites(runner.single(batch, 0))
+    sites = {}
+    for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
+        site = model_sites[name]
+        mean, variance = observation_moments(fn)
+        log_likelihood = None
+        if site["is_observed"]:
+            log_likelihood = unscaled_log_prob({**site, "fn": fn})
+        sites[name] = SitePrediction(
+            fn.sample(),
+            mean,
+            variance,
+            site["value"] if site["is_observed"] else None,
+            log_likelihood,
+            site_dims(site, len(site["fn"].batch_shape)),
+        )
+    return sites
+
+
+def site_dims(site: Any, ndim: int) -> tuple[str, ...]:
+    """
+    Names of the dims of one value of a site: plates for the batch, ``<site>_dim_k`` elsewhere.
+
+    :param site: a trace node.
+    :param int ndim: the number of batch dimensions of the site in a single run.
+    :return: one name per dimension of the batch and event shape.
+    """
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    event = len(site["fn"].event_shape)
+    names = [plates.get(i - ndim, f"{site['name']}_dim_{i}") for i in range(ndim)]
+    return (*names, *(f"{site['name']}_dim_{ndim + i}" for i in range(event)))
+
+
+def _join(parts: list[SitePrediction]) -> SitePrediction:
+    """Joins the predictions of batches along the dimension in which their sizes may differ."""
+    if len(parts) == 1:
+        return parts[0]
+    shapes = [p.samples.shape for p in parts if p.samples is not None]
+    differing = [i for i in range(1, len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
+    axis = differing[0] if differing else 1
+
+    def cat(values: list[Tensor | None], axis: int) -> Tensor | None:
+        present = [v for v in values if v is not None]
+        if len(present) < len(values) or not present:
+            return None
+        if present[0].dim() <= axis:  # one density for the whole batch: batches are independent
+            return torch.stack(present).sum(0)
+        return torch.cat(present, axis)
+
+    return SitePrediction(
+        cat([p.samples for p in parts], axis),
+        cat([p.mean for p in parts], axis),
+        cat([p.variance for p in parts], axis),
+        cat([p.observed for p in parts], axis - 1),
+        cat([p.log_likelihood for p in parts], axis),
+        parts[0].dims,
+    )

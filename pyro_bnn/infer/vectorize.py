@@ -1,0 +1,173 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.draws import Draws
+from pyro_bnn.infer.handlers import SubstituteMessenger, is_deterministic, sample_sites
+from pyro_bnn.infer.parameters import local_parameters
+
+Key = TypeVar("Key")
+
+#: What is read at a site: its name, a tensor shaped batch shape + rest, and the number of dims of the rest.
+Reading = tuple[str, Tensor, int]
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the sizes of the tensors that operations return, an upper bound of the peak memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor) and tensor._base is None:
+                self.total += tensor.numel() * tensor.element_size()
+        return out
+
+
+class ModelRunner:
+    """
+    Runs a model under draws of its latent sites.
+
+    A model *broadcasts* if it accepts draws shaped ``(S,) + (1,)*k + batch_shape + event_shape``, with as many
+    singleton dimensions as put S left of all its plates. Whether it does is checked once, by comparing a
+    joint run of two draws with two single runs; a model that fails is run in a loop over draws.
+
+    :param callable model: a Pyro model.
+    :param draws: values of the latent sites, each of shape ``(S,) + site shape``.
+    :param bool vectorize: ``None`` to check, ``False`` to loop, ``True`` to fail if the model does not
+        broadcast.
+    :param float max_memory: bytes that the intermediate values of one run may take, by an upper bound; draws
+        are processed in chunks that keep to it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        draws: Draws,
+        *,
+        vectorize: bool | None = None,
+        max_memory: float = 2**30,
+    ) -> None:
+        self.model = model
+        self.draws = draws
+        self.num_draws = len(next(iter(draws.values()))) if draws else 1
+        self.vectorize = vectorize
+        self.max_memory = max_memory
+        self.chunk_size = 1
+        self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
+        self.prototype: Trace | None = None
+
+    def single(self, batch: Batch, index: int) -> Trace:
+        """A trace of the model under one draw."""
+        args, kwargs = batch
+        values = {name: value[index] for name, value in self.draws.items()}
+        return poutine.trace(SubstituteMessenger(values)(self.model)).get_trace(*args, **kwargs)
+
+    def joint(self, batch: Batch, index: slice) -> Trace:
+        """A trace of the model under several draws, S leftmost in every batch shape."""
+        args, kwargs = batch
+        values = {}
+        for name, value in self.draws.items():
+            value = value[index]
+            missing = self.nesting - self.ndims.get(name, 0)
+            values[name] = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
+        size = len(range(*index.indices(self.num_draws)))
+        with pyro.plate("_draws", size, dim=-1 - self.nesting), SubstituteMessenger(values):
+            return poutine.trace(self.model).get_trace(*args, **kwargs)
+
+    def prepare(self, batch: Batch) -> None:
+        """Runs the model once for its structure and finds out whether it broadcasts."""
+        self.prototype = self.single(batch, 0)
+        nodes = sample_sites(self.prototype)
+        self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
+        frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
+        self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        self.nesting = max([self.nesting, *self.ndims.values()])
+        if self.vectorize is False or (self.vectorize is None and self.num_draws <= 2):
+            self.vectorize = False
+            return
+        error = self.check(batch)
+        if error and self.vectorize:
+            raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
+        self.vectorize = not error
+
+    def check(self, batch: Batch) -> str:
+        """Compares a joint run with single runs; the text of the difference, empty if there is none."""
+        assert self.prototype is not None
+        pair = slice(0, min(2, self.num_draws))
+        singles = [self.prototype] + [self.single(batch, i) for i in range(1, pair.stop)]
+        try:
+            with _CountBytes() as count:
+                joint = self.joint(batch, pair)
+            for name in predicted_names(self.prototype, self.draws):
+                value = sample_sites(self.prototype)[name]["value"]
+                expected = torch.stack([sample_sites(t)[name]["fn"].log_prob(value) for t in singles])
+                found = self.align(name, sample_sites(joint)[name]["fn"].log_prob(value))
+                if found.shape != expected.shape:
+                    return f"site {name!r} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+                scale = 1 + expected.abs().max() if expected.numel() else 1
+                # rounding differs between batched and single products; a wrong broadcast differs by more
+                if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-3, equal_nan=True):
+                    return f"the density of site {name!r} depends on which draws run together"
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as failure:
+            return str(failure).strip().partition("\n")[0]
+        self.chunk_size = max(1, int(self.max_memory * pair.stop / max(count.total, 1)))
+        return ""
+
+    def align(self, name: str, value: Tensor, rest: int = 0) -> Tensor:
+        """Removes the singleton dimensions between S and the batch shape from a value of a joint run."""
+        own = self.ndims.get(name, 0) + rest
+        keep = value.shape[value.dim() - own :] if own else torch.Size()
+        return value.reshape(value.shape[:1] + keep)
+
+    @torch.no_grad()
+    def run(self, batch: Batch, read: Callable[[Trace], dict[Key, Reading]]) -> dict[Key, Tensor]:
+        """
+        Runs the model under all draws and collects readings.
+
+        :param batch: the arguments of the model.
+        :param callable read: a function of a trace returning readings by a key of its choice.
+        :return: by key, a tensor of shape ``(S,) + batch shape + rest``.
+        """
+        with local_parameters(), poutine.block():
+            if self.prototype is None:
+                self.prepare(batch)
+            parts: list[dict[Key, Tensor]] = []
+            if self.vectorize:
+                for start in range(0, self.num_draws, self.chunk_size):
+                    trace = self.joint(batch, slice(start, min(start + self.chunk_size, self.num_draws)))
+                    parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(trace).items()})
+            else:
+                for index in range(self.num_draws):
+                    parts.append(
+                        {k: v.unsqueeze(0) for k, (_, v, _) in read(self.single(batch, index)).items()}
+                    )
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def predicted_names(trace: Trace, draws: Draws) -> Iterator[str]:
+    """
+    The sites that draws do not fix: the observed ones, and those that a model called without observations
+    samples in their place.
+
+    :param trace: a trace of the model under a draw.
+    :param draws: the draws.
+    :return: an iterator over names.
+    """
+    for name, site in sample_sites(trace).items():
+        if name not in draws and not is_deterministic(site) and type(site["fn"]).__name__ != "Unit":
+            yield name
