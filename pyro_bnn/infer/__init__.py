@@ -3,6 +3,7 @@
 
 """Inference: fitting, bounds, guides, predictions."""
 
+from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
@@ -11,6 +12,7 @@ __all__ = [
     "FitResult",
     "FitState",
     "NonFiniteLossError",
+    "NotAMinimumError",
     "PosteriorPredictive",
     "SitePrediction",
     "fit",

@@ -1,0 +1,378 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""A point estimate that becomes a Gaussian, and predicts through the linearised model."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyro.distributions as dist
+import torch
+import torch.distributions as td
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from torch import Tensor, nn
+
+from pyro_bnn.infer.curvature import site_jacobians
+from pyro_bnn.infer.data import check_finite, is_single_batch
+from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.infer.packed import PackedModel, SiteOutputs, check_data
+from pyro_bnn.ops.jacobian import jvp_operator
+from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
+
+
+class UnconvergedMAPWarning(UserWarning):
+    """The gradient at the point estimate is large in units of posterior standard deviations."""
+
+
+@dataclass
+class MAPReport:
+    r"""
+    How well converged a point estimate is.
+
+    :ivar loss: :math:`L(\hat u)`, the negative log joint density in unconstrained space.
+    :ivar gradient_norm: :math:`|\nabla L|`.
+    :ivar newton_decrement: :math:`\sqrt{g^\top P^{-1} g}`: the length of the Newton step in posterior standard
+        deviations. Zero at the MAP.
+    :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P.
+    """
+
+    loss: float
+    gradient_norm: float
+    newton_decrement: float
+    smallest_curvature: float
+
+
+@dataclass
+class LinearizedOutputs:
+    r"""
+    Gaussian over the parameters of an observed site: :math:`\phi(x) \sim N(\hat\phi, J P^{-1} J^\top)`.
+
+    :ivar mean: shape ``shape + (C,)``; for a Normal likelihood with fixed scale C = 1 and it is the location,
+        for a Categorical C is the number of classes and it holds the logits.
+    :ivar covariance: shape ``shape + (C, C)``.
+    :ivar names: which parameters, in order, e.g. ``("loc",)`` or ``("loc", "log_scale")``.
+    :ivar site: builds the site's distribution at given parameters.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    names: tuple[str, ...]
+    site: SiteOutputs
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances of the parameters, shape ``shape + (C,)``."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """
+        :param sample_shape: leading shape of the draws.
+        :return: parameters drawn independently for each element, shape ``sample_shape + shape + (C,)``.
+        """
+        root = matrix_square_root(self.covariance)
+        noise = torch.randn(
+            tuple(sample_shape) + self.mean.shape, dtype=self.mean.dtype, device=self.mean.device
+        )
+        return self.mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def distribution(self) -> td.Distribution:
+        r"""
+        The predictive distribution in closed form.
+
+        Normal likelihood in its location: exact, :math:`N(\hat\phi, v + \sigma^2)`. Bernoulli and Categorical:
+        the probit approximation, logits divided by :math:`\sqrt{1 + \pi v/8}` (MacKay, 1992).
+
+        :return: the distribution of the site.
+        :raises ValueError: for other likelihoods; use :meth:`sample` and ``site.build`` instead.
+        """
+        base = self.site.base
+        if isinstance(base, td.Normal) and not isinstance(base, td.LogNormal) and self.names == ("loc",):
+            scale = (self.variance.squeeze(-1) + base.scale.detach().square()).sqrt()
+            d: td.Distribution = dist.Normal(self.mean.squeeze(-1), scale)
+            return td.Independent(d, self.site.event_dim) if self.site.event_dim else d
+        if self.names == ("logits",):
+            return self.site.build(self.mean / (1 + torch.pi / 8 * self.variance).sqrt())
+        raise ValueError(
+            f"site {self.site.name!r} ({type(base).__name__} in {', '.join(self.names)}) has no closed-form "
+            "predictive: use posterior_predictive, which integrates by Monte Carlo."
+        )
+
+
+def matrix_square_root(matrix: Tensor) -> Tensor:
+    """
+    A square root of symmetric positive semi-definite matrices, which may be singular.
+
+    :param matrix: shape ``(..., C, C)``.
+    :return: ``R`` with ``R @ R.mT == matrix``, shape ``(..., C, C)``.
+    """
+    if matrix.shape[-1] == 1:
+        return matrix.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+class LinearizedGuide(AutoContinuous):
+    r"""
+    Base class of guides that are a point estimate first and a Gaussian around it afterwards.
+
+    Until the subclass's ``laplace_approximation(data)`` is called the guide is a Delta over the packed
+    unconstrained latent vector, so that :class:`~pyro.infer.SVI` or :func:`pyro_bnn.infer.fit` finds the MAP.
+    Afterwards it is a Gaussian whose predictions go through the *linearised* model
+    :math:`\phi(\hat u) + J(u - \hat u)`, with :math:`\phi` the parameters of the observed sites.
+
+    :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
+    :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
+    :param int chunk_size: how many reverse passes run at once; memory grows with it, results do not change.
+    """
+
+    #: whether the posterior has a density (low-rank Gaussians do not)
+    has_density = True
+
+    loc: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.chunk_size = chunk_size
+        self.map_report: MAPReport | None = None
+        self._packed: PackedModel | None = None
+        self._posterior: dist.TorchDistribution | None = None
+
+    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+        """
+        Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
+        before the first step.
+
+        :param args: arguments of the model, **with observations**.
+        :param kwargs: keyword arguments of the model.
+        :return: the guide itself.
+        :raises ValueError: if the arguments are not finite or no site of the model is observed.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        check_finite((args, kwargs))
+        super()._setup_prototype(*args, **kwargs)
+        # the prototype trace hides observed sites
+        assert self.prototype_trace is not None
+        values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        with poutine.block(), SubstituteMessenger(values):
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        self._packed = PackedModel(self.model, trace)
+        self._packed.log_likelihood(trace)  # raises for observations of a wrong shape
+        if not self._packed.observed:
+            raise ValueError(
+                f"the model has no observed site, its sites {', '.join(map(repr, self._packed.space.slices))} are all "
+                "latent: initialise the guide with a batch that includes the observations, as in "
+                "guide.initialize(x, y)."
+            )
+        self.loc = nn.Parameter(self._init_loc())
+
+    @property
+    def packed(self) -> PackedModel:
+        """The model as a function of the packed latent vector."""
+        if self._packed is None:
+            raise RuntimeError(
+                "the guide is not initialised: call guide.initialize(*args) with one batch of data and observations"
+            )
+        return self._packed
+
+    # ------------------------------------------------------------------ posterior
+
+    def _make_posterior(self) -> dist.TorchDistribution | None:
+        """The Gaussian from the module's buffers, or ``None`` before ``laplace_approximation``."""
+        raise NotImplementedError
+
+    @property
+    def posterior(self) -> dist.TorchDistribution:
+        """
+        The Gaussian over the packed latent vector.
+
+        :raises RuntimeError: before ``laplace_approximation(data)``.
+        """
+        if self._posterior is None:
+            self._posterior = self._make_posterior()
+        if self._posterior is None:
+            raise RuntimeError(
+                f"{type(self).__name__} is still a point estimate: call laplace_approximation(data) first"
+            )
+        return self._posterior
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the Gaussian exists."""
+        return self._posterior is not None or self._make_posterior() is not None
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
+        """
+        :return: the distribution of the packed vector: a Delta before ``laplace_approximation``, the Gaussian after.
+        """
+        return self.posterior if self.is_fitted else dist.Delta(self.loc).to_event(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        self._posterior = None
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Buffers that only laplace_approximation creates are None in a fresh object.
+        for name, buffer in list(self._buffers.items()):
+            key = prefix + name
+            if key in state_dict and (buffer is None or buffer.shape != state_dict[key].shape):
+                self._buffers[name] = torch.empty_like(state_dict[key], device=self.loc.device)
+            elif key not in state_dict and buffer is not None:
+                self._buffers[name] = None
+        self._posterior = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        :param sample_shape: leading shape of the draws.
+        :return: by site name, draws of shape ``sample_shape + site_shape``.
+        """
+        return self.packed.space.unpack(self.get_posterior().rsample(torch.Size(sample_shape)))
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        :return: by site name, the posterior median (the MAP in unconstrained space).
+        """
+        return {name: value.clone() for name, value in self.packed.space.unpack(self.loc).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        :param quantiles: probabilities between 0 and 1.
+        :return: by site name, shape ``(len(quantiles),) + site_shape``.
+        """
+        q = torch.as_tensor(quantiles, dtype=self.loc.dtype, device=self.loc.device)
+        scale = self.posterior.variance.clamp(min=0).sqrt()
+        return self.packed.space.unpack(self.loc + td.Normal(0.0, 1.0).icdf(q).unsqueeze(-1) * scale)
+
+    # ------------------------------------------------------------------ point estimate
+
+    def polish(self, data: Any, *, tolerance: float = 1e-6, max_iter: int = 2000) -> Self:
+        r"""
+        Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
+
+        An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. Use float64 for
+        more than about three digits.
+
+        :param data: one batch or an iterable of batches, with observations; every pass uses all of it.
+        :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
+        :param max_iter: largest number of L-BFGS iterations.
+        :return: the guide itself.
+        """
+        check_data(data)
+        model = self.packed
+        if self.is_fitted:
+            raise RuntimeError(
+                "polish moves the point estimate: call it before laplace_approximation, not after"
+            )
+
+        def terms(latent: Tensor) -> Iterator[Tensor]:
+            return model.losses(latent, data)
+
+        point = lbfgs(terms, self.loc, max_iter=max_iter)
+        self.loc.data.copy_(
+            newton_cg(terms, point, tolerance=tolerance, keep_graphs=is_single_batch(data)).point
+        )
+        return self
+
+    def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
+        r"""
+        :math:`L` and its gradient at the point estimate.
+
+        :param data: one batch or an iterable of batches, with observations.
+        :return: a scalar and a tensor of shape ``(p,)``.
+        """
+        return value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
+
+    def _warn_unconverged(self, limit: float) -> None:
+        report = self.map_report
+        assert report is not None
+        if not report.newton_decrement <= limit:
+            warnings.warn(
+                f"the point estimate is {report.newton_decrement:.3g} posterior standard deviations away from the "
+                f"minimum (Newton decrement; gradient norm {report.gradient_norm:.3g}). The approximation describes "
+                "the point it is at: train longer or call guide.polish(data) first.",
+                UnconvergedMAPWarning,
+                stacklevel=3,
+            )
+
+    # ------------------------------------------------------------------ predictions
+
+    def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
+        r"""
+        The closed-form Gaussian over the parameters of each observed site,
+        :math:`N(\phi(\hat u), J P^{-1} J^\top)`.
+
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, :class:`LinearizedOutputs`.
+
+        Source: Khan et al. (2019), Immer et al. (2021).
+        """
+        posterior = self.posterior
+        latent = self.loc.detach().clone().requires_grad_(True)
+        result = {}
+        for site in self.packed.outputs(latent, (args, kwargs)):
+            shape = site.outputs.shape
+            blocks = [posterior.quadratic_form(J) for J, _ in site_jacobians(site, latent, self.chunk_size)]
+            mean = site.outputs.detach()
+            covariance = torch.cat(blocks) if blocks else mean.new_zeros(0)
+            result[site.name] = LinearizedOutputs(
+                mean, covariance.reshape(shape + shape[-1:]), site.names, site
+            )
+        return result
+
+    def predictive(self, *args: Any, **kwargs: Any) -> dict[str, td.Distribution]:
+        """
+        The predictive distribution of each observed site in closed form.
+
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, a distribution (see :meth:`LinearizedOutputs.distribution`).
+        """
+        return {
+            name: outputs.distribution() for name, outputs in self.linearized_outputs(*args, **kwargs).items()
+        }
+
+    def observed_distributions(
+        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, td.Distribution]:
+        r"""
+        The observed sites' distributions at posterior draws, through the linearised model.
+
+        :param draws: by site name, shape ``(S,) + site_shape``, as :meth:`sample_posterior` returns them.
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
+        """
+        latent = self.loc.detach().clone().requires_grad_(True)
+        offsets = self.packed.space.pack(draws) - self.loc.detach()
+        result = {}
+        for site in self.packed.outputs(latent, (args, kwargs)):
+            outputs = site.outputs.detach()
+            if site.names:
+                moved = [
+                    jvp_operator(site.outputs.reshape(-1), latent)(chunk)
+                    for chunk in offsets.split(self.chunk_size)
+                ]
+                outputs = outputs + torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+            else:
+                outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
+            result[site.name] = site.build(outputs)
+        return result

@@ -1,0 +1,324 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+A Pyro model as a function of its packed latent vector: what every curvature method is built on.
+
+For a packed unconstrained vector :math:`u` and data :math:`D`,
+
+.. math::
+
+    L(u) = -\log p(D\mid\theta(u)) - \log p(\theta(u)) - \log|\det\partial\theta/\partial u|,
+
+a sum over data points (not a mean). The likelihood is the sum over observed sites and factors, without the
+factor N/B of subsampled plates, so that batches add up; the rest is the prior.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+import torch.distributions as td
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.infer.data import Batch, check_finite, iter_batches
+from pyro_bnn.infer.handlers import (
+    Site,
+    SubstituteMessenger,
+    is_deterministic,
+    latent_names,
+    observed_names,
+    subsample_scale,
+    unscaled_log_prob,
+)
+from pyro_bnn.infer.latent_space import LatentSpace
+from pyro_bnn.ops.fisher import FisherRule, fisher_rule
+
+
+@dataclass
+class SiteOutputs:
+    r"""
+    The parameters :math:`\phi` of one observed site as a function of the packed latent vector.
+
+    :ivar str name: the observed site.
+    :ivar base: its distribution without ``Independent`` and masks; batch shape ``shape``.
+    :ivar rule: the Fisher rule of ``base``.
+    :ivar names: the parameters that depend on the latents, e.g. ``("loc",)``.
+    :ivar outputs: those parameters, shape ``shape + (C,)``, with an autograd graph.
+    :ivar weight: factor of each element's information (``poutine.scale``, 0 where masked), shape ``shape``.
+    :ivar int event_dim: how many rightmost dimensions of ``shape`` are event dimensions of the site.
+    """
+
+    name: str
+    base: td.Distribution
+    rule: FisherRule
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    outputs: Tensor
+    weight: Tensor
+    event_dim: int
+
+    @property
+    def information(self) -> Tensor:
+        """Weighted Fisher information in the active parameters, shape ``shape + (C, C)``, detached."""
+        with torch.no_grad():
+            full = self.rule.information(self.base)
+            keep: list[int] = []
+            start = 0
+            for name, value in self.rule.parameters(self.base).items():
+                if name in self.names:
+                    keep += range(start, start + value.shape[-1])
+                start += value.shape[-1]
+            index = torch.tensor(keep, device=full.device)
+            block = full.index_select(-1, index).index_select(-2, index)
+            return block * self.weight[..., None, None]
+
+    def build(self, outputs: Tensor) -> td.Distribution:
+        """
+        The site's distribution at other parameters.
+
+        :param outputs: shape ``sample_shape + shape + (C,)``.
+        :return: a distribution of batch shape ``sample_shape + site batch shape``.
+        """
+        parts = dict(zip(self.names, outputs.split(self.sizes, -1), strict=True))
+        d = self.rule.build(self.base, parts)
+        return td.Independent(d, self.event_dim) if self.event_dim else d
+
+
+def unwrap(d: td.Distribution) -> tuple[td.Distribution, Tensor | bool, int]:
+    """
+    Removes ``Independent`` and mask wrappers.
+
+    :param d: the distribution of a site.
+    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
+        of batch dimensions of the base that ``Independent`` counted as event dimensions.
+    """
+    mask: Tensor | bool = True
+    event_dim = 0
+    while isinstance(d, (td.Independent, MaskedDistribution)):
+        if isinstance(d, td.Independent):
+            event_dim += d.reinterpreted_batch_ndims
+        else:
+            inner = d._mask
+            if isinstance(inner, Tensor):
+                inner = inner.reshape(inner.shape + (1,) * event_dim)
+            mask = inner if mask is True else inner & mask
+        d = d.base_dist
+    return d, mask, event_dim
+
+
+class PackedModel:
+    """
+    A view of a Pyro model as a function of its packed, unconstrained latent vector.
+
+    :param callable model: a Pyro model.
+    :param Trace prototype: a trace of the model with its observations; it fixes the latent sites, their
+        order and shapes, and which sites are observed.
+    """
+
+    def __init__(self, model: Callable[..., Any], prototype: Trace) -> None:
+        self.model = model
+        self.space = LatentSpace(prototype)
+        self.observed = observed_names(prototype)
+        self._latents = latent_names(prototype)
+
+    def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
+        """
+        Runs the model at given latents.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param batch: arguments of the model.
+        :param frozen: values of further sites, e.g. subsample indices.
+        :return: the trace; validation is off so that the run can be differentiated many times.
+        """
+        args, kwargs = batch
+        values = {**self.space.unpack(latent), **(frozen or {})}
+        with pyro.validation_enabled(False), SubstituteMessenger(values):
+            return poutine.trace(self.model).get_trace(*args, **kwargs)
+
+    def log_likelihood(self, trace: Trace) -> Tensor:
+        """
+        The log density of observed sites and factors in a trace, without the scale of subsampled plates.
+
+        :param trace: a trace made with observations.
+        :return: a scalar.
+        :raises ValueError: if an observed site of the prototype has no observation in this trace.
+        """
+        self._check_observed(trace)
+        total: Tensor | float = 0.0
+        site: Site
+        for name, site in trace.nodes.items():
+            if _is_likelihood(site):
+                scale = site["scale"] / subsample_scale(site)
+                log_prob = unscaled_log_prob(site)
+                if log_prob.shape != site["fn"].batch_shape:
+                    raise ValueError(
+                        f"observed site {name!r} has data of shape {tuple(site['value'].shape)}, expected "
+                        f"{tuple(site['fn'].shape())}, the shape of its distribution: reshape the observations "
+                        "(squeeze a trailing dimension of size 1, say)."
+                    )
+                term = (log_prob * scale).sum()
+                if not torch.isfinite(term.detach()):
+                    raise ValueError(
+                        f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
+                        "values outside the support of its distribution."
+                    )
+                total = total + term
+        return torch.as_tensor(total)
+
+    def log_prior(self, latent: Tensor, trace: Trace) -> Tensor:
+        r"""
+        The log density of the latent sites at a packed vector, in unconstrained space.
+
+        :param latent: the packed vector, shape ``(p,)``.
+        :param trace: the trace that :meth:`trace` made at it.
+        :return: :math:`\log p(\theta(u)) + \log|\det\partial\theta/\partial u|`, a scalar.
+        :raises ValueError: if a latent site lies in a subsampled plate.
+        """
+        total = self.space.log_abs_det_jacobian(latent)
+        for name in self._latents:
+            site = trace.nodes[name]
+            if subsample_scale(site) != 1.0:
+                raise ValueError(
+                    f"latent site {name!r} lies in a subsampled plate: its values for the other elements of the "
+                    "plate are not part of the packed vector. Use the full plate."
+                )
+            total = total + (unscaled_log_prob(site) * site["scale"]).sum()
+        return total
+
+    def losses(self, latent: Tensor, data: Any) -> Iterator[Tensor]:
+        """
+        The terms of :math:`L`: one negative log likelihood per batch, the first with the negative log prior.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: one batch or an iterable of batches.
+        :return: an iterator over scalars whose sum is :math:`L(u)`.
+        """
+        coverage = PlateCoverage()
+        for i, batch in enumerate(iter_batches(data)):
+            trace = self.trace(latent, batch)
+            coverage.add(trace, self.observed)
+            loss = -self.log_likelihood(trace)
+            yield loss - self.log_prior(latent, trace) if i == 0 else loss
+        coverage.check()
+
+    def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
+        """
+        The distribution parameters of the observed sites, as differentiable functions of the latents.
+
+        :param latent: a packed vector of shape ``(p,)`` that requires a gradient.
+        :param batch: arguments of the model, with or without observations.
+        :return: one :class:`SiteOutputs` per observed site with parameters that depend on the latents.
+        :raises KeyError: if the distribution of a site has no registered Fisher information.
+        """
+        return self.site_outputs(self.trace(latent, batch))
+
+    def site_outputs(self, trace: Trace) -> list[SiteOutputs]:
+        """
+        The same as :meth:`outputs`, from a trace that exists already.
+
+        :param trace: a trace that :meth:`trace` made.
+        :return: one :class:`SiteOutputs` per observed site.
+        """
+        return [self._site_outputs(name, trace.nodes[name]) for name in self.observed]
+
+    def check_factors(self, trace: Trace) -> None:
+        """
+        :param trace: a trace of the model.
+        :raises ValueError: if the model has :func:`pyro.factor` statements, which have no Fisher information.
+        """
+        for name, site in trace.nodes.items():
+            if _is_likelihood(site) and name not in self.observed:
+                raise ValueError(
+                    f"site {name!r} is a pyro.factor, which has no Fisher information: use curvature='hessian'."
+                )
+
+    def _site_outputs(self, name: str, site: Site) -> SiteOutputs:
+        base, mask, event_dim = unwrap(site["fn"])
+        try:
+            rule = fisher_rule(base)
+        except KeyError as error:
+            raise KeyError(f"observed site {name!r}: {error.args[0]}") from None
+        parameters = {k: v for k, v in rule.parameters(base).items() if v.requires_grad}
+        shape = base.batch_shape
+        outputs = [v.expand(shape + v.shape[-1:]) for v in parameters.values()]
+        like = next(iter(rule.parameters(base).values()))
+        weight = torch.full(shape, 1.0, dtype=like.dtype, device=like.device)
+        for factor in (site["scale"] / subsample_scale(site), mask, site["mask"]):
+            if isinstance(factor, Tensor) and factor.dim() and factor is not mask:
+                factor = factor.reshape(factor.shape + (1,) * event_dim)
+            if factor is not None:
+                weight = weight * factor
+        return SiteOutputs(
+            name=name,
+            base=base,
+            rule=rule,
+            names=tuple(parameters),
+            sizes=tuple(v.shape[-1] for v in outputs),
+            outputs=torch.cat(outputs, -1) if outputs else like.new_zeros(shape + (0,)),
+            weight=weight,
+            event_dim=event_dim,
+        )
+
+    def _check_observed(self, trace: Trace) -> None:
+        for name in self.observed:
+            if name not in trace.nodes or not trace.nodes[name]["is_observed"]:
+                raise ValueError(
+                    f"site {name!r} was observed at initialisation but has no observation here: pass the targets "
+                    "as well as the inputs, as in (x, y)."
+                )
+
+
+class PlateCoverage:
+    """Counts how much of each plate the batches have covered, so that no partial sum passes for the whole."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+        self._full: dict[str, int] = {}
+
+    def add(self, trace: Trace, names: list[str]) -> None:
+        """
+        :param trace: the trace of one batch.
+        :param names: the observed sites.
+        """
+        frames = {frame.name: frame for name in names for frame in trace.nodes[name]["cond_indep_stack"]}
+        for frame in frames.values():
+            full = frame.full_size if frame.full_size is not None else frame.size
+            self._seen[frame.name] = self._seen.get(frame.name, 0) + frame.size
+            if full != frame.size:
+                self._full[frame.name] = full
+
+    def check(self) -> None:
+        """:raises ValueError: if the batches did not cover a subsampled plate exactly once."""
+        for name, full in self._full.items():
+            if self._seen[name] != full:
+                raise ValueError(
+                    f"the batches cover {self._seen[name]} of the {full} elements of plate {name!r}: pass every "
+                    "data point exactly once (a loader without drop_last, or all the data in one batch without "
+                    "subsampling)."
+                )
+
+
+def _is_likelihood(site: Site) -> bool:
+    return (
+        site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(site["fn"], _Subsample)
+        and not is_deterministic(site)
+    )
+
+
+def check_data(data: Any) -> None:
+    """
+    Checks that the tensors of all batches are finite.
+
+    :param data: one batch or an iterable of batches.
+    :raises ValueError: naming the argument.
+    """
+    for batch in iter_batches(data):
+        check_finite(batch)

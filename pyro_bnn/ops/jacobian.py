@@ -1,0 +1,123 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Derivatives of a function of one vector, from an ordinary autograd graph.
+
+All of them run the function's forward pass once, outside :mod:`torch.func`, so any code that autograd can
+differentiate is fine; only the backward passes are batched.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+#: A linear map that takes and returns tensors of shape ``(..., p)``.
+LinearMap = Callable[[Tensor], Tensor]
+
+
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bool = False) -> Tensor:
+    r"""
+    Vector-Jacobian products :math:`J^\top c` for a batch of cotangents.
+
+    :param outputs: the function's value, shape ``(M,)``, with a graph that reaches ``inputs``.
+    :param inputs: the vector differentiated against, shape ``(p,)``.
+    :param cotangents: shape ``(S, M)``.
+    :param create_graph: whether the products can be differentiated again.
+    :return: shape ``(S, p)``.
+    """
+    (product,) = grad(
+        outputs,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create_graph,
+        is_grads_batched=True,
+        materialize_grads=True,
+    )
+    return product
+
+
+def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tensor:
+    r"""
+    The Jacobian :math:`J = \partial\text{outputs}/\partial\text{inputs}` by batched reverse passes.
+
+    :param outputs: shape ``(M,)``, with a graph that reaches ``inputs``.
+    :param inputs: shape ``(p,)``.
+    :param chunk_size: how many reverse passes run at once; memory grows with it.
+    :return: shape ``(M, p)``, detached.
+
+    Example::
+
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> jacobian(torch.stack([x[0] * x[1], x[0] ** 2]), x)
+        tensor([[2., 1.],
+                [2., 0.]])
+    """
+    M = outputs.shape[0]
+    rows = []
+    for chunk in _chunks(M, chunk_size):
+        basis = torch.zeros(chunk.stop - chunk.start, M, dtype=outputs.dtype, device=outputs.device)
+        basis[:, chunk].fill_diagonal_(1.0)
+        rows.append(vjp(outputs, inputs, basis).detach())
+    return torch.cat(rows) if rows else outputs.new_zeros(0, inputs.shape[0])
+
+
+def jvp_operator(outputs: Tensor, inputs: Tensor) -> LinearMap:
+    r"""
+    Jacobian-vector products :math:`v \mapsto J v` by differentiating the reverse pass
+    (:math:`J^\top c` is linear in :math:`c`; its own reverse pass is :math:`J`).
+
+    :param outputs: shape ``(M,)``, with a graph that reaches ``inputs``.
+    :param inputs: shape ``(p,)``.
+    :return: a map from ``(S, p)`` to ``(S, M)``.
+    """
+    dummy = torch.zeros_like(outputs, requires_grad=True)
+    (transposed,) = grad(outputs, inputs, dummy, create_graph=True, materialize_grads=True)
+    if not transposed.requires_grad:  # outputs do not depend on inputs
+        return lambda v: v.new_zeros(v.shape[0], outputs.shape[0])
+    return lambda v: vjp(transposed, dummy, v).detach()
+
+
+def hvp_operator(value: Tensor, inputs: Tensor) -> LinearMap:
+    r"""
+    Hessian-vector products :math:`v \mapsto \nabla^2 \text{value}\, v` from one retained gradient graph.
+
+    :param value: a scalar, with a graph that reaches ``inputs``.
+    :param inputs: shape ``(p,)``.
+    :return: a map from ``(S, p)`` to ``(S, p)``.
+
+    Example::
+
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hvp_operator((x**3).sum(), x)(torch.eye(2))
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
+    (gradient,) = grad(value, inputs, create_graph=True, materialize_grads=True)
+    if not gradient.requires_grad:  # linear in inputs
+        return torch.zeros_like
+    return lambda v: vjp(gradient, inputs, v).detach()
+
+
+def dense(operator: LinearMap, like: Tensor, *, chunk_size: int = 256) -> Tensor:
+    """
+    The matrix of a linear map, column block by column block.
+
+    :param operator: a map from ``(S, p)`` to ``(S, q)``.
+    :param like: a vector of shape ``(p,)`` that gives size, dtype and device.
+    :param chunk_size: how many products run at once.
+    :return: shape ``(p, q)``; row ``i`` is the image of the ``i``-th basis vector.
+    """
+    p = like.shape[0]
+    rows = []
+    for chunk in _chunks(p, chunk_size):
+        basis = torch.zeros(chunk.stop - chunk.start, p, dtype=like.dtype, device=like.device)
+        basis[:, chunk].fill_diagonal_(1.0)
+        rows.append(operator(basis))
+    return torch.cat(rows)

@@ -1,0 +1,146 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from pyro.infer import Predictive
+from pyro.infer.autoguide import init_to_sample
+
+from pyro_bnn.infer import NotAMinimumError
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, UnconvergedMAPWarning
+from pyro_bnn.infer.hfl import functionals
+from tests.common import assert_close
+from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
+
+TARGETS = torch.linspace(-2, 2, 12, dtype=torch.float64).unsqueeze(-1)
+
+
+def fitted_pair(seed, **options):
+    """The exact Laplace approximation on the in-between toy and an HFL guide at the same polished MAP."""
+    x, y = in_between_data(seed)
+    torch.manual_seed(seed)
+    exact = AutoLaplace(
+        tanh_network(), curvature=options.get("curvature", "hessian"), init_loc_fn=init_to_sample
+    )
+    exact.initialize(x, y).polish((x, y)).laplace_approximation((x, y))
+    guide = AutoHessianFreeLaplace(tanh_network(), **options).initialize(x, y)
+    guide.loc.data.copy_(exact.loc.data)
+    return exact, guide, (x, y)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("options", "rtol"),
+    [
+        ({"method": "cg"}, 1e-4),
+        ({"method": "cg", "curvature": "ggn"}, 1e-4),
+        ({"method": "central", "epsilon": 1e-3}, 1e-2),
+    ],
+)
+def test_variances_and_guide_covariance(seed, options, rtol):
+    exact, guide, data = fitted_pair(seed, **options)
+    guide.laplace_approximation(data, (TARGETS,))
+    J = functionals(exact.packed, exact.loc, ((TARGETS,), {}))[1]
+    expected = exact.posterior.quadratic_form(J)
+    assert_close(guide.result.variance, expected.diagonal(), rtol=rtol)
+    sd = expected.diagonal().sqrt()
+    assert_close(guide.result.covariance / sd / sd[:, None], expected / sd / sd[:, None], rtol=0, atol=rtol)
+    # the guide's own covariance at the targets, from its factor alone, against S = sym(J D)
+    S = J @ guide.result.displacements.mT
+    if options["method"] == "cg":
+        assert_close(guide.posterior.quadratic_form(J), 0.5 * (S + S.mT), rtol=0, atol=1e-8)
+    outputs = guide.linearized_outputs(TARGETS)["obs"]
+    assert_close(outputs.variance.squeeze(-1), guide.result.variance, rtol=1e-8)
+
+
+def test_never_exceeds_the_full_posterior_off_the_targets():
+    exact, guide, data = fitted_pair(0, method="cg")
+    grid = torch.linspace(-2.5, 2.5, 81).unsqueeze(-1)
+    full = exact.linearized_outputs(grid)["obs"].variance
+    few = guide.laplace_approximation(data, (TARGETS[::4],)).linearized_outputs(grid)["obs"].variance
+    many = guide.laplace_approximation(data, (TARGETS,)).linearized_outputs(grid)["obs"].variance
+    assert (few <= full * (1 + 1e-6)).all()
+    assert (many <= full * (1 + 1e-6)).all()
+    assert (few / full).min() < 0.5 < 0.99 < (many / full).min()
+
+
+def test_linear_model_has_the_closed_form():
+    model, x, y = linear_regression()
+    for method in ("cg", "central"):
+        guide = AutoHessianFreeLaplace(model, method=method).initialize(x, y).polish((x, y))
+        guide.laplace_approximation([(x[:20], y[:20]), (x[20:], y[20:])], (x[:5],))
+        covariance = torch.linalg.inv(x.mT @ x / 0.3**2 + torch.eye(3) / 4)
+        assert_close(guide.result.covariance, x[:5] @ covariance @ x[:5].mT, rtol=1e-6)
+
+
+def test_logits_have_one_functional_per_class():
+    model, x, y = logistic_regression()
+    exact = AutoLaplace(model, curvature="hessian").initialize(x, y).polish((x, y))
+    exact.laplace_approximation((x, y))
+    guide = AutoHessianFreeLaplace(model).initialize(x, y)
+    guide.loc.data.copy_(exact.loc.data)
+    guide.laplace_approximation((x, y), (x[:4],))
+    assert_close(
+        guide.linearized_outputs(x[:4])["obs"].covariance,
+        exact.linearized_outputs(x[:4])["obs"].covariance,
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+def test_learned_noise_and_draws():
+    x, y = in_between_data()
+    model = tanh_network(hidden=4, noise=None)
+    exact = AutoLaplace(model, curvature="hessian", init_loc_fn=init_to_sample).initialize(x, y)
+    exact.polish((x, y)).laplace_approximation((x, y))
+    guide = AutoHessianFreeLaplace(model).initialize(x, y)
+    guide.loc.data.copy_(exact.loc.data)
+    guide.laplace_approximation((x, y), (TARGETS,))
+    assert_close(
+        guide.linearized_outputs(TARGETS)["obs"].covariance,
+        exact.linearized_outputs(TARGETS)["obs"].covariance,
+        rtol=1e-4,
+        atol=1e-9,
+    )
+    draws = guide.sample_posterior((20_000,))
+    means = guide.observed_distributions(draws, TARGETS)["obs"].mean
+    outputs = guide.linearized_outputs(TARGETS)["obs"]
+    assert_close(means.var(0), outputs.variance[:, 0], rtol=4.5 * (2 / 20_000) ** 0.5)
+    assert Predictive(model, guide=guide, num_samples=3)(x)["obs"].shape == (3, len(x))
+
+
+def test_state_dict_loads_into_a_fresh_guide(tmp_path):
+    _, guide, data = fitted_pair(0, method="cg")
+    guide.laplace_approximation(data, (TARGETS,))
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    fresh = AutoHessianFreeLaplace(tanh_network()).initialize(*data)
+    fresh.load_state_dict(torch.load(tmp_path / "guide.pt", weights_only=True))
+    assert_close(fresh.posterior.variance, guide.posterior.variance, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["cg", "central"])
+def test_unconverged_map_is_never_silent(method):
+    x, y = in_between_data()
+    guide = AutoHessianFreeLaplace(tanh_network(), method=method, init_loc_fn=init_to_sample).initialize(x, y)
+    with pytest.raises(NotAMinimumError, match="not a minimum"):
+        guide.laplace_approximation((x, y), (TARGETS,))
+    exact, guide, data = fitted_pair(0, method=method)
+    direction = exact.posterior.half_solve(torch.randn(exact.loc.shape))
+    guide.loc.data += (
+        0.2 * direction / exact.posterior.half_solve_transposed(exact.posterior.multiply(direction)).norm()
+    )
+    with pytest.raises((NotAMinimumError, UnconvergedMAPWarning)):
+        guide.laplace_approximation(data, (TARGETS,))
+
+
+def test_bad_input():
+    model, x, y = linear_regression()
+    with pytest.raises(ValueError, match="unknown method 'newton', expected one of 'cg', 'central'"):
+        AutoHessianFreeLaplace(model, method="newton")
+    with pytest.raises(ValueError, match="use curvature='hessian'"):
+        AutoHessianFreeLaplace(model, method="central", curvature="ggn")
+    guide = AutoHessianFreeLaplace(model).initialize(x, y)
+    with pytest.raises(ValueError, match="argument 0 of the model holds 3 non-finite"):
+        guide.laplace_approximation((x, y), (torch.full((1, 3), torch.inf),))
+    with pytest.raises(ValueError, match="has no density"):
+        guide.polish((x, y)).laplace_approximation((x, y), (x[:1],)).posterior.log_prob(torch.zeros(3))
