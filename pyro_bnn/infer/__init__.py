@@ -6,11 +6,13 @@
 from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
+from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 
 __all__ = [
     "FitResult",
     "FitState",
+    "Mixture_ELBO",
     "NonFiniteLossError",
     "NotAMinimumError",
     "PosteriorPredictive",

@@ -1,0 +1,125 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The families of one component of a mixture guide."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+#: Families with a location and a scale per latent element.
+SCALED_KINDS = ("normal", "cauchy", "lognormal")
+#: All families: ``"delta"`` has a location per component, ``"point"`` one that all components share.
+KINDS = (*SCALED_KINDS, "delta", "point")
+
+
+@dataclass
+class LatentSite:
+    """
+    What a mixture guide knows of one latent site.
+
+    :ivar name: name of the site.
+    :ivar kind: one of :data:`KINDS`.
+    :ivar support: support of the prior.
+    :ivar event_dim: number of event dimensions of the site.
+    :ivar shape: shape of a value, batch and event dimensions of the model together.
+    :ivar raw_shape: the same in unconstrained space; they differ for simplices and the like.
+    :ivar frames: the plates around the site.
+    """
+
+    name: str
+    kind: str
+    support: Any
+    event_dim: int
+    shape: torch.Size
+    raw_shape: torch.Size
+    frames: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained elements."""
+        return self.raw_shape.numel()
+
+    @property
+    def raw_event_dim(self) -> int:
+        """Number of event dimensions in unconstrained space."""
+        return self.event_dim + len(self.raw_shape) - len(self.shape)
+
+    @property
+    def transform(self) -> Any:
+        """The bijection from unconstrained space to the support of the guide's distribution."""
+        if self.kind == "lognormal":
+            return biject_to(constraints.positive)
+        return biject_to(self.support)
+
+
+def to_event(fn: Any, ndim: int) -> Any:
+    """
+    Declares the rightmost dimensions of a distribution as event dimensions.
+
+    :param fn: a distribution.
+    :param int ndim: number of dimensions; 0 returns ``fn`` itself.
+    :return: the distribution.
+    """
+    return fn.to_event(ndim) if ndim else fn
+
+
+def component_distribution(site: LatentSite, loc: Tensor, scale: Tensor | None, event_dim: int) -> Any:
+    r"""
+    The distribution of one site given its unconstrained location and scale.
+
+    =============  =========================================================================================
+    ``normal``     :math:`N(\mu, \sigma^2)` on the reals; its image under the bijection to the support else
+                   (on the positive half-line a :class:`~pyro.distributions.LogNormal`, which has closed-form KL)
+    ``cauchy``     :math:`\mathrm{Cauchy}(\mu, \gamma)`, reals only
+    ``lognormal``  :math:`\exp N(\mu, \sigma^2)`, whatever the support of the prior
+    ``delta``      a point mass at the image of :math:`\mu`
+    =============  =========================================================================================
+
+    :param site: the site.
+    :param loc: shape ``(*batch, *raw_shape)``.
+    :param scale: the same shape, or ``None`` for point masses.
+    :param int event_dim: how many dimensions of ``site.shape``, from the right, are event dimensions.
+    :return: the distribution.
+    """
+    if scale is None:
+        return dist.Delta(site.transform(loc), event_dim=event_dim)
+    if site.kind == "cauchy":
+        return to_event(dist.Cauchy(loc, scale), event_dim)
+    if site.kind == "lognormal" or is_positive(site.support):
+        return to_event(dist.LogNormal(loc, scale), event_dim)
+    base = dist.Normal(loc, scale)
+    if is_real(site.support):
+        return to_event(base, event_dim)
+    transformed = dist.TransformedDistribution(base, [site.transform])
+    return to_event(transformed, event_dim - len(transformed.event_shape))
+
+
+def is_real(support: Any) -> bool:
+    """
+    Tells whether a support is unconstrained.
+
+    :param support: a constraint.
+    :return: ``True`` for real numbers, vectors, and independent products of those.
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
+
+
+def is_positive(support: Any) -> bool:
+    """
+    Tells whether a support is the positive half-line, elementwise.
+
+    :param support: a constraint.
+    :return: ``True`` for positive (or non-negative) numbers and independent products of those.
+    """
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return (
+        isinstance(support, constraints.greater_than | constraints.greater_than_eq)
+        and support.lower_bound == 0
+    )

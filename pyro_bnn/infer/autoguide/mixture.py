@@ -1,0 +1,470 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture guides whose components are shared by all latent sites."""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from operator import attrgetter
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_bnn.distributions.mixture import SharedIndexMixture, mixture_quantile
+from pyro_bnn.infer.autoguide.components import (
+    KINDS,
+    SCALED_KINDS,
+    LatentSite,
+    component_distribution,
+    is_real,
+)
+from pyro_bnn.infer.handlers import observed_names
+from pyro_bnn.nn.sites import SITE_KEY
+
+#: A family for all sites, a mapping from site names (or patterns) to families, or a callable of name and site.
+ComponentLike = str | Mapping[str, str] | Callable[[str, Any], str | None]
+
+_Guide: Any = AutoGuide
+
+
+def init_component(site: Any) -> Tensor:
+    """
+    The default initial location of a mixture component, called once per component.
+
+    Rank-1 factors and weights start at independent draws around their prior location with the prior's scale, so
+    that components differ; biases and shared weights at the value of the network that was converted; all other
+    sites at their prior median.
+
+    :param site: a sample site.
+    :return: a value of the site.
+    """
+    hint = site["infer"].get(SITE_KEY, {})
+    role, init = hint.get("role"), hint.get("init")
+    if role in ("bias", "base") and init is not None:
+        return init.expand(site["fn"].shape()).clone()
+    if role not in ("factor", "weight"):
+        return init_to_median(site)
+    base = site["fn"]
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    if isinstance(base, torch.distributions.Cauchy):
+        # a draw would start some factors far in the tails
+        return base.loc + base.scale * torch.randn_like(base.loc)
+    return site["fn"].sample()
+
+
+class AutoMixture(_Guide):
+    r"""
+    A mixture of :math:`K` components whose index is shared by all sites,
+
+    .. math:: q(z) = \frac1K \sum_{k=1}^K \prod_i q_{ik}(z_i).
+
+    With ``component="normal"`` on the factors of rank-1 layers this is the posterior of rank-1 Bayesian neural
+    networks [1]; with ``component="delta"`` on rank-1 factors it is BatchEnsemble [2], on full weights a deep
+    ensemble [3]; with one component and ``"normal"`` it is mean-field variational inference.
+
+    Inside :class:`~pyro_bnn.infer.Mixture_ELBO` all components are evaluated at once, each site being drawn
+    directly from its distribution, so that divergences are analytic. Elsewhere (:class:`~pyro.infer.Predictive`,
+    :class:`~pyro.infer.Trace_ELBO`, importance weights) every call draws a component, and the density is the exact
+    joint mixture density, carried by one auxiliary site.
+
+    :param callable model: a Pyro model.
+    :param int num_components: :math:`K`.
+    :param component: the family of the components: ``"normal"``, ``"cauchy"``, ``"lognormal"``, ``"delta"`` (one
+        value per component) or ``"point"`` (one value that all components share). A mapping from site names, last
+        parts of names, or patterns such as ``"layers.*.bias"`` to families, or ``callable(name, site)``, decides per
+        site; sites that it leaves out get the default.
+    :param str rest: if the model has rank-1 factors, the family of its other latent sites (biases, noise scales).
+        Weights that a rank-1 layer draws through ``weight_prior`` are always shared (``"point"``) by default.
+    :param callable init_loc_fn: initial value of a site, called once per component; :func:`init_component` by
+        default. Use :func:`~pyro_bnn.nn.init_to_trained` to start at the weights of a trained network.
+    :param float init_scale: initial scale of the components in unconstrained space; the default corresponds to a
+        dropout rate of :math:`10^{-3}`, :math:`\sigma = \sqrt{p/(1-p)}` [1].
+    :param callable create_plates: as for :class:`~pyro.infer.autoguide.AutoGuide`.
+    :raises ValueError: if ``num_components`` or a family is not valid.
+
+    **References**
+
+    [1] Dusenberry et al., *Efficient and Scalable Bayesian Neural Nets with Rank-1 Factors*, ICML 2020.
+
+    [2] Wen, Tran, Ba, *BatchEnsemble*, ICLR 2020.
+
+    [3] Lakshminarayanan, Pritzel, Blundell, *Simple and scalable predictive uncertainty estimation using deep
+    ensembles*, NeurIPS 2017.
+
+    Example::
+
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoMixture(model, num_components=4).initialize()
+        >>> guide.sample_posterior((10,))["z"].shape
+        torch.Size([10, 3])
+    """
+
+    scale_constraint = constraints.softplus_positive
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        num_components: int = 4,
+        component: ComponentLike = "normal",
+        *,
+        rest: str = "delta",
+        init_loc_fn: Callable[[Any], Tensor] = init_component,
+        init_scale: float = 0.0316,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}.")
+        if not init_scale > 0:
+            raise ValueError(f"init_scale must be positive, found {init_scale!r}.")
+        named = [rest, *([component] if isinstance(component, str) else [])]
+        for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
+            _check_kind(kind)
+        self.init_loc_fn = init_loc_fn
+        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self.num_components = num_components
+        self.component = component
+        self.rest = rest
+        self.init_scale = float(init_scale)
+        self._stratum: int | None = None
+
+    # ------------------------------------------------------------------ life cycle
+
+    def initialize(self, *args: Any, **kwargs: Any) -> "AutoMixture":
+        """
+        Creates all parameters from one call of the model **with its observations**.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: the guide itself.
+        :raises ValueError: if the model was called without observations, a family does not fit the support of
+            a site, or a key of ``component`` names no site.
+        """
+        self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with poutine.block():
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        _require_observations(trace, args)
+        super()._setup_prototype(*args, **kwargs)
+        nodes = dict(self.prototype_trace.iter_stochastic_nodes())
+        if not nodes:
+            raise ValueError("AutoMixture found no latent site in the model.")
+        self._check_component_keys(nodes)
+        has_factors = any(_role(site) == "factor" for site in nodes.values())
+        self.sites = [self._describe(name, site, has_factors) for name, site in nodes.items()]
+        # scaled sites first, so that the scales align with the first columns of the locations
+        self._mixed = sorted(
+            (s for s in self.sites if s.kind != "point"), key=lambda s: s.kind not in SCALED_KINDS
+        )
+        self._num_scaled = sum(s.size for s in self._mixed if s.kind in SCALED_KINDS)
+        for key in list(pyro.get_param_store().keys()):
+            # a guide that is initialised starts at its own values, not at those of an earlier guide of this name
+            if key.startswith(self._pyro_name + "."):
+                del pyro.get_param_store()[key]
+        self._make_parameters(nodes)
+
+    def _describe(self, name: str, site: Any, has_factors: bool) -> LatentSite:
+        fn = site["fn"]
+        kind = self._kind(name, site, has_factors)
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"site {name!r} is latent inside the subsampled plate {frame.name!r}, which AutoMixture does not "
+                    "support: give it its own guide in an AutoGuideList."
+                )
+        support = fn.support
+        if support.is_discrete:
+            raise ValueError(f"site {name!r} is discrete ({fn}); AutoMixture takes continuous sites.")
+        if kind == "cauchy" and not is_real(support):
+            raise ValueError(
+                f"site {name!r} has support {support}, but Cauchy components need the real line."
+            )
+        value = site["value"]
+        with helpful_support_errors(site):
+            raw_shape = biject_to(support).inv(value).shape
+        return LatentSite(name, kind, support, fn.event_dim, value.shape, raw_shape, site["cond_indep_stack"])
+
+    def _kind(self, name: str, site: Any, has_factors: bool) -> str:
+        default: str | None = None
+        if isinstance(self.component, str):
+            default = self.component
+        elif isinstance(self.component, Mapping):
+            key = _matching_pattern(self.component, name)
+            if key is not None:
+                return self.component[key]
+        else:
+            kind = self.component(name, site)
+            if kind is not None:
+                return _check_kind(kind)
+        role = _role(site)
+        if role == "base":
+            return "point"
+        if has_factors and role != "factor":
+            return self.rest
+        return default or "normal"
+
+    def _check_component_keys(self, nodes: Mapping[str, Any]) -> None:
+        if isinstance(self.component, Mapping):
+            used = {_matching_pattern(self.component, name) for name in nodes}
+            unused = sorted(set(self.component) - used)
+            if unused:
+                raise ValueError(
+                    f"component has keys {unused} that match no site; the sites are {sorted(nodes)[:20]}."
+                )
+
+    def _make_parameters(self, nodes: Mapping[str, Any]) -> None:
+        rows = []
+        for k in range(self.num_components):
+            row = []
+            for site in self._mixed:
+                node = nodes[site.name]
+                value = node["value"] if k == 0 else self.init_loc_fn(node)
+                row.append(self._unconstrain(site, value.detach()).reshape(-1))
+            rows.append(torch.cat(row) if row else torch.zeros(0))
+        if self._mixed:
+            self.loc = PyroParam(torch.stack(rows), constraints.real)
+        if self._num_scaled:
+            scale = torch.full_like(rows[0][: self._num_scaled], self.init_scale)
+            self.scale = PyroParam(scale.expand(self.num_components, -1).clone(), self.scale_constraint)
+        self.points = PyroModule()
+        for site in self.sites:
+            if site.kind == "point":
+                value = nodes[site.name]["value"].detach().clone()
+                deep_setattr(self.points, site.name, PyroParam(value, site.support, site.event_dim))
+
+    def _unconstrain(self, site: LatentSite, value: Tensor) -> Tensor:
+        if value.shape != site.shape:
+            raise ValueError(
+                f"init_loc_fn returned shape {tuple(value.shape)} for site {site.name!r}; expected {tuple(site.shape)}."
+            )
+        raw = site.transform.inv(value)
+        if not bool(torch.isfinite(raw).all()):
+            raise ValueError(
+                f"the initial value of site {site.name!r} lies outside the support of its {site.kind} component: "
+                "pass another init_loc_fn."
+            )
+        return raw
+
+    # ------------------------------------------------------------------ distributions
+
+    def _blocks(self) -> Iterator[tuple[LatentSite, Tensor, Tensor | None]]:
+        """Sites with their locations and scales, shape ``(K, *raw_shape)``."""
+        if not self._mixed:
+            return
+        sizes = [site.size for site in self._mixed]
+        loc: Any = self.loc
+        locs = loc.split(sizes, -1)
+        num = sum(site.kind in SCALED_KINDS for site in self._mixed)
+        scale: Any = self.scale if num else None
+        scales = scale.split(sizes[:num], -1) if num else ()
+        for i, site in enumerate(self._mixed):
+            shape = (self.num_components, *site.raw_shape)
+            yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
+
+    def component_distributions(self) -> dict[str, Any]:
+        """
+        The components of each site, without the sites that all components share.
+
+        :return: a dictionary from site names to distributions of batch shape ``(K,)`` whose event shape is the
+            whole shape of the site.
+        """
+        return {
+            site.name: component_distribution(site, loc, scale, len(site.shape))
+            for site, loc, scale in self._blocks()
+        }
+
+    def component_log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """
+        Log densities of the components over all sites with a density; point masses are left out.
+
+        :param values: values of the sites, shape ``(*lead, *site_shape)``.
+        :return: shape ``(*lead, K)``.
+        """
+        total: Any = 0.0
+        for site, loc, scale in self._blocks():
+            if scale is not None:
+                value = values[site.name]
+                value = value.unsqueeze(value.dim() - len(site.shape))
+                total = total + component_distribution(site, loc, scale, len(site.shape)).log_prob(value)
+        return total
+
+    # ------------------------------------------------------------------ sampling
+
+    @contextmanager
+    def stratified(self, dim: int) -> Iterator[None]:
+        """
+        Within this context a call of the guide draws every component once, component k in slot k of batch
+        dimension ``dim``. :class:`~pyro_bnn.infer.Mixture_ELBO` uses it.
+
+        :param int dim: the batch dimension, negative, left of all plates of the model.
+        """
+        self._stratum = dim
+        try:
+            yield
+        finally:
+            self._stratum = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: a dictionary from site names to values.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values: dict[str, Tensor] = {}
+        for site in self.sites:
+            if site.kind == "point":
+                value = attrgetter(site.name)(self.points)
+                values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+        if self._stratum is not None:
+            for site, loc, scale in self._blocks():
+                # (K, 1, ..., 1, *raw_shape): the model's own plates fill the dimensions right of the components
+                ones = (1,) * (-self._stratum - 1 - len(site.shape) + site.event_dim)
+                shape = (self.num_components, *ones, *site.raw_shape)
+                fn = component_distribution(
+                    site, loc.view(shape), None if scale is None else scale.view(shape), site.event_dim
+                )
+                values[site.name] = self._sample(site, fn, plates)
+        elif self.num_components == 1:
+            for site, loc, scale in self._blocks():
+                fn = component_distribution(site, loc[0], None if scale is None else scale[0], site.event_dim)
+                values[site.name] = self._sample(site, fn, plates)
+        elif self._mixed:
+            blocks = self.component_distributions()
+            joint = SharedIndexMixture(list(blocks.values()))
+            latent = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
+            for site, piece in zip(self._mixed, latent.split(joint.sizes, -1), strict=True):
+                value = piece.reshape(
+                    torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
+                )
+                values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+        return values
+
+    def _sample(self, site: LatentSite, fn: Any, plates: Mapping[str, Any]) -> Tensor:
+        with ExitStack() as stack:
+            for frame in site.frames:
+                stack.enter_context(plates[frame.name])
+            return pyro.sample(site.name, fn)
+
+    @torch.no_grad()
+    def sample_posterior(
+        self, sample_shape: Sequence[int] = (), *args: Any, stratified: bool = True, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Draws from the mixture.
+
+        :param sample_shape: shape of the draws.
+        :param args: arguments of the model; needed only if the guide is not initialised.
+        :param bool stratified: take each component equally often, in random order. Every draw then has the
+            distribution of the mixture, and averages over draws have a lower variance than with independent draws
+            (``False``).
+        :return: a dictionary from site names to draws, shape ``(*sample_shape, *site_shape)``.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        shape = torch.Size(sample_shape)
+        total, K = shape.numel(), self.num_components
+        if stratified:
+            offset = int(torch.randint(K, ()))
+            index = ((torch.arange(total) + offset) % K)[torch.randperm(total)]
+        else:
+            index = torch.randint(K, (total,))
+        draws = {}
+        for site, loc, scale in self._blocks():
+            where = index.to(loc.device)
+            fn = component_distribution(
+                site, loc[where], None if scale is None else scale[where], len(site.shape)
+            )
+            draws[site.name] = fn.sample().reshape(shape + site.shape)
+        for site in self.sites:
+            if site.kind == "point":
+                draws[site.name] = attrgetter(site.name)(self.points).detach().expand(shape + site.shape)
+        return {site.name: draws[site.name] for site in self.sites}
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        The elementwise medians of the marginal mixtures. They need not lie near any component.
+
+        :return: a dictionary from site names to medians.
+        """
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Elementwise quantiles of the marginal mixtures, by bisection between the components' quantiles.
+
+        :param quantiles: levels between 0 and 1.
+        :return: a dictionary from site names to quantiles, shape ``(len(quantiles), *site_shape)``.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        levels = [float(q) for q in quantiles]
+        result = {}
+        for site, loc, scale in self._blocks():
+            rows = [site.transform(_raw_quantile(site, loc, scale, q)) for q in levels]
+            result[site.name] = torch.stack(rows)
+        for site in self.sites:
+            if site.kind == "point":
+                value = attrgetter(site.name)(self.points).detach()
+                result[site.name] = value.expand(len(levels), *value.shape)
+        return {site.name: result[site.name] for site in self.sites}
+
+
+def _raw_quantile(site: LatentSite, loc: Tensor, scale: Tensor | None, q: float) -> Tensor:
+    """Quantile in unconstrained space, where the bijections are elementwise and increasing."""
+    if scale is None:
+        index = max(0, min(loc.shape[0] - 1, int(-(-q * loc.shape[0] // 1)) - 1))
+        return loc.sort(0).values[index]
+    base: Any = dist.Cauchy(loc, scale) if site.kind == "cauchy" else dist.Normal(loc, scale)
+    each = base.icdf(torch.full_like(loc, q))
+    if loc.shape[0] == 1:
+        return each[0]
+    return mixture_quantile(lambda v: base.cdf(v).mean(0), each.amin(0), each.amax(0), q)
+
+
+def _role(site: Any) -> str | None:
+    return site["infer"].get(SITE_KEY, {}).get("role")
+
+
+def _check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"unknown component family {kind!r}; choose from {list(KINDS)}.")
+    return kind
+
+
+def _matching_pattern(patterns: Mapping[str, str], name: str) -> str | None:
+    if name in patterns:
+        return name
+    last = name.rpartition(".")[2]
+    if last in patterns:
+        return last
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def _require_observations(trace: Any, args: tuple[Any, ...]) -> None:
+    """An observed site without data looks like a latent one; catch it before parameters are made for it."""
+    if observed_names(trace):
+        return
+    lengths = {len(a) for a in args if isinstance(a, Tensor) and a.dim()}
+    for name, site in trace.iter_stochastic_nodes():
+        if any(frame.size in lengths for frame in site["cond_indep_stack"]):
+            raise ValueError(
+                f"site {name!r} is latent inside a plate over the data, and the model has no observed site: call "
+                "initialize with the observations, e.g. guide.initialize(x, y)."
+            )

@@ -1,0 +1,97 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Layers whose full weights are random."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_bnn.nn.priors import FanInNormal, PriorLike, map_to, resolve_prior
+from pyro_bnn.nn.sites import SiteModule
+
+_Linear: Any = PyroModule[nn.Linear]
+
+
+def broadcast_linear(x: Tensor, weight: Tensor) -> Tensor:
+    r"""
+    :math:`y_o = \sum_i W_{oi} x_i` for a weight with leading batch dimensions, which align with those of ``x``
+    from the right as in every broadcasting operation.
+
+    :param x: inputs, shape ``(*batch_x, in)``.
+    :param weight: weights, shape ``(out, in)`` or ``(*batch_w, out, in)``, e.g. ``(S, 1, out, in)`` for S draws
+        against a data plate.
+    :return: outputs, shape ``broadcast(batch_x, batch_w) + (out,)``.
+
+    Example::
+
+        >>> broadcast_linear(torch.zeros(7, 3), torch.zeros(5, 1, 2, 3)).shape
+        torch.Size([5, 7, 2])
+    """
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    if weight.shape[:-2].numel() == 1:
+        y = F.linear(x, weight.reshape(weight.shape[-2:]))
+        return y.reshape(torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]) + y.shape[-1:])
+    if weight.shape[-3] == 1:
+        # one weight for all rows of the last batch dimension: a batched matrix product
+        if x.dim() == 1:
+            x = x.unsqueeze(0)
+        return torch.matmul(x, weight.squeeze(-3).mT)
+    return torch.matmul(weight, x.unsqueeze(-1)).squeeze(-1)
+
+
+class BayesianLinear(SiteModule, _Linear):
+    r"""
+    A linear layer :math:`y = W x + b` whose weight and bias are sample sites and may have leading sample
+    dimensions.
+
+    :param int in_features: number of inputs.
+    :param int out_features: number of outputs.
+    :param bool bias: whether there is a bias.
+    :param prior: prior of ``"weight"`` and ``"bias"`` in one of the three forms of
+        :func:`~pyro_bnn.nn.priors.resolve_prior`; :class:`~pyro_bnn.nn.priors.FanInNormal` by default. A
+        parameter that a dictionary or callable leaves out stays an ordinary parameter.
+
+    Example::
+
+        >>> layer = BayesianLinear(3, 2)
+        >>> layer(torch.zeros(7, 3)).shape
+        torch.Size([7, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        prior: PriorLike | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._make_bayesian(prior)
+
+    def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
+        prior = FanInNormal() if prior is None else prior
+        for name, value in list(self._parameters.items()):
+            if value is not None:
+                resolved = resolve_prior(prior, prefix + name, value.shape)
+                if resolved is not None:
+                    self._add_site(name, map_to(resolved, value), "weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        :param x: inputs, shape ``(*batch, in_features)``.
+        :return: outputs, shape ``(*samples, *batch, out_features)``.
+        """
+        y = broadcast_linear(x, self.weight)
+        bias = self.bias
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments and the names of the random attributes."""
+        return f"{self.in_features}, {self.out_features}, sites={self._site_names()}"

@@ -1,0 +1,114 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""All weights of a network as one flat sample site."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_bnn.nn.priors import map_distribution
+from pyro_bnn.nn.sites import SITE_KEY, SiteModule
+
+
+class PackedSite:
+    r"""
+    One flat site :math:`w \sim N(\mu, \operatorname{diag} \sigma^2)` that holds all weights of a network; the
+    layers read views of it. Pyro's cost per sample site dominates the training of small networks, and here there
+    is a single one, named ``"packed"``.
+
+    :param root: the converted network.
+    :param layers: names and converted layers; their sites move into the flat one.
+    :raises ValueError: if a prior is not Normal.
+    """
+
+    def __init__(self, root: Any, layers: list[tuple[str, SiteModule]]) -> None:
+        self.layout: dict[str, torch.Size] = {}
+        locs, scales, inits = [], [], []
+        for path, layer in layers:
+            for key in layer._site_names():
+                spec = layer._sites[key]
+                full = f"{path}.{key}" if path else key
+                base = spec.prior
+                while isinstance(base, torch.distributions.Independent):
+                    base = base.base_dist
+                if not isinstance(base, torch.distributions.Normal) or spec.init is None:
+                    raise ValueError(
+                        f"packed=True needs Normal priors, but that of {full!r} is {type(base).__name__}: use "
+                        "packed=False."
+                    )
+                locs.append(base.loc.reshape(-1))
+                scales.append(base.scale.reshape(-1))
+                inits.append(spec.init.reshape(-1))
+                self.layout[full] = spec.init.shape
+                layer._redirect_site(key, self, full)
+        self.prior = dist.Normal(torch.cat(locs), torch.cat(scales)).to_event(1)
+        self.init = torch.cat(inits)
+        self._root = root
+        layers[0][1].__dict__["_owned_packed"] = self  # this layer moves the prior along with itself
+
+    def read(self, full: str) -> Tensor:
+        """
+        The value of one parameter; the flat site is sampled once per call of the network.
+
+        :param str full: full name of the parameter.
+        :return: a view of the flat draw, shape ``(*batch, *parameter_shape)``.
+        """
+        context: Any = self._root._pyro_context
+        if not context.active:
+            return self.unpack(self.prior.sample())[full]
+        site_name = self._root._pyro_get_fullname("packed")
+        views = context.get(site_name)
+        if views is None:
+            infer: Any = {SITE_KEY: {"role": "weight", "init": self.init}}
+            views = self.unpack(pyro.sample(site_name, self.prior, infer=infer))
+            context.set(site_name, views)
+        return views[full]
+
+    def unpack(self, value: Tensor) -> dict[str, Tensor]:
+        """
+        Splits draws of the flat site into named tensors.
+
+        :param value: draws, shape ``(*batch, P)``.
+        :return: views by parameter name, each of shape ``(*batch, *parameter_shape)``.
+        """
+        parts = value.split([shape.numel() for shape in self.layout.values()], dim=-1)
+        return {
+            name: part.unflatten(-1, shape)
+            for (name, shape), part in zip(self.layout.items(), parts, strict=True)
+        }
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """
+        Applies ``fn`` to the tensors of the prior, see :func:`~pyro_bnn.nn.priors.map_distribution`.
+
+        :param callable fn: a function of a tensor.
+        """
+        self.prior = map_distribution(self.prior, fn)
+        self.init = fn(self.init)
+
+
+def unpack_site(net: Any, value: Tensor) -> dict[str, Tensor]:
+    """
+    Splits draws of the site ``"packed"`` of a network that was converted by ``bayesian_(net, packed=True)``.
+
+    :param net: the network.
+    :param value: draws of the site, shape ``(*batch, P)``.
+    :return: views by parameter name, each of shape ``(*batch, *parameter_shape)``.
+    :raises ValueError: if the network holds no packed site.
+
+    Example::
+
+        >>> from pyro_bnn.nn import bayesian_
+        >>> net = bayesian_(torch.nn.Linear(3, 2), packed=True)
+        >>> {name: tuple(w.shape) for name, w in unpack_site(net, torch.zeros(10, 8)).items()}
+        {'weight': (10, 2, 3), 'bias': (10, 2)}
+    """
+    for module in net.modules():
+        packed = module.__dict__.get("_owned_packed")
+        if packed is not None:
+            return packed.unpack(value)
+    raise ValueError("the network has no packed site: convert it with bayesian_(net, packed=True).")

@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Modules whose attributes are sample sites that say what they are and where they start."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_bnn.nn.priors import map_distribution
+
+#: Key of the ``infer`` dictionary of a sample site under which a layer describes the site to guides.
+SITE_KEY = "pyro_bnn"
+
+# typed loosely because Pyro makes mix-in classes at run time
+_PyroModule: Any = PyroModule
+
+
+@dataclass
+class SiteSpec:
+    """
+    What a layer knows of one of its random attributes.
+
+    :ivar prior: a distribution, or an object with ``make_prior(module, name)`` that returns one.
+    :ivar role: ``"factor"`` (rank-1 factors), ``"bias"`` (biases beside them), ``"base"`` (a weight that
+        all components of a mixture share) or ``"weight"`` (any parameter of a Bayesian layer).
+    :ivar init: the value that the parameter had before it became random, or ``None``.
+    """
+
+    prior: Any
+    role: str
+    init: Tensor | None = None
+
+
+class SiteModule(_PyroModule):
+    """
+    A :class:`~pyro.nn.PyroModule` whose random attributes carry a :class:`SiteSpec`.
+
+    The sites have the names that :class:`~pyro.nn.PyroSample` would give them and are cached within one call of
+    the outermost module in the same way. In addition ``infer["pyro_bnn"]`` tells guides the role and the initial
+    value of each site, and the priors follow :meth:`~torch.nn.Module.to`.
+    """
+
+    def _add_site(self, name: str, prior: Any, role: str, init: Tensor | None = None) -> None:
+        """Makes attribute ``name`` random; an existing parameter of this name becomes its initial value."""
+        old = self._parameters.pop(name, None)
+        if init is None and old is not None:
+            init = old.detach().clone()
+        self.__dict__.setdefault("_sites", {})[name] = SiteSpec(prior, role, init)
+
+    def _redirect_site(self, name: str, owner: Any, key: str) -> None:
+        """Makes attribute ``name`` read ``owner.read(key)``, for tied and packed parameters."""
+        self._parameters.pop(name, None)
+        self.__dict__.get("_sites", {}).pop(name, None)
+        self.__dict__.setdefault("_redirects", {})[name] = (owner, key)
+
+    def read(self, name: str) -> Any:
+        """
+        Reads a random attribute.
+
+        :param str name: its name.
+        :return: its value.
+        """
+        return getattr(self, name)
+
+    def _site_names(self) -> list[str]:
+        return list(self.__dict__.get("_sites", ()))
+
+    def __getattr__(self, name: str) -> Any:
+        sites = self.__dict__.get("_sites")
+        if sites is None or name not in sites:
+            redirects = self.__dict__.get("_redirects")
+            if redirects is not None and name in redirects:
+                owner, key = redirects[name]
+                return owner.read(key)
+            return super().__getattr__(name)
+        spec = sites[name]
+        context = self.__dict__["_pyro_context"]
+        if not context.active:
+            return self._site_prior(name, spec).sample()
+        fullname = self._pyro_get_fullname(name)
+        value = context.get(fullname)
+        if value is None:
+            infer: Any = {SITE_KEY: {"role": spec.role, "init": spec.init}}
+            value = pyro.sample(fullname, self._site_prior(name, spec), infer=infer)
+            context.set(fullname, value)
+        return value
+
+    def _site_prior(self, name: str, spec: SiteSpec) -> Any:
+        return spec.prior.make_prior(self, name) if hasattr(spec.prior, "make_prior") else spec.prior
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for spec in self.__dict__.get("_sites", {}).values():
+            spec.prior = map_distribution(spec.prior, fn)
+            spec.init = None if spec.init is None else fn(spec.init)
+        if "_owned_packed" in self.__dict__:
+            self.__dict__["_owned_packed"].map(fn)
+        return self
+
+
+def describe_module(module: nn.Module, name: str) -> str:
+    """
+    Names a module in an error message.
+
+    :param module: a module.
+    :param str name: its dotted path, ``""`` for the root.
+    :return: the path and the class.
+    """
+    return f"{name or 'the network itself'} ({type(module).__name__})"
+
+
+def init_to_trained(site: Any = None, *, fallback: Callable[..., Any] = init_to_median) -> Any:
+    """
+    An ``init_loc_fn`` for every guide of Pyro and of this package: sites of converted layers start at the value
+    that the parameter had before the conversion, e.g. a trained weight.
+
+    :param site: a sample site; without one, the function itself with its options is returned.
+    :param callable fallback: initialisation of the sites that remember no value.
+    :return: the initial value.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> from pyro_bnn.nn import bayesian_
+        >>> net = nn.Linear(2, 1)
+        >>> trained = net.weight.detach().clone()
+        >>> guide = AutoNormal(bayesian_(net), init_loc_fn=init_to_trained)
+        >>> _ = guide(torch.zeros(5, 2))
+        >>> bool((guide.locs.weight == trained).all())
+        True
+    """
+    if site is None:
+        return lambda site: init_to_trained(site, fallback=fallback)
+    init = site["infer"].get(SITE_KEY, {}).get("init")
+    if init is None:
+        return fallback(site)
+    return init.expand(site["fn"].shape()).clone()
