@@ -86,7 +86,8 @@ class SiteOutputs:
         :return: a distribution of batch shape ``sample_shape + site batch shape``.
         """
         parts = dict(zip(self.names, outputs.split(self.sizes, -1), strict=True))
-        d = self.rule.build(self.base, parts)
+        shape = outputs.shape[:-1]
+        d = self.rule.build(self.base, parts) if parts else self.base.expand(shape)
         return td.Independent(d, self.event_dim) if self.event_dim else d
 
 

@@ -9,7 +9,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_sample
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.infer import NotAMinimumError
+from pyro_bnn.infer import NotAMinimumError, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, UnconvergedMAPWarning
 from tests.common import assert_close
 from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
@@ -193,6 +193,23 @@ def test_linearized_draws_match_the_closed_form():
     standard_error = (outputs.variance.squeeze(-1) / 40_000).sqrt()
     assert ((means.mean(0) - outputs.mean.squeeze(-1)).abs() < 4.5 * standard_error).all()
     assert_close(means.var(0), outputs.variance.squeeze(-1), rtol=4.5 * (2 / 40_000) ** 0.5)
+
+
+def test_posterior_predictive_uses_the_linearized_model():
+    x, y = in_between_data()
+    model = tanh_network(hidden=5, noise=None)
+    guide = AutoLaplace(model, init_loc_fn=init_to_sample).initialize(x, y).polish((x, y))
+    point = posterior_predictive(model, guide, (x, y), num_samples=2)
+    assert_close(point.mean[0], point.mean[1], rtol=0)
+    assert point.mean.shape == point.log_likelihood.shape == (2, len(x))
+    guide.laplace_approximation((x, y))
+    prediction = posterior_predictive(model, guide, (x, y), num_samples=20_000)
+    outputs = guide.linearized_outputs(x)["obs"]
+    assert_close(prediction.mean.var(0), outputs.variance[:, 0], rtol=4.5 * (2 / 20_000) ** 0.5)
+    scale = prediction.draws["sigma"].unsqueeze(-1)  # linear in log sigma, so exact
+    assert_close(
+        prediction.log_likelihood, dist.Normal(prediction.mean, scale).log_prob(y), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_probit_matches_monte_carlo():

@@ -314,6 +314,7 @@ class LinearizedGuide(AutoContinuous):
 
     # ------------------------------------------------------------------ predictions
 
+    @torch.enable_grad()
     def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
         r"""
         The closed-form Gaussian over the parameters of each observed site,
@@ -350,6 +351,7 @@ class LinearizedGuide(AutoContinuous):
             name: outputs.distribution() for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
+    @torch.enable_grad()
     def observed_distributions(
         self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
     ) -> dict[str, td.Distribution]:

@@ -1,0 +1,37 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of the documentation."""
+
+import os
+from importlib.metadata import version as package_version
+
+project = "pyro_bnn"
+author = "Contributors to the pyro_bnn project"
+copyright = author
+release = package_version("pyro-bnn")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
+html_theme = "furo"
+html_title = "pyro_bnn"
+exclude_patterns = ["gallery/**/*.ipynb"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+# Names from libraries that are not cross-referenced; everything of this project must resolve.
+nitpicky = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../../tutorials",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"plot_",
+    "abort_on_example_error": True,
+    "min_reported_time": 1,
+    # The figures of the published site come from full runs; a smoke build checks that pages render.
+    "plot_gallery": "PYRO_BNN_DOCS_NO_GALLERY" not in os.environ,
+    "download_all_examples": False,
+}
