@@ -1,0 +1,424 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Scores of predictions under posterior draws.
+
+Every function takes either a prediction (:class:`~pyro_bnn.infer.PosteriorPredictive`, one of its sites, an
+:class:`xarray.DataTree` or :class:`arviz.InferenceData` of :mod:`pyro_bnn.diagnostics.arviz`) or plain arrays
+with the S posterior draws in the first dimension.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction
+
+#: Nominal coverages of a calibration curve.
+LEVELS = tuple(np.arange(1, 20) / 20)
+
+
+def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
+    """
+    Reads predictions at one observed site from any of the forms that the scores take.
+
+    :param source: a :class:`~pyro_bnn.infer.PosteriorPredictive`, a
+        :class:`~pyro_bnn.infer.SitePrediction`, or an ArviZ tree with ``posterior_predictive``,
+        ``observed_data`` or ``log_likelihood``.
+    :param str site: the observed site; needed if there are several.
+    :return: the predictions, with chains joined.
+    :raises ValueError: if the site is not given and there are several, or is not there.
+    """
+    if isinstance(source, SitePrediction):
+        return source
+    if isinstance(source, PosteriorPredictive):
+        return source[_choose(list(source), site)]
+    present = source.children if hasattr(source, "children") else source.groups()
+    wanted = ("posterior_predictive", "log_likelihood", "observed_data")
+    groups = {name: source[name] for name in wanted if name in present}
+    names = sorted({str(v) for group in groups.values() for v in group.data_vars})
+    name = _choose(names, site)
+
+    def read(group: str) -> Tensor | None:
+        if group not in groups or name not in groups[group].data_vars:
+            return None
+        variable = groups[group][name]
+        value = torch.as_tensor(np.array(variable.values))
+        return value.flatten(0, 1) if "draw" in variable.dims else value
+
+    samples = read("posterior_predictive")
+    return SitePrediction(samples, None, None, read("observed_data"), read("log_likelihood"), ())
+
+
+def _choose(names: list[str], site: str | None) -> str:
+    if site is None and len(names) == 1:
+        return names[0]
+    if site not in names:
+        raise ValueError(f"site={site!r}: choose one of the observed sites {names}.")
+    return site
+
+
+def _is_array(source: Any) -> bool:
+    return isinstance(source, (Tensor, np.ndarray, list, tuple, float, int))
+
+
+def _need(value: Any, what: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"The score needs {what}, which the prediction does not hold.")
+    return torch.as_tensor(value)
+
+
+def _pair(source: Any, observed: Any, site: str | None, field: str) -> tuple[Tensor, Tensor]:
+    """Predictions (S, ...) from ``field`` (samples where there is no such field) and the observations."""
+    if _is_array(source):
+        return torch.as_tensor(source), _need(observed, "observed")
+    prediction = as_prediction(source, site)
+    value = getattr(prediction, field)
+    value = prediction.samples if value is None and field == "mean" else value
+    found = prediction.observed if observed is None else observed
+    return _need(value, field), _need(found, "observations")
+
+
+def nll(log_likelihood: Any, *, site: str | None = None) -> float:
+    r"""
+    The negative log predictive density per point, nats:
+    :math:`-\frac1N \sum_n \log \frac1S \sum_s p(y_n \mid z_s)`.
+
+    An estimate from S draws, biased upwards by Jensen's inequality.
+
+    :param log_likelihood: pointwise log likelihoods ``(S, N)``, or a prediction.
+    :param str site: the observed site, if there are several.
+    :return: the mean over points.
+
+    Example::
+
+        >>> round(nll(torch.tensor([[0.2], [0.4]]).log()), 4) == round(-math.log(0.3), 4)
+        True
+    """
+    if not _is_array(log_likelihood):
+        log_likelihood = as_prediction(log_likelihood, site).log_likelihood
+    value = _need(log_likelihood, "log_likelihood")
+    return float(-(torch.logsumexp(value, 0) - math.log(len(value))).mean())
+
+
+def rmse(mean: Any, observed: Any = None, *, site: str | None = None) -> float:
+    r"""
+    Root mean squared error of the predictive mean :math:`\frac1S\sum_s E[y \mid z_s]`.
+
+    :param mean: means under each draw ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param str site: the observed site, if there are several.
+    :return: the error, in units of y.
+
+    Example::
+
+        >>> rmse(torch.tensor([[0.0], [2.0]]), torch.tensor([4.0]))
+        3.0
+    """
+    value, y = _pair(mean, observed, site, "mean")
+    return float((value.mean(0) - y).square().mean().sqrt())
+
+
+def crps(samples: Any, observed: Any = None, *, site: str | None = None) -> float:
+    r"""
+    Continuous ranked probability score of predictive draws,
+    :math:`E|Y - y| - \frac12 E|Y - Y'|`, in its unbiased form (pairs of different draws).
+
+    :param samples: draws of the observation ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param str site: the observed site, if there are several.
+    :return: the mean over points, in units of y.
+
+    **References**
+
+    Gneiting and Raftery, *Strictly proper scoring rules, prediction, and estimation*, JASA 2007, equation 21.
+
+    Example::
+
+        >>> crps(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0]))
+        0.0
+    """
+    value, y = _pair(samples, observed, site, "samples")
+    size = len(value)
+    if size < 2:
+        return float((value - y).abs().mean())
+    # sum over pairs |a - b| = sum_i (2i - S + 1) a_(i) of the sorted draws
+    weight = 2 * torch.arange(size, dtype=value.dtype) - size + 1
+    pairs = (value.sort(0).values * weight.reshape(-1, *(1,) * (value.dim() - 1))).sum(0)
+    return float(((value - y).abs().mean(0) - pairs / (size * (size - 1))).mean())
+
+
+def crps_normal(mean: Any, variance: Any, observed: Any) -> float:
+    r"""
+    The exact score of the mixture :math:`\frac1S\sum_s N(\mu_s, \sigma_s^2)`; memory O(S² N), in chunks of points.
+
+    :param mean: means ``(S, N)``.
+    :param variance: variances ``(S, N)``.
+    :param observed: observations ``(N,)``.
+    :return: the mean over points, in units of y.
+
+    **References**
+
+    Grimit, Gneiting, Berrocal, Johnson, *The continuous ranked probability score for circular variables and its
+    application to mesoscale forecast ensemble verification*, QJRMS 2006, equation 5.
+
+    Example::
+
+        >>> y = torch.zeros(1)
+        >>> round(crps_normal(torch.zeros(1, 1), torch.ones(1, 1), y), 4)
+        0.2337
+    """
+    mean, variance, y = torch.as_tensor(mean), torch.as_tensor(variance), torch.as_tensor(observed)
+
+    def absolute(location: Tensor, var: Tensor) -> Tensor:
+        """E|X| of X ~ N(location, var)."""
+        scale = var.sqrt()
+        return location * torch.erf(location / (scale * math.sqrt(2))) + scale * math.sqrt(
+            2 / math.pi
+        ) * torch.exp(-0.5 * (location / scale).square())
+
+    scores = []
+    for m, v, target in zip(mean.split(64, 1), variance.split(64, 1), y.split(64), strict=True):
+        first = absolute(m - target, v).mean(0)
+        second = absolute(m[:, None] - m, v[:, None] + v).mean((0, 1))
+        scores.append(first - second / 2)
+    return float(torch.cat(scores).mean())
+
+
+def interval_coverage(
+    samples: Any, observed: Any = None, level: float = 0.9, *, site: str | None = None
+) -> float:
+    """
+    The fraction of observations inside the central predictive interval.
+
+    :param samples: draws of the observation ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param float level: the nominal probability of the interval.
+    :param str site: the observed site, if there are several.
+    :return: the fraction, to be compared with ``level``.
+
+    Example::
+
+        >>> interval_coverage(torch.linspace(-1, 1, 101)[:, None].expand(-1, 2), torch.tensor([0.3, 0.8]), 0.5)
+        0.5
+    """
+    value, y = _pair(samples, observed, site, "samples")
+    low, high = _interval(value, level)
+    return float(((y >= low) & (y <= high)).double().mean())
+
+
+def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None) -> float:
+    """
+    Sharpness: the mean width of the central predictive interval.
+
+    :param samples: draws of the observation ``(S, N)``, or a prediction.
+    :param float level: the nominal probability of the interval.
+    :param str site: the observed site, if there are several.
+    :return: the mean width, in units of y.
+    """
+    value = samples if _is_array(samples) else as_prediction(samples, site).samples
+    low, high = _interval(_need(value, "samples"), level)
+    return float((high - low).mean())
+
+
+def _interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=samples.dtype)
+    low, high = torch.quantile(samples, levels, dim=0)
+    return low, high
+
+
+def calibration_curve(
+    samples: Any,
+    observed: Any = None,
+    levels: Sequence[float] = LEVELS,
+    *,
+    site: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Nominal against empirical coverage of central intervals.
+
+    :param samples: draws of the observation ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param levels: nominal probabilities.
+    :param str site: the observed site, if there are several.
+    :return: nominal and empirical coverage.
+    """
+    value, y = _pair(samples, observed, site, "samples")
+    return np.asarray(levels), np.asarray([interval_coverage(value, y, level) for level in levels])
+
+
+def pit(samples: Any, observed: Any = None, *, site: str | None = None) -> np.ndarray:
+    r"""
+    Probability integral transforms :math:`\frac1S \#\{s: y_s < y\}`, ties split at random; uniform for
+    calibrated predictions.
+
+    :param samples: draws of the observation ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param str site: the observed site, if there are several.
+    :return: one value per observation.
+    """
+    value, y = _pair(samples, observed, site, "samples")
+    below, equal = (value < y).sum(0), (value == y).sum(0)
+    rank = below + torch.rand(y.shape, dtype=torch.float64) * (equal + 1)
+    return (rank / (len(value) + 1)).numpy()
+
+
+def mean_probs(probs: Any, labels: Any = None, *, site: str | None = None) -> tuple[Tensor, Tensor]:
+    """
+    Class probabilities averaged over draws, and labels.
+
+    :param probs: probabilities ``(S, N, C)`` or already averaged ``(N, C)``; of two classes those of the second,
+        ``(S, N)``, will do; or a prediction.
+    :param labels: labels ``(N,)``; by default the observations of the prediction.
+    :param str site: the observed site, if there are several.
+    :return: probabilities ``(N, C)`` and labels ``(N,)``.
+    """
+    value, y = _pair(probs, labels, site, "mean")
+    y = y.long()
+    if value.dim() == y.dim() + 2:
+        value = value.mean(0)
+    elif value.shape[1:] == y.shape:
+        second = value.mean(0)
+        value = torch.stack([1 - second, second], -1)
+    return value, y
+
+
+def accuracy(probs: Any, labels: Any = None, *, site: str | None = None) -> float:
+    """
+    The fraction of labels that have the largest mean probability.
+
+    :param probs: see :func:`mean_probs`.
+    :param labels: see :func:`mean_probs`.
+    :param str site: the observed site, if there are several.
+    :return: the fraction.
+    """
+    value, y = mean_probs(probs, labels, site=site)
+    return float((value.argmax(-1) == y).double().mean())
+
+
+def brier(probs: Any, labels: Any = None, *, site: str | None = None) -> float:
+    r"""
+    The Brier score :math:`\frac1N\sum_n \sum_c (p_{nc} - 1[y_n = c])^2` (between 0 and 2).
+
+    :param probs: see :func:`mean_probs`.
+    :param labels: see :func:`mean_probs`.
+    :param str site: the observed site, if there are several.
+    :return: the mean over points.
+
+    Example::
+
+        >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
+        0.5
+    """
+    value, y = mean_probs(probs, labels, site=site)
+    hot = torch.nn.functional.one_hot(y, value.shape[-1])
+    return float((value - hot).square().sum(-1).mean())
+
+
+def ece(probs: Any, labels: Any = None, num_bins: int = 15, *, site: str | None = None) -> float:
+    r"""
+    Expected calibration error: the mean distance of confidence and accuracy over ``num_bins`` bins of equal
+    width of the confidence (the largest mean probability), weighted by their counts.
+
+    Computed by :mod:`torchmetrics`.
+
+    :param probs: see :func:`mean_probs`.
+    :param labels: see :func:`mean_probs`.
+    :param int num_bins: the number of bins.
+    :param str site: the observed site, if there are several.
+    :return: the error.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    value, y = mean_probs(probs, labels, site=site)
+    return float(
+        multiclass_calibration_error(value, y, num_classes=value.shape[-1], n_bins=num_bins, norm="l1")
+    )
+
+
+def auroc(scores_in: Any, scores_out: Any) -> float:
+    """
+    Area under the receiver operating characteristic of a score that should be larger out of distribution, such
+    as the entropy or the epistemic variance.
+
+    Computed by :mod:`torchmetrics`.
+
+    :param scores_in: scores of points in distribution.
+    :param scores_out: scores of points out of distribution.
+    :return: the probability that a point outside scores higher than one inside.
+
+    Example::
+
+        >>> auroc([0.1, 0.2], [0.15, 0.3])
+        0.75
+    """
+    from torchmetrics.functional.classification import binary_auroc
+
+    inside, outside = torch.as_tensor(scores_in).reshape(-1), torch.as_tensor(scores_out).reshape(-1)
+    scores = torch.cat([inside, outside])
+    # ranks: torchmetrics takes probabilities and would push other scores through a sigmoid
+    ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
+    target = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))]).long()
+    return float(binary_auroc(ranks, target))
+
+
+def evaluate(
+    prediction: Any, *, site: str | None = None, levels: Sequence[float] = (0.5, 0.9)
+) -> dict[str, float]:
+    """
+    All scores that fit a prediction: NLL, RMSE, CRPS, coverage and width of intervals for real observations;
+    NLL, accuracy, Brier score and ECE for class labels.
+
+    :param prediction: a prediction with observations.
+    :param str site: the observed site, if there are several.
+    :param levels: nominal probabilities of the intervals.
+    :return: scores by name.
+
+    Example::
+
+        >>> mean = torch.zeros(50, 3)
+        >>> found = evaluate(SitePrediction(torch.randn(50, 3), mean, mean + 1, mean[0], mean - 1, ("data",)))
+        >>> sorted(found)
+        ['coverage_50', 'coverage_90', 'crps', 'nll', 'rmse', 'width_50', 'width_90']
+    """
+    found = as_prediction(prediction, site)
+    y = _need(found.observed, "observations")
+    scores = {"nll": nll(found)} if found.log_likelihood is not None else {}
+    if not y.is_floating_point() and found.mean is not None and found.mean.dim() == y.dim() + 2:
+        return scores | {"accuracy": accuracy(found), "brier": brier(found), "ece": ece(found)}
+    scores |= {"rmse": rmse(found), "crps": crps(found)}
+    for level in levels:
+        scores[f"coverage_{level * 100:g}"] = interval_coverage(found, level=level)
+        scores[f"width_{level * 100:g}"] = interval_width(found, level)
+    return scores
+
+
+def table(rows: Mapping[str, Mapping[str, float]], digits: int = 3) -> str:
+    """
+    Formats scores of several methods as a text table.
+
+    :param rows: scores by method, as :func:`evaluate` returns them.
+    :param int digits: significant digits after the point.
+    :return: lines of text, one method per line.
+
+    Example::
+
+        >>> print(table({"map": {"nll": 1.0}, "laplace": {"nll": 0.5}}))
+                   nll
+        map      1.000
+        laplace  0.500
+    """
+    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    cells = [["", *columns]] + [
+        [name, *(f"{scores[c]:.{digits}f}" if c in scores else "" for c in columns)]
+        for name, scores in rows.items()
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)])
+        for row in cells
+    )

@@ -1,0 +1,219 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Plots of predictions; each takes what the scores of :mod:`pyro_bnn.diagnostics.metrics` take and returns
+matplotlib axes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots()[1]
+
+
+def _samples(source: Any, site: str | None) -> np.ndarray:
+    if isinstance(source, (torch.Tensor, np.ndarray)):
+        return np.asarray(source)
+    samples = as_prediction(source, site).samples
+    if samples is None:
+        raise ValueError("The prediction holds no samples.")
+    return samples.cpu().numpy()
+
+
+def plot_bands(
+    x: Any,
+    samples: Any,
+    *,
+    levels: Sequence[float] = (0.5, 0.9),
+    site: str | None = None,
+    train: tuple[Any, Any] | None = None,
+    color: str = "C0",
+    label: str | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """
+    Central predictive intervals and the median over a one-dimensional input.
+
+    :param x: inputs ``(N,)`` or ``(N, 1)``.
+    :param samples: predictive draws ``(S, N)``, or a prediction.
+    :param levels: nominal probabilities of the bands.
+    :param str site: the observed site, if there are several.
+    :param train: inputs and observations to draw as dots.
+    :param str color: a matplotlib colour.
+    :param str label: the name in the legend.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    x = np.asarray(x).reshape(-1)
+    order = np.argsort(x)
+    values = _samples(samples, site)
+    values = values.reshape(len(values), -1)[:, order]
+    for level in sorted(levels, reverse=True):
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        ax.fill_between(x[order], low, high, color=color, alpha=0.25, linewidth=0)
+    ax.plot(x[order], np.median(values, axis=0), color=color, label=label)
+    if train is not None:
+        ax.plot(np.asarray(train[0]).reshape(-1), np.asarray(train[1]).reshape(-1), "k.", markersize=4)
+    return ax
+
+
+def plot_intervals(
+    samples: Any,
+    observed: Any = None,
+    *,
+    level: float = 0.9,
+    site: str | None = None,
+    color: str = "C0",
+    label: str | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """
+    The central predictive interval of every observation, sorted by predictive median.
+
+    :param samples: predictive draws ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param float level: nominal probability of the intervals.
+    :param str site: the observed site, if there are several.
+    :param str color: a matplotlib colour.
+    :param str label: the name in the legend.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    values = _samples(samples, site)
+    y = np.asarray(as_prediction(samples, site).observed if observed is None else observed).reshape(-1)
+    values = values.reshape(len(values), -1)
+    low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
+    order = np.argsort(middle)
+    rank = np.arange(len(order))
+    ax.vlines(rank, low[order], high[order], color=color, alpha=0.4, label=label or "")
+    ax.plot(rank, middle[order], color=color)
+    inside = (y >= low) & (y <= high)
+    ax.plot(rank[inside[order]], y[order][inside[order]], "k.", markersize=3)
+    ax.plot(rank[~inside[order]], y[order][~inside[order]], "r.", markersize=4)
+    ax.set_xlabel("observation, by predictive median")
+    return ax
+
+
+def plot_calibration(
+    predictions: Any,
+    observed: Any = None,
+    *,
+    levels: Sequence[float] = LEVELS,
+    site: str | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """
+    Empirical over nominal coverage of central intervals; the diagonal is perfect, below it over-confident.
+
+    :param predictions: predictive draws ``(S, N)``, a prediction, or a mapping from names to either.
+    :param observed: observations ``(N,)``; by default those of the predictions.
+    :param levels: nominal probabilities.
+    :param str site: the observed site, if there are several.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+    for name, prediction in _named(predictions).items():
+        nominal, empirical = calibration_curve(prediction, observed, levels, site=site)
+        ax.plot(nominal, empirical, marker=".", label=name)
+    ax.set_xlabel("nominal coverage")
+    ax.set_ylabel("empirical coverage")
+    return ax
+
+
+def _named(predictions: Any) -> Mapping[str | None, Any]:
+    """A mapping from names to predictions; predictions are mappings themselves, from sites."""
+    if type(predictions) is dict:
+        return predictions
+    return {None: predictions}
+
+
+def plot_pit(
+    samples: Any, observed: Any = None, *, bins: int = 10, site: str | None = None, ax: "Axes | None" = None
+) -> "Axes":
+    """
+    Histogram of probability integral transforms, flat for calibrated predictions.
+
+    :param samples: predictive draws ``(S, N)``, or a prediction.
+    :param observed: observations ``(N,)``; by default those of the prediction.
+    :param int bins: the number of bins.
+    :param str site: the observed site, if there are several.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    values = pit(samples, observed, site=site).reshape(-1)
+    ax.hist(values, bins=bins, range=(0, 1), density=True, alpha=0.6)
+    # two binomial standard deviations of a bin's height
+    spread = 2 * np.sqrt((1 - 1 / bins) * bins / len(values))
+    ax.axhspan(1 - spread, 1 + spread, color="0.6", alpha=0.3)
+    ax.set_xlabel("probability integral transform")
+    return ax
+
+
+def plot_reliability(
+    probs: Any, labels: Any = None, *, num_bins: int = 15, site: str | None = None, ax: "Axes | None" = None
+) -> "Axes":
+    """
+    Reliability diagram: accuracy over confidence in bins of equal width, their sizes as the areas of dots.
+
+    :param probs: see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`.
+    :param labels: see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`.
+    :param int num_bins: the number of bins.
+    :param str site: the observed site, if there are several.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    value, y = mean_probs(probs, labels, site=site)
+    confidence, predicted = value.max(-1)
+    correct = (predicted == y).double()
+    index = (confidence * num_bins).long().clamp(max=num_bins - 1)
+    counts = torch.bincount(index, minlength=num_bins)
+    used = counts > 0
+    mean = lambda v: (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()  # noqa: E731
+    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
+    ax.plot(mean(confidence), mean(correct), color="C0")
+    ax.scatter(
+        mean(confidence), mean(correct), s=20 + 200 * (counts[used] / counts.sum()).numpy(), color="C0"
+    )
+    ax.set_xlabel("confidence")
+    ax.set_ylabel("accuracy")
+    return ax
+
+
+def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
+    """
+    The losses of a fit, with their running mean.
+
+    :param result: a :class:`~pyro_bnn.infer.FitResult`, or losses.
+    :param int smooth: steps in the running mean.
+    :param ax: axes to draw in.
+    :return: the axes.
+    """
+    ax = _axes(ax)
+    losses = np.asarray(getattr(result, "losses", result), dtype=float)
+    steps = np.arange(1, len(losses) + 1)
+    ax.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
+    width = min(smooth, len(losses))
+    ax.plot(steps[width - 1 :], np.convolve(losses, np.full(width, 1 / width), "valid"), color="C0")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    return ax

@@ -1,0 +1,270 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+from typing import Any
+
+import arviz as az
+import arviz_stats
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.ops.stats import fit_generalized_pareto
+from scipy.special import logsumexp
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_bnn.diagnostics.arviz import to_datatree, to_inference_data
+from pyro_bnn.infer import fit
+from tests.common import assert_close
+from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior
+
+
+def exact_draws(x: torch.Tensor, y: torch.Tensor, num: int = 1000) -> dict[str, torch.Tensor]:
+    mean, covariance = linear_posterior(x, y)
+    return {"weight": torch.distributions.MultivariateNormal(mean, covariance).sample((num,))}
+
+
+def exact_guide(x: torch.Tensor, y: torch.Tensor) -> AutoMultivariateNormal:
+    """A guide set to the exact posterior of :func:`linear_model`."""
+    guide = AutoMultivariateNormal(linear_model)
+    guide(x, y)
+    mean, covariance = linear_posterior(x, y)
+    tril = torch.linalg.cholesky(covariance)
+    scale = tril.diagonal()
+    with torch.no_grad():
+        guide.loc.copy_(mean)
+        guide.scale = pyro.nn.PyroParam(scale.clone(), guide.scale_constraint)
+        guide.scale_tril = pyro.nn.PyroParam(tril / scale[:, None], guide.scale_tril_constraint)
+    return guide
+
+
+def psis_loo(log_likelihood: np.ndarray) -> np.ndarray:
+    """Pareto-smoothed importance-sampling LOO (Vehtari, Gelman, Gabry 2017), from the formulas."""
+    size = len(log_likelihood)
+    tail = int(np.ceil(min(size / 5, 3 * np.sqrt(size))))
+    elpd = []
+    for column in log_likelihood.T:
+        log_ratio = -column - np.max(-column)
+        order = np.argsort(log_ratio)
+        cutoff = log_ratio[order[-tail - 1]]
+        excess = np.exp(log_ratio[order[-tail:]]) - np.exp(cutoff)
+        k, sigma = (float(v) for v in fit_generalized_pareto(torch.as_tensor(excess)))
+        probs = (np.arange(tail) + 0.5) / tail
+        smoothed = sigma * np.expm1(-k * np.log1p(-probs)) / k + np.exp(cutoff)
+        log_ratio[order[-tail:]] = np.minimum(np.log(smoothed), 0.0)
+        elpd.append(logsumexp(log_ratio + column) - logsumexp(log_ratio))
+    return np.asarray(elpd)
+
+
+def test_loo_equals_loo_by_hand() -> None:
+    x, y = linear_data()
+    draws = exact_draws(x, y)
+    kwargs: dict[str, Any] = {"num_chains": 4}
+    tree = to_datatree(linear_model, draws, (x, y), **kwargs)
+    data = to_inference_data(linear_model, draws, (x, y), **kwargs)
+    assert isinstance(data, az.InferenceData)
+
+    matrix = dist.Normal(draws["weight"] @ x.T, NOISE).log_prob(y).numpy()
+    exported = tree["log_likelihood"]["obs"]
+    assert exported.dims == ("chain", "draw", "data")
+    np.testing.assert_allclose(exported.values.reshape(1000, -1), matrix, rtol=1e-12)
+
+    expected = psis_loo(matrix)
+    old = az.loo(data, pointwise=True, reff=1.0)
+    new = arviz_stats.loo(tree, pointwise=True, reff=1.0)
+    np.testing.assert_allclose(old.loo_i.values, expected, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(new.elpd_i.values, expected, rtol=0, atol=2e-3)
+    np.testing.assert_allclose([old.elpd_loo, new.elpd], expected.sum(), rtol=1e-3)
+
+    # and the exact leave-one-out density of the conjugate model
+    exact = 0.0
+    for i in range(len(x)):
+        keep = torch.arange(len(x)) != i
+        mean, covariance = linear_posterior(x[keep], y[keep])
+        scale = (x[i] @ covariance @ x[i] + NOISE**2).sqrt()
+        exact += float(dist.Normal(x[i] @ mean, scale).log_prob(y[i]))
+    np.testing.assert_allclose(old.elpd_loo, exact, atol=0.5)
+
+
+def test_importance_weights_of_the_exact_posterior_are_constant() -> None:
+    x, y = linear_data(12)
+    stats = to_datatree(linear_model, exact_guide(x, y), (x, y), num_samples=200)["sample_stats"]
+    np.testing.assert_allclose(stats["log_weight"].values, -np.log(200), atol=1e-9)
+    # lp - log q is the log evidence, a multivariate normal density
+    covariance = torch.eye(12) * NOISE**2 + x @ x.T
+    evidence = dist.MultivariateNormal(torch.zeros(12), covariance).log_prob(y)
+    np.testing.assert_allclose((stats["lp"] - stats["log_q"]).values, float(evidence), rtol=1e-9)
+
+
+@pytest.mark.parametrize("auto_class", [AutoNormal, AutoDiagonalNormal])
+def test_log_q_includes_jacobians(auto_class: Any) -> None:
+    def model(y: torch.Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("groups", 2):
+            pyro.sample("prob", dist.Beta(2.0, 3.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(0.0, scale), obs=y)
+
+    y = torch.randn(5)
+    guide = auto_class(model)
+    guide(y)
+    tree = to_datatree(model, guide, y, num_samples=20)
+    expected = []
+    for i in range(20):
+        values = {n: torch.as_tensor(tree["posterior"][n].values[0, i]) for n in ("scale", "prob")}
+        normal = dist.TransformedDistribution(
+            dist.Normal(*_loc_scale(guide, 0)), dist.transforms.ExpTransform()
+        )
+        beta = dist.TransformedDistribution(
+            dist.Normal(*_loc_scale(guide, 1)), dist.transforms.SigmoidTransform()
+        )
+        expected.append(normal.log_prob(values["scale"]) + beta.log_prob(values["prob"]).sum())
+    assert_close(tree["sample_stats"]["log_q"].values[0], torch.stack(expected), rtol=1e-8)
+
+
+def _loc_scale(guide: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(guide, AutoNormal):
+        return guide._get_loc_and_scale(("scale", "prob")[index])
+    loc, scale = guide.loc.detach(), guide.scale.detach()
+    return (loc[0], scale[0]) if index == 0 else (loc[1:], scale[1:])
+
+
+def test_groups_dims_coords_and_round_trip(tmp_path: Path) -> None:
+    x, y = linear_data(6)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 2, dim=-2):
+            offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        mean = (x * weight).sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("first", dist.Normal(mean + offset[..., :1, :].sum(-2), sigma), obs=y)
+            pyro.sample("second", dist.Poisson(mean.exp()), obs=None if y is None else y.abs().round())
+
+    guide = AutoNormal(model)
+    guide(x, y)
+    tree = to_datatree(
+        model,
+        guide,
+        {"x": x, "y": y},
+        num_samples=30,
+        prior_samples=10,
+        dims={"weight": ["feature"]},
+        coords={"feature": ["a", "b", "c"]},
+        attrs={"note": "test"},
+    )
+    assert set(tree.children) == {
+        "posterior", "posterior_predictive", "log_likelihood", "log_prior", "sample_stats", "prior",
+        "prior_predictive", "observed_data", "constant_data",
+    }  # fmt: skip
+    assert tree["posterior"]["weight"].dims == ("chain", "draw", "feature")
+    assert list(tree["posterior"].coords["feature"].values) == ["a", "b", "c"]
+    assert tree["posterior"]["offset"].dims == ("chain", "draw", "groups", "offset_dim_1")
+    assert tree["log_likelihood"]["second"].dims == ("chain", "draw", "data")
+    assert tree["observed_data"]["first"].dims == ("data",)
+    assert set(tree["constant_data"].data_vars) == {"x"}
+    assert tree["constant_data"]["x"].dims == ("data", "x_dim_1")
+    assert tree["prior"]["sigma"].shape == (1, 10)
+    assert tree["prior_predictive"]["first"].shape == (1, 10, 6)
+    assert set(tree["log_prior"].data_vars) == {"sigma", "offset", "weight"}
+    assert tree.attrs["note"] == "test"
+    assert tree.attrs["inference_library"] == "pyro"
+    assert tree["posterior"].attrs["sample_dims"] == ["chain", "draw"]
+    prior = torch.as_tensor(tree["posterior"]["sigma"].values)
+    assert_close(tree["log_prior"]["sigma"].values, dist.HalfNormal(1.0).log_prob(prior))
+
+    path = tmp_path / "tree.nc"
+    tree.to_netcdf(path)
+    with xr.open_datatree(path) as loaded:
+        for group in tree.children:
+            xr.testing.assert_allclose(loaded[group].to_dataset(), tree[group].to_dataset())
+    old = az.from_netcdf(path)
+    xr.testing.assert_allclose(old.posterior, tree["posterior"].to_dataset())
+    data = to_inference_data(model, guide, (x, y), num_samples=30)
+    data.to_netcdf(tmp_path / "data.nc")
+    xr.testing.assert_allclose(az.from_netcdf(tmp_path / "data.nc").log_likelihood, data.log_likelihood)
+
+
+def test_lp_and_log_likelihood_under_subsampling() -> None:
+    x, y = linear_data(20)
+    draws = {"weight": torch.randn(7, 3)}
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 20, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal((x * weight).sum(-1), NOISE), obs=y)
+
+    likelihood = dist.Normal(draws["weight"] @ x.T, NOISE).log_prob(y)
+    prior = dist.Normal(0.0, 1.0).log_prob(draws["weight"]).sum(-1)
+    full = to_datatree(linear_model, draws, (x, y))
+    loader = to_datatree(model, draws, DataLoader(TensorDataset(x, y), batch_size=6))
+    for tree in (full, loader):
+        assert_close(tree["log_likelihood"]["obs"].values[0], likelihood, rtol=1e-10)
+        assert_close(tree["sample_stats"]["lp"].values[0], prior + likelihood.sum(-1), rtol=1e-10)
+    part = to_datatree(model, draws, (x[:5], y[:5]))
+    assert_close(part["log_likelihood"]["obs"].values[0], likelihood[:, :5], rtol=1e-10)
+    assert_close(part["sample_stats"]["lp"].values[0], prior + 4 * likelihood[:, :5].sum(-1), rtol=1e-10)
+
+
+def test_chains() -> None:
+    x, y = linear_data(10)
+    guides = []
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        guides.append(AutoNormal(linear_model))
+        fit(linear_model, guides[-1], (x, y), num_steps=5, optim=0.1, progress_bar=False)
+    ensemble = to_datatree(linear_model, guides, (x, y), num_samples=60)
+    assert ensemble["posterior"]["weight"].shape == (3, 20, 3)
+    for chain, guide in enumerate(guides):
+        loc = guide.median()["weight"]
+        found = ensemble["posterior"]["weight"].values[chain].mean(0)
+        assert_close(found, loc, atol=0.15, rtol=0)
+
+    mcmc = MCMC(NUTS(linear_model), num_samples=30, warmup_steps=30, disable_progbar=True)
+    mcmc.run(x, y)
+    tree = to_datatree(linear_model, mcmc, (x, y))
+    assert tree["posterior"]["weight"].shape == (1, 30, 3)
+    assert tree["sample_stats"]["diverging"].dtype == bool
+    assert_close(tree["posterior"]["weight"].values[0], mcmc.get_samples()["weight"])
+    with pytest.raises(ValueError, match="num_chains=3"):
+        to_datatree(linear_model, {"weight": torch.zeros(10, 3)}, (x, y), num_chains=3)
+
+
+def test_weights_are_opt_in() -> None:
+    x, y = linear_data(10)
+    net = TextbookNet()
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        pyro.sample("sigma", dist.HalfNormal(1.0))
+        net(x, y)
+
+    guide = AutoNormal(model)
+    guide(x, y)
+    tree = to_datatree(model, guide, (x, y), num_samples=8)
+    assert set(tree["posterior"].data_vars) == {"sigma"}
+    assert tree.attrs["left_out"] == ["linear.bias", "linear.weight"]
+    assert set(tree["log_prior"].data_vars) == {"sigma", "linear.bias", "linear.weight"}
+    tree = to_datatree(model, guide, (x, y), num_samples=8, weights=True, thin=4)
+    assert tree["posterior"]["linear.weight"].shape == (1, 2, 1, 3)
+    assert tree["log_likelihood"]["obs"].shape == (1, 8, 10)
+    with pytest.raises(ValueError, match=r"\['nothing'\]"):
+        to_datatree(model, guide, (x, y), num_samples=8, var_names=["nothing"])
+
+
+def test_point_masses_have_no_density() -> None:
+    x, y = linear_data(5)
+    guide = AutoDelta(linear_model)
+    guide(x, y)
+    tree = to_datatree(linear_model, guide, (x, y), num_samples=4)
+    assert set(tree["sample_stats"].data_vars) == {"lp"}
+
+
+def test_missing_observation() -> None:
+    with pytest.raises(ValueError, match="observes nothing"):
+        to_datatree(linear_model, {"weight": torch.zeros(4, 3)}, (torch.zeros(5, 3),))
