@@ -26,6 +26,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, check_finite, iter_batches
 from pyro_bnn.infer.handlers import (
     Site,
@@ -67,16 +68,15 @@ class SiteOutputs:
     def information(self) -> Tensor:
         """Weighted Fisher information in the active parameters, shape ``shape + (C, C)``, detached."""
         with torch.no_grad():
-            full = self.rule.information(self.base)
-            keep: list[int] = []
-            start = 0
-            for name, value in self.rule.parameters(self.base).items():
-                if name in self.names:
-                    keep += range(start, start + value.shape[-1])
-                start += value.shape[-1]
-            index = torch.tensor(keep, device=full.device)
-            block = full.index_select(-1, index).index_select(-2, index)
+            block = self.rule.block(self.base, self.names)
             return block * self.weight[..., None, None]
+
+    @property
+    def root(self) -> Tensor:
+        """A factor R of the weighted information, ``R @ R.mT``, shape ``shape + (C, K)``, detached."""
+        with torch.no_grad():
+            root = self.rule.root(self.base, self.names)
+            return root * self.weight.sqrt()[..., None, None]
 
     def build(self, outputs: Tensor) -> td.Distribution:
         """

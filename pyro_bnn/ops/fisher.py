@@ -10,7 +10,7 @@ A :class:`FisherRule` says which real-valued parameters a distribution has, what
 and how to build the distribution again from parameters that have moved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributions as td
@@ -45,6 +45,36 @@ class FisherRule:
         :return: a tensor of shape ``d.batch_shape + (C, C)`` with ``C`` the sum of the ``C_name``.
         """
         raise NotImplementedError
+
+    def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
+        """
+        The Fisher information in some of the parameters; override it where that is cheaper than the whole.
+
+        :param d: a distribution of the family.
+        :param names: names of parameters, in the order of :meth:`parameters`.
+        :return: a tensor of shape ``d.batch_shape + (C, C)`` with ``C`` the sum of their sizes.
+        """
+        full = self.information(d)
+        keep: list[int] = []
+        start = 0
+        for name, value in self.parameters(d).items():
+            if name in names:
+                keep += range(start, start + value.shape[-1])
+            start += value.shape[-1]
+        if len(keep) == full.shape[-1]:
+            return full
+        index = torch.tensor(keep, device=full.device, dtype=torch.long)
+        return full.index_select(-1, index).index_select(-2, index)
+
+    def root(self, d: Distribution, names: Sequence[str]) -> Tensor:
+        r"""
+        A factor :math:`R` of the Fisher information, :math:`F = R R^\top`.
+
+        :param d: a distribution of the family.
+        :param names: names of parameters, in the order of :meth:`parameters`.
+        :return: a tensor of shape ``d.batch_shape + (C, K)``.
+        """
+        return matrix_square_root(self.block(d, names))
 
     def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
         """
@@ -93,94 +123,132 @@ def register_fisher(
 
 def fisher_rule(d: Distribution) -> FisherRule:
     """
-    The registered rule for a distribution: that of the first registered class in its method resolution order.
+    The rule for a distribution: that of the first registered class in its method resolution order, else the
+    :class:`MonteCarloFisher` of its own arguments.
 
     :param d: a distribution (not wrapped in ``Independent`` or a mask).
     :return: its rule.
-    :raises KeyError: if no class of ``d`` is registered; the message lists what to do.
+    :raises KeyError: if no class of ``d`` is registered and ``d`` cannot be rebuilt from its arguments; the message
+        says what to do.
     """
     for family in type(d).__mro__:
         if family in _RULES:
             return _RULES[family]
-    known = ", ".join(sorted(family.__name__ for family in _RULES))
-    raise KeyError(
-        f"No Fisher information is registered for {type(d).__name__} (known: {known}). Use "
-        "curvature='hessian', or register a FisherRule with pyro_bnn.ops.fisher.register_fisher."
-    )
+    rule = MonteCarloFisher()
+    try:
+        with torch.no_grad():
+            rule.build(d, rule.parameters(d)).log_prob(d.sample())
+    except Exception as error:
+        known = ", ".join(sorted(family.__name__ for family in _RULES))
+        raise KeyError(
+            f"No Fisher information is registered for {type(d).__name__} (known: {known}), and it cannot be rebuilt "
+            f"from its arguments for a Monte-Carlo estimate ({type(error).__name__}: {error}). Use "
+            "curvature='hessian', or register a FisherRule with pyro_bnn.ops.fisher.register_fisher."
+        ) from error
+    return rule
 
 
-def _stack(*entries: Tensor) -> Tensor:
-    """A diagonal information matrix (*batch, C, C) from its C diagonal entries (*batch,)."""
-    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*entries), -1))
+def matrix_square_root(matrix: Tensor) -> Tensor:
+    """
+    A square root of symmetric positive semi-definite matrices, which may be singular.
+
+    :param matrix: shape ``(..., C, C)``.
+    :return: ``R`` with ``R @ R.mT == matrix``, shape ``(..., C, C)``.
+    """
+    if matrix.shape[-1] == 1:
+        return matrix.clamp(min=0).sqrt()
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
 
-@register_fisher(td.Normal, td.LogNormal)
-class NormalFisher(FisherRule):
-    r"""Normal (and LogNormal) in :math:`(\mu, \log\sigma)`: :math:`F = \mathrm{diag}(\sigma^{-2}, 2)`."""
+def score(
+    rule: FisherRule, d: Distribution, names: Sequence[str], value: Tensor, *, create_graph: bool = False
+) -> Tensor:
+    r"""
+    The score :math:`\partial\log p(y\mid\phi)/\partial\phi`, elementwise over the batch.
 
-    def parameters(self, d: td.Normal) -> dict[str, Tensor]:  # type: ignore[override]
+    :param rule: the rule of ``d``.
+    :param d: a distribution.
+    :param names: parameters to differentiate in, in the order of :meth:`FisherRule.parameters`.
+    :param value: observations, shape ``sample_shape + d.batch_shape + d.event_shape``.
+    :param create_graph: whether the score can be differentiated again.
+    :return: shape ``sample_shape + d.batch_shape + (C,)``.
+    """
+    sample_shape = value.shape[: value.dim() - len(d.batch_shape) - len(d.event_shape)]
+    everything = rule.parameters(d)
+    moved = {}
+    with torch.enable_grad():
+        for name in names:
+            v = everything[name]
+            v = v.expand(sample_shape + d.batch_shape + v.shape[-1:])
+            moved[name] = v if create_graph and v.requires_grad else v.detach().requires_grad_(True)
+        rebuilt = rule.build(d, moved)
+        log_prob = rebuilt.log_prob(value).sum()
+        scores = torch.autograd.grad(log_prob, list(moved.values()), create_graph=create_graph)
+    return torch.cat(scores, -1)
+
+
+class MonteCarloFisher(FisherRule):
+    r"""
+    Any distribution that can be rebuilt from its own tensor arguments, taken to unconstrained space:
+    :math:`F \approx \frac1S \sum_s \nabla\log p(y_s)\nabla\log p(y_s)^\top` with :math:`y_s\sim p`.
+
+    An unbiased approximation with relative error about :math:`\sqrt{2/S}`; the draws come from a fixed seed, so
+    that the same distribution gives the same matrix.
+
+    :param num_samples: S.
+    """
+
+    def __init__(self, num_samples: int = 1024) -> None:
+        self.num_samples = num_samples
+
+    def _constraints(self, d: Distribution) -> dict[str, td.constraints.Constraint]:
+        found = dict(d.arg_constraints)
+        if "logits" in found:
+            found.pop("probs", None)
+        return {
+            k: v for k, v in found.items() if isinstance(getattr(d, k, None), Tensor) and not v.is_discrete
+        }
+
+    def parameters(self, d: Distribution) -> dict[str, Tensor]:
         """See :meth:`FisherRule.parameters`."""
-        return {"loc": d.loc.unsqueeze(-1), "log_scale": d.scale.log().unsqueeze(-1)}
+        found = {}
+        for name, constraint in self._constraints(d).items():
+            value = td.biject_to(constraint).inv(getattr(d, name))
+            event = value.dim() - len(d.batch_shape)
+            if event < 0:
+                value, event = value.expand(d.batch_shape), 0
+            found[name] = value.flatten(len(d.batch_shape)) if event else value.unsqueeze(-1)
+        return found
 
-    def information(self, d: td.Normal) -> Tensor:  # type: ignore[override]
+    def information(self, d: Distribution) -> Tensor:
         """See :meth:`FisherRule.information`."""
-        return _stack(d.scale.pow(-2), torch.full_like(d.scale, 2.0))
+        return self.block(d, list(self.parameters(d)))
 
-    def build(self, d: td.Normal, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
+    def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
+        """See :meth:`FisherRule.block`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            value = d.sample((self.num_samples,))
+        scores = score(self, d, names, value)
+        return torch.einsum("s...i,s...j->...ij", scores, scores) / self.num_samples
+
+    def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
         """See :meth:`FisherRule.build`."""
-        loc = parameters["loc"].squeeze(-1) if "loc" in parameters else d.loc
-        scale = parameters["log_scale"].squeeze(-1).exp() if "log_scale" in parameters else d.scale
-        return type(d)(*torch.broadcast_tensors(loc, scale))
+        arguments = {}
+        for name, constraint in self._constraints(d).items():
+            transform = td.biject_to(constraint)
+            old = getattr(d, name)
+            if name in parameters:
+                event = transform.inv(old).shape[len(d.batch_shape) :]
+                new = parameters[name]
+                old = transform(new.reshape(new.shape[:-1] + event) if event else new.squeeze(-1))
+            arguments[name] = old
+        for name in d.arg_constraints:
+            if name not in arguments and name not in ("probs", "logits") and hasattr(d, name):
+                arguments[name] = getattr(d, name)
+        return type(d)(**arguments)
 
 
-@register_fisher(td.Categorical, td.OneHotCategorical)
-class CategoricalFisher(FisherRule):
-    r"""Categorical in its logits: :math:`F = \mathrm{diag}(\pi) - \pi\pi^\top`."""
-
-    def parameters(self, d: td.Categorical) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"logits": d.logits}
-
-    def information(self, d: td.Categorical) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        probs = d.probs
-        return torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
-
-    def build(self, d: td.Categorical, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        family = td.OneHotCategorical if isinstance(d, td.OneHotCategorical) else td.Categorical
-        return family(logits=parameters["logits"])
-
-
-@register_fisher(td.Bernoulli)
-class BernoulliFisher(FisherRule):
-    r"""Bernoulli in its logit: :math:`F = \pi(1-\pi)`."""
-
-    def parameters(self, d: td.Bernoulli) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"logits": d.logits.unsqueeze(-1)}
-
-    def information(self, d: td.Bernoulli) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.probs * (1 - d.probs))
-
-    def build(self, d: td.Bernoulli, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Bernoulli(logits=parameters["logits"].squeeze(-1))
-
-
-@register_fisher(td.Poisson)
-class PoissonFisher(FisherRule):
-    r"""Poisson in its log rate: :math:`F = \lambda`."""
-
-    def parameters(self, d: td.Poisson) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"log_rate": d.rate.log().unsqueeze(-1)}
-
-    def information(self, d: td.Poisson) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.rate)
-
-    def build(self, d: td.Poisson, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Poisson(parameters["log_rate"].squeeze(-1).exp())
+# the rules register themselves on import
+from pyro_bnn.ops import fisher_rules as fisher_rules  # noqa: E402

@@ -315,14 +315,3 @@ def test_bad_input():
         guide.laplace_approximation((x, bad))
     with pytest.raises(ValueError, match=r"'obs' has data of shape \(50, 1\), expected \(50,\)"):
         guide.laplace_approximation((x, y.unsqueeze(-1)))
-
-    def unregistered(x, y=None):
-        w = pyro.sample("w", dist.Normal(torch.zeros(3), 2.0).to_event(1))
-        with pyro.plate("data", len(x)):
-            return pyro.sample("obs", dist.VonMises(x @ w, 1.0), obs=y)
-
-    guide = AutoLaplace(unregistered).initialize(x, y.clamp(-3, 3))
-    with pytest.raises(
-        KeyError, match="observed site 'obs': No Fisher information is registered for VonMises"
-    ):
-        guide.laplace_approximation((x, y.clamp(-3, 3)))

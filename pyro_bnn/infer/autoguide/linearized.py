@@ -19,6 +19,7 @@ from pyro_bnn.infer.curvature import site_jacobians
 from pyro_bnn.infer.data import check_finite, is_single_batch
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, check_data
+from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.jacobian import jvp_operator
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
@@ -99,19 +100,6 @@ class LinearizedOutputs:
             f"site {self.site.name!r} ({type(base).__name__} in {', '.join(self.names)}) has no closed-form "
             "predictive: use posterior_predictive, which integrates by Monte Carlo."
         )
-
-
-def matrix_square_root(matrix: Tensor) -> Tensor:
-    """
-    A square root of symmetric positive semi-definite matrices, which may be singular.
-
-    :param matrix: shape ``(..., C, C)``.
-    :return: ``R`` with ``R @ R.mT == matrix``, shape ``(..., C, C)``.
-    """
-    if matrix.shape[-1] == 1:
-        return matrix.clamp(min=0).sqrt()
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
 
 class LinearizedGuide(AutoContinuous):

@@ -1,0 +1,153 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.distributions as td
+from scipy import integrate
+
+import pyro_bnn.infer  # registers the rules of Pyro's own distributions  # noqa: F401
+from pyro_bnn.ops.fisher import MonteCarloFisher, fisher_rule, score
+from tests.common import assert_close
+
+COV = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.5, -0.1], [0.0, -0.1, 0.8]], dtype=torch.float64)
+W = torch.tensor([[0.4], [-0.3], [0.8]], dtype=torch.float64)
+
+CONTINUOUS = {
+    "normal": lambda: dist.Normal(torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0])),
+    "lognormal": lambda: dist.LogNormal(torch.tensor(0.3), torch.tensor(0.5)),
+    "laplace": lambda: dist.Laplace(torch.tensor(0.3), torch.tensor(0.5)),
+    "studentt": lambda: dist.StudentT(torch.tensor(3.5), torch.tensor(0.2), torch.tensor(0.7)),
+    "gamma": lambda: dist.Gamma(torch.tensor(2.5), torch.tensor(0.7)),
+    "beta": lambda: dist.Beta(torch.tensor(2.5), torch.tensor(3.7)),
+}
+DISCRETE = {
+    "poisson": lambda: dist.Poisson(torch.tensor([0.7, 4.0])),
+    "negative_binomial": lambda: dist.NegativeBinomial(
+        torch.tensor([1.5, 6.0]), logits=torch.tensor([0.3, -1.0])
+    ),
+    "bernoulli": lambda: dist.Bernoulli(logits=torch.tensor(0.6)),
+    "binomial": lambda: dist.Binomial(7, logits=torch.tensor([0.6, -1.0])),
+    "categorical": lambda: dist.Categorical(logits=torch.tensor([[0.6, 0.1, -0.3], [1.0, 0.0, 2.0]])),
+    "ordered_logistic": lambda: dist.OrderedLogistic(
+        torch.tensor([0.4, -1.0]), torch.tensor([-1.0, 0.2, 1.7])
+    ),
+}
+
+
+def outer(scores, weights):
+    return torch.einsum("s...i,s...j,s...->...ij", scores, scores, weights)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_discrete_information_equals_the_sum_over_the_support(name):
+    d = DISCRETE[name]()
+    rule = fisher_rule(d)
+    if d.has_enumerate_support:
+        values = d.enumerate_support()
+    else:
+        values = torch.arange(400.0).reshape((-1,) + (1,) * len(d.batch_shape)).expand((400,) + d.batch_shape)
+    scores = score(rule, d, list(rule.parameters(d)), values)
+    assert_close(rule.information(d), outer(scores, d.log_prob(values).exp()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_continuous_information_equals_quadrature(name):
+    d = CONTINUOUS[name]().expand(torch.Size([1])) if name != "normal" else CONTINUOUS[name]()
+    d = type(d)(*[getattr(d, a)[:1] for a in d.arg_constraints if isinstance(getattr(d, a), torch.Tensor)])
+    rule = fisher_rule(d)
+    names = list(rule.parameters(d))
+    F = rule.information(d)[0]
+    low, high = (
+        (0.0, 1.0)
+        if name == "beta"
+        else (0.0, torch.inf)
+        if name in ("gamma", "lognormal")
+        else (-torch.inf, torch.inf)
+    )
+
+    for i in range(len(F)):
+        for j in range(i + 1):
+
+            def integrand(y, i=i, j=j):
+                value = torch.tensor([y])
+                s = score(rule, d, names, value)[0]
+                return float(s[i] * s[j] * d.log_prob(value).exp())
+
+            points = [(low, 0.3), (0.3, high)]  # the Laplace density has a kink at its location
+            expected = sum(integrate.quad(integrand, a, b, limit=400, epsabs=1e-11)[0] for a, b in points)
+            assert_close(F[i, j], expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "d",
+    [
+        lambda: dist.MultivariateNormal(torch.tensor([0.1, 0.2, 0.3]), COV),
+        lambda: dist.LowRankMultivariateNormal(
+            torch.tensor([0.1, 0.2, 0.3]), W, torch.tensor([0.5, 1.0, 0.2])
+        ),
+    ],
+)
+def test_gaussian_information_equals_the_hessian_of_the_divergence(d):
+    # F is the Hessian of KL(p_phi0 || p_phi) at phi0
+    d = d()
+    rule = fisher_rule(d)
+    start = rule.parameters(d)
+    sizes = [v.shape[-1] for v in start.values()]
+    fixed = td.MultivariateNormal(d.loc, d.covariance_matrix)
+
+    def divergence(flat):
+        moved = rule.build(d, dict(zip(start, flat.split(sizes), strict=True)))
+        return td.kl_divergence(fixed, td.MultivariateNormal(moved.loc, moved.covariance_matrix))
+
+    expected = torch.autograd.functional.hessian(divergence, torch.cat(list(start.values())))
+    assert_close(rule.information(d), expected, rtol=1e-9, atol=1e-10)
+    assert_close(rule.block(d, ["loc"]), rule.information(d)[:3, :3], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
+def test_build_inverts_parameters_and_roots_are_roots(name):
+    d = {**CONTINUOUS, **DISCRETE}[name]()
+    rule = fisher_rule(d)
+    parameters = rule.parameters(d)
+    value = d.sample()
+    assert_close(rule.build(d, parameters).log_prob(value), d.log_prob(value), rtol=1e-9, atol=1e-12)
+    stacked = {
+        k: v.expand(d.batch_shape + v.shape[-1:]).expand((4,) + d.batch_shape + v.shape[-1:])
+        for k, v in parameters.items()
+    }
+    assert rule.build(d, stacked).batch_shape == (4,) + d.batch_shape
+    for names in ([*parameters], [*parameters][-1:]):
+        R = rule.root(d, names)
+        assert_close(R @ R.mT, rule.block(d, names), rtol=1e-9, atol=1e-12)
+
+
+def test_the_rest_by_monte_carlo():
+    # any distribution that has no rule of its own, against one that has
+    d = dist.Gumbel(torch.tensor([0.5, 1.0]), torch.tensor(2.0))
+    rule = fisher_rule(d)
+    assert type(rule) is MonteCarloFisher
+    S = 200_000
+    F = MonteCarloFisher(S).information(d)
+    draws = score(rule, d, list(rule.parameters(d)), d.sample((S,)))[:, 0]
+    error = torch.einsum("si,sj->sij", draws, draws).std(0) / S**0.5
+    euler = 0.5772156649015329
+    expected = torch.tensor(
+        [[1 / 4, -(1 - euler) / 2], [-(1 - euler) / 2, torch.pi**2 / 6 + (1 - euler) ** 2]]
+    )
+    assert ((F[0].abs() - expected.abs()).abs() < 4.5 * error).all()
+    assert_close(rule.information(d), rule.information(d), rtol=0)
+    vonmises = dist.VonMises(torch.tensor(0.3), torch.tensor(2.0))
+    bessel = torch.special.i1e(torch.tensor(2.0)) / torch.special.i0e(torch.tensor(2.0))
+    # E[sin^2] kappa^2 = kappa I1(kappa) / I0(kappa)
+    assert_close(MonteCarloFisher(100_000).block(vonmises, ["loc"])[0, 0], 2.0 * bessel, rtol=0.03)
+
+
+def test_a_distribution_without_arguments_is_refused_by_name():
+    class Odd(td.Distribution):
+        arg_constraints = {}  # noqa: RUF012
+        support = td.constraints.real
+
+    with pytest.raises(KeyError, match="No Fisher information is registered for Odd"):
+        fisher_rule(Odd(validate_args=False))
