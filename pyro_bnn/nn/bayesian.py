@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers whose full weights are random."""
 
+import math
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ def broadcast_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dim() == 2:
         return F.linear(x, weight)
-    if weight.shape[:-2].numel() == 1:
-        y = F.linear(x, weight.reshape(weight.shape[-2:]))
-        return y.reshape(torch.broadcast_shapes(x.shape[:-1], weight.shape[:-2]) + y.shape[-1:])
+    batch = weight.shape[:-2]
+    if all(n == 1 or stride == 0 for n, stride in zip(batch, weight.stride(), strict=False)):
+        # one weight, expanded over the samples
+        y = F.linear(x, weight[(0,) * len(batch)])
+        return y.expand(torch.broadcast_shapes(x.shape[:-1], batch) + y.shape[-1:])
     if weight.shape[-3] == 1:
         # one weight for all rows of the last batch dimension: a batched matrix product
         if x.dim() == 1:
@@ -43,7 +46,43 @@ def broadcast_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(weight, x.unsqueeze(-1)).squeeze(-1)
 
 
-class BayesianLinear(SiteModule, _Linear):
+def fan_in(module: nn.Module, name: str, shape: torch.Size) -> int | None:
+    """
+    The number of inputs that enter one output of a layer.
+
+    :param module: a layer.
+    :param str name: name of one of its parameters.
+    :param shape: shape of the parameter.
+    :return: the fan-in of a weight, ``None`` for vectors.
+    """
+    if len(shape) < 2:
+        return None
+    if isinstance(module, nn.Embedding):
+        return 1
+    if getattr(module, "transposed", False):
+        return math.prod(shape) // shape[1] // getattr(module, "groups", 1)
+    return math.prod(shape[1:])
+
+
+class BayesianMixin(SiteModule):
+    """Makes the parameters of a torch layer sample sites."""
+
+    def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
+        prior = FanInNormal() if prior is None else prior
+        self.__dict__.setdefault("_sites", {})
+        for name, value in list(self._parameters.items()):
+            if value is not None:
+                resolved = resolve_prior(
+                    prior, prefix + name, value.shape, fan_in=fan_in(self, name, value.shape)
+                )
+                if resolved is not None:
+                    self._add_site(name, map_to(resolved, value), "weight", event_dim=value.dim())
+
+    def _site_keys(self) -> list[str]:
+        return [name for name, value in self._parameters.items() if value is not None]
+
+
+class BayesianLinear(BayesianMixin, _Linear):
     r"""
     A linear layer :math:`y = W x + b` whose weight and bias are sample sites and may have leading sample
     dimensions.
@@ -75,22 +114,36 @@ class BayesianLinear(SiteModule, _Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._make_bayesian(prior)
 
-    def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
-        prior = FanInNormal() if prior is None else prior
-        for name, value in list(self._parameters.items()):
-            if value is not None:
-                resolved = resolve_prior(prior, prefix + name, value.shape)
-                if resolved is not None:
-                    self._add_site(name, map_to(resolved, value), "weight")
-
     def forward(self, x: Tensor) -> Tensor:
         """
         :param x: inputs, shape ``(*batch, in_features)``.
         :return: outputs, shape ``(*samples, *batch, out_features)``.
         """
-        y = broadcast_linear(x, self.weight)
-        bias = self.bias
-        return y if bias is None else y + bias
+        if not self._is_folded():
+            y = broadcast_linear(x, self.weight)
+            bias = self.bias
+            return y if bias is None else y + bias
+        if self._axis == 1 and x.dim() >= 3:
+            return self._folded(x.transpose(0, 1)).transpose(0, 1)
+        return self._folded(x)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        samples = self._folding.num_samples
+        weight, bias = self._folding.value(self, "weight"), self._folding.value(self, "bias")
+        if weight.dim() == 2 and (bias is None or bias.dim() == 1):
+            return F.linear(x, weight, bias)
+        if weight.dim() == 4 and weight.shape[1] > 1:
+            raise ValueError(
+                f"{self._pyro_name} has a weight per example, which full weights do not support."
+            )
+        rows = x.reshape(samples, -1, self.in_features)
+        if weight.dim() == 2:
+            y = F.linear(rows, weight) + bias.expand(samples, 1, -1)
+        elif bias is None:
+            y = torch.bmm(rows, weight.squeeze(1).mT)
+        else:
+            y = torch.baddbmm(bias.expand(samples, 1, -1), rows, weight.squeeze(1).mT)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""

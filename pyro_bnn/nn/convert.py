@@ -10,10 +10,22 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
+from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
+from pyro_bnn.nn.bayesian_layers import BAYESIAN_LAYERS
+from pyro_bnn.nn.folding import Folding
 from pyro_bnn.nn.packed import PackedSite
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
-from pyro_bnn.nn.rank1 import Rank1Linear
+from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
+from pyro_bnn.nn.rank1_conv import (
+    Rank1Conv1d,
+    Rank1Conv2d,
+    Rank1Conv3d,
+    Rank1ConvTranspose1d,
+    Rank1ConvTranspose2d,
+    Rank1ConvTranspose3d,
+)
+from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import describe_module
 
 #: Selects modules: a dotted path (with everything below it), a class, or ``callable(name, module) -> bool``.
@@ -23,27 +35,33 @@ Selector = str | type | Callable[[str, nn.Module], bool]
 def rank1_(
     net: nn.Module,
     *,
-    prior: PriorLike | None = None,
-    weight_prior: PriorLike | None = None,
-    bias_prior: PriorLike | None = None,
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
+    freeze_base: bool = False,
+    batch_dim: int = 0,
+    fold: bool = True,
+    **options: Any,
 ) -> Any:
     """
     Converts the layers of a network into rank-1 layers, in place, keeping its weights.
 
-    The network becomes a :class:`~pyro.nn.PyroModule`; its code does not change. With all factors at 1 and the
-    biases at their trained values it computes what it computed before.
+    The network becomes a :class:`~pyro.nn.PyroModule`; its code does not change. With all multiplicative factors at
+    1 and the biases at their trained values it computes what it computed before. Sample dimensions are folded into
+    the batch dimension (:class:`~pyro_bnn.nn.folding.Folding`), so that any forward works, provided that it keeps
+    the batch in the first dimension. Linear, convolution, transposed convolution, embedding, recurrent and
+    attention layers are converted; normalisation layers stay shared, as in the paper.
 
     :param net: any network.
-    :param prior: prior of the factors, see :class:`~pyro_bnn.nn.Rank1Linear`; names are ``"path.r"`` and
-        ``"path.s"``.
-    :param weight_prior: prior of the shared weights; ``None`` keeps them parameters.
-    :param bias_prior: prior of the biases.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are.
+    :param bool freeze_base: do not train any of the network's own parameters, only the factors and biases: for
+        pretrained networks.
+    :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
+    :param bool fold: ``False`` leaves sample dimensions to broadcasting, which lets networks of linear layers take
+        inputs that have sample dimensions themselves.
+    :param options: see :class:`~pyro_bnn.nn.Rank1Options`; names in priors are ``"path.r"`` and ``"path.s"``.
     :return: ``net``.
-    :raises ValueError: if no layer can be converted, or a key of a prior names no parameter.
+    :raises ValueError: if no layer can be converted, or a key of a prior or a selector names nothing.
 
     Example::
 
@@ -52,16 +70,18 @@ def rank1_(
         >>> type(net[0]).__name__, isinstance(net[2], Rank1Linear)
         ('Rank1Linear', False)
     """
+    made = Rank1Options(**options)
     layers = list(_convertible(net, only, skip, _RANK1))
     _require(layers, net, _RANK1)
-    _check_names(prior, layers, ("r", "s"), "prior")
-    _check_names(weight_prior, layers, ("weight",), "weight_prior")
-    _check_names(bias_prior, layers, ("bias",), "bias_prior")
     to_pyro_module_(net)
+    if freeze_base:
+        net.requires_grad_(False)
+    for _, layer in layers:
+        layer.__class__ = _RANK1[_torch_class(layer)]
+    check_rank1_keys(made, [_join(name, key) for name, layer in layers for key in layer._site_keys()])
     for name, layer in layers:
-        new_class = _RANK1[_torch_class(layer)]
-        layer.__class__ = new_class
-        layer._make_rank1(prior, weight_prior, bias_prior, prefix=name + "." if name else "")
+        layer._make_rank1(made, _join(name, ""))
+    _finish(net, fold, batch_dim)
     return net
 
 
@@ -72,12 +92,14 @@ def bayesian_(
     packed: bool = False,
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
+    batch_dim: int = 0,
+    fold: bool = True,
 ) -> Any:
     """
     Makes the weights of a network random, in place. The trained weights are remembered, and guides that are built
     with ``init_loc_fn=pyro_bnn.nn.init_to_trained`` start there.
 
-    :param net: any network.
+    :param net: any network. Its normalisation layers keep their parameters.
     :param prior: prior of the parameters in one of the three forms of
         :func:`~pyro_bnn.nn.priors.resolve_prior`, by names such as ``"0.weight"`` or ``"weight"``;
         :class:`~pyro_bnn.nn.priors.FanInNormal` by default.
@@ -85,8 +107,10 @@ def bayesian_(
         per site dominates the training of small networks. All priors must then be Normal.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are.
+    :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
+    :param bool fold: ``False`` leaves sample dimensions to broadcasting.
     :return: ``net``.
-    :raises ValueError: if no layer can be converted, or a key of the prior names no parameter.
+    :raises ValueError: if no layer can be converted, or a key of the prior or a selector names nothing.
 
     Example::
 
@@ -96,24 +120,60 @@ def bayesian_(
     """
     layers = list(_convertible(net, only, skip, _BAYESIAN))
     _require(layers, net, _BAYESIAN)
-    _check_names(prior, layers, ("weight", "bias"), "prior")
-    prior = FanInNormal() if prior is None else prior
     to_pyro_module_(net)
+    for _, layer in layers:
+        layer.__class__ = _BAYESIAN[_torch_class(layer)]
+    check_keys(prior, [_join(name, key) for name, layer in layers for key in layer._site_keys()])
+    prior = FanInNormal() if prior is None else prior
     owners: dict[nn.Parameter, tuple[Any, str]] = {}
     for name, layer in layers:
-        layer.__class__ = _BAYESIAN[_torch_class(layer)]
         for key, value in list(layer._parameters.items()):
             if value is not None and value in owners:
                 layer._redirect_site(key, *owners[value])
         owners.update({p: (layer, key) for key, p in layer._parameters.items() if p is not None})
-        layer._make_bayesian(prior, prefix=name + "." if name else "")
+        layer._make_bayesian(prior, _join(name, ""))
     if packed:
         PackedSite(net, layers)
+    _finish(net, fold, batch_dim)
     return net
 
 
-_RANK1: dict[type, type] = {nn.Linear: Rank1Linear}
-_BAYESIAN: dict[type, type] = {nn.Linear: BayesianLinear}
+def _finish(net: Any, fold: bool, batch_dim: int) -> None:
+    for module in net.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            # the fused inference kernel reads the weights behind the layers' backs
+            module.__dict__["activation_relu_or_gelu"] = 0
+            attention: Any = module._modules["self_attn"]
+            for child in module.children():
+                child.__dict__["_axis"] = 0 if attention.batch_first else 1
+        if isinstance(module, nn.TransformerEncoder):
+            module.__dict__["use_nested_tensor"] = False
+    if fold and "_root_folding" not in net.__dict__:
+        Folding(net, batch_dim)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+_RANK1: dict[type, type] = {
+    nn.Linear: Rank1Linear,
+    nn.Conv1d: Rank1Conv1d,
+    nn.Conv2d: Rank1Conv2d,
+    nn.Conv3d: Rank1Conv3d,
+    nn.ConvTranspose1d: Rank1ConvTranspose1d,
+    nn.ConvTranspose2d: Rank1ConvTranspose2d,
+    nn.ConvTranspose3d: Rank1ConvTranspose3d,
+    nn.Embedding: Rank1Embedding,
+    nn.RNN: Rank1RNN,
+    nn.GRU: Rank1GRU,
+    nn.LSTM: Rank1LSTM,
+    nn.RNNCell: Rank1RNNCell,
+    nn.GRUCell: Rank1GRUCell,
+    nn.LSTMCell: Rank1LSTMCell,
+    nn.MultiheadAttention: Rank1MultiheadAttention,
+}
+_BAYESIAN: dict[type, type] = {nn.Linear: BayesianLinear, **BAYESIAN_LAYERS}
 
 
 def _torch_class(module: nn.Module) -> type:
@@ -175,7 +235,3 @@ def _require(layers: list[tuple[str, Any]], net: nn.Module, table: dict[type, ty
             f"nothing to convert: the network holds {found}, of which the selectors admit no "
             f"{sorted(c.__name__ for c in table)}."
         )
-
-
-def _check_names(prior: Any, layers: list[tuple[str, Any]], keys: Iterable[str], argument: str) -> None:
-    check_keys(prior, [f"{name}.{key}" if name else key for name, _ in layers for key in keys], argument)

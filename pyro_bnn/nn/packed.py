@@ -68,6 +68,15 @@ class PackedSite:
             context.set(site_name, views)
         return views[full]
 
+    def event_dim(self, layer: Any, name: str, value: Tensor) -> int:
+        """
+        :param layer: a layer whose parameter is packed.
+        :param str name: name of the parameter.
+        :param value: its value.
+        :return: number of dimensions of the parameter itself.
+        """
+        return len(self.layout[layer._redirects[name][1]])
+
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         """
         Splits draws of the flat site into named tensors.

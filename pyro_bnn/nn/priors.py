@@ -114,7 +114,7 @@ def resolve_prior(prior: PriorLike, name: str, shape: Iterable[int], **context: 
     if prior is None:
         return None
     if isinstance(prior, FanInNormal):
-        return prior(name, shape, **context)
+        return prior(name, shape, fan_in=context.get("fan_in"))
     if isinstance(prior, Distribution):
         return fit_shape(prior, name, shape)
     if hasattr(prior, "make_prior"):

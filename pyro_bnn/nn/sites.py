@@ -34,6 +34,7 @@ class SiteSpec:
     prior: Any
     role: str
     init: Tensor | None = None
+    event_dim: int = 0
 
 
 class SiteModule(_PyroModule):
@@ -45,12 +46,14 @@ class SiteModule(_PyroModule):
     value of each site, and the priors follow :meth:`~torch.nn.Module.to`.
     """
 
-    def _add_site(self, name: str, prior: Any, role: str, init: Tensor | None = None) -> None:
+    def _add_site(
+        self, name: str, prior: Any, role: str, init: Tensor | None = None, *, event_dim: int
+    ) -> None:
         """Makes attribute ``name`` random; an existing parameter of this name becomes its initial value."""
         old = self._parameters.pop(name, None)
         if init is None and old is not None:
             init = old.detach().clone()
-        self.__dict__.setdefault("_sites", {})[name] = SiteSpec(prior, role, init)
+        self.__dict__.setdefault("_sites", {})[name] = SiteSpec(prior, role, init, event_dim)
 
     def _redirect_site(self, name: str, owner: Any, key: str) -> None:
         """Makes attribute ``name`` read ``owner.read(key)``, for tied and packed parameters."""
@@ -67,10 +70,18 @@ class SiteModule(_PyroModule):
         """
         return getattr(self, name)
 
+    def _is_folded(self) -> bool:
+        """Whether a network runs that carries samples in its batch dimension."""
+        folding = self.__dict__.get("_folding")
+        return folding is not None and folding.active
+
     def _site_names(self) -> list[str]:
         return list(self.__dict__.get("_sites", ()))
 
     def __getattr__(self, name: str) -> Any:
+        overrides = self.__dict__.get("_overrides")
+        if overrides is not None and name in overrides:
+            return overrides[name]
         sites = self.__dict__.get("_sites")
         if sites is None or name not in sites:
             redirects = self.__dict__.get("_redirects")

@@ -1,0 +1,75 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Full-weight layers of every other type, run once per sample of their weights."""
+
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyro_bnn.nn.attention import AttentionMixin
+from pyro_bnn.nn.bayesian import BayesianMixin
+from pyro_bnn.nn.per_sample import PerSampleMixin
+from pyro_bnn.nn.priors import PriorLike
+
+
+class BayesianPerSampleMixin(PerSampleMixin, BayesianMixin):
+    """A torch layer whose parameters are sample sites. Convert networks with :func:`~pyro_bnn.nn.bayesian_`."""
+
+    def _sample_parameters(self) -> dict[str, Tensor]:
+        parameters = {}
+        names = [*self._site_names(), *self.__dict__.get("_redirects", {})]
+        for name in names:
+            value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
+            if self._is_folded() and value.dim() > self._parameter_templates()[name].dim():
+                if value.shape[1] > 1:
+                    raise ValueError(
+                        f"{name!r} of {self._pyro_name} has a value per example, which full weights do not support."
+                    )
+                value = value.squeeze(1)
+            parameters[name] = value
+        return parameters
+
+    def extra_repr(self) -> str:
+        """The names of the random attributes."""
+        return f"sites={self._site_names()}"
+
+
+class _BayesianRecurrent(BayesianPerSampleMixin):
+    def _batch_dim(self, index: int | str, value: Tensor) -> int:
+        return 0 if index == 0 and self.batch_first else 1
+
+    def _output_batch_dim(self, path: tuple[int, ...], value: Tensor) -> int:
+        return 0 if path == (0,) and self.batch_first else 1
+
+
+class _BayesianAttention(AttentionMixin, BayesianPerSampleMixin):
+    def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
+        self._take_out_projection()
+        super()._make_bayesian(prior, prefix)
+
+
+def _make_class(torch_class: type, mixin: type) -> Any:
+    base: Any = PyroModule[torch_class]
+    name = "Bayesian" + torch_class.__name__
+    made = type(base)(name, (mixin, base), {"_torch_layer": torch_class, "__module__": __name__})
+    globals()[name] = made  # pickle finds classes by name
+    return made
+
+
+#: Full-weight layers by torch layer; linear layers have a class of their own.
+BAYESIAN_LAYERS: dict[type, type] = {
+    torch_class: _make_class(torch_class, mixin)
+    for mixin, classes in (
+        (
+            BayesianPerSampleMixin,
+            (
+                nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+                nn.Embedding, nn.Bilinear, nn.RNNCell, nn.GRUCell, nn.LSTMCell,
+            ),
+        ),
+        (_BayesianRecurrent, (nn.RNN, nn.GRU, nn.LSTM)),
+        (_BayesianAttention, (nn.MultiheadAttention,)),
+    )
+    for torch_class in classes
+}  # fmt: skip

@@ -1,0 +1,239 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Many samples of the weights through arbitrary torch code: samples folded into the batch dimension."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn.nn.sites import SiteModule
+
+
+class Folding:
+    r"""
+    Carries sample dimensions through a network whose code knows nothing of them.
+
+    A call of the network first draws all of its sites. If they have sample dimensions, ``F`` samples in all, the
+    inputs are repeated to ``(F * B, ...)``, sample-major; the unchanged forward runs on them (``flatten(1)``,
+    ``view``, batch normalisation, pooling, recurrence); every converted layer applies sample f to rows
+    ``f * B, ..., (f + 1) * B - 1``; and the outputs are unfolded to ``(*samples, B, ...)``. A site of shape
+    ``(*samples, 1, *event)`` has one value per sample, one of shape ``(*samples, B, *event)`` one per example.
+
+    The first dimension of the first tensor argument is the batch; other tensor arguments whose first dimension has
+    the same size are repeated too.
+
+    :param root: the network; calls of it are folded.
+    :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
+    """
+
+    def __init__(self, root: nn.Module, batch_dim: int = 0) -> None:
+        if batch_dim not in (0, 1):
+            raise ValueError(f"batch_dim must be 0 or 1, found {batch_dim!r}.")
+        self.batch_dim = batch_dim
+        self.layers = [module for module in root.modules() if isinstance(module, SiteModule)]
+        self.num_samples = 1
+        self.batch_size = 0
+        self.active = False
+        self._sample_shape = torch.Size()
+        self._values: dict[tuple[int, str], Tensor] = {}
+        for layer in self.layers:
+            layer.__dict__["_folding"] = self
+            layer.__dict__.setdefault("_axis", batch_dim)
+        root.__dict__["_root_folding"] = self
+        root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True)
+        root.register_forward_hook(self.unfold_outputs, always_call=True)
+
+    def fold_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """
+        The hook before the forward of the root.
+
+        :param module: the root.
+        :param args: its arguments.
+        :param kwargs: its keyword arguments.
+        :return: the arguments, repeated if the sites have sample dimensions.
+        :raises ValueError: if the batch is empty or a site has a batch shape that does not fit it.
+        """
+        self.active = False
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not tensors or (tensors[0].dim() < 2 and tensors[0].is_floating_point()):
+            return None
+        self.batch_size = tensors[0].shape[self.batch_dim] if tensors[0].dim() > self.batch_dim else 0
+        if self.batch_size == 0:
+            raise ValueError(f"the network was called with an empty batch, shape {tuple(tensors[0].shape)}.")
+        self._draw()
+        if not self.active:
+            return None
+        return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
+
+    def _draw(self) -> None:
+        drawn = []
+        for layer in self.layers:
+            for name, spec in layer.__dict__.get("_sites", {}).items():
+                drawn.append((layer, name, layer.read(name), spec.event_dim))
+            for name, (owner, _) in layer.__dict__.get("_redirects", {}).items():
+                if not isinstance(owner, nn.Module):  # tied parameters are drawn where they live
+                    drawn.append(
+                        (layer, name, value := layer.read(name), owner.event_dim(layer, name, value))
+                    )
+        shapes = [value.shape[: value.dim() - event_dim] for _, _, value, event_dim in drawn]
+        batch_shape = torch.broadcast_shapes(*shapes)
+        slot = 1
+        if batch_shape and (
+            batch_shape[-1] == 1 or (len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
+        ):
+            slot = batch_shape[-1]
+            self._sample_shape = batch_shape[:-1]
+        else:
+            self._sample_shape = batch_shape
+        self.num_samples = self._sample_shape.numel()
+        self.active = bool(batch_shape)
+        if not self.active:
+            return
+        self._values = {}
+        full = (*self._sample_shape, slot) if batch_shape != self._sample_shape else batch_shape
+        for (layer, name, value, _), shape in zip(drawn, shapes, strict=True):
+            event = value.shape[len(shape) :]
+            if shape.numel() == 1 or all(
+                n == 1 or s == 0 for n, s in zip(shape, value.stride(), strict=False)
+            ):
+                value = value[(0,) * len(shape)]  # shared by all samples
+            else:
+                mine = slot if shape and shape[-1] == slot and slot > 1 else 1
+                target = (*full[:-1], mine) if batch_shape != self._sample_shape else full
+                value = value.expand(*target, *event).reshape(self.num_samples, mine, *event)
+            self._values[id(layer), name] = value
+
+    def repeat(self, value: Any) -> Any:
+        """
+        Repeats an argument over the samples.
+
+        :param value: an argument of the network.
+        :return: shape ``(F * B, ...)`` for a tensor of shape ``(B, ...)``; everything else unchanged.
+        """
+        dim = self.batch_dim
+        if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == self.batch_size:
+            return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
+        return value
+
+    def unfold_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """
+        The hook after the forward of the root.
+
+        :param module: the root.
+        :param args: its arguments.
+        :param output: what its forward returned.
+        :return: the output with the sample dimensions in front.
+        """
+        if not self.active:
+            return None
+        self.active = False
+        self._values = {}
+        return map_structure(output, self._unfold)
+
+    def _unfold(self, value: Tensor) -> Tensor:
+        rows = self.num_samples * self.batch_size
+        if self.batch_dim == 1 and value.dim() > 1 and value.shape[1] == rows:
+            value = value.unflatten(1, (self.num_samples, self.batch_size)).transpose(0, 1)
+            return value.reshape(*self._sample_shape, *value.shape[1:])
+        if value.dim() and value.shape[0] == rows:
+            return value.reshape(*self._sample_shape, self.batch_size, *value.shape[1:])
+        return value
+
+    def value(self, layer: SiteModule, name: str) -> Tensor:
+        """
+        The value of a site in the present call.
+
+        :param layer: a converted layer.
+        :param str name: name of the attribute.
+        :return: shape ``event_shape`` if all samples share it, else ``(F, 1, *event_shape)`` or
+            ``(F, B, *event_shape)``.
+        """
+        key = (id(layer), name)
+        if key not in self._values:
+            redirect = layer.__dict__.get("_redirects", {}).get(name)
+            if redirect is not None:
+                owner, owner_key = redirect
+                return (
+                    self.value(owner, owner_key)
+                    if owner_key in owner._site_names()
+                    else owner.read(owner_key)
+                )
+            return layer.read(name)
+        return self._values[key]
+
+
+def map_structure(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """
+    Applies a function to the tensors in nested tuples, lists and dictionaries.
+
+    :param value: a tensor or a structure of tensors; other leaves are untouched.
+    :param callable fn: a function of a tensor.
+    :return: the same structure.
+    """
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_structure(item, fn) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_structure(item, fn) for item in value)
+    if isinstance(value, dict):
+        return {key: map_structure(item, fn) for key, item in value.items()}
+    return value
+
+
+def fold_(net: Any) -> Any:
+    """
+    Makes a network that was composed of this package's layers carry sample dimensions by folding them into the batch
+    dimension, see :class:`Folding`. Networks that were converted by :func:`~pyro_bnn.nn.rank1_` or
+    :func:`~pyro_bnn.nn.bayesian_` do so already.
+
+    :param net: a :class:`~pyro.nn.PyroModule`.
+    :return: ``net``.
+    :raises ValueError: if the network holds no layer of this package.
+
+    Example::
+
+        >>> from pyro.nn import PyroModule
+        >>> from pyro_bnn.nn import Rank1Linear
+        >>> net = fold_(PyroModule[nn.Sequential](Rank1Linear(6, 2), nn.Flatten()))
+        >>> net(torch.zeros(3, 5, 6)).shape
+        torch.Size([3, 10])
+    """
+    if "_root_folding" not in net.__dict__:
+        if not any(isinstance(module, SiteModule) for module in net.modules()):
+            raise ValueError(
+                "fold_ found no layer of pyro_bnn in the network: convert it with rank1_ or bayesian_."
+            )
+        Folding(net)
+    return net
+
+
+def apply_factor(x: Tensor, factor: Tensor, post: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """
+    Combines activations with factors in a folded call.
+
+    :param x: activations, shape ``(F * B, ..., d, *post)``.
+    :param factor: shape ``(d,)``, shared; ``(F, 1, d)`` or ``(F, B, d)``.
+    :param int post: number of dimensions right of the features.
+    :param callable combine: multiplication or addition.
+    :return: shape of ``x``.
+    :raises ValueError: if the rows of ``x`` are no multiple of the samples.
+    """
+    tail = (1,) * post
+    if factor.dim() == 1:
+        return combine(x, factor.view(-1, *tail))
+    F, P, d = factor.shape
+    rows = x.shape[0]
+    if rows % (F * P):
+        raise ValueError(
+            f"activations of shape {tuple(x.shape)} have {rows} rows, which {F} samples times {P} examples do not "
+            "divide: the network must keep the batch in the first dimension."
+        )
+    if P > 1 and rows > F * P:  # several rows per example, e.g. tokens flattened into the batch
+        factor = factor.repeat_interleave(rows // (F * P), dim=1)
+        P = factor.shape[1]
+    middle = (1,) * (x.dim() - 2 - post)
+    y = combine(x.reshape(F, rows // F, *x.shape[1:]), factor.view(F, P, *middle, d, *tail))
+    return y.view(rows, *y.shape[2:])
