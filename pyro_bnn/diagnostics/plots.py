@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
+from pyro_bnn.infer.fit import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,12 +209,7 @@ def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    losses = np.asarray(getattr(result, "losses", result), dtype=float)
-    steps = np.arange(1, len(losses) + 1)
-    ax.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
-    width = min(smooth, len(losses))
-    ax.plot(steps[width - 1 :], np.convolve(losses, np.full(width, 1 / width), "valid"), color="C0")
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss")
-    return ax
+    if not isinstance(result, FitResult):
+        losses = torch.as_tensor(result, dtype=torch.float64)
+        result = FitResult(losses, len(losses), "", 0.0)
+    return result.plot(smooth=smooth, ax=ax)

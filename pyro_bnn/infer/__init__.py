@@ -3,13 +3,18 @@
 
 """Inference: fitting, bounds, guides, predictions."""
 
+from pyro_bnn.infer.checkpoint import Checkpoint
 from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
 
 __all__ = [
+    "Checkpoint",
+    "ConvergenceTest",
+    "EarlyStopping",
     "FitResult",
     "FitState",
     "Mixture_ELBO",

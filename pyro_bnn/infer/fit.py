@@ -7,24 +7,30 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
+from os import PathLike
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
 from pyro_bnn.infer.data import Batch, as_batch, check_finite, is_single_batch, iter_batches
+from pyro_bnn.infer.handlers import sample_sites
 from pyro_bnn.infer.initialize import initialize_guide
+from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
@@ -37,8 +43,8 @@ class FitResult:
 
     :param losses: the loss of every step (negative ELBO, summed over the data), shape ``(num_steps,)``.
     :param num_steps: the number of optimisation steps, those before a resumption included.
-    :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"callback"``, ``"interrupted"``, or the text of
-        an error.
+    :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"interrupted"``, the ``stop_reason`` of the
+        callback that stopped the run (``"callback"`` if it has none), or the text of an error.
     :param wall_time: seconds, those before a resumption included.
     """
 
@@ -46,6 +52,27 @@ class FitResult:
     num_steps: int
     stop_reason: str
     wall_time: float
+
+    def plot(self, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
+        """
+        Draws the losses and their running mean.
+
+        :param int smooth: steps in the running mean.
+        :param ax: matplotlib axes to draw in.
+        :return: the axes.
+        """
+        from matplotlib import pyplot
+
+        if ax is None:
+            ax = pyplot.subplots()[1]
+        steps = torch.arange(1, len(self.losses) + 1)
+        ax.plot(steps, self.losses, color="C0", alpha=0.3, linewidth=0.8)
+        width = min(smooth, len(self.losses))
+        if width:
+            ax.plot(steps[width - 1 :], self.losses.unfold(0, width, 1).mean(-1), color="C0")
+        ax.set_xlabel("step")
+        ax.set_ylabel("loss")
+        return ax
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -73,7 +100,9 @@ class FitState:
     :param model: the model.
     :param guide: the guide.
     :param elbo: the bound.
+    :param loss_fn: the loss as a function of the arguments of the model.
     :param optimizer: the torch optimiser.
+    :param parameters: the parameters by name.
     """
 
     step: int
@@ -83,56 +112,14 @@ class FitState:
     model: Callable[..., Any]
     guide: Callable[..., Any]
     elbo: Any
+    loss_fn: Callable[..., Tensor] = field(repr=False)
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Tensor] = field(repr=False)
 
 
-#: Called after every step; a true return value stops the run.
+#: Called after every step; a true return value stops the run. A callback may also have a ``stop_reason``, a method
+#: ``finish(state)`` that is called at the end, and ``state_dict`` and ``load_state_dict`` for checkpoints.
 Callback = Callable[[FitState], bool | None]
-
-
-def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """
-    One torch optimiser over all parameters.
-
-    :param optim: ``None`` (Adam with learning rate 0.005), a learning rate for Adam, a callable that takes the
-        parameters and returns an optimiser (``functools.partial(torch.optim.AdamW, lr=1e-3)``), a
-        :class:`pyro.optim.PyroOptim` with fixed arguments, or a :class:`torch.optim.Optimizer`.
-    :param params: the parameters.
-    :return: the optimiser.
-    :raises ValueError: if an optimiser object leaves parameters out.
-
-    Example::
-
-        >>> make_optimizer(0.1, [torch.zeros(2, requires_grad=True)]).param_groups[0]["lr"]
-        0.1
-    """
-    if optim is None:
-        optim = 5e-3
-    if isinstance(optim, (int, float)):
-        # the fused kernel is one call for all parameters; it exists for floating-point tensors only
-        fused = all(p.device.type in ("cpu", "cuda") for p in params) and all(
-            p.is_floating_point() for p in params
-        )
-        return torch.optim.Adam(params, lr=float(optim), fused=fused or None)
-    if isinstance(optim, torch.optim.Optimizer):
-        held = {id(p) for group in optim.param_groups for p in group["params"]}
-        left_out = sum(id(p) not in held for p in params)
-        if left_out:
-            raise ValueError(
-                f"optim holds {len(held)} parameters and leaves out {left_out} of model and guide. Call "
-                "guide.initialize on a batch before making the optimiser, or pass a callable such as "
-                "functools.partial(torch.optim.Adam, lr=1e-3)."
-            )
-        return optim
-    if isinstance(optim, PyroOptim):
-        if callable(optim.pt_optim_args):
-            raise ValueError("optim: a PyroOptim with per-parameter arguments has no single torch optimiser.")
-        build: Any = optim.pt_optim_constructor
-        return cast(torch.optim.Optimizer, build(params, **optim.pt_optim_args))
-    if not callable(optim):
-        raise TypeError(f"optim must be a number, a callable or an optimiser, not {type(optim).__name__}.")
-    return cast(Callable[..., torch.optim.Optimizer], optim)(params)
 
 
 @contextmanager
@@ -169,15 +156,20 @@ def fit(
     num_steps: int | None = None,
     optim: Any = None,
     elbo: Any = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    clip_grad_norm: float | None = None,
+    kl_scale: float | Callable[[int], float] | None = None,
+    autocast: torch.dtype | None = None,
     callbacks: Callback | Iterable[Callback] = (),
     progress_bar: bool = True,
+    checkpoint: Checkpoint | str | PathLike[str] | None = None,
 ) -> FitResult:
     r"""
     Fits a guide (and the parameters of the model) by stochastic optimisation of a bound.
 
     The loop runs ``elbo(model, guide)`` with one torch optimiser over all parameters. Pyro's validation is on
-    for the first step and off afterwards. Parameters live in the modules (as under ``module_local_params``), so a run
-    does not start from the values of an earlier model. The guide is initialised from the first batch, which
+    for the first step and off afterwards. Parameters live in the modules (as under ``module_local_params``), so a
+    run does not start from the values of an earlier model. The guide is initialised from the first batch, which
     must hold the observations; one that is initialised already continues from where it is.
 
     :param callable model: a Pyro model.
@@ -186,17 +178,32 @@ def fit(
         full by every step, or an iterable of batches such as a :class:`~torch.utils.data.DataLoader`.
     :param int num_epochs: passes over the data.
     :param int num_steps: optimisation steps. Exactly one of the two must be given.
-    :param optim: see :func:`make_optimizer`; Adam with learning rate 0.005 by default.
+    :param optim: see :func:`~pyro_bnn.infer.optimizer.make_optimizer`; Adam with learning rate 0.005 by default.
     :param elbo: a Pyro bound; :class:`~pyro.infer.Trace_ELBO` by default.
-    :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run.
-    :param bool progress_bar: whether to show a bar with the loss and the rate.
+    :param scheduler: a function of the optimiser returning a torch scheduler, which takes one step after each
+        step of the optimiser; e.g. ``lambda o: CosineAnnealingLR(o, num_steps)``. A scheduler with ``step(loss)``
+        (:class:`~torch.optim.lr_scheduler.ReduceLROnPlateau`) is given the loss.
+    :param float clip_grad_norm: upper limit of the total gradient norm.
+    :param kl_scale: a factor of the KL divergence, or a function of the number of steps taken, for annealing; it
+        works with any bound. :class:`~pyro_bnn.infer.Mixture_ELBO` has its own, which also reports the parts.
+    :param autocast: a low-precision type such as ``torch.bfloat16`` for matrix products, by
+        :class:`torch.autocast`; parameters and densities keep their precision. The first step compares the loss
+        with full precision.
+    :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
+        :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
+    :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
+        the rate.
+    :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint`, or a path, which is saved every minute. If the file
+        exists, the run continues from it, and takes the same steps that the run would have taken without the
+        interruption, bit by bit on one device.
     :return: the losses, the number of steps, why the run stopped, and its time.
     :raises NonFiniteLossError: if the loss is NaN or infinite. The message names the step and the site, and
         the parameters are those of the last good state.
     :raises ValueError: if the data do not fit the model; see
         :func:`~pyro_bnn.infer.initialize.initialize_guide`.
 
-    The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"``; the second raises.
+    The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"`` and saves a checkpoint;
+    the second raises.
 
     Example::
 
@@ -217,46 +224,163 @@ def fit(
     limit = num_steps if num_steps is not None else num_epochs
     if limit is not None and limit < 1:
         raise ValueError(f"fit: num_epochs or num_steps must be at least 1, not {limit}.")
-    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
-    return _Run(model, guide, data, optim, Trace_ELBO() if elbo is None else elbo).run(
-        num_epochs, num_steps, callbacks, progress_bar
-    )
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    run = _Run(model, guide, data, Trace_ELBO() if elbo is None else elbo, kl_scale, autocast)
+    run.optimizer = make_optimizer(optim, run.tensors)
+    run.scheduler = None if scheduler is None else scheduler(run.optimizer)
+    run.clip_grad_norm = clip_grad_norm
+    run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    run.checkpoint = checkpoint
+    return run.run(num_epochs, num_steps, progress_bar)
 
 
 class _Run:
     """The state of one run of :func:`fit`."""
 
-    def __init__(self, model: Any, guide: Any, data: Any, optim: Any, elbo: Any) -> None:
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    clip_grad_norm: float | None
+    callbacks: list[Callback]
+    checkpoint: Checkpoint | None
+
+    def __init__(
+        self, model: Any, guide: Any, data: Any, elbo: Any, kl_scale: Any, autocast: torch.dtype | None
+    ) -> None:
         self.model, self.guide, self.elbo = model, guide, elbo
-        self.step = self.epoch = 0
+        self.kl_scale, self.autocast = kl_scale, autocast
+        self.step = self.epoch = self.batches_done = 0
         self.losses: list[float] = []
         self.elapsed = 0.0
+        self.generators = loader_generators(data)
+        self.shuffled = not is_single_batch(data)  # a pass over one batch draws no random number
+        self.resume_random: dict[str, Any] | None = None
+        states = random_state(self.generators)
         first, self.epochs = _first_batch(data)
+        set_random_state(states, self.generators)  # looking at the first batch leaves the shuffling as it was
         with local_parameters():
             initialize_guide(model, guide, first)
             self.parameters = named_parameters(model, guide, *first)
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
         self.tensors = list(self.parameters.values())
-        self.optimizer = make_optimizer(optim, self.tensors)
+        self.device = self.tensors[0].device
         self.loss_fn = elbo(model, guide)
         self.snapshot = self.candidate = self.copy_parameters()
+
+    # ------------------------------------------------------------------ state
 
     def copy_parameters(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.tensors]
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        torch._foreach_copy_(self.tensors, self.snapshot)
-
     def result(self, stop_reason: str) -> FitResult:
         return FitResult(torch.tensor(self.losses, dtype=torch.float64), self.step, stop_reason, self.elapsed)
 
-    def run(
-        self, num_epochs: int | None, num_steps: int | None, callbacks: list[Callback], progress_bar: bool
-    ) -> FitResult:
+    def state(self) -> FitState:
+        return FitState(
+            self.step,
+            self.epoch,
+            self.losses[-1] if self.losses else math.nan,
+            self.losses,
+            self.model,
+            self.guide,
+            self.elbo,
+            self.loss_fn,
+            self.optimizer,
+            self.parameters,
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers of the modules, such as running statistics."""
+        found = {}
+        for prefix, part in (("model", self.model), ("guide", self.guide)):
+            if isinstance(part, torch.nn.Module):
+                for name, value in part.state_dict(keep_vars=True).items():
+                    if isinstance(value, Tensor) and f"{prefix}.{name}" not in self.parameters:
+                        found[f"{prefix}.{name}"] = value
+        return found
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        assert self.checkpoint is not None
+        random = random_state(self.generators)
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "elapsed": self.elapsed,
+            "tensors": {n: p.detach() for n, p in (self.parameters | self.buffers()).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "elbo_step": getattr(self.elbo, "step", None),
+            "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
+            "random": random,
+            "epoch_random": self.epoch_random if self.shuffled else random,
+        }
+        self.checkpoint.save(state, self.step)
+
+    def load(self) -> None:
+        """Continues from the checkpoint, if there is one."""
+        state = self.checkpoint.load() if self.checkpoint is not None else None
+        if state is None or self.checkpoint is None:
+            return
+        own = self.parameters | self.buffers()
+        found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
+        expected = {name: tuple(value.shape) for name, value in own.items()}
+        if found != expected:
+            odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+            raise ValueError(
+                f"checkpoint: {self.checkpoint.path} belongs to another model or guide; {odd[0]!r} has shape "
+                f"{found.get(odd[0])} in the file and {expected.get(odd[0])} here. Choose another path, or pass "
+                "Checkpoint(path, resume=False) to start again."
+            )
+        with torch.no_grad():
+            for name, value in state["tensors"].items():
+                own[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if state["elbo_step"] is not None:
+            self.elbo.step = state["elbo_step"]
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
+            if saved is not None:
+                callback.load_state_dict(saved)  # type: ignore[attr-defined]
+        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self.losses, self.elapsed = state["losses"].tolist(), state["elapsed"]
+        self.snapshot = self.candidate = self.copy_parameters()
+        set_random_state(state["epoch_random"], self.generators)
+        self.resume_random = state["random"]
+
+    # ------------------------------------------------------------------ loop
+
+    def pass_over_data(self) -> Iterator[Batch]:
+        """One epoch; the first after a resumption skips the batches that the interrupted run has seen."""
+        if self.checkpoint is not None and self.shuffled:
+            self.epoch_random = random_state(self.generators)
+        batches = self.epochs()
+        if self.resume_random is not None:
+            for _ in islice(batches, self.batches_done):
+                pass
+            set_random_state(self.resume_random, self.generators)
+            self.resume_random = None
+        else:
+            self.batches_done = 0
+        for batch in batches:
+            self.batches_done += 1
+            yield batch
+
+    def run(self, num_epochs: int | None, num_steps: int | None, progress_bar: bool) -> FitResult:
+        self.load()
         start = time.perf_counter() - self.elapsed
-        bar = tqdm(total=num_steps, disable=not progress_bar, desc="fit", unit="step", dynamic_ncols=True)
+        bar = tqdm(
+            total=num_steps,
+            initial=self.step,
+            disable=not progress_bar,
+            desc="fit",
+            unit="step",
+            dynamic_ncols=True,
+        )
         with ExitStack() as stack:
             stack.enter_context(bar)
             stack.enter_context(local_parameters())
@@ -265,47 +389,100 @@ class _Run:
             interrupted = stack.enter_context(deferred_interrupt())
             validation = stack.enter_context(ExitStack())
             validation.enter_context(pyro.validation_enabled(True))
-            shown = 0.0
-            stop_reason = ""
+            first, shown, stop_reason = True, 0.0, self.limit_reached(num_epochs, num_steps)
             while not stop_reason:
-                for batch in self.epochs():
-                    loss = self.take_step(batch)
-                    if self.step == 1:
+                for batch in self.pass_over_data():
+                    if first and self.autocast is not None:
+                        self.check_autocast(batch)
+                    self.take_step(batch)
+                    if first:
                         validation.enter_context(pyro.validation_enabled(False))
+                        first = False
                     now = time.perf_counter()
                     self.elapsed = now - start
                     if now - shown > 0.2:
-                        bar.n = self.step
-                        bar.set_postfix(loss=f"{loss:.4g}", epoch=self.epoch)
+                        self.show(bar)
                         shown = now
-                    state = FitState(
-                        self.step, self.epoch, loss, self.losses, self.model, self.guide, self.elbo,
-                        self.optimizer, self.parameters,
-                    )  # fmt: skip
-                    if sum(bool(callback(state)) for callback in callbacks):  # every callback runs
-                        stop_reason = "callback"
-                    elif interrupted():
+                    stop_reason = self.run_callbacks()
+                    if interrupted():
                         stop_reason = "interrupted"
-                    elif num_steps is not None and self.step >= num_steps:
-                        stop_reason = "num_steps"
+                    if num_steps is not None and self.step >= num_steps:
+                        stop_reason = stop_reason or "num_steps"
+                    if self.checkpoint is not None and (stop_reason or self.checkpoint.is_due(self.step)):
+                        self.save()
                     if stop_reason:
                         break
                 else:
                     self.epoch += 1
-                    if num_epochs is not None and self.epoch >= num_epochs:
-                        stop_reason = "num_epochs"
-            bar.n = self.step
-            bar.set_postfix(loss=f"{self.losses[-1]:.4g}", epoch=self.epoch)
+                    stop_reason = self.limit_reached(num_epochs, num_steps)
+                    if self.checkpoint is not None and stop_reason:
+                        self.epoch_random, self.batches_done = random_state(self.generators), 0
+                        self.save()
+            for callback in self.callbacks:
+                if hasattr(callback, "finish"):
+                    callback.finish(self.state())
+            self.show(bar)
         return self.result(stop_reason)
 
-    def take_step(self, batch: Batch) -> float:
+    def limit_reached(self, num_epochs: int | None, num_steps: int | None) -> str:
+        if num_epochs is not None and self.epoch >= num_epochs:
+            return "num_epochs"
+        return "num_steps" if num_steps is not None and self.step >= num_steps else ""
+
+    def run_callbacks(self) -> str:
+        if not self.callbacks:
+            return ""
+        state = self.state()
+        stopping = [callback for callback in self.callbacks if callback(state)]  # every callback runs
+        return getattr(stopping[0], "stop_reason", "callback") if stopping else ""
+
+    def show(self, bar: Any) -> None:
+        """Updates the progress bar."""
+        if bar.disable:
+            return
+        bar.n = self.step
+        parts = {name: f"{value:.4g}" for name, value in getattr(self.elbo, "parts", {}).items()}
+        loss = f"{self.losses[-1]:.4g}" if self.losses else "-"
+        bar.set_postfix(loss=loss, epoch=self.epoch, **parts)
+
+    # ------------------------------------------------------------------ one step
+
+    def loss(self, batch: Batch) -> Tensor:
         args, kwargs = batch
+        with ExitStack() as stack:
+            if self.kl_scale is not None:
+                scale = self.kl_scale(self.step) if callable(self.kl_scale) else self.kl_scale
+                stack.enter_context(ScaleLatents(scale))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
+            return self.loss_fn(*args, **kwargs)
+
+    def check_autocast(self, batch: Batch) -> None:
+        """Compares the loss in low precision with the same draw in full precision."""
+        state = random_state(self.generators)
+        step = getattr(self.elbo, "step", None)
+        with torch.no_grad():
+            low = float(self.loss(batch))
+            set_random_state(state, self.generators)
+            low_precision, self.autocast = self.autocast, None
+            full = float(self.loss(batch))
+            self.autocast = low_precision
+            set_random_state(state, self.generators)
+        if step is not None:
+            self.elbo.step = step
+        if not abs(low - full) <= 0.02 * abs(full) + 1e-3:
+            raise ValueError(
+                f"autocast={low_precision}: the loss of the first batch is {low:.6g} in low and {full:.6g} in full "
+                "precision. This model needs full precision; leave autocast out."
+            )
+
+    def take_step(self, batch: Batch) -> None:
         if self.step % SNAPSHOT_EVERY == 0:
             self.candidate = self.copy_parameters()
         rng_state = torch.get_rng_state()
         cause: Exception | None = None
         try:
-            loss = self.loss_fn(*args, **kwargs)
+            loss = self.loss(batch)
             value = float(loss.detach())
         except (ValueError, RuntimeError) as error:
             if all(bool(torch.isfinite(p).all()) for p in self.tensors):
@@ -314,15 +491,20 @@ class _Run:
             value, cause = math.nan, error
         if not math.isfinite(value):
             reason = self.explain(batch, rng_state, value)
-            self.restore()
+            with torch.no_grad():
+                torch._foreach_copy_(self.tensors, self.snapshot)
             raise NonFiniteLossError(reason, self.result(reason)) from cause
         self.snapshot = self.candidate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
         self.optimizer.step()
+        if self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*((value,) if plateau else ()))
         self.step += 1
         self.losses.append(value)
-        return value
 
     def explain(self, batch: Batch, rng_state: Tensor, value: float) -> str:
         """Names what is not finite: an argument, parameters, or the sites whose density is not."""
@@ -336,24 +518,20 @@ class _Run:
         except ValueError as error:
             return f"{head}: {error}"
         args, kwargs = batch
-        bad_parameters = [n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())]
+        bad_parameters = [n for n, p in self.parameters.items() if not _finite(p)]
         causes = [f"parameters {bad_parameters} are not finite"] if bad_parameters else []
         torch.set_rng_state(rng_state)
         sites: list[str] = []
         try:
             with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
                 guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(
-                    *args, **kwargs
-                )
-                for trace in (guide_trace, model_trace):
+                replayed = poutine.replay(self.model, trace=guide_trace)
+                for trace in (guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)):
                     trace.compute_log_prob()
                     sites += [
                         name
-                        for name, site in trace.nodes.items()
-                        if site["type"] == "sample"
-                        and name not in sites
-                        and not (_finite(site["value"]) and _finite(site["log_prob"]))
+                        for name, site in sample_sites(trace).items()
+                        if name not in sites and not (_finite(site["value"]) and _finite(site["log_prob"]))
                     ]
         except (ValueError, RuntimeError) as error:
             causes.append(f"running model and guide again fails with {error}")
@@ -385,6 +563,4 @@ def _first_batch(data: Any) -> tuple[Batch, Callable[[], Iterator[Batch]]]:
             return rest
 
         return head[0], one_pass
-    with torch.random.fork_rng(devices=[]):
-        batch = next(iter_batches(data))
-    return batch, lambda: iter_batches(data)
+    return next(iter_batches(data)), lambda: iter_batches(data)

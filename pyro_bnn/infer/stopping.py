@@ -1,0 +1,205 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""When to stop: callbacks of fit that watch the loss or data held out."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtr
+from torch import Tensor
+
+from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.fit import FitState
+from pyro_bnn.infer.predictive import posterior_predictive
+
+
+class ConvergenceTest:
+    r"""
+    Tells from the noise of the losses whether a run has converged, is still falling, or diverges.
+
+    After every ``window`` steps the means of two halves of the last ``window`` losses are compared by one-sided
+    Welch tests on 2 x 10 batch means, which removes short-range correlation. Check j uses the level
+    :math:`6 \alpha / (\pi^2 j^2)`, so that over a whole run of any length the chance to call a stationary loss
+    falling, or to call it rising, is at most :math:`\alpha` each (up to the normality of the batch means).
+
+    As a callback of :func:`~pyro_bnn.infer.fit` it stops a run that is flat in ``patience`` checks in a row
+    (``stop_reason="converged"``) or rising in as many (``"diverging"``).
+
+    :param int window: losses per check.
+    :param float alpha: the rate of false alarms.
+    :param int patience: checks in a row that stop a run.
+
+    Example::
+
+        >>> test = ConvergenceTest(window=100)
+        >>> noise = np.random.default_rng(0).normal(size=400)
+        >>> test.status(noise), test.status(noise - 0.02 * np.arange(400)), test.status(noise[:50])
+        ('converged', 'falling', 'unknown')
+    """
+
+    num_batches = 10
+
+    def __init__(self, window: int = 1000, alpha: float = 0.05, patience: int = 2) -> None:
+        if window < 2 * self.num_batches:
+            raise ValueError(f"window must be at least {2 * self.num_batches}, not {window}.")
+        self.window = window
+        self.alpha = alpha
+        self.patience = patience
+        self.stop_reason = "converged"
+
+    def check(self, losses: Sequence[float], number: int) -> str:
+        """
+        One check.
+
+        :param losses: the losses of one window.
+        :param int number: the number of this check, from 1.
+        :return: ``"converged"`` (flat), ``"falling"`` or ``"diverging"``.
+        """
+        size = len(losses) // (2 * self.num_batches)
+        values = np.asarray(losses[-2 * self.num_batches * size :], dtype=float)
+        means = values.reshape(2, self.num_batches, size).mean(-1)
+        if np.ptp(means) == 0:
+            return "converged"
+        level = 6 * self.alpha / (math.pi**2 * number**2)
+        variances = means.var(1, ddof=1) / self.num_batches
+        # Welch's statistic and degrees of freedom
+        statistic = (means[1].mean() - means[0].mean()) / math.sqrt(variances.sum())
+        degrees = (self.num_batches - 1) * variances.sum() ** 2 / (variances**2).sum()
+        if stdtr(degrees, statistic) < level:
+            return "falling"
+        return "diverging" if stdtr(degrees, -statistic) < level else "converged"
+
+    def status(self, losses: Any) -> str:
+        """
+        The state of a run by its last full window.
+
+        :param losses: all losses of the run.
+        :return: ``"converged"``, ``"falling"``, ``"diverging"``, or ``"unknown"`` before the first window.
+        """
+        number = len(losses) // self.window
+        if number == 0:
+            return "unknown"
+        return self.check(losses[(number - 1) * self.window : number * self.window], number)
+
+    def __call__(self, state: FitState) -> bool:
+        """
+        :param state: the state of the run.
+        :return: whether to stop.
+        """
+        if state.step % self.window or state.step // self.window < self.patience:
+            return False
+        last = state.step // self.window
+        found = {
+            self.check(state.losses[(j - 1) * self.window : j * self.window], j)
+            for j in range(last - self.patience + 1, last + 1)
+        }
+        self.stop_reason = next(iter(found))
+        return found in ({"converged"}, {"diverging"})
+
+
+class EarlyStopping:
+    """
+    Stops a run when data held out no longer improve, and puts the best parameters back.
+
+    :param data: data held out, in any form that :func:`~pyro_bnn.infer.fit` takes.
+    :param str metric: ``"elbo"``, the loss on these data with the same random numbers every time, or ``"nll"``,
+        the negative log predictive density per point.
+    :param int every: steps between two evaluations.
+    :param int patience: evaluations without improvement that stop the run.
+    :param int num_samples: posterior draws for ``"nll"``.
+    :param bool restore: whether to put the best parameters back at the end of the run.
+
+    After the run ``history`` holds pairs of step and value.
+    """
+
+    stop_reason = "early stopping"
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        metric: str = "elbo",
+        every: int = 100,
+        patience: int = 5,
+        num_samples: int = 32,
+        restore: bool = True,
+    ) -> None:
+        if metric not in ("elbo", "nll"):
+            raise ValueError(f"metric must be 'elbo' or 'nll', not {metric!r}.")
+        self.data = data
+        self.metric = metric
+        self.every = every
+        self.patience = patience
+        self.num_samples = num_samples
+        self.restore = restore
+        self.history: list[list[float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    def evaluate(self, state: FitState) -> float:
+        """
+        The value of the metric now, with random numbers that do not depend on the step.
+
+        :param state: the state of the run.
+        :return: the value; smaller is better.
+        """
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            step = getattr(state.elbo, "step", None)
+            if self.metric == "elbo":
+                losses = [state.loss_fn(*args, **kwargs) for args, kwargs in iter_batches(self.data)]
+                value = float(torch.stack(losses).sum())
+            else:
+                found = posterior_predictive(
+                    state.model, state.guide, self.data, num_samples=self.num_samples
+                )
+                likelihoods = [
+                    site.log_likelihood for site in found.values() if site.log_likelihood is not None
+                ]
+                value = -sum(float((torch.logsumexp(v, 0) - math.log(len(v))).mean()) for v in likelihoods)
+            if step is not None:
+                state.elbo.step = step
+        return value
+
+    def __call__(self, state: FitState) -> bool:
+        """
+        :param state: the state of the run.
+        :return: whether to stop.
+        """
+        if state.step % self.every:
+            return False
+        value = self.evaluate(state)
+        if value < min((v for _, v in self.history), default=math.inf):
+            self.best = {name: p.detach().clone() for name, p in state.parameters.items()}
+        self.history.append([state.step, value])
+        values = [v for _, v in self.history]
+        return len(values) - 1 - values.index(min(values)) >= self.patience
+
+    def finish(self, state: FitState) -> None:
+        """
+        Puts the best parameters back.
+
+        :param state: the state at the end of the run.
+        """
+        if self.restore and self.best:
+            with torch.no_grad():
+                for name, value in self.best.items():
+                    state.parameters[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """
+        What a checkpoint needs to continue.
+
+        :return: the history and the best parameters.
+        """
+        return {"history": self.history, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Continues from a checkpoint.
+
+        :param state: what :meth:`state_dict` returned.
+        """
+        self.history, self.best = state["history"], state["best"]
