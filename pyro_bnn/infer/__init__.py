@@ -8,6 +8,7 @@ from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
+from pyro_bnn.infer.persist import load_guide, save_guide
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
 
@@ -23,6 +24,8 @@ __all__ = [
     "PosteriorPredictive",
     "SitePrediction",
     "fit",
+    "load_guide",
     "posterior_draws",
     "posterior_predictive",
+    "save_guide",
 ]

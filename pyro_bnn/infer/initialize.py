@@ -14,6 +14,28 @@ from pyro_bnn.infer.data import Batch, check_finite
 from pyro_bnn.infer.handlers import latent_names, observed_names, sample_sites
 from pyro_bnn.infer.parameters import local_parameters
 
+#: Attribute of a guide with the shapes of the batch that it was initialised on.
+EXAMPLE = "_initialized_on"
+
+
+def example_of(batch: Batch) -> dict[str, Any] | None:
+    """
+    The shapes, types and plain values of the arguments of a model, without the data.
+
+    :param batch: ``(args, kwargs)``.
+    :return: what :func:`~pyro_bnn.infer.save_guide` stores, or ``None`` if an argument is neither a tensor nor a plain value.
+    """
+    described = []
+    args, kwargs = batch
+    for key, value in [*enumerate(args), *kwargs.items()]:
+        if isinstance(value, Tensor):
+            described.append([key, "tensor", list(value.shape), str(value.dtype).removeprefix("torch.")])
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            described.append([key, "value", value, ""])
+        else:
+            return None
+    return {"arguments": described}
+
 
 def is_initialized(guide: Any) -> bool:
     """
@@ -68,6 +90,8 @@ def initialize_guide(model: Callable[..., Any], guide: Callable[..., Any], batch
         if not is_initialized(guide):
             initialize = getattr(guide, "initialize", None)
             (guide if initialize is None else initialize)(*args, **kwargs)
+        if isinstance(guide, torch.nn.Module) and not hasattr(guide, EXAMPLE):
+            setattr(guide, EXAMPLE, example_of(batch))
         check_sites(model_trace, poutine.trace(guide).get_trace(*args, **kwargs), batch)
 
 

@@ -23,12 +23,12 @@ quiet = partial(fit, progress_bar=False)
 def test_false_alarm_rate(correlation: float) -> None:
     """On stationary losses the rate of each false alarm in any of 20 checks stays below alpha."""
     rng = np.random.default_rng(0)
-    test = ConvergenceTest(window=400, alpha=0.05)
+    test = ConvergenceTest(window=1000, alpha=0.05)
     runs = 400
     alarms = {"falling": 0, "diverging": 0}
     for _ in range(runs):
-        noise = lfilter([1.0], [1.0, -correlation], rng.standard_t(5, size=20 * 400))
-        found = {test.check(noise[j * 400 : (j + 1) * 400], j + 1) for j in range(20)}
+        noise = lfilter([1.0], [1.0, -correlation], rng.standard_t(5, size=20 * 1000))
+        found = {test.check(noise[j * 1000 : (j + 1) * 1000], j + 1) for j in range(20)}
         for wrong in alarms:
             alarms[wrong] += wrong in found
     # three binomial standard deviations above alpha

@@ -1,0 +1,127 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+)
+
+from pyro_bnn.infer import fit, load_guide, posterior_draws, save_guide
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
+from tests.infer.models import linear_data, linear_model
+
+
+def guide_list(model: Any) -> AutoGuideList:
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["weight"])))
+    return guide
+
+
+BUILDERS: dict[str, Callable[[Any], Any]] = {
+    "AutoDelta": AutoDelta,
+    "AutoDiagonalNormal": AutoDiagonalNormal,
+    "AutoGuideList": guide_list,
+    "AutoIAFNormal": lambda model: AutoIAFNormal(model, hidden_dim=[8]),
+    "AutoLowRankMultivariateNormal": AutoLowRankMultivariateNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoNormal": AutoNormal,
+    "AutoNormalMessenger": AutoNormalMessenger,
+    "mixture": lambda model: AutoMixture(model, 3),
+    "ensemble": lambda model: AutoMixture(model, 3, component="delta"),
+    "laplace": AutoLaplace,
+    "laplace diagonal": lambda model: AutoLaplace(model, structure="diagonal"),
+    "hfl": AutoHessianFreeLaplace,
+}
+
+
+def trained(name: str) -> Any:
+    x, y = linear_data(12)
+    guide = BUILDERS[name](linear_model)
+    fit(linear_model, guide, (x, y), num_steps=20, optim=0.1, progress_bar=False)
+    if name.startswith("laplace"):
+        guide.polish((x, y))
+        guide.laplace_approximation((x, y))
+    if name == "hfl":
+        guide.polish((x, y))
+        guide.laplace_approximation((x, y), (x,))
+    return guide
+
+
+def draws(guide: Any) -> torch.Tensor:
+    pyro.set_rng_seed(3)
+    return posterior_draws(guide, 5, (linear_data(12), {}))["weight"]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_loads_into_a_fresh_guide(name: str, tmp_path: Path) -> None:
+    guide = trained(name)
+    save_guide(guide, tmp_path / "guide")
+    fresh = load_guide(BUILDERS[name](linear_model), tmp_path / "guide")
+    assert torch.equal(draws(fresh), draws(guide))
+    assert not list(pyro.get_param_store().keys())
+
+
+def test_loads_into_a_fresh_process(tmp_path: Path) -> None:
+    expected = {}
+    for name in BUILDERS:
+        guide = trained(name)
+        save_guide(guide, tmp_path / name)
+        expected[name] = draws(guide)
+    code = f"""
+import torch
+torch.set_default_dtype(torch.float64)
+from tests.infer.test_persist import *
+folder = Path({str(tmp_path)!r})
+torch.save({{n: draws(load_guide(b(linear_model), folder / n)) for n, b in BUILDERS.items()}}, folder / "out")
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    found = torch.load(tmp_path / "out")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_state_dict_and_types_before_the_first_step(name: str) -> None:
+    x, y = linear_data(12)
+    guide = BUILDERS[name](linear_model)
+    fit(linear_model, guide, (x, y), num_steps=1, optim=0.0, progress_bar=False)
+    state = guide.state_dict()
+    assert state
+    guide.float()
+    floats = [v for v in guide.state_dict().values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    assert all(v.dtype == torch.float32 for v in floats)
+    guide.double()
+    if not (name.startswith("laplace") or name == "hfl"):
+        assert draws(guide).dtype == torch.float64
+
+
+def test_errors(tmp_path: Path) -> None:
+    x, y = linear_data(12)
+    guide = AutoNormal(linear_model)
+    guide(x, y)
+    save_guide(guide, tmp_path / "guide")
+    with pytest.raises(ValueError, match="pass data"):
+        load_guide(AutoNormal(linear_model), tmp_path / "guide")
+    assert torch.equal(draws(load_guide(AutoNormal(linear_model), tmp_path / "guide", (x, y))), draws(guide))
+    with pytest.raises(ValueError, match="holds a AutoNormal, not a AutoDelta"):
+        load_guide(AutoDelta(linear_model), tmp_path / "guide")
+    with pytest.raises(TypeError, match="parameter store"):
+        save_guide(linear_model, tmp_path / "guide")
