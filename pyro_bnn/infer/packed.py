@@ -142,11 +142,13 @@ class PackedModel:
         with pyro.validation_enabled(False), SubstituteMessenger(values):
             return poutine.trace(self.model).get_trace(*args, **kwargs)
 
-    def log_likelihood(self, trace: Trace) -> Tensor:
+    def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
         """
         The log density of observed sites and factors in a trace, without the scale of subsampled plates.
 
         :param trace: a trace made with observations.
+        :param require_finite: whether to raise where the density is not finite; the trial points of an optimiser
+            may be far out.
         :return: a scalar.
         :raises ValueError: if an observed site of the prototype has no observation in this trace.
         """
@@ -164,7 +166,7 @@ class PackedModel:
                         "(squeeze a trailing dimension of size 1, say)."
                     )
                 term = (log_prob * scale).sum()
-                if not torch.isfinite(term.detach()):
+                if require_finite and not torch.isfinite(term.detach()):
                     raise ValueError(
                         f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
                         "values outside the support of its distribution."
@@ -204,7 +206,7 @@ class PackedModel:
         for i, batch in enumerate(iter_batches(data)):
             trace = self.trace(latent, batch)
             coverage.add(trace, self.observed)
-            loss = -self.log_likelihood(trace)
+            loss = -self.log_likelihood(trace, require_finite=False)
             yield loss - self.log_prior(latent, trace) if i == 0 else loss
         coverage.check()
 

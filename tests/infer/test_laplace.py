@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import NotAMinimumError, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, UnconvergedMAPWarning
+from pyro_bnn.ops.newton import newton_cg
 from tests.common import assert_close
 from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
 
@@ -283,6 +284,20 @@ def test_quantiles_are_those_of_the_marginals():
     low, high = guide.quantiles([0.025, 0.975])["w"]
     assert_close((high - low) / 2 / 1.959963984540054, guide.posterior.variance.sqrt(), rtol=1e-9)
     assert_close(guide.median()["w"], guide.loc.detach(), rtol=0)
+
+
+def test_newton_steps_out_of_the_support_are_rejected():
+    # from ten times the maximum likelihood rate, the first Newton step is negative and the density NaN
+    y = dist.Poisson(4.0).sample((30,))
+
+    def model(y=None):
+        rate = pyro.sample("rate", dist.Normal(4.0, 1e4))
+        with pyro.plate("data", 30):
+            return pyro.sample("obs", dist.Poisson(rate), obs=y)
+
+    guide = AutoLaplace(model).initialize(y)
+    result = newton_cg(lambda u: guide.packed.losses(u, y), torch.tensor([40.0]), tolerance=1e-6)
+    assert_close(result.point[0], y.mean(), rtol=1e-6)
 
 
 def test_indefinite_hessian_is_refused():
