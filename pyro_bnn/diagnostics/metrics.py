@@ -388,7 +388,7 @@ def evaluate(
     found = as_prediction(prediction, site)
     y = _need(found.observed, "observations")
     scores = {"nll": nll(found)} if found.log_likelihood is not None else {}
-    if not y.is_floating_point() and found.mean is not None and found.mean.dim() == y.dim() + 2:
+    if not y.is_floating_point() and found.kind != "numeric":
         return scores | {"accuracy": accuracy(found), "brier": brier(found), "ece": ece(found)}
     scores |= {"rmse": rmse(found), "crps": crps(found)}
     for level in levels:

@@ -8,6 +8,7 @@ from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
+from pyro_bnn.infer.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.persist import load_guide, save_guide
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
@@ -22,10 +23,13 @@ __all__ = [
     "NonFiniteLossError",
     "NotAMinimumError",
     "PosteriorPredictive",
+    "PredictiveMoments",
+    "SiteMoments",
     "SitePrediction",
     "fit",
     "load_guide",
     "posterior_draws",
     "posterior_predictive",
+    "predictive_moments",
     "save_guide",
 ]

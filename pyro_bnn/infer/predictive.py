@@ -34,6 +34,8 @@ class SitePrediction:
     :param log_likelihood: the log density of each observation under each draw, shape ``(S, *batch)``, without
         the factor of subsampled plates; nats.
     :param dims: names of the dims of ``samples`` after the draws.
+    :param kind: ``"classes"`` where ``mean`` holds class probabilities, ``"binary"`` where it holds the probability
+        of one, ``"numeric"`` elsewhere.
     """
 
     samples: Tensor | None
@@ -42,6 +44,7 @@ class SitePrediction:
     observed: Tensor | None
     log_likelihood: Tensor | None
     dims: tuple[str, ...]
+    kind: str = "numeric"
 
 
 class PosteriorPredictive(Mapping[str, SitePrediction]):
@@ -132,6 +135,31 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
         return xr.Dataset(variables, coords=coords)
 
 
+def base_distribution(fn: Any) -> Any:
+    """
+    A distribution without the wrappers that change its shape or mask it.
+
+    :param fn: a distribution.
+    :return: the innermost base distribution of :class:`Independent` and :class:`MaskedDistribution`.
+    """
+    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def observation_kind(fn: Any) -> str:
+    """
+    What the mean of an observation is.
+
+    :param fn: the distribution of an observation.
+    :return: ``"classes"``, ``"binary"`` or ``"numeric"``; see :class:`SitePrediction`.
+    """
+    base = base_distribution(fn)
+    if isinstance(base, (torch.distributions.Categorical, torch.distributions.OneHotCategorical)):
+        return "classes"
+    return "binary" if isinstance(base, torch.distributions.Bernoulli) else "numeric"
+
+
 def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
     """
     The mean and variance of an observation's distribution.
@@ -147,9 +175,7 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
         >>> observation_moments(dist.Categorical(torch.tensor([0.25, 0.75])))[0]
         tensor([0.2500, 0.7500])
     """
-    base = fn
-    while isinstance(base, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
-        base = base.base_dist
+    base = base_distribution(fn)
     if isinstance(base, torch.distributions.Categorical):
         probs = base.probs.expand(fn.batch_shape + fn.event_shape + base.probs.shape[-1:])
         return probs, probs * (1 - probs)
@@ -250,27 +276,48 @@ def posterior_predictive(
         >>> prediction.to_dataset()["obs_mean"].dims
         ('draw', 'data')
     """
-    parts: list[dict[str, SitePrediction]] = []
+    batches = list(
+        predict_batches(model, posterior, data, num_samples, batch_size, vectorize, max_memory, draws)
+    )
+    runner = batches[0][1]
+    sites = {name: _join([part[name] for part, _ in batches]) for name in batches[0][0]}
+    vectorized = hasattr(posterior, "observed_distributions") or bool(runner.vectorize)
+    return PosteriorPredictive(sites, runner.draws, vectorized)
+
+
+def predict_batches(
+    model: Callable[..., Any],
+    posterior: Posterior,
+    data: Any,
+    num_samples: int | None,
+    batch_size: int | None,
+    vectorize: bool | None,
+    max_memory: float,
+    draws: Draws | None,
+) -> Iterator[tuple[dict[str, SitePrediction], ModelRunner]]:
+    """
+    Predictions batch by batch; see :func:`posterior_predictive` for the parameters.
+
+    :return: an iterator over predictions by site, and the runner that made them.
+    """
     runner: ModelRunner | None = None
-    linearized = hasattr(posterior, "observed_distributions")
-    with evaluation_mode(model), evaluation_mode(posterior), local_parameters():
-        for batch in split_batch(data, batch_size):
+    for batch in split_batch(data, batch_size):
+        with evaluation_mode(model), evaluation_mode(posterior), local_parameters():
             if runner is None:
                 if draws is None:
                     draws = posterior_draws(posterior, num_samples, batch)
                 runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory)
-            if linearized:
-                parts.append(_predict_by_guide(posterior, runner, batch))
+            if hasattr(posterior, "observed_distributions"):
+                predictions = _predict_by_guide(posterior, runner, batch)
             else:
-                parts.append(_predict_by_model(runner, batch))
-    assert runner is not None
-    sites = {name: _join([part[name] for part in parts]) for name in parts[0]}
-    return PosteriorPredictive(sites, runner.draws, linearized or bool(runner.vectorize))
+                predictions = _predict_by_model(runner, batch)
+        yield predictions, runner
 
 
 def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
     observed: dict[str, Tensor] = {}
     dims: dict[str, tuple[str, ...]] = {}
+    kinds: dict[str, str] = {}
 
     def read(trace: Trace) -> dict[tuple[str, str], Reading]:
         readings: dict[tuple[str, str], Reading] = {}
@@ -286,6 +333,7 @@ def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePredic
                 samples = site["value"]
             if name not in dims:
                 dims[name] = site_dims(site, runner.ndims[name])
+                kinds[name] = observation_kind(site["fn"])
             mean, variance = observation_moments(site["fn"])
             for key, value in (("samples", samples), ("mean", mean), ("variance", variance)):
                 if value is not None:
@@ -301,6 +349,7 @@ def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePredic
             observed.get(name),
             found.get((name, "log_likelihood")),
             dims[name],
+            kinds[name],
         )
         for name in dims
     }
@@ -323,6 +372,7 @@ def _predict_by_guide(guide: Any, runner: ModelRunner, batch: Batch) -> dict[str
             site["value"] if site["is_observed"] else None,
             log_likelihood,
             site_dims(site, len(site["fn"].batch_shape)),
+            observation_kind(fn),
         )
     return sites
 
@@ -364,4 +414,5 @@ def _join(parts: list[SitePrediction]) -> SitePrediction:
         cat([p.observed for p in parts], axis - 1),
         cat([p.log_likelihood for p in parts], axis),
         parts[0].dims,
+        parts[0].kind,
     )

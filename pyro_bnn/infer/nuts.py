@@ -1,0 +1,253 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""NUTS chains that start from a fitted guide and record what ArviZ wants to know."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_bnn.infer.data import Batch, iter_batches
+from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.handlers import latent_names, sample_sites
+from pyro_bnn.infer.parameters import local_parameters
+
+_Nuts: Any = NUTS
+
+
+class RecordingNUTS(_Nuts):
+    """
+    Pyro's NUTS, with the statistics of every transition kept and a mass matrix to start from.
+
+    :param callable model: a Pyro model.
+    :param covariance: covariance of the unconstrained latents in the order of their sorted names; the inverse mass
+        matrix to start from.
+    :param kwargs: arguments of :class:`~pyro.infer.NUTS`.
+    """
+
+    def __init__(self, model: Callable[..., Any], covariance: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(model, full_mass=covariance is not None, **kwargs)
+        self.covariance = covariance
+        self._kinetic: Any = None
+        self._depth = 0
+        self.records: list[dict[str, float]] = []
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Prepares a chain; called by :class:`~pyro.infer.MCMC`."""
+        super().setup(warmup_steps, *args, **kwargs)
+        if self.covariance is not None:
+            names = tuple(sorted(self.initial_params))
+            self.mass_matrix_adapter.inverse_mass_matrix = {names: self.covariance}
+            if self._adapter.adapt_step_size:
+                self._adapter.reset_step_size_adaptation(self._initial_params)
+        self.records = []
+
+    def _kinetic_energy(self, r_unscaled: Any) -> Any:
+        value = super()._kinetic_energy(r_unscaled)
+        if self._kinetic is None:
+            self._kinetic = value
+        return value
+
+    def _build_tree(
+        self, z: Any, r: Any, z_grads: Any, log_slice: Any, direction: Any, tree_depth: int, energy: Any
+    ) -> Any:
+        self._depth = max(self._depth, tree_depth + 1)
+        return super()._build_tree(z, r, z_grads, log_slice, direction, tree_depth, energy)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One transition; called by :class:`~pyro.infer.MCMC`."""
+        self._kinetic, self._depth = None, 0
+        step_size, divergences = self.step_size, len(self._divergences)
+        before = self._mean_accept_prob
+        potential = self._potential_energy_last
+        result = super().sample(params)
+        count = self._t - self._warmup_steps if self._t > self._warmup_steps else self._t
+        self.records.append(
+            {
+                "step_size": float(step_size),
+                "tree_depth": float(self._depth),
+                "energy": float(potential + self._kinetic) if potential is not None else float("nan"),
+                # undo the running mean that the kernel keeps
+                "acceptance_rate": before + count * (self._mean_accept_prob - before),
+                "diverging": float(len(self._divergences) > divergences),
+            }
+        )
+        return result
+
+
+@dataclass
+class NUTSResult:
+    """
+    Chains of :func:`nuts`.
+
+    :param samples: draws by site, shape ``(chains, draws) + site shape``.
+    :param sample_stats: ``step_size``, ``tree_depth``, ``energy``, ``acceptance_rate`` and ``diverging`` of every
+        draw, shape ``(chains, draws)``.
+    :param warmup: draws of the warm-up.
+    :param warmup_stats: statistics of the warm-up.
+    """
+
+    samples: dict[str, Tensor]
+    sample_stats: dict[str, Tensor]
+    warmup: dict[str, Tensor]
+    warmup_stats: dict[str, Tensor]
+
+    @property
+    def num_chains(self) -> int:
+        """The number of chains."""
+        return len(next(iter(self.samples.values())))
+
+    def get_samples(self, group_by_chain: bool = False) -> Draws:
+        """
+        The draws, as :meth:`pyro.infer.MCMC.get_samples` returns them.
+
+        :param bool group_by_chain: whether the chains keep their own dimension.
+        :return: draws by site.
+        """
+        if group_by_chain:
+            return dict(self.samples)
+        return {name: value.flatten(0, 1) for name, value in self.samples.items()}
+
+
+def starting_points(guide: Any, num_chains: int, batch: Batch) -> Draws:
+    """
+    One point per chain: draws of different components of a mixture guide, draws of another guide.
+
+    :param guide: an initialised guide.
+    :param int num_chains: the number of points C.
+    :param batch: arguments of the guide, for guides that need them.
+    :return: by site, a tensor of shape ``(C,) + site shape``.
+    """
+    if getattr(guide, "num_components", 1) > 1:
+        parts = component_draws(guide, -(-num_chains // guide.num_components))
+        # draw j of every component before draw j + 1 of any
+        return {n: v.transpose(0, 1).flatten(0, 1)[:num_chains] for n, v in parts.items()}
+    return posterior_draws(guide, num_chains, batch)
+
+
+def _laplace_covariance(guide: Any, names: list[str], batch: Batch) -> Tensor | None:
+    """The covariance of a Gaussian guide over the packed latents, in the order of sorted names."""
+    if not isinstance(guide, AutoContinuous):
+        return None
+    args, kwargs = batch
+    posterior: Any = guide.get_posterior(*args, **kwargs)
+    covariance = getattr(posterior, "covariance_matrix", None)
+    if covariance is None:
+        return None
+    prototype: Any = guide.prototype_trace
+    blocks, start = {}, 0
+    for name, site in prototype.iter_stochastic_nodes():
+        size = biject_to(site["fn"].support).inv(site["value"]).numel()
+        blocks[name] = torch.arange(start, start + size)
+        start += size
+    if sorted(blocks) != names:
+        return None
+    order = torch.cat([blocks[name] for name in names])
+    return covariance.detach()[order][:, order]
+
+
+def nuts(
+    model: Callable[..., Any],
+    data: Any,
+    *,
+    guide: Any = None,
+    num_samples: int = 500,
+    warmup_steps: int = 500,
+    num_chains: int = 4,
+    use_mass_matrix: bool = True,
+    progress_bar: bool = True,
+    **kwargs: Any,
+) -> NUTSResult:
+    """
+    Runs NUTS, with chains that start from a fitted guide.
+
+    The chains of a mixture guide start in different components. The covariance of a Gaussian guide over packed
+    latents (a Laplace approximation with a dense covariance, :class:`~pyro.infer.autoguide.AutoMultivariateNormal`)
+    becomes the dense inverse mass matrix to start from, and adaptation goes on from there. Chains run one after the
+    other in this process.
+
+    :param callable model: a Pyro model.
+    :param data: one batch with the full data.
+    :param guide: a fitted guide; by default chains start at draws from the prior.
+    :param int num_samples: draws per chain.
+    :param int warmup_steps: steps of adaptation per chain.
+    :param int num_chains: the number of chains.
+    :param bool use_mass_matrix: whether to take the covariance of the guide.
+    :param bool progress_bar: whether to show a bar per chain.
+    :param kwargs: arguments of :class:`~pyro.infer.NUTS`, such as ``target_accept_prob``.
+    :return: draws and statistics, which :func:`~pyro_bnn.diagnostics.to_datatree` and
+        :func:`~pyro_bnn.infer.posterior_predictive` take.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+        >>> run = nuts(model, torch.ones(5), num_samples=20, warmup_steps=20, num_chains=2, progress_bar=False)
+        >>> run.samples["z"].shape, sorted(run.sample_stats)[0]
+        (torch.Size([2, 20]), 'acceptance_rate')
+    """
+    batches = list(iter_batches(data))
+    if len(batches) != 1:
+        raise ValueError(f"nuts needs the full data as one batch, and found {len(batches)} batches.")
+    args, model_kwargs = batches[0]
+    with local_parameters():
+        with poutine.block(), torch.no_grad():
+            trace = poutine.trace(model).get_trace(*args, **model_kwargs)
+        sites = sample_sites(trace)
+        names = sorted(latent_names(trace))
+        points = None if guide is None else starting_points(guide, num_chains, batches[0])
+        covariance = _laplace_covariance(guide, names, batches[0]) if use_mass_matrix else None
+        samples: list[Mapping[str, Tensor]] = []
+        warmups: list[dict[str, Tensor]] = []
+        records: list[list[dict[str, float]]] = []
+        for chain in range(num_chains):
+            initial = None
+            if points is not None:
+                initial = {n: biject_to(sites[n]["fn"].support).inv(points[n][chain]).clone() for n in names}
+            kernel = RecordingNUTS(model, covariance, **kwargs)
+            warmup: list[dict[str, Tensor]] = []
+
+            def hook(kernel: Any, z: dict[str, Tensor], stage: str, i: int, kept: list[Any] = warmup) -> None:
+                if stage.lower().startswith("warmup"):
+                    kept.append(
+                        {
+                            n: kernel.transforms[n].inv(v) if n in kernel.transforms else v
+                            for n, v in z.items()
+                        }
+                    )
+
+            mcmc = MCMC(
+                kernel,
+                num_samples=num_samples,
+                warmup_steps=warmup_steps,
+                initial_params=initial,
+                hook_fn=hook,
+                disable_progbar=not progress_bar,
+            )
+            mcmc.run(*args, **model_kwargs)
+            samples.append(mcmc.get_samples())
+            warmups.append({n: torch.stack([w[n] for w in warmup]) for n in names} if warmup else {})
+            records.append(kernel.records)
+
+    def stats(part: slice) -> dict[str, Tensor]:
+        found = {
+            key: torch.tensor([[row[key] for row in chain[part]] for chain in records], dtype=torch.float64)
+            for key in records[0][0]
+        }
+        return found | {"diverging": found["diverging"].bool(), "tree_depth": found["tree_depth"].long()}
+
+    return NUTSResult(
+        {n: torch.stack([s[n] for s in samples]) for n in names},
+        stats(slice(warmup_steps, None)),
+        {n: torch.stack([w[n] for w in warmups]) for n in names} if warmup_steps else {},
+        stats(slice(warmup_steps)) if warmup_steps else {},
+    )
