@@ -5,13 +5,30 @@
 
 from pyro_bnn.diagnostics import metrics, plots
 from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, to_inference_data
+from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table
+from pyro_bnn.diagnostics.quality import (
+    compare_with_nuts,
+    elbo_gap,
+    functional_k,
+    log_weights,
+    pareto_k,
+    simulation_based_calibration,
+)
 
 __all__ = [
+    "compare_with_nuts",
     "datatree_to_inference_data",
+    "elbo_gap",
     "evaluate",
+    "functional_k",
+    "log_weights",
     "metrics",
+    "pareto_k",
     "plots",
+    "prediction_diagnostics",
+    "prediction_draws",
+    "simulation_based_calibration",
     "table",
     "to_datatree",
     "to_inference_data",

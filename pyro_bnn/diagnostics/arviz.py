@@ -24,6 +24,7 @@ from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, Posterior, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import observed_names, sample_sites, subsample_scale, unscaled_log_prob
+from pyro_bnn.infer.nuts import NUTSResult
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.predictive import (
     evaluation_mode,
@@ -70,7 +71,8 @@ def to_datatree(
 
     Groups: ``posterior``, ``log_prior`` (per site, summed over the site), ``sample_stats`` (``lp``, the log
     joint density :math:`\log p(y, z)`; for guides with a density also ``log_q`` and ``log_weight``, the
-    normalised log importance weights; ``diverging`` for MCMC) and, where ``data`` holds observations,
+    normalised log importance weights; ``diverging`` for MCMC, and for :func:`~pyro_bnn.infer.nuts` also ``energy``,
+    ``tree_depth``, ``step_size`` and ``acceptance_rate``, with the warm-up in groups of its own) and, where ``data`` holds observations,
     ``log_likelihood`` (pointwise, nats, without the factor of subsampled plates), ``posterior_predictive``,
     ``observed_data`` and ``constant_data``. With ``prior_samples``, ``prior`` and ``prior_predictive``.
 
@@ -124,7 +126,7 @@ def to_datatree(
             runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory)
             groups = exporter.data_groups(runner, posterior, split_batch(data, batch_size), predictions)
             log_q = None
-            if not isinstance(posterior, (MCMC, Mapping, list, tuple)):
+            if not isinstance(posterior, (Mapping, list, tuple)) and not hasattr(posterior, "get_samples"):
                 log_q = guide_log_prob(posterior, draws, batch)
             groups["sample_stats"] = exporter.sample_stats(groups.pop("_lp"), log_q, posterior)
             groups["constant_data"] = exporter.constants(data, batch, constant_data, groups["observed_data"])
@@ -133,6 +135,13 @@ def to_datatree(
     names = exporter.select(draws, var_names, weights)
     chained = {name: exporter.chained(draws[name])[:, ::thin] for name in names}
     groups["posterior"] = exporter.dataset({n: (v, exporter.site_dims[n]) for n, v in chained.items()})
+    if isinstance(posterior, NUTSResult) and posterior.warmup:
+        groups["warmup_posterior"] = exporter.dataset(
+            {n: (posterior.warmup[n], exporter.site_dims[n]) for n in names}
+        )
+        groups["warmup_sample_stats"] = exporter.dataset(
+            {n: (v, ()) for n, v in posterior.warmup_stats.items()}
+        )
     order = ["posterior", *(name for name in groups if name != "posterior")]
     tree = xr.DataTree.from_dict({name: groups[name] for name in order if groups[name].data_vars})
     common = _attributes(posterior) | {"left_out": sorted(set(draws) - set(names)) or ""} | dict(attrs or {})
@@ -185,7 +194,7 @@ def chain_draws(
     :return: draws by site, each of shape ``(chains * draws,) + site shape``, and ``(chains, draws)``.
     :raises ValueError: if the draws do not divide into the chains.
     """
-    if isinstance(posterior, MCMC):
+    if hasattr(posterior, "get_samples"):
         grouped: Draws = posterior.get_samples(group_by_chain=True)
         num_chains, size = next(iter(grouped.values())).shape[:2]
         keep = size if num_samples is None else min(size, max(1, num_samples // num_chains))
@@ -357,6 +366,10 @@ class _Exporter:
             log_weight = torch.as_tensor(lp["lp"].values) - self.chained(log_q).cpu()
             log_weight = log_weight - torch.logsumexp(log_weight, (0, 1))
             stats = stats.assign(log_weight=(("chain", "draw"), log_weight.numpy()))
+        if isinstance(posterior, NUTSResult):
+            recorded = {n: (("chain", "draw"), v.numpy()) for n, v in posterior.sample_stats.items()}
+            if next(iter(recorded.values()))[1].shape == self.shape:
+                stats = stats.assign(recorded)
         if isinstance(posterior, MCMC):
             divergences = posterior.diagnostics().get("divergences", {})
             diverging = np.zeros((posterior.num_chains, posterior.num_samples), dtype=bool)

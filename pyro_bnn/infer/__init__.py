@@ -9,6 +9,7 @@ from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
 from pyro_bnn.infer.moments import PredictiveMoments, SiteMoments, predictive_moments
+from pyro_bnn.infer.nuts import NUTSResult, nuts
 from pyro_bnn.infer.persist import load_guide, save_guide
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
@@ -20,6 +21,7 @@ __all__ = [
     "FitResult",
     "FitState",
     "Mixture_ELBO",
+    "NUTSResult",
     "NonFiniteLossError",
     "NotAMinimumError",
     "PosteriorPredictive",
@@ -28,6 +30,7 @@ __all__ = [
     "SitePrediction",
     "fit",
     "load_guide",
+    "nuts",
     "posterior_draws",
     "posterior_predictive",
     "predictive_moments",

@@ -2,13 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posterior draws from any guide, MCMC run or dictionary, always shaped (draws,) + site shape."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 from torch.distributions import biject_to
@@ -17,8 +16,8 @@ from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.handlers import sample_sites
 from pyro_bnn.infer.parameters import local_parameters
 
-#: Where draws come from: a guide, an MCMC run, or draws themselves by site name.
-Posterior = Callable[..., Any] | MCMC | Mapping[str, Tensor]
+#: Where draws come from: a guide, an MCMC run (anything with ``get_samples``), or draws by site name.
+Posterior = Any
 
 Draws = dict[str, Tensor]
 
@@ -43,7 +42,7 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         >>> draws["w"]
         tensor([0., 2., 5.])
     """
-    if isinstance(posterior, MCMC):
+    if hasattr(posterior, "get_samples"):  # MCMC and NUTSResult
         posterior = posterior.get_samples()
     if isinstance(posterior, Mapping):
         return _thin(posterior, num_samples)

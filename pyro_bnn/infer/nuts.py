@@ -186,7 +186,7 @@ def nuts(
 
     Example::
 
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(y):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(y)):
@@ -212,7 +212,9 @@ def nuts(
         for chain in range(num_chains):
             initial = None
             if points is not None:
-                initial = {n: biject_to(sites[n]["fn"].support).inv(points[n][chain]).clone() for n in names}
+                initial = {
+                    n: biject_to(sites[n]["fn"].support).inv(points[n][chain]).detach().clone() for n in names
+                }
             kernel = RecordingNUTS(model, covariance, **kwargs)
             warmup: list[dict[str, Tensor]] = []
 

@@ -1,0 +1,340 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""How good is an approximate posterior: importance weights, calibration by simulation, agreement with NUTS."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro.poutine as poutine
+import torch
+import xarray as xr
+from pyro.ops.stats import fit_generalized_pareto
+from scipy.stats import chi2
+from torch import Tensor
+
+from pyro_bnn.diagnostics.arviz import to_datatree
+from pyro_bnn.infer.draws import Draws, posterior_draws
+from pyro_bnn.infer.handlers import is_deterministic, sample_sites
+from pyro_bnn.infer.nuts import nuts
+from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.predictive import posterior_predictive
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def log_weights(
+    model: Callable[..., Any], guide: Any, data: Any, num_samples: int = 1000
+) -> tuple[Draws, Tensor]:
+    r"""
+    Draws of a guide and their log importance weights :math:`\log p(y, z_s) - \log q(z_s)`.
+
+    :param callable model: a Pyro model.
+    :param guide: a guide with a density (no point masses).
+    :param data: the data with observations, in any form.
+    :param int num_samples: the number of draws S.
+    :return: draws by site, and weights of shape ``(S,)``; nats.
+    :raises ValueError: if the guide has no density.
+    """
+    tree = to_datatree(model, guide, data, num_samples=num_samples, weights=True, predictions=False)
+    stats = tree["sample_stats"]
+    if "log_q" not in stats:
+        raise ValueError(
+            f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."
+        )
+    weights = torch.as_tensor((stats["lp"] - stats["log_q"]).values).flatten()
+    draws = {
+        str(n): torch.as_tensor(np.array(v.values)).flatten(0, 1)
+        for n, v in tree["posterior"].data_vars.items()
+    }
+    return draws, weights
+
+
+def pareto_k(log_ratios: Any) -> float:
+    r"""
+    The shape :math:`\hat k` of a generalised Pareto distribution fitted to the largest importance ratios.
+
+    Below 0.7 importance sampling with this many draws is reliable. In the space of a network's weights it is
+    above that for practically every approximation: look at :func:`functional_k` of predictions.
+
+    :param log_ratios: log importance ratios ``(S,)``.
+    :return: the shape; ``inf`` if there are too few draws for a tail.
+
+    **References**
+
+    Vehtari, Simpson, Gelman, Yao, Gabry, *Pareto smoothed importance sampling*, JMLR 2024.
+
+    Example::
+
+        >>> _ = torch.manual_seed(0)
+        >>> exponential = torch.distributions.Exponential(1.0).sample((20000,))
+        >>> abs(pareto_k(0.5 * exponential) - 0.5) < 0.1
+        True
+    """
+    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    return _tail_shape(torch.exp(ratios - ratios.max()))
+
+
+def _tail_shape(values: Tensor) -> float:
+    """The shape of the upper tail of positive numbers."""
+    size = len(values)
+    tail = math.ceil(min(size / 5, 3 * math.sqrt(size)))
+    if tail < 5:
+        return math.inf
+    ordered = values.sort().values
+    excess = ordered[-tail:] - ordered[-tail - 1]
+    if not bool((excess > 0).all()):
+        excess = excess[excess > 0]
+        if len(excess) < 5:
+            return -math.inf if len(excess) == 0 else math.inf
+    shape, _ = fit_generalized_pareto(excess)
+    return float(shape)
+
+
+def functional_k(log_ratios: Any, values: Any) -> np.ndarray:
+    r"""
+    :math:`\hat k` of importance-sampling estimates of expectations :math:`E[h(z)]`: the largest shape among the
+    tails of the ratios r and of h r.
+
+    :param log_ratios: log importance ratios ``(S,)``.
+    :param values: functionals under each draw ``(S, ...)``, e.g. the means of predictions.
+    :return: one shape per functional.
+
+    Example::
+
+        >>> _ = torch.manual_seed(0)
+        >>> found = functional_k(torch.zeros(4000), torch.randn(4000, 2))
+        >>> found.shape, bool((found < 0.3).all())
+        ((2,), True)
+    """
+    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    weights = torch.exp(ratios - ratios.max())
+    functions = torch.as_tensor(values, dtype=torch.float64)
+    shape = functions.shape[1:]
+    base = _tail_shape(weights)
+    found = []
+    for column in functions.reshape(len(ratios), -1).T:
+        product = column * weights
+        found.append(max(base, _tail_shape(product - product.min()), _tail_shape(product.max() - product)))
+    return np.asarray(found).reshape(shape)
+
+
+def elbo_gap(log_ratios: Any) -> dict[str, float]:
+    r"""
+    The ELBO, the importance-weighted bound of S draws and their gap, a lower bound on
+    :math:`\mathrm{KL}(q \| p(z \mid y))` in expectation.
+
+    .. math:: \mathrm{ELBO} = \frac1S \sum_s \log w_s \le \log \frac1S \sum_s w_s \to \log p(y).
+
+    :param log_ratios: log importance ratios ``(S,)``.
+    :return: ``elbo``, ``bound``, ``gap`` and ``elbo_error`` (the standard error of the ELBO); nats.
+
+    **References**
+
+    Burda, Grosse, Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016.
+
+    Example::
+
+        >>> elbo_gap(torch.full((10,), -3.0))["gap"]
+        0.0
+    """
+    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    elbo = float(ratios.mean())
+    bound = float(torch.logsumexp(ratios, 0)) - math.log(len(ratios))
+    error = float(ratios.std()) / math.sqrt(len(ratios))
+    return {"elbo": elbo, "bound": bound, "gap": bound - elbo, "elbo_error": error}
+
+
+@dataclass
+class CalibrationRanks:
+    """
+    Ranks of simulation-based calibration.
+
+    :param ranks: by quantity, the ranks of the true values among the draws, shape ``(simulations, size)``.
+    :param num_draws: the number of draws L; ranks lie between 0 and L.
+    """
+
+    ranks: dict[str, np.ndarray]
+    num_draws: int
+
+    def counts(self, name: str, bins: int = 10) -> np.ndarray:
+        """
+        Histogram of the ranks of one quantity, all of its elements together.
+
+        :param str name: the quantity.
+        :param int bins: the number of bins.
+        :return: counts.
+        """
+        return np.histogram(self.ranks[name], bins=bins, range=(-0.5, self.num_draws + 0.5))[0]
+
+    def p_values(self, bins: int = 10) -> dict[str, float]:
+        """
+        Chi-squared tests of uniform ranks; elements of a quantity are correlated, so that the test of a vector is too
+        strict.
+
+        :param int bins: the number of bins; it should divide L + 1.
+        :return: by quantity, the p value.
+        """
+        found = {}
+        for name in self.ranks:
+            counts = self.counts(name, bins)
+            expected = counts.sum() / bins
+            found[name] = float(chi2.sf(((counts - expected) ** 2 / expected).sum(), bins - 1))
+        return found
+
+    def plot(self, name: str, bins: int = 10, ax: "Axes | None" = None) -> "Axes":
+        """
+        The histogram of the ranks with a band of two binomial standard deviations.
+
+        :param str name: the quantity.
+        :param int bins: the number of bins.
+        :param ax: matplotlib axes to draw in.
+        :return: the axes.
+        """
+        from matplotlib import pyplot
+
+        if ax is None:
+            ax = pyplot.subplots()[1]
+        counts = self.counts(name, bins)
+        total = counts.sum()
+        spread = 2 * math.sqrt(total / bins * (1 - 1 / bins))
+        ax.axhspan(total / bins - spread, total / bins + spread, color="0.6", alpha=0.3)
+        ax.bar(np.arange(bins), counts, width=0.9)
+        ax.set_xlabel(f"rank of {name}")
+        return ax
+
+
+def simulation_based_calibration(
+    model: Callable[..., Any],
+    recipe: Callable[[Callable[..., Any]], Any],
+    args: tuple[Any, ...] = (),
+    *,
+    num_simulations: int = 100,
+    num_draws: int = 99,
+    quantities: Callable[[Draws], dict[str, Tensor]] | None = None,
+    observed: Sequence[str] | None = None,
+) -> CalibrationRanks:
+    r"""
+    Checks a model and a way of fitting it on data that the model itself makes.
+
+    Repeats: draw :math:`z^* \sim p(z)` and :math:`y^* \sim p(y \mid z^*)`; fit :math:`p(z \mid y^*)`; take the rank
+    of :math:`z^*` among L draws of the fit. With exact posteriors the ranks are uniform on 0..L; a U shape shows
+    posteriors that are too narrow, a hump too wide ones.
+
+    :param callable model: a Pyro model; called with ``args`` it must not observe anything.
+    :param callable recipe: takes a model that observes the simulated data (called with the same ``args``) and
+        returns a guide fitted to it, draws, or an MCMC run.
+    :param args: arguments of the model, without observations.
+    :param int num_simulations: the number of repetitions.
+    :param int num_draws: the number of draws L.
+    :param callable quantities: a function of draws by site (shape ``(S,) + site shape``) returning the
+        quantities to rank, each with the draws first; the sites themselves by default. For networks
+        choose predictions: weights are not identified.
+    :param observed: the sites that stand for data; by default the last site and those in the same plates.
+    :return: the ranks.
+
+    **References**
+
+    Talts, Betancourt, Simpson, Vehtari, Gelman, *Validating Bayesian inference algorithms with simulation-based
+    calibration*, 2018.
+    """
+    quantities = quantities or (lambda draws: draws)
+    ranks: dict[str, list[np.ndarray]] = {}
+    for _ in range(num_simulations):
+        with poutine.block(), local_parameters(), torch.no_grad():
+            sites = sample_sites(poutine.trace(model).get_trace(*args))
+        values = {n: s["value"] for n, s in sites.items() if not (s["is_observed"] or is_deterministic(s))}
+        simulated = {name: values[name] for name in (observed or observation_names(sites))}
+        fitted = recipe(poutine.condition(model, data=simulated))
+        draws = posterior_draws(fitted, num_draws, (args, {}))
+        truth = quantities({n: values[n][None] for n in draws})
+        for name, found in quantities(draws).items():
+            below = (found < truth[name]).sum(0)
+            ranks.setdefault(name, []).append(below.reshape(-1).cpu().numpy())
+    return CalibrationRanks({name: np.stack(rows) for name, rows in ranks.items()}, num_draws)
+
+
+def observation_names(sites: dict[str, Any]) -> list[str]:
+    """
+    The sites that stand for data in a model called without observations: those that no other site follows in
+    their plate, which are the last ones, all in the plates of the last site.
+
+    :param sites: sample sites of a trace.
+    :return: names.
+    """
+    latent = [n for n, s in sites.items() if not is_deterministic(s)]
+    plates = {f.name for f in sites[latent[-1]]["cond_indep_stack"]}
+    return [
+        n
+        for n in latent
+        if n == latent[-1] or (plates and {f.name for f in sites[n]["cond_indep_stack"]} == plates)
+    ]
+
+
+def compare_with_nuts(
+    model: Callable[..., Any],
+    guide: Any,
+    data: Any,
+    *,
+    num_samples: int = 500,
+    warmup_steps: int = 500,
+    num_chains: int = 4,
+    progress_bar: bool = False,
+) -> xr.Dataset:
+    r"""
+    Runs NUTS from a fitted guide and compares both posteriors, site by site and in their predictions.
+
+    Dims ``quantity`` (latent sites, and ``<site>_mean`` for the predictions at observed sites) with variables
+
+    - ``shift``: root mean square over elements of :math:`(\mu_q - \mu_p) / \sigma_p`;
+    - ``scale_ratio``: geometric mean over elements of :math:`\sigma_q / \sigma_p`;
+    - ``r_hat``: the largest split R-hat of the chains, without which the comparison says nothing.
+
+    In networks compare the predictions: weights have several modes.
+
+    :param callable model: a Pyro model.
+    :param guide: a fitted guide.
+    :param data: one batch with the full data.
+    :param int num_samples: draws per chain.
+    :param int warmup_steps: steps of adaptation per chain.
+    :param int num_chains: the number of chains.
+    :param bool progress_bar: whether to show the progress of NUTS.
+    :return: the comparison.
+    """
+    run = nuts(
+        model, data, guide=guide, num_samples=num_samples, warmup_steps=warmup_steps,
+        num_chains=num_chains, progress_bar=progress_bar,
+    )  # fmt: skip
+    exact = posterior_predictive(model, run, data)
+    approximate = posterior_predictive(model, guide, data, num_samples=num_samples * num_chains)
+    pairs = {
+        name: (approximate.draws[name], exact.draws[name])
+        for name in exact.draws
+        if name in approximate.draws
+    }
+    for name, site in exact.items():
+        other = approximate[name].mean
+        if site.mean is not None and other is not None:
+            pairs[f"{name}_mean"] = other, site.mean
+    rows: dict[str, list[float]] = {"shift": [], "scale_ratio": [], "r_hat": []}
+    for q, p in pairs.values():
+        sd = p.std(0)
+        rows["shift"].append(float(((q.mean(0) - p.mean(0)) / sd).square().mean().sqrt()))
+        rows["scale_ratio"].append(float((q.std(0) / sd).log().mean().exp()))
+        rows["r_hat"].append(float(split_r_hat(p.reshape(num_chains, num_samples, *p.shape[1:])).max()))
+    return xr.Dataset({k: ("quantity", v) for k, v in rows.items()}, coords={"quantity": list(pairs)})
+
+
+def split_r_hat(draws: Tensor) -> Tensor:
+    """
+    Split R-hat.
+
+    :param draws: shape ``(chains, draws, ...)``.
+    :return: one value per element.
+    """
+    from pyro.ops.stats import split_gelman_rubin
+
+    return split_gelman_rubin(draws, chain_dim=0, sample_dim=1)
