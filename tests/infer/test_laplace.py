@@ -6,7 +6,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_sample
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_sample, init_to_value
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import NotAMinimumError, posterior_predictive
@@ -295,7 +295,7 @@ def test_newton_steps_out_of_the_support_are_rejected():
         with pyro.plate("data", 30):
             return pyro.sample("obs", dist.Poisson(rate), obs=y)
 
-    guide = AutoLaplace(model).initialize(y)
+    guide = AutoLaplace(model, init_loc_fn=init_to_value(values={"rate": torch.tensor(40.0)})).initialize(y)
     result = newton_cg(lambda u: guide.packed.losses(u, y), torch.tensor([40.0]), tolerance=1e-6)
     assert_close(result.point[0], y.mean(), rtol=1e-6)
 
