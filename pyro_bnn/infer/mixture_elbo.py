@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.nn.folding import split_batch
+from pyro_bnn.nn.sites import SITE_KEY
 
 _Elbo: Any = ELBO
 
@@ -64,6 +66,9 @@ class Mixture_ELBO(_Elbo):
     :param kl_scale: the factor :math:`\beta`, or a schedule ``callable(step) -> float``, the steps being the
         evaluations of the loss with gradients, counted from 0 in :attr:`step`.
     :param int num_particles: draws per component, vectorised.
+    :param str batch: ``"repeat"`` runs every example through every component; ``"split"`` gives each component its
+        own part of the batch (networks that were converted by :func:`~pyro_bnn.nn.rank1_` only), at the cost of one
+        pass and the variance of the smaller part.
     :param float entropy_weight: adds this multiple of the entropy of the guide (a tempered posterior) [2].
     :param int max_plate_nesting: number of plate dimensions of the model; found by running it once if omitted.
 
@@ -99,6 +104,7 @@ class Mixture_ELBO(_Elbo):
         *,
         kl_scale: float | Callable[[int], float] = 1.0,
         num_particles: int = 1,
+        batch: str = "repeat",
         entropy_weight: float = 0.0,
         max_plate_nesting: int | None = None,
     ) -> None:
@@ -113,6 +119,13 @@ class Mixture_ELBO(_Elbo):
             max_plate_nesting=float("inf") if max_plate_nesting is None else max_plate_nesting,
         )
         self.max_plate_nesting: float
+        if batch not in ("repeat", "split"):
+            raise ValueError(f"batch must be 'repeat' or 'split', found {batch!r}.")
+        if batch == "split" and likelihood != "average":
+            raise ValueError(
+                "batch='split' shows an example to one component only: it needs likelihood='average'."
+            )
+        self.batch = batch
         self.likelihood = likelihood
         self.kl = kl
         self.kl_scale = kl_scale
@@ -162,6 +175,11 @@ class Mixture_ELBO(_Elbo):
         """
         mixtures = list(_mixtures(guide))
         K = _common_num_components(mixtures)
+        for mixture in mixtures:
+            for name in {COMPONENT_PLATE, PARTICLE_PLATE} & mixture.plate_names:
+                raise ValueError(
+                    f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
+                )
         nesting = self._plate_nesting(model, guide, args, kwargs)
         model_trace, guide_trace = self._component_traces(model, guide, mixtures, K, nesting, args, kwargs)
         likelihood = self._likelihood_term(model_trace, K, nesting)
@@ -228,7 +246,9 @@ class Mixture_ELBO(_Elbo):
         dim = -nesting - 1
         with ExitStack() as stack:
             for mixture in mixtures:
-                stack.enter_context(mixture.stratified(dim))
+                stack.enter_context(mixture.stratified(dim, self.num_particles))
+            if self.batch == "split":
+                stack.enter_context(split_batch())
             guide_trace = poutine.trace(self._in_plates(guide, K, dim)).get_trace(*args, **kwargs)
             model_trace = poutine.trace(
                 poutine.replay(self._in_plates(model, K, dim), trace=guide_trace)
@@ -236,6 +256,8 @@ class Mixture_ELBO(_Elbo):
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, nesting + 1 + (self.num_particles > 1))
         guide_trace = prune_subsample_sites(guide_trace)
+        if self.batch == "split":
+            _check_split(model_trace, guide_trace)
         model_trace = prune_subsample_sites(model_trace)
         for name, site in model_trace.nodes.items():
             if site["type"] == "sample" and not site["is_observed"] and name not in guide_trace:
@@ -318,7 +340,10 @@ class _SiteTerms:
                 continue
             prior = model_trace.nodes[name]
             scale, mask = prior["scale"], prior["mask"]
-            if isinstance(_unwrap(site["fn"]), Delta) and not auxiliary:
+            kind = site["infer"].get(SITE_KEY, {}).get("kind")
+            if kind == "index":  # uniform in the model and in the guide
+                continue
+            if isinstance(_unwrap(site["fn"]), Delta) and (kind in ("delta", "point") or not auxiliary):
                 log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask))
                 self.log_prior = self.log_prior + log_p.mean()
                 continue
@@ -346,7 +371,7 @@ class _SiteTerms:
         log_q: Any = 0.0  # summed over all sites of all mixtures before the softmax: one index for all
         for mixture in self.mixtures:
             values = {
-                site.name: guide_sites[site.name]["value"].reshape(lead + site.shape)
+                site.name: _one_draw(guide_sites[site.name], site, self.nesting).reshape(lead + site.shape)
                 for site, _, scale in mixture._blocks()
                 if scale is not None
             }
@@ -361,7 +386,21 @@ def _divergence(site: Any, prior: Any) -> Tensor:
     try:
         return kl_divergence(site["fn"], prior["fn"])
     except NotImplementedError:
-        return _log_prob(site) - _log_prob(prior)
+        sample = _log_prob(site) - _log_prob(prior)
+        # values per example are draws of one site: average over them
+        once = site["fn"].batch_shape
+        extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
+        return sample.mean(extra, keepdim=True) if extra else sample
+
+
+def _one_draw(node: Any, site: Any, nesting: int) -> Tensor:
+    """The value of a site; with a value per example, that of the first example."""
+    value = node["value"]
+    if nesting and not site.frames:
+        dim = value.dim() - site.event_dim - 1
+        if dim >= 0 and node["fn"].batch_shape[-1:] == (1,) and value.shape[dim] > 1:
+            return value.narrow(dim, 0, 1)
+    return value
 
 
 def _entropy(site: Any) -> Tensor:
@@ -383,6 +422,19 @@ def _unwrap(fn: Any) -> Any:
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def _check_split(model_trace: Any, guide_trace: Any) -> None:
+    """Examples meet their component inside the network only, so nothing else may differ between components."""
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and name in model_trace and SITE_KEY in site["infer"]:
+            hint = site["infer"][SITE_KEY]
+            if hint["role"] is None and hint["kind"] != "point":
+                raise ValueError(
+                    f"site {name!r} lies outside the converted network and differs between components, which "
+                    "batch='split' cannot match with the examples: give it the family 'point', e.g. "
+                    f"component={{{name!r}: 'point'}}."
+                )
 
 
 def _mixtures(guide: Any) -> Iterator[AutoMixture]:

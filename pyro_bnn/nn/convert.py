@@ -14,6 +14,7 @@ from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.bayesian_layers import BAYESIAN_LAYERS
 from pyro_bnn.nn.folding import Folding
+from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
 from pyro_bnn.nn.packed import PackedSite
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
 from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
@@ -38,6 +39,8 @@ def rank1_(
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
     freeze_base: bool = False,
+    batchnorm: str = "shared",
+    num_components: int | None = None,
     batch_dim: int = 0,
     fold: bool = True,
     **options: Any,
@@ -56,6 +59,9 @@ def rank1_(
     :param skip: leave these modules as they are.
     :param bool freeze_base: do not train any of the network's own parameters, only the factors and biases: for
         pretrained networks.
+    :param str batchnorm: ``"shared"`` by all components, as in the paper, or ``"component"``, which needs
+        ``num_components`` and the warning of :class:`~pyro_bnn.nn.normalization.ComponentBatchNormMixin`.
+    :param int num_components: number of components, for ``batchnorm="component"`` only.
     :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
     :param bool fold: ``False`` leaves sample dimensions to broadcasting, which lets networks of linear layers take
         inputs that have sample dimensions themselves.
@@ -71,6 +77,10 @@ def rank1_(
         ('Rank1Linear', False)
     """
     made = Rank1Options(**options)
+    if batchnorm not in ("shared", "component"):
+        raise ValueError(f"batchnorm must be 'shared' or 'component', found {batchnorm!r}.")
+    if (batchnorm == "component") != (num_components is not None):
+        raise ValueError("num_components goes with batchnorm='component' and nothing else.")
     layers = list(_convertible(net, only, skip, _RANK1))
     _require(layers, net, _RANK1)
     to_pyro_module_(net)
@@ -81,6 +91,8 @@ def rank1_(
     check_rank1_keys(made, [_join(name, key) for name, layer in layers for key in layer._site_keys()])
     for name, layer in layers:
         layer._make_rank1(made, _join(name, ""))
+    if num_components is not None:
+        _component_batchnorm(net, num_components)
     _finish(net, fold, batch_dim)
     return net
 
@@ -136,6 +148,18 @@ def bayesian_(
         PackedSite(net, layers)
     _finish(net, fold, batch_dim)
     return net
+
+
+def _component_batchnorm(net: Any, num_components: int) -> None:
+    first = None
+    for module in net.modules():
+        made = COMPONENT_BATCHNORM.get(_torch_class(module))
+        if made is not None:
+            module.__class__ = made
+            first = first or module
+            module._make_component(num_components, first)
+    if first is None:
+        raise ValueError("batchnorm='component', but the network holds no batch normalisation.")
 
 
 def _finish(net: Any, fold: bool, batch_dim: int) -> None:

@@ -2,13 +2,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many samples of the weights through arbitrary torch code: samples folded into the batch dimension."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_bnn.nn.sites import SiteModule
+
+_SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
+
+
+@contextmanager
+def split_batch() -> Iterator[None]:
+    """
+    Within this context a folded network gives every sample its own part of the batch, ``B / F`` examples, instead of
+    repeating the batch, and returns outputs without sample dimensions, shape ``(B, ...)``.
+    """
+    token = _SPLIT.set(True)
+    try:
+        yield
+    finally:
+        _SPLIT.reset(token)
 
 
 class Folding:
@@ -36,6 +53,7 @@ class Folding:
         self.num_samples = 1
         self.batch_size = 0
         self.active = False
+        self.split = False
         self._sample_shape = torch.Size()
         self._values: dict[tuple[int, str], Tensor] = {}
         for layer in self.layers:
@@ -64,6 +82,15 @@ class Folding:
             raise ValueError(f"the network was called with an empty batch, shape {tuple(tensors[0].shape)}.")
         self._draw()
         if not self.active:
+            return None
+        self.split = _SPLIT.get()
+        if self.split:
+            if self.batch_size % self.num_samples:
+                raise ValueError(
+                    f"a batch of {self.batch_size} examples does not split over {self.num_samples} samples: use a "
+                    "multiple of them (drop_last=True for loaders), or repeat the batch."
+                )
+            self.batch_size //= self.num_samples
             return None
         return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
 
@@ -130,7 +157,7 @@ class Folding:
             return None
         self.active = False
         self._values = {}
-        return map_structure(output, self._unfold)
+        return None if self.split else map_structure(output, self._unfold)
 
     def _unfold(self, value: Tensor) -> Tensor:
         rows = self.num_samples * self.batch_size

@@ -46,6 +46,10 @@ class SiteModule(_PyroModule):
     value of each site, and the priors follow :meth:`~torch.nn.Module.to`.
     """
 
+    def __reduce__(self) -> Any:
+        # Pyro's mix-in classes would be copied and unpickled as the mix-in of the torch layer alone
+        return _new_module, (type(self),), self.__getstate__()
+
     def _add_site(
         self, name: str, prior: Any, role: str, init: Tensor | None = None, *, event_dim: int
     ) -> None:
@@ -112,6 +116,10 @@ class SiteModule(_PyroModule):
         if "_owned_packed" in self.__dict__:
             self.__dict__["_owned_packed"].map(fn)
         return self
+
+
+def _new_module(cls: Any) -> Any:
+    return cls.__new__(cls)
 
 
 def describe_module(module: nn.Module, name: str) -> str:

@@ -4,9 +4,15 @@
 """Automatic guides."""
 
 from pyro_bnn.infer.autoguide.hfl import AutoHessianFreeLaplace
+from pyro_bnn.infer.autoguide.initialization import (
+    dropout_scale,
+    init_component,
+    init_to_normal,
+    init_to_random_sign,
+)
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.linearized import LinearizedOutputs, MAPReport, UnconvergedMAPWarning
-from pyro_bnn.infer.autoguide.mixture import AutoMixture, init_component
+from pyro_bnn.infer.autoguide.mixture import AutoMixture
 
 __all__ = [
     "AutoHessianFreeLaplace",
@@ -15,5 +21,8 @@ __all__ = [
     "LinearizedOutputs",
     "MAPReport",
     "UnconvergedMAPWarning",
+    "dropout_scale",
     "init_component",
+    "init_to_normal",
+    "init_to_random_sign",
 ]

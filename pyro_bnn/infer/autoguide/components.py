@@ -13,7 +13,7 @@ from torch.distributions import biject_to, constraints
 #: Families with a location and a scale per latent element.
 SCALED_KINDS = ("normal", "cauchy", "lognormal")
 #: All families: ``"delta"`` has a location per component, ``"point"`` one that all components share.
-KINDS = (*SCALED_KINDS, "delta", "point")
+KINDS = (*SCALED_KINDS, "low_rank", "delta", "point")
 
 
 @dataclass
@@ -28,6 +28,7 @@ class LatentSite:
     :ivar shape: shape of a value, batch and event dimensions of the model together.
     :ivar raw_shape: the same in unconstrained space; they differ for simplices and the like.
     :ivar frames: the plates around the site.
+    :ivar role: what the layer that owns the site says it is, see :class:`~pyro_bnn.nn.sites.SiteSpec`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class LatentSite:
     shape: torch.Size
     raw_shape: torch.Size
     frames: tuple[Any, ...]
+    role: str | None = None
 
     @property
     def size(self) -> int:

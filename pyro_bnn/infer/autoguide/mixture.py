@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
@@ -28,39 +28,14 @@ from pyro_bnn.infer.autoguide.components import (
     component_distribution,
     is_real,
 )
-from pyro_bnn.infer.handlers import observed_names
+from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
+from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.nn.sites import SITE_KEY
 
 #: A family for all sites, a mapping from site names (or patterns) to families, or a callable of name and site.
 ComponentLike = str | Mapping[str, str] | Callable[[str, Any], str | None]
 
 _Guide: Any = AutoGuide
-
-
-def init_component(site: Any) -> Tensor:
-    """
-    The default initial location of a mixture component, called once per component.
-
-    Rank-1 factors and weights start at independent draws around their prior location with the prior's scale, so
-    that components differ; biases and shared weights at the value of the network that was converted; all other
-    sites at their prior median.
-
-    :param site: a sample site.
-    :return: a value of the site.
-    """
-    hint = site["infer"].get(SITE_KEY, {})
-    role, init = hint.get("role"), hint.get("init")
-    if role in ("bias", "base") and init is not None:
-        return init.expand(site["fn"].shape()).clone()
-    if role not in ("factor", "weight"):
-        return init_to_median(site)
-    base = site["fn"]
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    if isinstance(base, torch.distributions.Cauchy):
-        # a draw would start some factors far in the tails
-        return base.loc + base.scale * torch.randn_like(base.loc)
-    return site["fn"].sample()
 
 
 class AutoMixture(_Guide):
@@ -81,9 +56,16 @@ class AutoMixture(_Guide):
     :param callable model: a Pyro model.
     :param int num_components: :math:`K`.
     :param component: the family of the components: ``"normal"``, ``"cauchy"``, ``"lognormal"``, ``"delta"`` (one
-        value per component) or ``"point"`` (one value that all components share). A mapping from site names, last
+        value per component), ``"point"`` (one value that all components share) or ``"low_rank"`` (a Gaussian with
+        covariance :math:`\operatorname{diag} \sigma^2 + V V^\top` over the concatenation of all sites of this family). A mapping from site names, last
         parts of names, or patterns such as ``"layers.*.bias"`` to families, or ``callable(name, site)``, decides per
         site; sites that it leaves out get the default.
+    :param str scale: ``"free"``, one trained scale per element; ``"shared"``, one per component and site;
+        ``"fixed"``, the initial one.
+    :param int rank: number of columns of :math:`V` for ``"low_rank"``.
+    :param str noise: ``"shared"`` or ``"per_example"``: inside :class:`~pyro_bnn.infer.Mixture_ELBO`, rank-1 factors
+        are drawn once per component and batch, or independently for every example, which has the same expectation
+        and a lower variance. The divergence is counted once either way.
     :param str rest: if the model has rank-1 factors, the family of its other latent sites (biases, noise scales).
         Weights that a rank-1 layer draws through ``weight_prior`` are always shared (``"point"``) by default.
     :param callable init_loc_fn: initial value of a site, called once per component; :func:`init_component` by
@@ -112,6 +94,10 @@ class AutoMixture(_Guide):
     """
 
     scale_constraint = constraints.softplus_positive
+    # parameters, made by initialize
+    loc: Any
+    scale: Any
+    cov_factor: Any
 
     def __init__(
         self,
@@ -120,6 +106,9 @@ class AutoMixture(_Guide):
         component: ComponentLike = "normal",
         *,
         rest: str = "delta",
+        scale: str = "free",
+        rank: int = 8,
+        noise: str = "shared",
         init_loc_fn: Callable[[Any], Tensor] = init_component,
         init_scale: float = 0.0316,
         create_plates: Callable[..., Any] | None = None,
@@ -128,6 +117,12 @@ class AutoMixture(_Guide):
             raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}.")
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, found {init_scale!r}.")
+        if scale not in ("free", "shared", "fixed"):
+            raise ValueError(f"scale must be 'free', 'shared' or 'fixed', found {scale!r}.")
+        if noise not in ("shared", "per_example"):
+            raise ValueError(f"noise must be 'shared' or 'per_example', found {noise!r}.")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, found {rank!r}.")
         named = [rest, *([component] if isinstance(component, str) else [])]
         for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
             _check_kind(kind)
@@ -137,7 +132,9 @@ class AutoMixture(_Guide):
         self.component = component
         self.rest = rest
         self.init_scale = float(init_scale)
+        self.scale_mode, self.rank, self.noise = scale, rank, noise
         self._stratum: int | None = None
+        self._lead: tuple[int, ...] = ()
 
     # ------------------------------------------------------------------ life cycle
 
@@ -158,6 +155,10 @@ class AutoMixture(_Guide):
         with poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         _require_observations(trace, args)
+        self.plate_names = {f.name for _, s in trace.iter_stochastic_nodes() for f in s["cond_indep_stack"]}
+        self.plate_names |= {
+            f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]
+        }
         super()._setup_prototype(*args, **kwargs)
         nodes = dict(self.prototype_trace.iter_stochastic_nodes())
         if not nodes:
@@ -166,10 +167,11 @@ class AutoMixture(_Guide):
         has_factors = any(_role(site) == "factor" for site in nodes.values())
         self.sites = [self._describe(name, site, has_factors) for name, site in nodes.items()]
         # scaled sites first, so that the scales align with the first columns of the locations
-        self._mixed = sorted(
-            (s for s in self.sites if s.kind != "point"), key=lambda s: s.kind not in SCALED_KINDS
-        )
-        self._num_scaled = sum(s.size for s in self._mixed if s.kind in SCALED_KINDS)
+        order = ("low_rank", *SCALED_KINDS)
+        mixed = (s for s in self.sites if s.kind not in ("point", "index"))
+        self._mixed = sorted(mixed, key=lambda s: (s.kind not in order, s.kind != "low_rank"))
+        self._num_scaled = sum(s.kind in order for s in self._mixed)
+        self._index = next((s for s in self.sites if s.kind == "index"), None)
         for key in list(pyro.get_param_store().keys()):
             # a guide that is initialised starts at its own values, not at those of an earlier guide of this name
             if key.startswith(self._pyro_name + "."):
@@ -186,16 +188,30 @@ class AutoMixture(_Guide):
                     "support: give it its own guide in an AutoGuideList."
                 )
         support = fn.support
+        if _role(site) == "index":
+            size = fn.enumerate_support(expand=False).shape[0]
+            if size != self.num_components:
+                raise ValueError(
+                    f"site {name!r} distinguishes {size} components, but the guide has {self.num_components}: convert "
+                    "the network with the same num_components."
+                )
+            shape = site["value"].shape
+            return LatentSite(name, "index", support, 0, shape, shape, site["cond_indep_stack"], "index")
         if support.is_discrete:
             raise ValueError(f"site {name!r} is discrete ({fn}); AutoMixture takes continuous sites.")
         if kind == "cauchy" and not is_real(support):
             raise ValueError(
                 f"site {name!r} has support {support}, but Cauchy components need the real line."
             )
+        if kind == "low_rank" and (not is_real(support) or site["cond_indep_stack"]):
+            raise ValueError(
+                f"site {name!r} is constrained or in a plate; low-rank components allow neither."
+            )
         value = site["value"]
         with helpful_support_errors(site):
             raw_shape = biject_to(support).inv(value).shape
-        return LatentSite(name, kind, support, fn.event_dim, value.shape, raw_shape, site["cond_indep_stack"])
+        frames = site["cond_indep_stack"]
+        return LatentSite(name, kind, support, fn.event_dim, value.shape, raw_shape, frames, _role(site))
 
     def _kind(self, name: str, site: Any, has_factors: bool) -> str:
         default: str | None = None
@@ -236,9 +252,20 @@ class AutoMixture(_Guide):
             rows.append(torch.cat(row) if row else torch.zeros(0))
         if self._mixed:
             self.loc = PyroParam(torch.stack(rows), constraints.real)
-        if self._num_scaled:
-            scale = torch.full_like(rows[0][: self._num_scaled], self.init_scale)
-            self.scale = PyroParam(scale.expand(self.num_components, -1).clone(), self.scale_constraint)
+        sizes = [site.size for site in self._mixed[: self._num_scaled]]
+        if sizes:
+            width = len(sizes) if self.scale_mode == "shared" else sum(sizes)
+            scale = torch.full((self.num_components, width), self.init_scale, dtype=rows[0].dtype).to(
+                rows[0].device
+            )
+            if self.scale_mode == "fixed":
+                self.register_buffer("scale", scale)
+            else:
+                self.scale = PyroParam(scale, self.scale_constraint)
+        low_rank = sum(site.size for site in self._mixed if site.kind == "low_rank")
+        if low_rank:
+            factor = rows[0].new_empty(self.num_components, low_rank, self.rank).normal_()
+            self.cov_factor = PyroParam(factor * self.init_scale / self.rank**0.5, constraints.real)
         self.points = PyroModule()
         for site in self.sites:
             if site.kind == "point":
@@ -265,25 +292,45 @@ class AutoMixture(_Guide):
         if not self._mixed:
             return
         sizes = [site.size for site in self._mixed]
-        loc: Any = self.loc
-        locs = loc.split(sizes, -1)
-        num = sum(site.kind in SCALED_KINDS for site in self._mixed)
+        locs = self.loc.split(sizes, -1)
+        num = self._num_scaled
         scale: Any = self.scale if num else None
+        if num and self.scale_mode == "shared":
+            scale = scale.repeat_interleave(torch.tensor(sizes[:num], device=scale.device), -1)
         scales = scale.split(sizes[:num], -1) if num else ()
         for i, site in enumerate(self._mixed):
             shape = (self.num_components, *site.raw_shape)
             yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
+
+    def _low_rank(self) -> Any:
+        """The joint Gaussian of the low-rank sites in unconstrained space, batch shape ``(K,)``, or ``None``."""
+        total = sum(site.size for site in self._mixed if site.kind == "low_rank")
+        if not total:
+            return None
+        loc, scale = [], []
+        for site, mean, spread in self._blocks():
+            if site.kind == "low_rank":
+                assert spread is not None
+                loc.append(mean.flatten(1))
+                scale.append(spread.flatten(1))
+        return dist.LowRankMultivariateNormal(
+            torch.cat(loc, -1), self.cov_factor, torch.cat(scale, -1).square()
+        )
+
+    def _low_rank_sites(self) -> list[LatentSite]:
+        return [site for site in self._mixed if site.kind == "low_rank"]
 
     def component_distributions(self) -> dict[str, Any]:
         """
         The components of each site, without the sites that all components share.
 
         :return: a dictionary from site names to distributions of batch shape ``(K,)`` whose event shape is the
-            whole shape of the site.
+            whole shape of the site; low-rank sites have no distribution of their own and are left out.
         """
         return {
             site.name: component_distribution(site, loc, scale, len(site.shape))
             for site, loc, scale in self._blocks()
+            if site.kind != "low_rank"
         }
 
     def component_log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -294,8 +341,17 @@ class AutoMixture(_Guide):
         :return: shape ``(*lead, K)``.
         """
         total: Any = 0.0
+        low_rank = self._low_rank()
+        if low_rank is not None:
+            parts = [
+                values[site.name].flatten(-len(site.shape) or values[site.name].dim())
+                if site.shape
+                else values[site.name].unsqueeze(-1)
+                for site in self._low_rank_sites()
+            ]
+            total = total + low_rank.log_prob(torch.cat(parts, -1).unsqueeze(-2))
         for site, loc, scale in self._blocks():
-            if scale is not None:
+            if scale is not None and site.kind != "low_rank":
                 value = values[site.name]
                 value = value.unsqueeze(value.dim() - len(site.shape))
                 total = total + component_distribution(site, loc, scale, len(site.shape)).log_prob(value)
@@ -304,14 +360,16 @@ class AutoMixture(_Guide):
     # ------------------------------------------------------------------ sampling
 
     @contextmanager
-    def stratified(self, dim: int) -> Iterator[None]:
+    def stratified(self, dim: int, num_particles: int = 1) -> Iterator[None]:
         """
         Within this context a call of the guide draws every component once, component k in slot k of batch
         dimension ``dim``. :class:`~pyro_bnn.infer.Mixture_ELBO` uses it.
 
         :param int dim: the batch dimension, negative, left of all plates of the model.
+        :param int num_particles: draws per component, in the dimension left of it, inside a plate of this size.
         """
         self._stratum = dim
+        self._lead = (num_particles,) if num_particles > 1 else ()
         try:
             yield
         finally:
@@ -332,23 +390,48 @@ class AutoMixture(_Guide):
                 value = attrgetter(site.name)(self.points)
                 values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
         if self._stratum is not None:
+            if self._index is not None:
+                values[self._index.name] = self._sample_index(self._index)
+            self._sample_low_rank(values, plates)
             for site, loc, scale in self._blocks():
+                if site.kind == "low_rank":
+                    continue
                 # (K, 1, ..., 1, *raw_shape): the model's own plates fill the dimensions right of the components
                 ones = (1,) * (-self._stratum - 1 - len(site.shape) + site.event_dim)
                 shape = (self.num_components, *ones, *site.raw_shape)
                 fn = component_distribution(
                     site, loc.view(shape), None if scale is None else scale.view(shape), site.event_dim
                 )
-                values[site.name] = self._sample(site, fn, plates)
-        elif self.num_components == 1:
+                if site.role == "factor" and self.noise == "per_example":
+                    values[site.name] = self._sample_per_example(site, fn, args, kwargs)
+                else:
+                    values[site.name] = self._sample(site, fn, plates)
+        elif self._index is not None:
+            # the model knows the index, so that the density given the index is the right one
+            probs = self.loc.new_full((self.num_components,), 1.0 / self.num_components)
+            index = values[self._index.name] = pyro.sample(self._index.name, dist.Categorical(probs=probs))
+            self._sample_low_rank(values, plates, index)
             for site, loc, scale in self._blocks():
-                fn = component_distribution(site, loc[0], None if scale is None else scale[0], site.event_dim)
-                values[site.name] = self._sample(site, fn, plates)
+                if site.kind != "low_rank":
+                    fn = component_distribution(
+                        site, loc[index], None if scale is None else scale[index], site.event_dim
+                    )
+                    values[site.name] = self._sample(site, fn, plates)
+        elif self.num_components == 1:
+            self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
+            for site, loc, scale in self._blocks():
+                if site.kind != "low_rank":
+                    fn = component_distribution(
+                        site, loc[0], None if scale is None else scale[0], site.event_dim
+                    )
+                    values[site.name] = self._sample(site, fn, plates)
         elif self._mixed:
-            blocks = self.component_distributions()
-            joint = SharedIndexMixture(list(blocks.values()))
+            blocks = list(self.component_distributions().values())
+            low_rank = self._low_rank()
+            joint = SharedIndexMixture([*([] if low_rank is None else [low_rank]), *blocks])
             latent = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
-            for site, piece in zip(self._mixed, latent.split(joint.sizes, -1), strict=True):
+            sizes = [site.shape.numel() for site in self._mixed]
+            for site, piece in zip(self._mixed, latent.split(sizes, -1), strict=True):
                 value = piece.reshape(
                     torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
                 )
@@ -356,10 +439,60 @@ class AutoMixture(_Guide):
         return values
 
     def _sample(self, site: LatentSite, fn: Any, plates: Mapping[str, Any]) -> Tensor:
+        infer: Any = {SITE_KEY: {"kind": site.kind, "role": site.role}}
         with ExitStack() as stack:
             for frame in site.frames:
                 stack.enter_context(plates[frame.name])
-            return pyro.sample(site.name, fn)
+            return pyro.sample(site.name, fn, infer=infer)
+
+    def _sample_index(self, site: LatentSite) -> Tensor:
+        """Component k has index k."""
+        K = self.num_components
+        assert self._stratum is not None
+        probs = torch.eye(K, device=self.loc.device).view(K, *(1,) * (-self._stratum - 1), K)
+        return self._sample(site, dist.Categorical(probs=probs), {})
+
+    def _sample_low_rank(
+        self, values: dict[str, Tensor], plates: Mapping[str, Any], index: Tensor | None = None
+    ) -> None:
+        """Draws the joint Gaussian as one auxiliary site and hands out its pieces."""
+        joint = self._low_rank()
+        if joint is None:
+            return
+        if index is None:
+            assert self._stratum is not None
+            ones = (1,) * (-self._stratum - 1)
+            joint = dist.LowRankMultivariateNormal(
+                *(
+                    t.unflatten(0, (self.num_components, *ones))
+                    for t in (joint.loc, joint.cov_factor, joint.cov_diag)
+                )
+            )
+        else:
+            joint = dist.LowRankMultivariateNormal(
+                joint.loc[index], joint.cov_factor[index], joint.cov_diag[index]
+            )
+        latent = pyro.sample(f"_{self._pyro_name}_low_rank", joint, infer={"is_auxiliary": True})
+        sites = self._low_rank_sites()
+        for site, piece in zip(sites, latent.split([site.size for site in sites], -1), strict=True):
+            value = piece.reshape(
+                torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
+            )
+            values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+
+    def _sample_per_example(self, site: LatentSite, fn: Any, args: Any, kwargs: Any) -> Tensor:
+        """Registers the site once per component, with a value for every example."""
+        rows = next(
+            (a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None
+        )
+        if rows is None or self._stratum is None or self._stratum > -2:
+            raise ValueError(
+                "noise='per_example' needs a model with a data plate and a tensor as first argument."
+            )
+        fn = fn.expand(torch.Size((*self._lead, *fn.batch_shape)))
+        value = fn.expand(torch.Size((*fn.batch_shape[:-1], rows))).rsample()
+        with SubstituteMessenger({site.name: value}):
+            return self._sample(site, fn, {})
 
     @torch.no_grad()
     def sample_posterior(
@@ -384,8 +517,21 @@ class AutoMixture(_Guide):
             index = ((torch.arange(total) + offset) % K)[torch.randperm(total)]
         else:
             index = torch.randint(K, (total,))
-        draws = {}
+        draws: dict[str, Tensor] = {}
+        low_rank = self._low_rank()
+        if low_rank is not None:
+            where = index.to(low_rank.loc.device)
+            joint = dist.LowRankMultivariateNormal(
+                low_rank.loc[where], low_rank.cov_factor[where], low_rank.cov_diag[where]
+            )
+            sites = self._low_rank_sites()
+            for site, piece in zip(sites, joint.sample().split([s.size for s in sites], -1), strict=True):
+                draws[site.name] = piece.reshape(shape + site.shape)
+        if self._index is not None:
+            draws[self._index.name] = index.to(self.loc.device).reshape(shape + self._index.shape)
         for site, loc, scale in self._blocks():
+            if site.kind == "low_rank":
+                continue
             where = index.to(loc.device)
             fn = component_distribution(
                 site, loc[where], None if scale is None else scale[where], len(site.shape)
@@ -416,13 +562,19 @@ class AutoMixture(_Guide):
             self._setup_prototype(*args, **kwargs)
         levels = [float(q) for q in quantiles]
         result = {}
+        low_rank = self._low_rank()
+        spread = None if low_rank is None else low_rank.variance.sqrt()
         for site, loc, scale in self._blocks():
+            if site.kind == "low_rank" and spread is not None:
+                scale, spread = spread[:, : site.size].view_as(loc), spread[:, site.size :]
             rows = [site.transform(_raw_quantile(site, loc, scale, q)) for q in levels]
             result[site.name] = torch.stack(rows)
         for site in self.sites:
             if site.kind == "point":
                 value = attrgetter(site.name)(self.points).detach()
                 result[site.name] = value.expand(len(levels), *value.shape)
+            elif site.kind == "index":
+                result[site.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
         return {site.name: result[site.name] for site in self.sites}
 
 
@@ -439,7 +591,7 @@ def _raw_quantile(site: LatentSite, loc: Tensor, scale: Tensor | None, q: float)
 
 
 def _role(site: Any) -> str | None:
-    return site["infer"].get(SITE_KEY, {}).get("role")
+    return site_hint(site).get("role")
 
 
 def _check_kind(kind: str) -> str:
