@@ -128,7 +128,11 @@ def he_weights(site: Any) -> Tensor:
     """Weights start at He et al.'s (2015) draws, whatever their prior; everything else at the default."""
     if site_hint(site).get("role") == "weight":
         value = site["fn"].sample()
-        return torch.randn_like(value) * math.sqrt(2 / value.shape[-1]) if value.dim() > 1 else torch.zeros_like(value)
+        return (
+            torch.randn_like(value) * math.sqrt(2 / value.shape[-1])
+            if value.dim() > 1
+            else torch.zeros_like(value)
+        )
     return init_component(site)
 
 
