@@ -33,6 +33,8 @@ def guide_log_prob(guide: Any, draws: Draws, batch: Batch = ((), {})) -> Tensor 
     :return: a tensor of shape ``(S,)``, or ``None`` for point masses and for guides with auxiliary variables,
         which have no density that could be evaluated.
     """
+    if not (getattr(guide, "has_density", True) and getattr(guide, "is_fitted", True)):
+        return None
     with local_parameters(), poutine.block():
         if hasattr(guide, "component_log_prob"):
             if len(guide.component_distributions()) < len(draws) or _has_point_masses(guide):

@@ -6,6 +6,7 @@ import torch
 from pyro.infer import Predictive
 from pyro.infer.autoguide import init_to_sample
 
+from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, UnconvergedMAPWarning
 from pyro_bnn.infer.hfl import functionals
@@ -116,6 +117,22 @@ def test_state_dict_loads_into_a_fresh_guide(tmp_path):
     fresh = AutoHessianFreeLaplace(tanh_network()).initialize(*data)
     fresh.load_state_dict(torch.load(tmp_path / "guide.pt", weights_only=True))
     assert_close(fresh.posterior.variance, guide.posterior.variance, rtol=0)
+
+
+def test_exports_predictions_of_the_linearised_model():
+    _, guide, (x, y) = fitted_pair(0, method="cg")
+    point = to_datatree(tanh_network(), guide, (x, y), num_samples=3)
+    assert "log_q" not in point["sample_stats"]
+    guide.laplace_approximation((x, y), (x,))
+    tree = to_datatree(tanh_network(), guide, (x, y), num_samples=4000)
+    assert "log_q" not in tree["sample_stats"]  # a Gaussian of low rank has no density
+    outputs = guide.linearized_outputs(x)["obs"]
+    mean, variance = outputs.mean[:, 0], outputs.variance[:, 0]
+    # E_q log N(y | f, s^2) = log N(y | mean, s^2) - variance / (2 s^2)
+    expected = torch.distributions.Normal(mean, 0.1).log_prob(y) - variance / 0.02
+    actual = torch.as_tensor(tree["log_likelihood"]["obs"].values).mean((0, 1))
+    error = torch.as_tensor(tree["log_likelihood"]["obs"].values).std((0, 1)) / 4000**0.5
+    assert ((actual - expected).abs() < 5 * error).all()
 
 
 @pytest.mark.parametrize("method", ["cg", "central"])
