@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Gaussian over a packed latent vector with a low-rank covariance."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,31 +14,59 @@ from torch.types import _size
 
 class FactorNormal(TorchDistribution):
     r"""
-    The degenerate Gaussian :math:`\mu + W z,\ z\sim N(0, I_r)`, with covariance :math:`W W^\top` of rank r < p.
+    The Gaussian :math:`\mu + W z,\ z\sim N(0, I_r)`, with covariance :math:`W W^\top` of rank r ≤ p, and optionally a
+    remainder in the other p − r dimensions.
 
-    It has no density with respect to Lebesgue measure. :meth:`log_prob` raises.
+    Without a remainder it is concentrated on a subspace, has no density with respect to Lebesgue measure, and
+    :meth:`log_prob` raises. The remainder is :math:`e\sim N(0, \Lambda^{-1})` conditioned on :math:`B e = 0`, so that
+    linear functionals in the row space of B keep exactly the variances that W gives them.
 
-    :param Tensor loc: mean, shape ``(p,)``.
-    :param Tensor factor: shape ``(p, r)``.
+    :param Tensor loc: mean μ, shape ``(p,)``.
+    :param Tensor factor: W, shape ``(p, r)``.
+    :param Tensor basis: B, orthonormal rows, shape ``(r, p)``, with :math:`B W` invertible; needed for a density.
+    :param Tensor remainder_precision: the diagonal of Λ, shape ``(p,)``.
 
     Example::
 
         >>> d = FactorNormal(torch.zeros(3), torch.tensor([[1.0], [2.0], [0.0]]))
         >>> d.variance
         tensor([1., 4., 0.])
+        >>> basis = torch.tensor([[1.0, 0.0, 0.0]])
+        >>> d = FactorNormal(torch.zeros(3), torch.tensor([[2.0], [0.0], [0.0]]), basis, torch.ones(3))
+        >>> d.variance
+        tensor([4., 1., 1.])
     """
 
     support = constraints.real_vector
     has_rsample = True
     arg_constraints: dict[str, constraints.Constraint] = {"loc": constraints.real_vector}  # noqa: RUF012
 
-    def __init__(self, loc: Tensor, factor: Tensor) -> None:
-        if factor.dim() != 2 or factor.shape[0] != loc.shape[0]:
+    def __init__(
+        self,
+        loc: Tensor,
+        factor: Tensor,
+        basis: Tensor | None = None,
+        remainder_precision: Tensor | None = None,
+    ) -> None:
+        p = loc.shape[0]
+        if factor.dim() != 2 or factor.shape[0] != p:
             raise ValueError(
-                f"factor has shape {tuple(factor.shape)}, expected (p, r) with p = {loc.shape[0]}, the length of loc"
+                f"factor has shape {tuple(factor.shape)}, expected (p, r) with p = {p}, the length of loc"
+            )
+        if (basis is None) != (remainder_precision is None):
+            raise ValueError("basis and remainder_precision go together: give both or neither")
+        if basis is not None and basis.shape != (factor.shape[1], p):
+            raise ValueError(
+                f"basis has shape {tuple(basis.shape)}, expected {(factor.shape[1], p)}, the transpose of factor's"
             )
         self.loc = loc
         self.factor = factor
+        self.basis = basis
+        self.remainder_precision = remainder_precision
+        if basis is not None and remainder_precision is not None:
+            self._gain = basis / remainder_precision  # B Λ⁻¹
+            self._cholesky = torch.linalg.cholesky(self._gain @ basis.mT)
+            self._mixing = basis @ factor
         super().__init__(torch.Size(), loc.shape, validate_args=False)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> TorchDistribution:
@@ -55,7 +84,11 @@ class FactorNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Marginal variances, shape ``(p,)``."""
-        return self.factor.square().sum(-1)
+        variance = self.factor.square().sum(-1)
+        if self.remainder_precision is None:
+            return variance
+        explained = torch.linalg.solve_triangular(self._cholesky, self._gain, upper=False).square().sum(0)
+        return variance + (self.remainder_precision.reciprocal() - explained).clamp(min=0)
 
     def rsample(self, sample_shape: _size = ()) -> Tensor:
         """
@@ -64,24 +97,53 @@ class FactorNormal(TorchDistribution):
         """
         shape = torch.Size(sample_shape) + self.factor.shape[1:]
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + noise @ self.factor.mT
+        draws = self.loc + noise @ self.factor.mT
+        if self.remainder_precision is None:
+            return draws
+        free = torch.randn(draws.shape, dtype=self.loc.dtype, device=self.loc.device)
+        return draws + self._condition(free * self.remainder_precision.rsqrt())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """
         :param value: shape ``(..., p)``.
-        :raises ValueError: always: the distribution is concentrated on a subspace and has no density.
+        :return: log densities, shape ``(...)``.
+        :raises ValueError: without a remainder: the distribution is concentrated on a subspace and has no density.
         """
-        raise ValueError(
-            f"a Gaussian of rank {self.factor.shape[1]} over {self.loc.shape[0]} dimensions has no density. Use "
-            "this guide to predict, or give it a remainder that makes the density proper."
-        )
+        if self.basis is None or self.remainder_precision is None:
+            raise ValueError(
+                f"a Gaussian of rank {self.factor.shape[1]} over {self.loc.shape[0]} dimensions has no density. Use "
+                "this guide to predict, or give it a remainder that makes the density proper "
+                "(remainder='isotropic' or 'diagonal')."
+            )
+        difference = value - self.loc
+        coordinates = difference @ self.basis.mT
+        z = torch.linalg.solve(self._mixing, coordinates.unsqueeze(-1)).squeeze(-1)
+        e = difference - z @ self.factor.mT
+        # in coordinates (B x, N x) with [B; N] orthogonal; det(N Λ N') = det(Λ) det(B Λ⁻¹ B')
+        half_log_det = 0.5 * self.remainder_precision.log().sum() + self._cholesky.diagonal().log().sum()
+        quadratic = z.square().sum(-1) + (e.square() * self.remainder_precision).sum(-1)
+        volume = torch.linalg.slogdet(self._mixing).logabsdet
+        return half_log_det - volume - 0.5 * (quadratic + self.loc.shape[0] * math.log(2 * math.pi))
 
     def quadratic_form(self, rows: Tensor) -> Tensor:
         r"""
-        Covariances of linear functionals: :math:`J W W^\top J^\top`.
+        Covariances of linear functionals: :math:`J \Sigma J^\top`.
 
         :param rows: the functionals, shape ``(..., C, p)``.
         :return: shape ``(..., C, C)``.
         """
         half = rows @ self.factor
-        return half @ half.mT
+        covariance = half @ half.mT
+        if self.remainder_precision is None:
+            return covariance
+        scaled = rows * self.remainder_precision.rsqrt()
+        explained = torch.linalg.solve_triangular(self._cholesky, self._gain @ rows.mT, upper=False)
+        return covariance + scaled @ scaled.mT - explained.mT @ explained
+
+    def _condition(self, e: Tensor) -> Tensor:
+        """Turns draws of N(0, Λ⁻¹) into draws given B e = 0 (Matheron's rule)."""
+        assert self.basis is not None
+        return (
+            e
+            - torch.cholesky_solve((e @ self.basis.mT).unsqueeze(-1), self._cholesky).squeeze(-1) @ self._gain
+        )

@@ -99,6 +99,8 @@ def hvp_operator(value: Tensor, inputs: Tensor) -> LinearMap:
         tensor([[ 6.,  0.],
                 [ 0., 12.]])
     """
+    if not value.requires_grad:  # constant, such as the log density of a flat prior
+        return torch.zeros_like
     (gradient,) = grad(value, inputs, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:  # linear in inputs
         return torch.zeros_like

@@ -43,6 +43,7 @@ def conjugate_gradient(
     tolerance: float = 1e-6,
     max_iter: int | None = None,
     preconditioner: LinearMap | None = None,
+    start: Tensor | None = None,
 ) -> CGResult:
     r"""
     Solves :math:`P x_s = b_s` for a batch of right-hand sides by (preconditioned) conjugate gradients.
@@ -56,6 +57,7 @@ def conjugate_gradient(
     :param tolerance: relative residual at which a right-hand side is finished.
     :param max_iter: largest number of products; default ``10 * p``.
     :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
+    :param start: where to start, shape ``(S, p)``; zero by default.
     :return: a :class:`CGResult`.
 
     Example::
@@ -68,26 +70,27 @@ def conjugate_gradient(
     max_iter = 10 * p if max_iter is None else max_iter
     norm = rhs.norm(dim=-1)
     safe_norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    x = torch.zeros_like(rhs)
-    r = rhs.clone()
+    x = torch.zeros_like(rhs) if start is None else start.clone()
+    r = rhs.clone() if start is None else rhs - operator(start)
     z = r if preconditioner is None else preconditioner(r)
     q = z.clone()
     rz = (r * z).sum(-1)
     smallest = torch.full_like(norm, torch.inf)
     indefinite = torch.zeros(S, dtype=torch.bool, device=rhs.device)
     iterations = torch.zeros(S, dtype=torch.long, device=rhs.device)
-    active = norm > 0
+    active = r.norm(dim=-1) > tolerance * norm
     for _ in range(max_iter):
-        index = active.nonzero().squeeze(-1)
-        if index.numel() == 0:
+        if not active.any():
             break
+        # a slice costs no copies while all are active
+        index = slice(None) if active.all() else active.nonzero().squeeze(-1)
         q_a = q[index]
         Pq = operator(q_a)
         curvature = (q_a * Pq).sum(-1)
         iterations[index] += 1
         smallest[index] = torch.minimum(smallest[index], curvature / q_a.square().sum(-1))
         bad = curvature <= 0
-        indefinite[index[bad]] = True
+        indefinite[index] = bad
         step = torch.where(bad, torch.zeros_like(curvature), rz[index] / curvature)
         x[index] += step[:, None] * q_a
         r[index] -= step[:, None] * Pq
@@ -127,3 +130,40 @@ def largest_eigenvalue(
             return new_value
         value = new_value
     return value
+
+
+def smallest_eigenvalue(operator: LinearMap, like: Tensor, *, steps: int = 100) -> float:
+    """
+    An upper bound of the smallest eigenvalue of a symmetric map by Lanczos with full reorthogonalisation.
+
+    :param operator: a map from ``(1, p)`` to ``(1, p)``.
+    :param like: a vector of shape ``(p,)`` that gives size, dtype and device.
+    :param steps: largest number of products; memory is ``steps * p``.
+    :return: the smallest Ritz value.
+
+    Example::
+
+        >>> round(smallest_eigenvalue(lambda v: v * torch.tensor([3.0, -1.0, 2.0]), torch.zeros(3)), 4)
+        -1.0
+    """
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    p = like.shape[0]
+    q = torch.randn(p, dtype=like.dtype, device=like.device, generator=generator)
+    basis = (q / q.norm()).unsqueeze(0)
+    diagonal: list[Tensor] = []
+    off_diagonal: list[Tensor] = []
+    for step in range(min(steps, p)):
+        image = operator(basis[-1:])[0]
+        diagonal.append(image @ basis[-1])
+        for _ in range(2):
+            image = image - (basis @ image) @ basis
+        norm = image.norm()
+        if step + 1 == min(steps, p) or norm <= 1e-10 * torch.stack(diagonal).abs().max():
+            break
+        off_diagonal.append(norm)
+        basis = torch.cat([basis, (image / norm).unsqueeze(0)])
+    tridiagonal = torch.diag(torch.stack(diagonal))
+    if off_diagonal:
+        beta = torch.diag(torch.stack(off_diagonal), 1)
+        tridiagonal = tridiagonal + beta + beta.mT
+    return float(torch.linalg.eigvalsh(tridiagonal)[0])

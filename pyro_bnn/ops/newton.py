@@ -4,12 +4,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.ops.jacobian import LinearMap, hvp_operator
-from pyro_bnn.ops.krylov import conjugate_gradient
 
 #: A function of a vector of shape ``(p,)`` as an iterable of scalars to be summed.
 Terms = Callable[[Tensor], Iterable[Tensor]]
@@ -18,7 +18,7 @@ Terms = Callable[[Tensor], Iterable[Tensor]]
 @dataclass
 class NewtonResult:
     r"""
-    The outcome of :func:`newton_cg`.
+    The outcome of :func:`minimize_newton`.
 
     :ivar point: shape ``(p,)``.
     :ivar decrement: :math:`\sqrt{g^\top H^{-1} g}` at the last but one point.
@@ -112,18 +112,54 @@ def lbfgs(terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50)
     return best
 
 
+class Objective(Protocol):
+    """A function to minimise, by its value, gradient and curvature-vector products."""
+
+    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        :param point: shape ``(p,)``.
+        :return: a scalar and a tensor of shape ``(p,)``.
+        """
+
+    def operator(self, point: Tensor) -> LinearMap:
+        """
+        :param point: shape ``(p,)``.
+        :return: products with the curvature at it, a map from ``(S, p)`` to ``(S, p)``.
+        """
+
+
+@dataclass
+class SumOfTerms:
+    """
+    A sum of terms as an :class:`Objective`.
+
+    :ivar terms: the function.
+    :ivar keep_graphs: see :func:`hessian_operator`.
+    """
+
+    terms: Terms
+    keep_graphs: bool
+
+    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Objective.value_and_gradient`."""
+        return value_and_gradient(self.terms, point)
+
+    def operator(self, point: Tensor) -> LinearMap:
+        """See :meth:`Objective.operator`."""
+        return hessian_operator(self.terms, point, keep_graphs=self.keep_graphs)
+
+
 def newton_cg(
     terms: Terms,
     start: Tensor,
     *,
     tolerance: float,
-    max_steps: int = 50,
+    max_steps: int = 1000,
     cg_tolerance: float = 1e-3,
     keep_graphs: bool = True,
 ) -> NewtonResult:
     r"""
-    Minimises a sum of terms by Newton's method; each step is solved by conjugate gradients and halved until the
-    function does not increase.
+    :func:`minimize_newton` for a sum of terms.
 
     :param terms: the function.
     :param start: shape ``(p,)``.
@@ -139,31 +175,85 @@ def newton_cg(
         >>> bool((result.point - 1.0).abs() < 1e-4)
         True
     """
+    objective = SumOfTerms(terms, keep_graphs)
+    return minimize_newton(
+        objective, start, tolerance=tolerance, max_steps=max_steps, cg_tolerance=cg_tolerance
+    )
+
+
+def minimize_newton(
+    objective: Objective,
+    start: Tensor,
+    *,
+    tolerance: float,
+    max_steps: int = 1000,
+    cg_tolerance: float = 1e-3,
+) -> NewtonResult:
+    r"""
+    Minimises a function by Newton's method in a trust region; steps are solved by conjugate gradients, which
+    leave saddle points along the directions of negative curvature that they meet.
+
+    :param objective: the function.
+    :param start: shape ``(p,)``.
+    :param tolerance: the decrement :math:`\sqrt{g^\top H^{-1} g}` at which to stop.
+    :param max_steps: largest number of Newton steps.
+    :param cg_tolerance: relative residual of each solve.
+    :return: a :class:`NewtonResult`.
+
+    Source: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization".
+    """
     point = start.detach().clone()
-    value, gradient = value_and_gradient(terms, point)
+    value, gradient = objective.value_and_gradient(point)
+    radius = max(1.0, 0.1 * float(point.norm()))
     decrement, indefinite = float("inf"), False
     for _ in range(max_steps):
-        solve = conjugate_gradient(
-            hessian_operator(terms, point, keep_graphs=keep_graphs),
-            gradient.unsqueeze(0),
-            tolerance=cg_tolerance,
-            max_iter=4 * point.shape[0],
-        )
-        step, indefinite = solve.solution[0], bool(solve.indefinite.any())
-        decrement = float((step @ gradient).clamp(min=0).sqrt())
-        if decrement == 0.0:
+        step, image, indefinite = _steihaug(objective.operator(point), gradient, radius, cg_tolerance)
+        slope = float(gradient @ step)
+        predicted = -(slope + 0.5 * float(step @ image))
+        decrement = max(-slope, 0.0) ** 0.5
+        length = float(step.norm())
+        if length == 0.0:
             break
-        scale = 1.0
-        while scale > 1e-4:
-            candidate = point - scale * step
-            new_value, new_gradient = value_and_gradient(terms, candidate)
-            # close to the minimum the value no longer changes in floating point: accept what does not increase it
-            if new_value <= value + 4 * torch.finfo(value.dtype).eps * value.abs():
+        new_value, new_gradient = objective.value_and_gradient(point + step)
+        # close to the minimum the value no longer changes in floating point: accept what does not increase it
+        rounding = 4 * torch.finfo(value.dtype).eps * float(value.abs())
+        ratio = float(value - new_value + rounding) / (predicted + rounding)
+        if not ratio > 0.1:  # also where the value is not a number
+            radius = 0.25 * length
+            if radius <= torch.finfo(value.dtype).eps * float(point.norm()):
                 break
-            scale /= 2
-        else:
-            break
-        point, value, gradient = candidate, new_value, new_gradient
+            continue
+        if ratio > 0.75 and length > 0.9 * radius:
+            radius *= 2.5
+        point, value, gradient = point + step, new_value, new_gradient
         if decrement <= tolerance and not indefinite:
             break
     return NewtonResult(point, decrement, indefinite)
+
+
+def _steihaug(
+    operator: LinearMap, gradient: Tensor, radius: float, tolerance: float
+) -> tuple[Tensor, Tensor, bool]:
+    """A step, its image, and whether it follows negative curvature to the edge of the trust region."""
+    step, image = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    residual = -gradient
+    direction = residual.clone()
+    square = float(residual @ residual)
+    goal = tolerance**2 * square
+    for _ in range(4 * gradient.shape[0]):
+        if square <= goal:
+            break
+        product = operator(direction.unsqueeze(0))[0]
+        curvature = float(direction @ product)
+        scale = square / curvature if curvature > 0 else float("inf")
+        if curvature <= 0 or float((step + scale * direction).norm()) >= radius:
+            a, b = float(direction @ direction), float(step @ direction)
+            room = max(radius**2 - float(step @ step), 0.0)
+            scale = (-b + (b * b + a * room) ** 0.5) / a
+            return step + scale * direction, image + scale * product, curvature <= 0
+        step, image = step + scale * direction, image + scale * product
+        residual = residual - scale * product
+        new_square = float(residual @ residual)
+        direction = residual + (new_square / square) * direction
+        square = new_square
+    return step, image, False

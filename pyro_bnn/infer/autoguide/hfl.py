@@ -3,18 +3,24 @@
 """Hessian-free Laplace as a Pyro guide."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import pyro.distributions as dist
+import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from pyro_bnn.distributions.factor_normal import FactorNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.curvature import Curvature, check_option
-from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.hfl import HFLResult, Method, displacements
-from pyro_bnn.infer.packed import check_data
+from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, check_option
+from pyro_bnn.infer.hfl.api import Method, solve
+from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
+from pyro_bnn.infer.hfl.result import HFLResult
+from pyro_bnn.infer.hfl.sandwich import score_responses
+from pyro_bnn.infer.hfl.solver import Preconditioner
+
+Remainder = Literal["isotropic", "diagonal"]
 
 
 class AutoHessianFreeLaplace(LinearizedGuide):
@@ -24,17 +30,23 @@ class AutoHessianFreeLaplace(LinearizedGuide):
     Its predictive covariance at the targets is exactly that of the linearised Laplace approximation with the same
     curvature, :math:`J P^{-1} J^\top`, yet no p × p matrix is formed: memory is O(p m). Away from the targets it
     never exceeds the full posterior variance, and underestimates it by the conditional variance given the targets:
-    offer targets that cover the inputs you will predict at.
+    offer targets that cover the inputs you will predict at, or add some later with :meth:`add_targets`.
 
     :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
-    :param str method: ``"cg"`` (the limit of vanishing perturbations; exact up to ``tolerance``) or ``"central"``
-        (central differences of perturbed minima).
-    :param str curvature: ``"hessian"``, or (``"cg"`` only) ``"ggn"``.
-    :param float epsilon: see :func:`pyro_bnn.infer.hfl.displacements`.
+    :param str method: ``"cg"`` (the limit of vanishing perturbations; exact up to ``tolerance``), ``"central"``,
+        ``"one_sided"``, ``"paired"`` or ``"probe"``; see :func:`pyro_bnn.infer.hfl.solve`.
+    :param str curvature: ``"hessian"``, or ``"ggn"`` (the linearised model).
+    :param float epsilon: see :func:`pyro_bnn.infer.hfl.solve`.
     :param float tolerance: relative residual of the solves.
+    :param proximal: see :func:`pyro_bnn.infer.hfl.solve`.
+    :param preconditioner: see :func:`pyro_bnn.infer.hfl.solve`.
+    :param bool robust: whether the covariance at the targets is the infinitesimal-jackknife sandwich instead.
+    :param str remainder: ``"isotropic"`` or ``"diagonal"`` gives the dimensions that no target informs a Gaussian of
+        their own, so that the guide has a proper density and ELBOs and importance weights mean something; variances
+        at the targets stay exact, those elsewhere are no longer lower bounds. Default: none.
     :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
     :param int chunk_size: how many reverse passes run at once; memory grows with it, results do not change.
-    :raises ValueError: for an unknown method or curvature, or ``method="central"`` with the GGN.
+    :raises ValueError: for an unknown method, curvature or remainder.
 
     Example::
 
@@ -46,7 +58,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         >>> x, y = torch.eye(2), torch.tensor([1.0, -1.0])
         >>> guide = AutoHessianFreeLaplace(model).initialize(x, y).polish((x, y))
         >>> guide = guide.laplace_approximation((x, y), targets=(x,))
-        >>> guide.result.variance  # 1 / (1 / 0.5**2 + 1)
+        >>> guide.linearized_outputs(x)["obs"].variance.squeeze(-1)  # 1 / (1 / 0.5**2 + 1)
         tensor([0.2000, 0.2000])
 
     **References**
@@ -54,9 +66,12 @@ class AutoHessianFreeLaplace(LinearizedGuide):
     [1] McInerney, Kallus (2024), "Hessian-free Laplace in Bayesian deep learning".
     """
 
-    has_density = False
-
     factor: Tensor | None
+    gradients: Tensor | None
+    displacements: Tensor | None
+    covariance: Tensor | None
+    basis: Tensor | None
+    remainder_precision: Tensor | None
 
     def __init__(
         self,
@@ -66,26 +81,33 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         curvature: Curvature = "hessian",
         epsilon: float | None = None,
         tolerance: float | None = None,
+        proximal: float | Literal["auto"] = 0.0,
+        preconditioner: Preconditioner | None = None,
+        robust: bool = False,
+        remainder: Remainder | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         chunk_size: int = 256,
     ) -> None:
         check_option("method", method, Method)
         check_option("curvature", curvature, Curvature)
-        if method == "central" and curvature != "hessian":
-            raise ValueError(
-                "method 'central' perturbs the loss itself, whose curvature is the exact Hessian: use "
-                "curvature='hessian', or method='cg' for the GGN"
-            )
+        if remainder is not None:
+            check_option("remainder", remainder, Remainder)
         super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size)
         self.method = method
         self.curvature = curvature
         self.epsilon = epsilon
         self.tolerance = tolerance
+        self.proximal = proximal
+        self.preconditioner = preconditioner
+        self.robust = robust
+        self.remainder = remainder
+        self.has_density = remainder is not None
         self.result: HFLResult | None = None
-        self.register_buffer("factor", None)
+        for name in ("factor", "gradients", "displacements", "covariance", "basis", "remainder_precision"):
+            self.register_buffer(name, None)
 
     def laplace_approximation(
-        self, data: Any, targets: Any, *, map_tolerance: float = 0.1, max_iter: int | None = None
+        self, data: Any, targets: Any, *, map_tolerance: float = 0.1, **options: Any
     ) -> Self:
         r"""
         Solves for the displacements at the targets and turns the guide into a low-rank Gaussian.
@@ -96,36 +118,137 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             e.g. ``(x_test,)``; observations are not needed.
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
             that the point estimate has not converged.
-        :param max_iter: largest number of products of a solve; default 10 p.
+        :param options: further options of :func:`pyro_bnn.infer.hfl.solve`, e.g. ``max_iter`` or ``num_probes``.
         :return: the guide itself.
-        :raises NotAMinimumError: if a solve meets non-positive curvature or a variance is negative.
+        :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative.
         :raises ValueError: for data that are empty, not finite, or without observations.
         """
-        check_data(data)
-        check_data(targets)
-        (batch,) = iter_batches(targets)
-        result = displacements(
-            self.packed,
-            self.loc.detach(),
-            data,
-            batch,
-            method=self.method,
-            curvature=self.curvature,
-            epsilon=self.epsilon,
-            tolerance=self.tolerance,
-            max_iter=max_iter,
-        )
+        result = self._solve(data, targets, options)
+        self.gradients, self.displacements = result.gradients, result.displacements
+        self.covariance = _responses(result)
         value, gradient = self.negative_log_joint(data)
-        self.result = result
-        self.factor = result.factor
-        self._posterior = None
+        self._finish(data, result)
         self.map_report = MAPReport(
             float(value), float(gradient.norm()), result.newton_decrement, result.smallest_curvature
         )
         self._warn_unconverged(map_tolerance)
         return self
 
+    def add_targets(self, data: Any, targets: Any, **options: Any) -> Self:
+        """
+        Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact.
+
+        :param data: the data of :meth:`laplace_approximation`.
+        :param targets: one batch of arguments of the model.
+        :param options: as for :meth:`laplace_approximation`.
+        :return: the guide itself.
+        :raises RuntimeError: before ``laplace_approximation(data, targets)``.
+        """
+        J, D, K = self.gradients, self.displacements, self.covariance
+        if J is None or D is None or K is None:
+            raise RuntimeError(
+                "the guide has no targets yet: call laplace_approximation(data, targets) first"
+            )
+        result = self._solve(data, targets, options)
+        cross = 0.5 * (J @ result.displacements.mT + D @ result.gradients.mT)
+        self.gradients = torch.cat([J, result.gradients])
+        self.displacements = torch.cat([D, result.displacements])
+        self.covariance = torch.cat([torch.cat([K, cross], 1), torch.cat([cross.mT, _responses(result)], 1)])
+        old = self.result
+        if old is not None:  # a guide loaded from a state dict has none
+            result = replace(
+                result,
+                antisymmetry=max(old.antisymmetry, result.antisymmetry),
+                residual=max(old.residual, result.residual),
+                smallest_curvature=min(old.smallest_curvature, result.smallest_curvature),
+                mean=torch.cat([old.mean, result.mean]),
+                products=old.products + result.products,
+                gradient_evaluations=old.gradient_evaluations + result.gradient_evaluations,
+                iterations=old.iterations + result.iterations,
+            )
+        self._finish(data, result)
+        return self
+
+    def _solve(self, data: Any, targets: Any, options: dict[str, Any]) -> HFLResult:
+        return solve(
+            self,
+            data,
+            targets,
+            method=self.method,
+            curvature=self.curvature,
+            epsilon=self.epsilon,
+            tolerance=self.tolerance,
+            proximal=self.proximal,
+            preconditioner=self.preconditioner,
+            chunk_size=self.chunk_size,
+            **options,
+        )
+
+    def _finish(self, data: Any, result: HFLResult) -> None:
+        """The factor from gradients, displacements and covariance, and the remainder."""
+        J, D, K = self.gradients, self.displacements, self.covariance
+        assert J is not None
+        assert D is not None
+        assert K is not None
+        sd = unit_scale(K.diagonal())
+        sandwich = None
+        if self.robust:
+            scores = score_responses(self.packed, self.loc, data, D)
+            sandwich = scores.mT @ scores
+        wanted = K if sandwich is None else sandwich
+        scaled = J / sd[:, None]
+        factor = low_rank_factor(scaled, D / sd[:, None], wanted / sd / sd[:, None], result.antisymmetry)
+        if self.remainder is not None:
+            factor, self.basis = _split(factor, scaled)
+            self.remainder_precision = self._precision(data, result.proximal)
+        self.factor = factor
+        self.result = replace(
+            result,
+            gradients=J,
+            displacements=D,
+            factor=factor,
+            half=result.half if self.method == "probe" else J @ factor,
+            sandwich=sandwich,
+            variances=result.variances if self.method == "probe" else K.diagonal().clone(),
+            shape=result.shape if len(result.variances) == len(J) else torch.Size([len(J)]),
+        )
+        self._posterior = None
+
+    def _precision(self, data: Any, proximal: float) -> Tensor:
+        """The diagonal of Λ: that of the GGN, or the mean curvature of the dimensions without targets."""
+        accumulator = CurvatureAccumulator(self.packed, self.loc, "ggn", chunk_size=self.chunk_size)
+        if self.remainder == "diagonal":
+            return accumulator.diagonal(data) + proximal
+        assert self.basis is not None
+        generator = torch.Generator(device=self.loc.device).manual_seed(0)
+        probes = torch.randn(
+            32, self.loc.shape[0], dtype=self.loc.dtype, device=self.loc.device, generator=generator
+        )
+        free = probes - probes @ self.basis.mT @ self.basis
+        mean = (free * accumulator.operator(data)(free)).sum() / free.square().sum().clamp(min=1e-30)
+        # the mean curvature minimises KL(q || Laplace) over isotropic remainders
+        return (mean.clamp(min=1e-30) + proximal).expand(self.loc.shape[0]).clone()
+
     def _make_posterior(self) -> dist.TorchDistribution | None:
         if self.factor is None:
             return None
-        return FactorNormal(self.loc.detach().clone(), self.factor)
+        return FactorNormal(self.loc.detach().clone(), self.factor, self.basis, self.remainder_precision)
+
+
+def _responses(result: HFLResult) -> Tensor:
+    """The symmetric covariance of the functionals whose gradients the result holds."""
+    K = result.gradients @ result.displacements.mT
+    K = 0.5 * (K + K.mT)
+    if result.method in ("one_sided", "central", "paired"):
+        # function differences have a smaller bias than displacements
+        K = result.covariance
+        K.diagonal().copy_(result.variances)
+    return K
+
+
+def _split(factor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor without null directions, and an orthonormal basis of the functionals that it moves."""
+    U, singular, Vt = torch.linalg.svd(rows @ factor, full_matrices=False)
+    keep = singular > 1e3 * torch.finfo(factor.dtype).eps * singular.max()
+    basis = torch.linalg.qr((U[:, keep].mT @ rows).mT).Q.mT
+    return factor @ Vt[keep].mT, basis

@@ -1,0 +1,428 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Variances and covariances of any functional of a model's latents."""
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_bnn.infer.curvature import Curvature, NotAMinimumError, check_option
+from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
+from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
+from pyro_bnn.infer.hfl.paired import paired
+from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb
+from pyro_bnn.infer.hfl.probe import Probes, probe
+from pyro_bnn.infer.hfl.problem import Problem
+from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
+from pyro_bnn.infer.hfl.sandwich import score_responses
+from pyro_bnn.infer.hfl.score import RegVarScore, regvar_score
+from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
+from pyro_bnn.infer.packed import PackedModel, check_data
+from pyro_bnn.ops.krylov import smallest_eigenvalue
+
+Method = Literal["cg", "one_sided", "central", "paired", "probe"]
+
+
+def solve(
+    guide: Any,
+    data: Any,
+    targets: Any = None,
+    functional: Functional | None = None,
+    *,
+    method: Method = "cg",
+    curvature: Curvature = "hessian",
+    epsilon: float | None = None,
+    tolerance: float | None = None,
+    max_iter: int | None = None,
+    correct_gradient: bool = True,
+    proximal: float | Literal["auto"] = 0.0,
+    preconditioner: Preconditioner | None = None,
+    block_size: int = 64,
+    robust: bool = False,
+    check: bool = True,
+    num_probes: int = 32,
+    num_epochs: int = 200,
+    chunk_size: int = 256,
+) -> HFLResult:
+    r"""
+    The Laplace covariance of m functionals of a model's latents, without forming a Hessian.
+
+    ========================  ==========================================================================
+    ``method``                what it computes
+    ========================  ==========================================================================
+    ``"cg"``                  the limit :math:`\lambda\to0`: :math:`P d_j = g_j` by block conjugate gradients
+    ``"one_sided"``           :math:`(f(\theta_\lambda) - f(\hat\theta))/\lambda`, the paper's estimator; error O(ε)
+    ``"central"``             :math:`(f(\theta_\lambda) - f(\theta_{-\lambda}))/2\lambda`; error O(ε²)
+    ``"paired"``              minibatch fine-tuning beside a twin at λ = 0 on the same batches
+    ``"probe"``               ``num_probes`` random solves for any number of functionals (Nyström)
+    ========================  ==========================================================================
+
+    The user's knob is ε, by how many posterior standard deviations a functional is moved: :math:`\lambda_j =
+    \epsilon/\text{sd}_j`, with sd from a rough solve. Usable values: up to 1e-2 (one-sided) or 3e-2 (central), down
+    to 1e-8 in float64 and 1e-3 in float32.
+
+    :param guide: a point estimate: :class:`~pyro_bnn.infer.autoguide.AutoLaplace` or
+        :class:`~pyro_bnn.infer.autoguide.AutoHessianFreeLaplace` after ``polish`` or training, or any Pyro autoguide
+        whose ``median`` is the MAP in unconstrained space, such as :class:`~pyro.infer.autoguide.AutoDelta` of a
+        model with unconstrained latents.
+    :param data: one batch or an iterable of batches, **with observations**, covering every data point once.
+    :param targets: one batch of inputs. Without ``functional``, the functionals are the parameters of the observed
+        sites there (mean, logits).
+    :param callable functional: any differentiable function of the latents by site name (constrained values), and of
+        ``targets`` if given, that returns a tensor.
+    :param str method: see the table.
+    :param str curvature: ``"hessian"``, or ``"ggn"``: the linearised model.
+    :param float epsilon: ε; default 1e-3 in float64 and 3e-3 in float32.
+    :param float tolerance: relative residual of the solves; default 1e-6 in float64 and 1e-4 in float32. The relative
+        error of a variance is about its square times the condition number.
+    :param int max_iter: largest number of iterations of a solve.
+    :param bool correct_gradient: subtract the gradient at the point estimate from the loss, which targets the Laplace
+        approximation at that point also when it is not quite a minimum.
+    :param proximal: δ of a term :math:`\frac\delta2|u-\hat u|^2`; ``"auto"`` takes twice the most negative curvature
+        if there is one. It makes an indefinite problem solvable and biases variances down; the result reports it.
+    :param preconditioner: ``"nystrom"``, ``"diagonal"``, a fitted Laplace guide of the same model, or a map.
+    :param int block_size: how many right-hand sides share a Krylov space.
+    :param bool robust: also compute the infinitesimal-jackknife (sandwich) covariance.
+    :param bool check: compare ε with ε/3 on at most 8 functionals.
+    :param int num_probes: solves of ``"probe"``.
+    :param int num_epochs: passes of ``"paired"``.
+    :param int chunk_size: how many reverse passes run at once.
+    :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
+    :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
+        that the point estimate is not a minimum or that a minimisation failed.
+    """
+    check_option("method", method, Method)
+    check_option("curvature", curvature, Curvature)
+    if robust and method == "probe":
+        raise ValueError("robust=True needs the displacement of every functional: use method='cg'")
+    problem, functionals = _setup(
+        guide, data, targets, functional, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
+    )
+    notes: list[str] = []
+    double = problem.latent.dtype == torch.float64
+    epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
+    tolerance = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
+    if not epsilon > 0 or not tolerance > 0:
+        raise ValueError(f"epsilon and tolerance must be positive, got {epsilon} and {tolerance}")
+    if not double and method in ("one_sided", "central") and not 1e-3 <= epsilon <= 3e-2:
+        notes.append(
+            f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
+            "epsilon=3e-3, float64, or method='cg'"
+        )
+    _set_proximal(problem, proximal, notes)
+    for text in notes:  # now, because what follows may raise
+        warnings.warn(text, HFLWarning, stacklevel=2)
+    solver = Solver(
+        problem,
+        tolerance=tolerance,
+        max_iter=max_iter,
+        preconditioner=preconditioner,
+        block_size=block_size,
+    )
+    m = len(functionals)
+    shape = functionals.shape
+    agreement = captured = captured_error = None
+    if method == "probe":
+        newton = solver(problem.gradient[None])[0]
+        probes = probe(functionals, solver, min(num_probes, m), seed=0)
+        result_parts = _from_probes(probes)
+        captured, captured_error = probes.captured, probes.captured_error
+        residual = solver.residual
+    else:
+        pilot = solver(
+            torch.cat([problem.gradient[None], functionals.gradients]),
+            tolerance=None if method == "cg" else 1e-2,
+        )
+        newton, D = pilot[0], pilot[1:]
+        if method == "cg":
+            responses, residual = D @ functionals.gradients.mT, solver.residual
+        else:
+            moved = _perturbed(method, problem, functionals, solver, D, epsilon, num_epochs)
+            if check and method != "paired" and m:
+                agreement = _agreement(method, problem, functionals, solver, D, epsilon, moved)
+            D, responses, residual = moved.displacements, moved.responses, moved.residual
+        result_parts = _from_responses(functionals.gradients, D, responses)
+    gradients, D, variances, factor, half, antisymmetry = result_parts
+    sandwich = None
+    if robust:
+        scores = score_responses(problem.model, problem.latent, data, D)
+        sandwich = scores.mT @ scores
+    result = HFLResult(
+        method=method,
+        curvature=curvature,
+        shape=shape,
+        mean=functionals.values,
+        gradients=gradients,
+        displacements=D,
+        variances=variances,
+        factor=factor,
+        half=half,
+        antisymmetry=antisymmetry,
+        newton_decrement=float((newton @ problem.gradient).clamp(min=0).sqrt()),
+        smallest_curvature=solver.smallest_curvature,
+        residual=residual,
+        sandwich=sandwich,
+        agreement=agreement,
+        epsilon=epsilon if method in ("one_sided", "central", "paired") else None,
+        proximal=problem.proximal,
+        captured=captured,
+        captured_error=captured_error,
+        iterations=solver.iterations,
+        products=solver.products,
+        gradient_evaluations=problem.gradient_evaluations,
+        warnings=notes,
+    )
+    _warn(result, tolerance)
+    return result
+
+
+def variance(
+    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+) -> Tensor:
+    r"""
+    Variances of any functional of a model's latents; see :func:`solve` for the arguments.
+
+    :param guide: a point estimate.
+    :param data: one batch or an iterable of batches, with observations.
+    :param targets: one batch of inputs, or ``None``.
+    :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
+    :param options: of :func:`solve`.
+    :return: variances, of the shape of the functional's value.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_bnn.infer.autoguide import AutoLaplace
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+        >>> x, y = torch.eye(2), torch.tensor([1.0, -1.0])
+        >>> guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+        >>> variance(guide, (x, y), functional=lambda latents: latents["w"].sum())
+        tensor(0.4000)
+    """
+    return solve(guide, data, targets, functional, **options).variance
+
+
+def covariance(
+    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+) -> Tensor:
+    r"""
+    The covariance of all elements of a functional; see :func:`solve` for the arguments.
+
+    :param guide: a point estimate.
+    :param data: one batch or an iterable of batches, with observations.
+    :param targets: one batch of inputs, or ``None``.
+    :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
+    :param options: of :func:`solve`. With ``robust=True`` the sandwich covariance is returned.
+    :return: shape ``(m, m)``, for the flattened value of the functional.
+    """
+    result = solve(guide, data, targets, functional, **options)
+    return result.covariance if result.sandwich is None else result.sandwich
+
+
+def regvar(
+    guide: Any,
+    data: Any,
+    targets: Any,
+    *,
+    curvature: Curvature = "hessian",
+    epsilon: float = 0.1,
+    num_epochs: int | None = 200,
+    twin: bool = True,
+    calibrate: int = 0,
+    tolerance: float = 1e-4,
+    preconditioner: Preconditioner | None = None,
+    chunk_size: int = 256,
+) -> RegVarScore:
+    """
+    The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
+
+    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.score.regvar_score` and the
+    documentation.
+
+    :param guide: a point estimate, as for :func:`solve`.
+    :param data: one batch or an iterable of batches, with observations.
+    :param targets: one batch of inputs.
+    :param curvature: ``"hessian"`` or ``"ggn"``.
+    :param epsilon: see :func:`~pyro_bnn.infer.hfl.score.regvar_score`.
+    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
+    :param twin: whether the reference is a twin run on the same batches, or the point estimate.
+    :param calibrate: how many exact solves calibrate the score.
+    :param tolerance: relative residual of the linear solves.
+    :param preconditioner: as for :func:`solve`.
+    :param chunk_size: how many reverse passes run at once.
+    :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
+    """
+    problem, functionals = _setup(
+        guide, data, targets, None, curvature, correct_gradient=True, chunk_size=chunk_size
+    )
+    solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
+    return regvar_score(
+        problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
+    )
+
+
+def point_estimate(guide: Any, data: Any) -> tuple[PackedModel, Tensor]:
+    """
+    The packed model and point estimate of a guide.
+
+    :param guide: see :func:`solve`.
+    :param data: one batch or an iterable of batches, with observations.
+    :return: the model and a vector of shape ``(p,)``.
+    """
+    if isinstance(getattr(guide, "packed", None), PackedModel):
+        return guide.packed, guide.loc.detach()
+    args, kwargs = next(iter_batches(data))
+    values = guide.median(*args, **kwargs)
+    with poutine.block(), SubstituteMessenger(values):
+        model = PackedModel(guide.model, poutine.trace(guide.model).get_trace(*args, **kwargs))
+    return model, model.space.pack(values).detach()
+
+
+def _setup(
+    guide: Any,
+    data: Any,
+    targets: Any,
+    functional: Functional | None,
+    curvature: Curvature,
+    *,
+    correct_gradient: bool,
+    chunk_size: int,
+) -> tuple[Problem, Functionals]:
+    check_data(data)
+    if targets is None and functional is None:
+        raise ValueError(
+            "nothing to compute a variance of: pass targets=(x_test,) for the outputs at test inputs, or "
+            "functional=lambda latents: ... for a function of the latents"
+        )
+    batch = None
+    if targets is not None:
+        check_data(targets)
+        (batch,) = iter_batches(targets)
+    model, latent = point_estimate(guide, data)
+    problem = Problem(
+        model, latent, data, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
+    )
+    linearized = curvature == "ggn"
+    if functional is not None:
+        return problem, user_functionals(
+            model, latent, functional, batch, linearized=linearized, chunk_size=chunk_size
+        )
+    assert batch is not None
+    return problem, output_functionals(model, latent, batch, linearized=linearized, chunk_size=chunk_size)
+
+
+def _set_proximal(problem: Problem, proximal: float | Literal["auto"], notes: list[str]) -> None:
+    if proximal != "auto":
+        if proximal < 0:
+            raise ValueError(f"proximal must not be negative, got {proximal}")
+        problem.proximal = float(proximal)
+        return
+    smallest = smallest_eigenvalue(problem.operator, problem.latent)
+    if smallest <= 0:
+        problem.proximal = 2 * abs(smallest)
+        notes.append(
+            f"the curvature at the point estimate is as low as {smallest:.3g}: it is not a minimum. A proximal term "
+            f"with delta = {problem.proximal:.3g} was added, which biases variances down"
+        )
+
+
+def _perturbed(
+    method: str,
+    problem: Problem,
+    functionals: Functionals,
+    solver: Solver,
+    pilot: Tensor,
+    epsilon: float,
+    num_epochs: int,
+) -> Perturbation:
+    if method == "paired":
+        pilot_variance = (functionals.gradients * pilot).sum(-1)
+        return paired(problem, functionals, solver, pilot_variance, epsilon, num_epochs=num_epochs)
+    return perturb(problem, functionals, solver, pilot, epsilon, central=method == "central")
+
+
+def _agreement(
+    method: str,
+    problem: Problem,
+    functionals: Functionals,
+    solver: Solver,
+    pilot: Tensor,
+    epsilon: float,
+    moved: Perturbation,
+) -> float:
+    """The largest relative difference between variances at ε and ε/3, on at most 8 functionals."""
+    m = len(functionals)
+    chosen = torch.linspace(0, m - 1, min(m, 8), device=pilot.device).round().long().unique()
+    some = functionals.subset(chosen)
+    third = perturb(problem, some, solver, pilot[chosen], epsilon / 3, central=method == "central")
+    ours, theirs = moved.responses.diagonal()[chosen], third.responses.diagonal()
+    tiny = torch.finfo(ours.dtype).tiny
+    return float(((ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs()).clamp(min=tiny)).max())
+
+
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]
+
+
+def _from_responses(J: Tensor, D: Tensor, responses: Tensor) -> Parts:
+    variances = responses.diagonal().clone()
+    if (variances < 0).any():
+        raise NotAMinimumError(
+            f"{int((variances < 0).sum())} of {len(variances)} variances are negative (smallest "
+            f"{float(variances.min()):.3g}). A minimum pulled towards a functional cannot lower it, so this proves that "
+            "the point estimate is not a minimum or that a minimisation failed (as it does in float32 for an epsilon "
+            "below 1e-3). Call guide.polish(data) in float64, or use curvature='ggn'."
+        )
+    sd = unit_scale(variances)
+    correlation = responses / sd[:, None] / sd
+    antisymmetry = float((0.5 * (correlation - correlation.mT)).abs().max()) if len(sd) else 0.0
+    factor = low_rank_factor(
+        J / sd[:, None], D / sd[:, None], 0.5 * (correlation + correlation.mT), antisymmetry
+    )
+    return J, D, variances, factor, J @ factor, antisymmetry
+
+
+def _from_probes(probes: Probes) -> Parts:
+    return (
+        probes.gradients,
+        probes.displacements,
+        probes.half.square().sum(-1),
+        probes.factor,
+        probes.half,
+        0.0,
+    )
+
+
+def _warn(result: HFLResult, tolerance: float) -> None:
+    notes: list[str] = []
+    if result.method in ("cg", "probe"):
+        if result.residual > 10 * tolerance:
+            notes.append(
+                f"the solves stopped at a relative residual of {result.residual:.2g}, not {tolerance:.2g}: variances are "
+                "lower bounds. Use a preconditioner, a larger max_iter, or float64"
+            )
+    elif result.residual > 0.1:
+        notes.append(
+            f"the perturbed minimisations stopped {result.residual:.2g} epsilon short of their minima: use method='cg', "
+            "float64, a preconditioner, or more epochs"
+        )
+    if result.agreement is not None and result.agreement > 0.01:
+        notes.append(
+            f"variances at epsilon and epsilon / 3 differ by {result.agreement:.2g}: epsilon is too large for the basin of "
+            "the point estimate, or too small for the precision. Use method='cg', or float64"
+        )
+    if result.antisymmetry > 0.05:
+        notes.append(
+            f"the responses are antisymmetric by {result.antisymmetry:.2g} standard deviations, which at a minimum they "
+            "cannot be: covariances are inaccurate"
+        )
+    for text in notes:
+        warnings.warn(text, HFLWarning, stacklevel=3)
+    result.warnings += notes

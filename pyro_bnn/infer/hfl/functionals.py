@@ -1,0 +1,176 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Scalar functions of a model's latents whose variances are wanted."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
+
+#: A user's function: the latents by site name, then the targets, to a tensor.
+Functional = Callable[..., Tensor]
+
+
+class Functionals:
+    r"""
+    m scalar functions :math:`f_j(u)` of the packed latent vector, with their derivatives at a point estimate.
+
+    :param callable function: a differentiable map from a vector of shape ``(p,)`` to a tensor of any shape.
+    :param Tensor latent: the point estimate, shape ``(p,)``.
+    :param bool linearized: whether values elsewhere are those of the linearisation at ``latent``.
+    :param int chunk_size: how many reverse passes run at once.
+    :ivar Tensor values: at the point estimate, shape ``(m,)``.
+    :ivar shape: the shape of the function's value.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        latent: Tensor,
+        *,
+        linearized: bool = False,
+        chunk_size: int = 256,
+    ) -> None:
+        self.linearized = linearized
+        self.chunk_size = chunk_size
+        self._function = function
+        self._leaf = latent.detach().clone().requires_grad_(True)
+        value = function(self._leaf)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(
+                f"the functional returned {type(value).__name__}"
+                f"{' of dtype ' + str(value.dtype) if isinstance(value, Tensor) else ''}, expected a tensor of "
+                "floating-point numbers"
+            )
+        self.shape = value.shape
+        self._graph = value.reshape(-1)
+        self.values = self._graph.detach()
+        if not torch.isfinite(self.values).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(self.values)).sum())} of {self.values.numel()} functionals are not finite "
+                "at the point estimate: check the targets and the functional."
+            )
+        self._rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def gradients(self) -> Tensor:
+        """:math:`g_j`, shape ``(m, p)``."""
+        if self._rows is None:
+            if self._graph.requires_grad:
+                self._rows = jacobian(self._graph, self._leaf, chunk_size=self.chunk_size)
+            else:
+                self._rows = self._leaf.new_zeros(len(self), self._leaf.shape[0]).detach()
+        return self._rows
+
+    def element(self, j: int) -> Callable[[Tensor], Tensor]:
+        """
+        :param j: which functional.
+        :return: it, as a function of the packed vector.
+        """
+        return lambda u: self.at(u)[j]
+
+    def subset(self, index: Tensor) -> "Functionals":
+        """
+        :param index: which functionals, shape ``(k,)``.
+        :return: these.
+        """
+        function = self._function
+        some = Functionals(
+            lambda u: function(u).reshape(-1)[index],
+            self._leaf,
+            linearized=self.linearized,
+            chunk_size=self.chunk_size,
+        )
+        some._rows = self.gradients[index]
+        return some
+
+    def transposed(self, weights: Tensor) -> Tensor:
+        """
+        Gradients of linear combinations.
+
+        :param weights: shape ``(S, m)``.
+        :return: shape ``(S, p)``.
+        """
+        return vjp(self._graph, self._leaf, weights).detach()
+
+    def responses(self, displacements: Tensor) -> Tensor:
+        """
+        First-order changes of all functionals.
+
+        :param displacements: shape ``(S, p)``.
+        :return: shape ``(S, m)``.
+        """
+        if self._rows is not None:
+            return displacements @ self._rows.mT
+        operator = jvp_operator(self._graph, self._leaf)
+        return torch.cat([operator(part) for part in displacements.split(self.chunk_size)])
+
+    def at(self, latent: Tensor) -> Tensor:
+        """
+        :param latent: shape ``(p,)``; a graph reaches it if it requires a gradient.
+        :return: the values there, shape ``(m,)``.
+        """
+        if self.linearized:
+            return self.values + self.gradients @ (latent - self._leaf.detach())
+        # which parameters of a site depend on the latents is read off the graph
+        leaf = latent if latent.requires_grad else latent.detach().requires_grad_(True)
+        return self._function(leaf).reshape(-1)
+
+
+def output_functionals(
+    model: PackedModel, latent: Tensor, targets: Batch, *, linearized: bool = False, chunk_size: int = 256
+) -> Functionals:
+    """
+    The parameters of the observed sites at target inputs: the mean of a Normal, the logits of a Categorical.
+
+    :param model: the packed model.
+    :param latent: the point estimate, shape ``(p,)``.
+    :param targets: arguments of the model; observations are not needed.
+    :param linearized: see :class:`Functionals`.
+    :param chunk_size: see :class:`Functionals`.
+    :return: functionals of shape ``site shape + (C,)``; several observed sites are flattened and concatenated.
+    """
+
+    def function(u: Tensor) -> Tensor:
+        outputs = [site.outputs for site in model.outputs(u, targets)]
+        return outputs[0] if len(outputs) == 1 else torch.cat([o.reshape(-1) for o in outputs])
+
+    return Functionals(function, latent, linearized=linearized, chunk_size=chunk_size)
+
+
+def user_functionals(
+    model: PackedModel,
+    latent: Tensor,
+    functional: Functional,
+    targets: Batch | None,
+    *,
+    linearized: bool = False,
+    chunk_size: int = 256,
+) -> Functionals:
+    """
+    A user's function of the latents.
+
+    :param model: the packed model.
+    :param latent: the point estimate, shape ``(p,)``.
+    :param functional: called with the constrained latents by site name, and with the targets if there are any.
+    :param targets: further arguments of ``functional``, or ``None``.
+    :param linearized: see :class:`Functionals`.
+    :param chunk_size: see :class:`Functionals`.
+    :return: functionals of the shape of the function's value.
+    """
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    args, kwargs = targets if targets is not None else ((), {})
+
+    def function(u: Tensor) -> Tensor:
+        return functional(model.space.unpack(u), *args, **kwargs)
+
+    return Functionals(function, latent, linearized=linearized, chunk_size=chunk_size)

@@ -1,0 +1,124 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hessian-free Laplace computation found, and what it says about its own accuracy."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class HFLWarning(UserWarning):
+    """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
+
+
+@dataclass
+class HFLResult:
+    r"""
+    Variances and covariances of m scalar functionals, the displacements behind them, and diagnostics.
+
+    Printing a result shows the diagnostics.
+
+    :ivar str method: how it was computed.
+    :ivar str curvature: ``"hessian"`` or ``"ggn"``.
+    :ivar shape: shape of the functional's value; m is its number of elements.
+    :ivar mean: the functionals at the point estimate, shape ``(m,)``.
+    :ivar gradients: :math:`g_j`, shape ``(m, p)``; for probes, of the R random combinations.
+    :ivar displacements: :math:`d_j \approx P^{-1} g_j`, shape ``(m, p)``; for probes, of the R combinations.
+    :ivar variances: of the functionals, shape ``(m,)``.
+    :ivar factor: W of the low-rank Gaussian :math:`\hat u + W z`, shape ``(p, r)``.
+    :ivar half: :math:`J W`, shape ``(m, r)``.
+    :ivar sandwich: the infinitesimal-jackknife covariance :math:`\sum_i (s_i^\top d_j)(s_i^\top d_k)` with scores
+        :math:`s_i` of the data points, shape ``(m, m)``, or ``None`` if it was not asked for.
+    :ivar antisymmetry: largest antisymmetric part of the responses, in units of standard deviations; zero for
+        exact solves at a minimum.
+    :ivar newton_decrement: distance of the point estimate from the minimum in posterior standard deviations.
+    :ivar smallest_curvature: the smallest curvature met by the solves, an upper bound of the smallest eigenvalue
+        of the precision (with ``proximal`` included).
+    :ivar residual: largest relative residual of the solves (``"cg"``, ``"probe"``), or the largest Newton
+        decrement left by the perturbed minimisations relative to ``epsilon``.
+    :ivar agreement: largest relative difference between the variances at ``epsilon`` and at ``epsilon / 3``;
+        ``None`` where there is no epsilon, or no check was asked for.
+    :ivar epsilon: posterior standard deviations by which functionals were moved, or ``None``.
+    :ivar proximal: δ of the term :math:`\frac\delta2|u-\hat u|^2` that was added to the loss.
+    :ivar captured: for probes, the estimated fraction of the summed variance that they captured.
+    :ivar captured_error: its standard error.
+    :ivar iterations: block iterations of the linear solves.
+    :ivar products: curvature-vector products.
+    :ivar gradient_evaluations: gradients of the loss over all the data.
+    :ivar warnings: what the user was warned of.
+    """
+
+    method: str
+    curvature: str
+    shape: torch.Size
+    mean: Tensor
+    gradients: Tensor
+    displacements: Tensor
+    variances: Tensor
+    factor: Tensor
+    half: Tensor
+    antisymmetry: float
+    newton_decrement: float
+    smallest_curvature: float
+    residual: float
+    sandwich: Tensor | None = None
+    agreement: float | None = None
+    epsilon: float | None = None
+    proximal: float = 0.0
+    captured: float | None = None
+    captured_error: float | None = None
+    iterations: int = 0
+    products: int = 0
+    gradient_evaluations: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each functional, of the functional's :attr:`shape`."""
+        return self.variances.reshape(self.shape)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The covariance of the flattened functionals, positive semi-definite, shape ``(m, m)``."""
+        return self.half @ self.half.mT
+
+    @property
+    def gradient_equivalents(self) -> int:
+        """The cost in gradients of the loss, a curvature-vector product counted as two."""
+        return self.gradient_evaluations + 2 * self.products
+
+    def __str__(self) -> str:
+        m, p = self.mean.shape[0], self.displacements.shape[1]
+        sd = self.variances.sqrt()
+        rows = [
+            ("functionals", f"{m} of {p} latents"),
+            ("standard deviations", f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none"),
+            ("Newton decrement of the point estimate", f"{self.newton_decrement:.2g} sd"),
+            ("smallest curvature met", f"{self.smallest_curvature:.3g}"),
+            ("residual of the solves", f"{self.residual:.2g}"),
+            ("antisymmetry of the responses", f"{self.antisymmetry:.2g} sd"),
+        ]
+        if self.epsilon is not None:
+            rows.append(("epsilon", f"{self.epsilon:.2g} sd"))
+        if self.agreement is not None:
+            rows.append(("difference from epsilon / 3", f"{self.agreement:.2g}"))
+        if self.proximal:
+            rows.append(("proximal delta (biases variances down)", f"{self.proximal:.3g}"))
+        if self.captured is not None:
+            rows.append(("captured variance", f"{self.captured:.4f} +- {self.captured_error:.4f}"))
+        if self.sandwich is not None:
+            ratio = (self.sandwich.diagonal() / self.variances).sqrt()
+            rows.append(("sandwich / Laplace sd, median", f"{float(ratio.median()):.3g}"))
+        rows.append(
+            (
+                "cost",
+                f"{self.gradient_equivalents} gradient equivalents ({self.iterations} iterations, "
+                f"{self.products} products, {self.gradient_evaluations} gradients)",
+            )
+        )
+        width = max(len(name) for name, _ in rows)
+        lines = [f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}"]
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+        lines += [f"  warning: {text}" for text in self.warnings]
+        return "\n".join(lines)

@@ -1,0 +1,111 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Linear solves with the curvature at a point estimate, in blocks, with an account of what they met."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.curvature import CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.infer.hfl.problem import Problem
+from pyro_bnn.ops.block_cg import block_conjugate_gradient
+from pyro_bnn.ops.jacobian import LinearMap
+from pyro_bnn.ops.preconditioner import nystrom_preconditioner
+
+#: ``"nystrom"``, ``"diagonal"``, a fitted Laplace guide, or a map r -> M^-1 r.
+Preconditioner = Literal["nystrom", "diagonal"] | LinearMap | Any
+
+
+class Solver:
+    r"""
+    Solves :math:`P d = g` for blocks of right-hand sides.
+
+    :param Problem problem: gives the products.
+    :param float tolerance: relative residual.
+    :param max_iter: largest number of iterations per block; default ``10 p``.
+    :param preconditioner: ``None``, ``"diagonal"`` (of the GGN), ``"nystrom"``, a Laplace guide after
+        ``laplace_approximation`` (its covariance is the preconditioner), or a map of shape ``(S, p)`` tensors.
+    :param int block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks.
+    :param int rank: directions of the ``"nystrom"`` preconditioner.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        tolerance: float,
+        max_iter: int | None = None,
+        preconditioner: Preconditioner | None = None,
+        block_size: int = 64,
+        rank: int = 64,
+    ) -> None:
+        self.problem = problem
+        self.tolerance = tolerance
+        self.max_iter = max_iter
+        self.block_size = block_size
+        self.iterations = 0
+        self.products = 0
+        self.smallest_curvature = float("inf")
+        self.residual = 0.0
+        self.preconditioner = self._resolve(preconditioner, rank)
+
+    def __call__(self, rhs: Tensor, *, tolerance: float | None = None) -> Tensor:
+        """
+        :param rhs: shape ``(S, p)``.
+        :param tolerance: relative residual, if not that of the solver; such solves do not count in ``residual``.
+        :return: shape ``(S, p)``.
+        :raises NotAMinimumError: if a direction of negative curvature is met.
+        """
+        parts = []
+        for block in rhs.split(self.block_size):
+            result = block_conjugate_gradient(
+                self.problem.operator,
+                block,
+                tolerance=self.tolerance if tolerance is None else tolerance,
+                max_iter=self.max_iter,
+                preconditioner=self.preconditioner,
+            )
+            self.iterations += result.iterations
+            self.products += result.products
+            self.smallest_curvature = min(self.smallest_curvature, result.smallest_curvature)
+            if result.indefinite:
+                raise NotAMinimumError(
+                    f"the {self.problem.curvature} has a direction of curvature {result.smallest_curvature:.3g}: the "
+                    "point estimate is not a minimum and has no Laplace approximation. Call guide.polish(data) in "
+                    "float64, train longer, use curvature='ggn', or set proximal='auto' and report its delta."
+                )
+            if not torch.isfinite(result.solution).all():
+                raise NotAMinimumError(
+                    f"products with the {self.problem.curvature} are not finite: check the data and the point estimate"
+                )
+            if tolerance is None:
+                self.residual = max(self.residual, float(result.residual.max()))
+            parts.append(result.solution)
+        return torch.cat(parts) if parts else torch.zeros_like(rhs)
+
+    def _resolve(self, preconditioner: Preconditioner | None, rank: int) -> LinearMap | None:
+        problem = self.problem
+        if preconditioner is None:
+            return None
+        if isinstance(preconditioner, str):
+            if preconditioner == "nystrom":
+                self.products += 2 * min(rank, problem.latent.shape[0])
+                return nystrom_preconditioner(problem.operator, problem.latent, rank)
+            if preconditioner == "diagonal":
+                accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
+                diagonal = accumulator.diagonal(problem.data) + problem.proximal
+                return lambda r: r / diagonal
+            raise ValueError(
+                f"unknown preconditioner {preconditioner!r}, expected 'nystrom', 'diagonal', a fitted Laplace guide "
+                "or a map of tensors of shape (S, p)"
+            )
+        if hasattr(preconditioner, "posterior"):
+            posterior = preconditioner.posterior
+            if posterior.event_shape != problem.latent.shape:
+                raise ValueError(
+                    f"the preconditioning guide has {posterior.event_shape[0]} latents, expected "
+                    f"{problem.latent.shape[0]}: it must be a guide of the same model over all of its sites"
+                )
+            return lambda r: posterior.half_solve(posterior.half_solve_transposed(r))
+        return preconditioner

@@ -1,0 +1,100 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+
+from pyro_bnn.ops.block_cg import block_conjugate_gradient, orthonormal_rows
+from pyro_bnn.ops.krylov import conjugate_gradient, smallest_eigenvalue
+from pyro_bnn.ops.newton import newton_cg
+from pyro_bnn.ops.preconditioner import nystrom_preconditioner
+from tests.common import assert_close
+
+
+def ill_conditioned(p=60, low=-1, high=4):
+    """A positive definite matrix with logarithmically spaced eigenvalues."""
+    Q = torch.linalg.qr(torch.randn(p, p)).Q
+    return (Q * torch.logspace(low, high, p)) @ Q.mT
+
+
+@pytest.mark.parametrize("solver", [block_conjugate_gradient, conjugate_gradient])
+def test_dense_solution(solver):
+    P = ill_conditioned()
+    rhs = torch.randn(7, 60)
+    result = solver(lambda v: v @ P, rhs, tolerance=1e-10)
+    assert_close(result.solution, torch.linalg.solve(P, rhs.mT).mT, rtol=1e-5, atol=1e-7)
+
+
+def test_dependent_right_hand_sides_share_directions():
+    P = ill_conditioned()
+    basis = torch.randn(2, 60)
+    rhs = torch.cat([torch.randn(9, 2) @ basis, torch.zeros(1, 60)])
+    result = block_conjugate_gradient(lambda v: v @ P, rhs, tolerance=1e-9)
+    assert_close(result.solution, torch.linalg.solve(P, rhs.mT).mT, rtol=1e-5, atol=1e-7)
+    two = block_conjugate_gradient(lambda v: v @ P, basis, tolerance=1e-9)
+    assert result.products < 1.5 * two.products
+    assert (result.solution[-1] == 0).all()
+
+
+def test_early_stops_are_monotone_lower_bounds():
+    P = ill_conditioned()
+    rhs = torch.randn(4, 60)
+    exact = (rhs * torch.linalg.solve(P, rhs.mT).mT).sum(-1)
+    previous = torch.zeros(4)
+    for iterations in range(1, 15):
+        x = block_conjugate_gradient(lambda v: v @ P, rhs, tolerance=1e-12, max_iter=iterations).solution
+        value = (rhs * x).sum(-1)
+        assert (value >= previous * (1 - 1e-9)).all()
+        assert (value <= exact * (1 + 1e-9)).all()
+        # the whole covariance is bounded in the Loewner order
+        gap = rhs @ (torch.linalg.solve(P, rhs.mT) - x.mT)
+        assert torch.linalg.eigvalsh(0.5 * (gap + gap.mT))[0] >= -1e-8 * exact.max()
+        previous = value
+
+
+def test_indefinite_is_reported():
+    P = ill_conditioned()
+    P = P - 0.2 * torch.eye(60)
+    result = block_conjugate_gradient(lambda v: v @ P, torch.randn(3, 60), tolerance=1e-10)
+    assert result.indefinite
+    assert result.smallest_curvature < 0
+    assert_close(smallest_eigenvalue(lambda v: v @ P, P[0]), torch.linalg.eigvalsh(P)[0], rtol=1e-6)
+
+
+def test_nystrom_preconditioner_saves_iterations():
+    P = ill_conditioned(p=200)
+    rhs = torch.randn(1, 200)
+    M = nystrom_preconditioner(lambda v: v @ P, P[0], 100)
+    plain = block_conjugate_gradient(lambda v: v @ P, rhs, tolerance=1e-8)
+    fast = block_conjugate_gradient(lambda v: v @ P, rhs, tolerance=1e-8, preconditioner=M)
+    assert_close(fast.solution, plain.solution, rtol=1e-4, atol=1e-6)
+    assert fast.iterations < 0.5 * plain.iterations
+    inverse = M(torch.eye(200))
+    assert_close(inverse, inverse.mT, rtol=0, atol=1e-12)
+    assert torch.linalg.eigvalsh(inverse)[0] > 0
+
+
+def test_float32_finishes_one_by_one():
+    P = ill_conditioned(p=150, low=-1, high=5)
+    rhs = torch.randn(8, 150) @ P
+    single = P.float()
+    result = block_conjugate_gradient(lambda v: v @ single, rhs.float(), tolerance=1e-4)
+    assert result.residual.max() <= 1e-4
+    exact = (rhs * torch.linalg.solve(P, rhs.mT).mT).sum(-1)
+    assert_close((rhs * result.solution).sum(-1), exact, rtol=1e-2)
+
+
+def test_orthonormal_rows():
+    rows = torch.randn(3, 20)
+    Q = orthonormal_rows(torch.cat([1e6 * rows, rows.sum(0, keepdim=True)]))
+    assert_close(Q @ Q.mT, torch.eye(3), rtol=0, atol=1e-10)
+    assert_close(rows @ Q.mT @ Q, rows, rtol=0, atol=1e-8)
+
+
+def test_newton_leaves_a_saddle():
+    def terms(u):
+        return [0.25 * (u[0] ** 2 - 1) ** 2 + (u[1] - u[0]) ** 2]
+
+    result = newton_cg(terms, torch.tensor([0.0, 1e-3]), tolerance=1e-10)
+    assert not result.indefinite
+    assert_close(result.point.abs(), torch.ones(2), rtol=1e-6)
