@@ -293,9 +293,10 @@ def test_relu_kinks_are_told_by_the_agreement_check():
     result = hfl.solve(guide, (x, y), (x[:6],), curvature="ggn")
     assert_close(result.variance, guide.linearized_outputs(x[:6])["obs"].variance, rtol=1e-6)
     # a step of three standard deviations crosses kinks
-    with pytest.raises((HFLWarning, NotAMinimumError)), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hfl.solve(guide, (x, y), (x[:6],), method="one_sided", epsilon=3.0)
+        with pytest.raises((HFLWarning, NotAMinimumError)):
+            hfl.solve(guide, (x, y), (x[:6],), method="one_sided", epsilon=3.0)
 
 
 def test_float32():
