@@ -1,0 +1,326 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a training step, a prediction and an export cost, as ratios to plain torch in the same process.
+
+    python benchmarks/workflow_speed.py [--smoke] [--out FILE.json]
+
+Steps of the variants are interleaved with steps of the baseline, so that other work on the machine hits both;
+reported are medians of ratios over rounds and their quartiles.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
+
+from pyro_bnn.diagnostics import to_datatree
+from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
+from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.infer.data import as_batch
+from pyro_bnn.infer.fit import _Run
+from pyro_bnn.infer.optimizer import make_optimizer
+from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.nn import bayesian_, rank1_
+
+NETWORKS = {
+    "13-50-50-1": ([13, 50, 50, 1], 506),
+    "784-400-400-10": ([784, 400, 400, 10], 128),
+}
+
+
+def network(sizes: list[int]) -> torch.nn.Sequential:
+    layers: list[torch.nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+class Model(PyroModule):
+    """A network and its likelihood: Normal with known noise, or Categorical."""
+
+    def __init__(self, net: torch.nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.net = net
+        self.outputs = outputs
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        """The likelihood of y given x."""
+        out = self.net(x)
+        with pyro.plate("data", len(x)):
+            if self.outputs == 1:
+                return pyro.sample("obs", dist.Normal(out.squeeze(-1), 0.1), obs=y)
+            return pyro.sample("obs", dist.Categorical(logits=out), obs=y)
+
+
+def textbook(net: torch.nn.Sequential) -> Any:
+    """Every weight a PyroSample with a N(0, 1 / fan-in) prior, the way Pyro's documentation does it."""
+    module = PyroModule[torch.nn.Sequential](
+        *[
+            PyroModule[torch.nn.Linear](layer.in_features, layer.out_features)
+            if isinstance(layer, torch.nn.Linear)
+            else layer
+            for layer in net
+        ]
+    )
+    for layer in module:
+        if isinstance(layer, torch.nn.Linear):
+            for name, value in list(layer.named_parameters(recurse=False)):
+                prior = dist.Normal(torch.tensor(0.0), torch.tensor(layer.in_features**-0.5))
+                setattr(layer, name, PyroSample(prior.expand(value.shape).to_event(value.dim())))
+    return module
+
+
+def data_of(sizes: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(rows, sizes[0])
+    return x, (x[:, 0].sin() if sizes[-1] == 1 else torch.randint(sizes[-1], (rows,)))
+
+
+class Repeated:
+    """A step that comes with its own loop, for a setting around all repetitions."""
+
+    def __init__(self, steps: Callable[[int], None]) -> None:
+        self.steps = steps
+
+    def __call__(self) -> None:
+        """One step."""
+        self.steps(1)
+
+
+def plain_step(sizes: list[int], x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
+    net = network(sizes)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        out = net(x)
+        loss = (
+            ((out.squeeze(-1) - y) ** 2).sum()
+            if sizes[-1] == 1
+            else torch.nn.functional.cross_entropy(out, y)
+        )
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def fit_step(model: Any, guide: Any, elbo: Any, data: tuple[Any, ...]) -> Callable[[], Any]:
+    """The step that fit takes, its bookkeeping included."""
+    run = _Run(model, guide, data, elbo, None, None)
+    run.optimizer, run.scheduler, run.clip_grad_norm = make_optimizer(1e-3, run.tensors), None, None
+    batch = as_batch(data)
+
+    def steps(count: int) -> None:
+        with pyro.validation_enabled(False), local_parameters():
+            for _ in range(count):
+                run.take_step(batch)
+
+    return Repeated(steps)
+
+
+def svi_step(model: Any, guide: Any, elbo: Any, data: tuple[Any, ...]) -> Callable[[], Any]:
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+    return lambda: svi.step(*data)
+
+
+def compare(
+    variants: dict[str, Callable[[], Any]], baseline: Callable[[], Any], rounds: int, steps: int
+) -> list[dict[str, Any]]:
+    """Ratios of times, round by round."""
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
+    base: list[float] = []
+    for step in (baseline, *variants.values()):
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        before = clock(baseline, steps)
+        for name, step in variants.items():
+            ratios[name].append(clock(step, steps))
+        after = clock(baseline, steps)
+        base.append((before + after) / 2)
+        for name in variants:
+            ratios[name][-1] /= base[-1]
+    return [
+        {
+            "variant": name,
+            "ratio": round(float(np.median(values)), 3),
+            "quartiles": [round(float(q), 3) for q in np.quantile(values, [0.25, 0.75])],
+            "baseline_ms": round(1e3 * float(np.median(base)), 3),
+        }
+        for name, values in ratios.items()
+    ]
+
+
+def clock(step: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    if isinstance(step, Repeated):
+        step.steps(repeats)
+    else:
+        for _ in range(repeats):
+            step()
+    return (time.perf_counter() - start) / repeats
+
+
+def training(name: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    sizes, rows = NETWORKS[name]
+    data = data_of(sizes, rows)
+    bayes = lambda **kwargs: Model(bayesian_(network(sizes), **kwargs), sizes[-1])  # noqa: E731
+    variants = {}
+    with local_parameters():
+        model: Any = Model(textbook(network(sizes)), sizes[-1])
+        guide: Any = AutoNormal(model)
+        variants["fit, AutoNormal, site per tensor"] = fit_step(model, guide, Trace_ELBO(), data)
+        model = bayes(packed=True)
+        variants["fit, AutoMixture(1), packed"] = fit_step(model, AutoMixture(model, 1), Mixture_ELBO(), data)
+        model = bayes(packed=True)
+        guide = AutoMixture(model, 1)
+        variants["fit, AutoMixture(1), packed, TraceMeanField_ELBO"] = fit_step(
+            model, guide, TraceMeanField_ELBO(), data
+        )
+        model = bayes(packed=True)
+        variants["fit, AutoDiagonalNormal, packed"] = fit_step(
+            model, AutoDiagonalNormal(model), Trace_ELBO(), data
+        )
+        model = Model(rank1_(network(sizes)), sizes[-1])
+        variants["fit, rank-1, AutoMixture(1)"] = fit_step(model, AutoMixture(model, 1), Mixture_ELBO(), data)
+    pyro.clear_param_store()
+    model = Model(textbook(network(sizes)), sizes[-1])
+    variants["stock SVI, AutoNormal"] = svi_step(model, AutoNormal(model), Trace_ELBO(), data)
+    found = compare(variants, plain_step(sizes, *data), rounds, steps)
+    pyro.clear_param_store()
+    return [{"question": "training step / plain torch step", "network": name, **row} for row in found]
+
+
+def prediction(name: str, rounds: int, draws: int) -> list[dict[str, Any]]:
+    sizes, rows = NETWORKS[name]
+    x, y = data_of(sizes, rows)
+    plain = network(sizes)
+
+    @torch.no_grad()
+    def baseline() -> None:
+        for _ in range(draws):
+            plain(x)
+
+    packed = Model(bayesian_(network(sizes), packed=True), sizes[-1])
+    separate = Model(bayesian_(network(sizes)), sizes[-1])
+    rank1 = Model(rank1_(network(sizes)), sizes[-1])
+    stock = Model(textbook(network(sizes)), sizes[-1])
+    guides = {
+        "packed": AutoMixture(packed, 1),
+        "separate": AutoMixture(separate, 1),
+        "rank1": AutoMixture(rank1, 1),
+    }
+    for guide in guides.values():
+        guide.initialize(x, y)
+    stock_guide = AutoNormal(stock)
+    with local_parameters():
+        stock_guide(x, y)
+    run = lambda model, guide: lambda: posterior_predictive(model, guide, (x,), num_samples=draws)  # noqa: E731
+    variants = {
+        "posterior_predictive, packed": run(packed, guides["packed"]),
+        "posterior_predictive, site per tensor": run(separate, guides["separate"]),
+        "posterior_predictive, rank-1": run(rank1, guides["rank1"]),
+        "posterior_predictive, textbook Pyro network": run(stock, stock_guide),
+        "stock Predictive, textbook Pyro network": lambda: Predictive(
+            stock, guide=stock_guide, num_samples=draws
+        )(x),
+    }
+    found = compare(variants, baseline, rounds, 1)
+    pyro.clear_param_store()  # stock Predictive leaves the guide's parameters there, under names that recur
+    return [
+        {"question": f"{draws} draws / {draws} deterministic passes", "network": name, **row} for row in found
+    ]
+
+
+def export(draws: int, points: int, rounds: int) -> list[dict[str, Any]]:
+    """Against the forward passes of the same model under the same draws, without any export."""
+    sizes = NETWORKS["784-400-400-10"][0]
+    x, y = data_of(sizes, points)
+    rank1 = Model(rank1_(network(sizes)), sizes[-1])
+    guide = AutoMixture(rank1, 1)
+    guide.initialize(x[:10], y[:10])
+    samples = posterior_draws(guide, draws)
+    batches = list(zip(x.split(256), y.split(256), strict=True))
+    plain = network(sizes)
+
+    @torch.no_grad()
+    def deterministic() -> None:
+        for _ in range(draws):
+            for part, _ in batches:
+                plain(part)
+
+    @torch.no_grad()
+    def forward() -> None:
+        """The network of the model, all draws of a chunk at once, and nothing else."""
+        posterior = {n: v[:, None] for n, v in samples.items()}
+        for part, _ in batches:
+            for start in range(0, draws, 20):
+                with pyro.poutine.condition(data={n: v[start : start + 20] for n, v in posterior.items()}):
+                    rank1.net(part)
+
+    variants = {
+        "to_datatree, against plain deterministic passes": lambda: to_datatree(
+            rank1, samples, batches, predictions=False
+        ),
+    }
+    rows = compare(variants, deterministic, rounds, 1)
+    rows += compare(
+        {"to_datatree, against the same rank-1 passes": next(iter(variants.values()))}, forward, rounds, 1
+    )
+    return [
+        {"question": f"export of {draws} draws, {points} points", "network": "784-400-400-10", **r}
+        for r in rows
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    pyro.set_rng_seed(0)
+    rounds = 2 if options.smoke else 15
+    rows = []
+    for name, steps in (
+        ("13-50-50-1", 5 if options.smoke else 40),
+        ("784-400-400-10", 2 if options.smoke else 8),
+    ):
+        rows += training(name, rounds, steps)
+    for name, count in (("13-50-50-1", rounds), ("784-400-400-10", max(2, rounds // 3))):
+        rows += prediction(name, count, 10 if options.smoke else 100)
+    rows += export(10 if options.smoke else 100, 512 if options.smoke else 1024, 1 if options.smoke else 3)
+    meta = {
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "threads": options.threads,
+        "seed": 0,
+        "rounds": rounds,
+    }
+    rows = [{**row, **meta} for row in rows]
+    for row in rows:
+        low, high = row["quartiles"]
+        print(
+            f"{row['network']:15} {row['question']:34} {row['variant']:50} {row['ratio']:7.2f} [{low:.2f}, {high:.2f}]"
+        )
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
