@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
 from pyro_bnn.infer.data import Batch, as_batch, check_finite, is_single_batch, iter_batches
-from pyro_bnn.infer.handlers import sample_sites
+from pyro_bnn.infer.distributed import all_reduce_mean, broadcast, rank, share_random_state, world_size
+from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
@@ -202,6 +203,9 @@ def fit(
     :raises ValueError: if the data do not fit the model; see
         :func:`~pyro_bnn.infer.initialize.initialize_guide`.
 
+    In several processes (``torchrun``, :mod:`torch.distributed` initialised) training is data-parallel: gradients are
+    averaged over the processes, each of which passes its own part of the data.
+
     The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"`` and saves a checkpoint;
     the second raises.
 
@@ -266,7 +270,26 @@ class _Run:
         self.tensors = list(self.parameters.values())
         self.device = self.tensors[0].device
         self.loss_fn = elbo(model, guide)
+        self.world = world_size()
+        if self.world > 1:
+            self.check_scale(first)
+            broadcast(self.tensors)
+            share_random_state(self.device)
+        self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
+
+    def check_scale(self, batch: Batch) -> None:
+        """In several processes each sees a part of the data, which only a plate of the full size can tell."""
+        args, kwargs = batch
+        with poutine.block(), local_parameters(), torch.no_grad():
+            sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        for name, site in sites.items():
+            if site["is_observed"] and site["cond_indep_stack"] and subsample_scale(site) == 1:
+                raise ValueError(
+                    f"fit in {world_size()} processes: site {name!r} is not in a plate of the full data. Write "
+                    "pyro.plate('data', N, subsample_size=len(x)) with the size N of all data, of which every process "
+                    "passes its own part."
+                )
 
     # ------------------------------------------------------------------ state
 
@@ -301,8 +324,10 @@ class _Run:
         return found
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint; of several processes the first one does."""
         assert self.checkpoint is not None
+        if rank() > 0:
+            return
         random = random_state(self.generators)
         state = {
             "step": self.step,
@@ -358,6 +383,8 @@ class _Run:
         """One epoch; the first after a resumption skips the batches that the interrupted run has seen."""
         if self.checkpoint is not None and self.shuffled:
             self.epoch_random = random_state(self.generators)
+        if hasattr(self.sampler, "set_epoch"):  # DistributedSampler
+            self.sampler.set_epoch(self.epoch)
         batches = self.epochs()
         if self.resume_random is not None:
             for _ in islice(batches, self.batches_done):
@@ -376,7 +403,7 @@ class _Run:
         bar = tqdm(
             total=num_steps,
             initial=self.step,
-            disable=not progress_bar,
+            disable=not progress_bar or rank() > 0,
             desc="fit",
             unit="step",
             dynamic_ncols=True,
@@ -483,7 +510,11 @@ class _Run:
         cause: Exception | None = None
         try:
             loss = self.loss(batch)
-            value = float(loss.detach())
+            shown = loss.detach()
+            if self.world > 1:
+                shown = shown.clone()
+                all_reduce_mean([shown])
+            value = float(shown)
         except (ValueError, RuntimeError) as error:
             if all(bool(torch.isfinite(p).all()) for p in self.tensors):
                 error.add_note(f"fit stopped at step {self.step + 1}.")
@@ -497,6 +528,10 @@ class _Run:
         self.snapshot = self.candidate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.world > 1:
+            for p in self.tensors:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            all_reduce_mean([p.grad for p in self.tensors if p.grad is not None])
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
         self.optimizer.step()

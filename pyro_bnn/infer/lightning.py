@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""A bound as a LightningModule; needs the package ``lightning``."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import lightning
+import torch
+from pyro.infer import Trace_ELBO
+
+from pyro_bnn.infer.data import as_batch
+from pyro_bnn.infer.initialize import initialize_guide
+from pyro_bnn.infer.optimizer import make_optimizer
+from pyro_bnn.infer.parameters import local_parameters
+
+_Module: Any = lightning.LightningModule
+
+
+class ElboModule(_Module):
+    """
+    Model, guide and bound for Lightning's trainer, which brings devices, precision, loggers and checkpoints.
+
+    :param model: a Pyro model that is a module.
+    :param guide: its guide.
+    :param elbo: a Pyro bound; :class:`~pyro.infer.Trace_ELBO` by default.
+    :param optim: see :func:`~pyro_bnn.infer.optimizer.make_optimizer`.
+    :param scheduler: a function of the optimiser returning a torch scheduler, stepped after each step.
+
+    Call :meth:`initialize` with one batch before training, so that all parameters exist.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        guide: torch.nn.Module,
+        elbo: Any = None,
+        *,
+        optim: Any = None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss_fn = (Trace_ELBO() if elbo is None else elbo)(model, guide)
+        self.optim = optim
+        self.scheduler = scheduler
+
+    def initialize(self, batch: Any) -> Self:
+        """
+        Creates all parameters of the guide.
+
+        :param batch: what the loader yields, with observations.
+        :return: the module.
+        """
+        initialize_guide(self.loss_fn.model, self.loss_fn.guide, as_batch(batch))
+        return self
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """
+        The loss of one batch.
+
+        :param batch: what the loader yields.
+        :param batch_idx: its number.
+        :return: the negative bound.
+        """
+        args, kwargs = as_batch(batch)
+        with local_parameters():
+            loss: torch.Tensor = self.loss_fn(*args, **kwargs)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser and, if there is one, its scheduler."""
+        optimizer = make_optimizer(self.optim, [p for p in self.parameters() if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
+        }
