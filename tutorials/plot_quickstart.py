@@ -29,7 +29,7 @@ from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMi
 from pyro_bnn.nn import FanInNormal, bayesian_, rank1_
 
 SMOKE = "PYRO_BNN_SMOKE" in os.environ
-STEPS = 30 if SMOKE else 2000
+STEPS = 30 if SMOKE else 2500
 DRAWS = 40 if SMOKE else 400
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)  # the network is small: threads cost more than they bring
@@ -168,7 +168,7 @@ progress.update()
 
 start = time.perf_counter()
 ensemble = AutoMixture(model, num_components=4, component="delta", init_loc_fn=init_to_sample)
-fit(model, ensemble, train, num_steps=STEPS, optim=0.02, elbo=Mixture_ELBO())
+fit(model, ensemble, train, num_steps=STEPS, optim=0.01, elbo=Mixture_ELBO())
 evaluate("ensemble (4)", model, ensemble, start)
 progress.update()
 progress.close()
