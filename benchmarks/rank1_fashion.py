@@ -4,7 +4,8 @@
 Rank-1 networks on Fashion-MNIST against a deterministic network, BatchEnsemble, mean-field VI and a deep ensemble.
 
 Every method trains the same multilayer perceptron (784-200-200-10) with the same optimiser, number of steps, fresh
-batch and prior N(0, 2 / fan-in) of the weights. Nothing is chosen by a test set. Reported are NLL, accuracy, ECE (15
+batch and prior N(0, 16 / fan-in) of the weights. That scale, and the priors and initial scales of the factors, were
+chosen with 10,000 images of the training set that are not among the first 50,000; nothing was chosen by a test set. Reported are NLL, accuracy, ECE (15
 bins), Brier score, the AUROC of the predictive entropy against MNIST and notMNIST, and the first three on corrupted
 test images (noise, blur, contrast, rotation, five severities each).
 
@@ -209,12 +210,12 @@ def cosine(num_steps: int, lr: float) -> Any:
     return callback
 
 
-CAUCHY, NORMAL = (dist.Cauchy(1.0, 0.1), dist.Normal(1.0, 0.1))
+CAUCHY, NORMAL = (dist.Cauchy(1.0, 0.1), dist.Normal(1.0, 0.5))
 METHODS: dict[str, dict[str, Any]] = {
     "deterministic": {"component": "delta", "num_components": 1},
     "batch ensemble": {"component": "delta", "num_components": 4, "factors": NORMAL},
     "mean-field VI": {"component": "normal", "num_components": 1},
-    "rank-1 Gaussian": {"component": "normal", "num_components": 4, "factors": NORMAL},
+    "rank-1 Gaussian": {"component": "normal", "num_components": 4, "factors": NORMAL, "init_scale": 0.1},
     "rank-1 Cauchy": {"component": "cauchy", "num_components": 4, "factors": CAUCHY, "init_scale": 0.003},
     "deep ensemble": {"component": "delta", "num_components": 4},
 }
@@ -253,7 +254,7 @@ def run(
     seconds = time.perf_counter() - start
     draws = method.draws(samples)
     row: dict[str, Any] = {
-        "method": name, "seed": seed, "epochs": epochs, "batch": batch, "seconds": seconds,
+        "method": name, "seed": seed, "train": len(data["x"]), "epochs": epochs, "batch": batch, "seconds": seconds,
         "parameters": method.num_parameters(), "final_loss": float(result.losses[-20:].mean()),
         "draws": next(iter(draws.values())).shape[0], **{f"part_{k}": v for k, v in method.elbo.parts.items()},
     }  # fmt: skip
@@ -293,13 +294,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a subset, one epoch, one seed")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--train", type=int, default=20_000, help="number of training images")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ablation-seeds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=8, help="draws per component at test time")
     args = parser.parse_args()
     fashion, mnist, notmnist = (load(f"{n}.npz") for n in ("fashion_mnist", "mnist", "notmnist_test"))
-    limit, test = (2000, 500) if args.smoke else (None, None)
+    limit, test = (2000, 500) if args.smoke else (args.train, None)
     small = 200 if args.smoke else 2000
     data = {
         "x": scaled(fashion["x_train"][:limit]),

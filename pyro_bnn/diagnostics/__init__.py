@@ -5,6 +5,7 @@
 
 from pyro_bnn.diagnostics import metrics, plots
 from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, to_inference_data
+from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table
 from pyro_bnn.diagnostics.quality import (
@@ -17,8 +18,10 @@ from pyro_bnn.diagnostics.quality import (
 )
 
 __all__ = [
+    "DiversityReport",
     "compare_with_nuts",
     "datatree_to_inference_data",
+    "diversity",
     "elbo_gap",
     "evaluate",
     "functional_k",

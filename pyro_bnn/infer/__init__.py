@@ -12,22 +12,30 @@ from pyro_bnn.infer.moments import PredictiveMoments, SiteMoments, predictive_mo
 from pyro_bnn.infer.nuts import NUTSResult, nuts
 from pyro_bnn.infer.persist import load_guide, save_guide
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.presets import Rank1Preset, default_preset, dusenberry2020
+from pyro_bnn.infer.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
 from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
 
 __all__ = [
     "Checkpoint",
     "ConvergenceTest",
+    "CosineAnnealing",
+    "CyclicalAnnealing",
     "EarlyStopping",
     "FitResult",
     "FitState",
+    "LinearAnnealing",
     "Mixture_ELBO",
     "NUTSResult",
     "NonFiniteLossError",
     "NotAMinimumError",
     "PosteriorPredictive",
     "PredictiveMoments",
+    "Rank1Preset",
     "SiteMoments",
     "SitePrediction",
+    "default_preset",
+    "dusenberry2020",
     "fit",
     "load_guide",
     "nuts",

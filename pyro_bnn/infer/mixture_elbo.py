@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
@@ -18,10 +19,11 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.nn.folding import split_batch
+from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.sites import SITE_KEY
 
 _Elbo: Any = ELBO
@@ -344,8 +346,12 @@ class _SiteTerms:
             if kind == "index":  # uniform in the model and in the guide
                 continue
             if isinstance(_unwrap(site["fn"]), Delta) and (kind in ("delta", "point") or not auxiliary):
-                log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask))
-                self.log_prior = self.log_prior + log_p.mean()
+                shared = _shared_log_prob(prior) if kind == "point" and mask is None else None
+                if shared is None:
+                    log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask)).mean()
+                else:
+                    log_p = shared * scale
+                self.log_prior = self.log_prior + log_p
                 continue
             self._add_kl(self._per_component(scale_and_mask(_divergence(site, prior), scale, mask)))
             if want_entropy:
@@ -383,6 +389,15 @@ class _SiteTerms:
 
 def _divergence(site: Any, prior: Any) -> Tensor:
     """KL of a guide site from the model site, analytic if torch knows it, else one Monte Carlo term."""
+    source = closed_form_source(prior["fn"])
+    if source is not None:
+        base = _unwrap(site["fn"])
+        if not isinstance(base, Normal):
+            raise ValueError(
+                f"site {prior['name']!r} has a ClosedFormPrior, which needs Normal components, found "
+                f"{type(base).__name__}: choose component='normal' or another prior."
+            )
+        return source.divergence(base.loc, base.scale.square())
     try:
         return kl_divergence(site["fn"], prior["fn"])
     except NotImplementedError:
@@ -412,6 +427,23 @@ def _entropy(site: Any) -> Tensor:
 
 def _log_prob(site: Any) -> Tensor:
     return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+
+
+def _shared_log_prob(site: Any) -> Tensor | None:
+    """
+    The log density of a Normal site whose value all samples share, without repeating it per sample: shared weights are
+    by far the largest sites.
+    """
+    fn, value = site["fn"], site["value"]
+    base = _unwrap(fn)
+    batch = len(fn.batch_shape)
+    if type(base) not in (Normal, dist.Normal):
+        return None
+    tensors = (value, base.loc, base.scale)
+    if any(n > 1 and t.stride(i) for t in tensors for i, n in enumerate(t.shape[:batch])):
+        return None
+    value, loc, scale = (t[(0,) * batch] for t in tensors)
+    return Normal(loc, scale, validate_args=False).log_prob(value).sum()
 
 
 def _unwrap(fn: Any) -> Any:

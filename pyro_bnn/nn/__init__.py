@@ -7,6 +7,7 @@ from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.convert import bayesian_, rank1_
 from pyro_bnn.nn.folding import fold_
+from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
 from pyro_bnn.nn.packed import unpack_site
 from pyro_bnn.nn.priors import FanInNormal
 from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options
@@ -23,7 +24,10 @@ from pyro_bnn.nn.sites import init_to_trained
 
 __all__ = [
     "BayesianLinear",
+    "ClosedFormPrior",
     "FanInNormal",
+    "HierarchicalPrior",
+    "LearnedScalePrior",
     "Rank1Conv1d",
     "Rank1Conv2d",
     "Rank1Conv3d",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_bnn.nn.priors import FanInNormal, PriorLike, map_to, resolve_prior
+from pyro_bnn.nn.priors import FanInNormal, PriorLike, place_prior, resolve_prior
 from pyro_bnn.nn.sites import SiteModule
 
 _Linear: Any = PyroModule[nn.Linear]
@@ -76,7 +76,8 @@ class BayesianMixin(SiteModule):
                     prior, prefix + name, value.shape, fan_in=fan_in(self, name, value.shape)
                 )
                 if resolved is not None:
-                    self._add_site(name, map_to(resolved, value), "weight", event_dim=value.dim())
+                    placed = place_prior(resolved, self, name, value.shape, value)
+                    self._add_site(name, placed, "weight", event_dim=value.dim())
 
     def _site_keys(self) -> list[str]:
         return [name for name, value in self._parameters.items() if value is not None]

@@ -181,6 +181,10 @@ def map_distribution(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     :param callable fn: a function of a tensor.
     :return: the copy.
     """
+    if hasattr(value, "for_site"):
+        if hasattr(value, "map"):
+            value.map(fn)
+        return value
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
@@ -193,14 +197,20 @@ def map_distribution(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def map_to(prior: Any, like: Tensor) -> Any:
+def place_prior(prior: Any, layer: Any, name: str, shape: Iterable[int], like: Tensor) -> Any:
     """
-    Moves a prior to the device and floating-point type of a parameter.
+    Makes a resolved prior that of one site: on the device and of the floating-point type of a parameter.
 
-    :param prior: a distribution or a hierarchical prior.
+    :param prior: a distribution or a prior with a scale of its own
+        (:class:`~pyro_bnn.nn.hierarchical.ScalePrior`).
+    :param layer: the layer that owns the site.
+    :param str name: name of the attribute.
+    :param shape: shape of the site.
     :param like: the parameter.
     :return: the prior.
     """
+    if hasattr(prior, "for_site"):
+        return prior.for_site(layer, name, torch.Size(shape), like)
     return map_distribution(
         prior, lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
     )

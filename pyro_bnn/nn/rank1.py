@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.nn.bayesian import broadcast_linear
 from pyro_bnn.nn.folding import apply_factor
-from pyro_bnn.nn.priors import PriorLike, check_keys, map_to, resolve_prior
+from pyro_bnn.nn.priors import PriorLike, check_keys, place_prior, resolve_prior
 from pyro_bnn.nn.sites import SiteModule
 
 FORMS = ("multiplicative", "residual", "additive")
@@ -118,18 +118,21 @@ class Rank1Mixin(SiteModule):
                 shape = (options.rank, size) if form == "residual" else (size,)
                 resolved = resolve_prior(factors, prefix + name, shape, kind=kind)
                 if resolved is not None:
-                    self._add_site(name, map_to(resolved, weight), "factor", event_dim=len(shape))
+                    placed = place_prior(resolved, self, name, shape, weight)
+                    self._add_site(name, placed, "factor", event_dim=len(shape))
                     self._clips[name] = options.clip or (10.0 if is_cauchy(resolved) else None)
             if options.weight_prior is not None:
                 resolved = resolve_prior(options.weight_prior, prefix + weight_name, weight.shape)
                 if resolved is not None:
-                    self._add_site(weight_name, map_to(resolved, weight), "base", event_dim=weight.dim())
+                    placed = place_prior(resolved, self, weight_name, weight.shape, weight)
+                    self._add_site(weight_name, placed, "base", event_dim=weight.dim())
         for name, _ in self._biases().items():
             bias = self._parameters.get(name)
             if bias is not None:
                 resolved = resolve_prior(bias_prior, prefix + name, bias.shape)
                 if resolved is not None:
-                    self._add_site(name, map_to(resolved, bias), "bias", event_dim=bias.dim())
+                    placed = place_prior(resolved, self, name, bias.shape, bias)
+                    self._add_site(name, placed, "bias", event_dim=bias.dim())
 
     # ------------------------------------------------------------------ values in the present call
 
@@ -372,6 +375,8 @@ def is_cauchy(prior: Any) -> bool:
     :param prior: a distribution or hierarchical prior.
     :return: ``True`` for Cauchy and half-Cauchy distributions.
     """
+    if getattr(prior, "family", None) == "cauchy":
+        return True
     while isinstance(prior, torch.distributions.Independent):
         prior = prior.base_dist
     return isinstance(prior, (torch.distributions.Cauchy, torch.distributions.HalfCauchy))

@@ -496,7 +496,12 @@ class AutoMixture(_Guide):
 
     @torch.no_grad()
     def sample_posterior(
-        self, sample_shape: Sequence[int] = (), *args: Any, stratified: bool = True, **kwargs: Any
+        self,
+        sample_shape: Sequence[int] = (),
+        *args: Any,
+        stratified: bool = True,
+        by_component: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """
         Draws from the mixture.
@@ -506,13 +511,21 @@ class AutoMixture(_Guide):
         :param bool stratified: take each component equally often, in random order. Every draw then has the
             distribution of the mixture, and averages over draws have a lower variance than with independent draws
             (``False``).
+        :param bool by_component: take component k at position k of the first sample dimension, which must have size
+            :math:`K`.
         :return: a dictionary from site names to draws, shape ``(*sample_shape, *site_shape)``.
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         shape = torch.Size(sample_shape)
         total, K = shape.numel(), self.num_components
-        if stratified:
+        if by_component:
+            if not shape or shape[0] != K:
+                raise ValueError(
+                    f"by_component needs a first sample dimension of size {K}, found {tuple(shape)}."
+                )
+            index = torch.arange(K).repeat_interleave(total // K)
+        elif stratified:
             offset = int(torch.randint(K, ()))
             index = ((torch.arange(total) + offset) % K)[torch.randperm(total)]
         else:

@@ -1,0 +1,47 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_bnn.infer import default_preset, dusenberry2020, fit
+from pyro_bnn.infer.handlers import SubstituteMessenger
+from tests.common import assert_close
+from tests.infer.test_mixture import D, N, X, Y
+
+
+@pytest.mark.parametrize("preset", [default_preset(), dusenberry2020(N)])
+def test_presets_train(preset):
+    net = preset.convert_(nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)))
+
+    def model(x, y=None):
+        f = net(x).squeeze(-1)
+        with pyro.plate("data", N, subsample=torch.arange(len(x))):
+            return pyro.sample("obs", dist.Normal(f, 0.3), obs=y)
+
+    guide = preset.guide(model, num_components=2)
+    elbo = preset.elbo(100)
+    result = fit(model, guide, (X, Y), num_steps=100, optim=0.02, elbo=elbo, progress_bar=False)
+    assert result.losses[-10:].mean() < result.losses[:10].mean()
+    assert elbo.current_kl_scale() == 1.0
+    draws = {n: v.unsqueeze(1) for n, v in guide.sample_posterior((6,)).items()}
+    net.eval()
+    with SubstituteMessenger(draws):
+        assert net(X).shape == (6, N, 1)
+
+
+def test_settings_of_the_paper():
+    preset = dusenberry2020(50_000, l2=1e-4)
+    elbo = preset.elbo(1000)
+    assert (elbo.kl, elbo.likelihood, elbo.kl_scale.num_steps) == ("sum", "average", 800)
+    assert_close(preset.weight_prior.scale, 1 / math.sqrt(2 * 50_000 * 1e-4), rtol=1e-6)
+    guide = preset.guide(lambda: None)
+    assert (guide.num_components, guide.noise) == (4, "per_example")
+    assert_close(guide.init_scale, math.sqrt(1e-3 / 0.999))
+    net = preset.convert_(nn.Linear(2, 2), clip=5.0)
+    assert set(net._clips.values()) == {5.0}
