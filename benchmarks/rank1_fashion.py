@@ -315,10 +315,11 @@ def main() -> None:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
     rows: list[dict[str, Any]] = []
     epochs, seeds = (1, 1) if args.smoke else (args.epochs, args.seeds)
-    jobs = [(n, s, seed) for seed in range(seeds) for n, s in METHODS.items()]
-    jobs += [
-        (n, s, seed) for seed in range(1 if args.smoke else args.ablation_seeds) for n, s in ABLATIONS.items()
-    ]
+    # the first seed of everything comes first, so that an interrupted run still has every row
+    jobs = [(n, s, 0) for n, s in METHODS.items()]
+    for seed in range(1 if args.smoke else args.ablation_seeds):
+        jobs += [(n, s, seed) for n, s in ABLATIONS.items()]
+    jobs += [(n, s, seed) for seed in range(1, seeds) for n, s in METHODS.items()]
     for name, settings, seed in jobs:
         row = run(name, settings, data, seed, epochs, args.batch, args.samples)
         row |= {"threads": torch.get_num_threads(), **versions}
