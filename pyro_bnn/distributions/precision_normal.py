@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.types import _size
 
+from pyro_bnn.ops.krylov import largest_eigenvalue
+
 
 class PrecisionNormal(TorchDistribution):
     r"""
@@ -68,17 +70,34 @@ class PrecisionNormal(TorchDistribution):
         raise NotImplementedError
 
     @property
+    def smallest_precision(self) -> Tensor:
+        """The smallest eigenvalue of P, by power iteration where it is not known."""
+        inverse = largest_eigenvalue(
+            lambda v: self.half_solve(self.half_solve_transposed(v)), self.loc, tolerance=1e-4
+        )
+        return inverse.reciprocal()
+
+    @property
+    def rank(self) -> int:
+        """How many coordinates are random; p unless some are fixed."""
+        return self.loc.shape[0]
+
+    @property
     def mean(self) -> Tensor:
         """The mean, shape ``(p,)``."""
         return self.loc
 
-    def rsample(self, sample_shape: _size = ()) -> Tensor:
+    def rsample(self, sample_shape: _size = (), generator: torch.Generator | None = None) -> Tensor:
         """
         :param sample_shape: leading shape of the draws.
+        :param generator: source of random numbers; torch's default if ``None``.
         :return: draws, shape ``sample_shape + (p,)``.
         """
         noise = torch.randn(
-            torch.Size(sample_shape) + self.loc.shape, dtype=self.loc.dtype, device=self.loc.device
+            torch.Size(sample_shape) + self.loc.shape,
+            dtype=self.loc.dtype,
+            device=self.loc.device,
+            generator=generator,
         )
         return self.loc + self.half_solve(noise)
 
@@ -89,11 +108,11 @@ class PrecisionNormal(TorchDistribution):
         """
         difference = value - self.loc
         quadratic = (difference * self.multiply(difference)).sum(-1)
-        return 0.5 * (self.log_det_precision - quadratic - self.loc.shape[0] * math.log(2 * math.pi))
+        return 0.5 * (self.log_det_precision - quadratic - self.rank * math.log(2 * math.pi))
 
     def entropy(self) -> Tensor:
         r""":math:`\frac p2 (1 + \log 2\pi) - \frac12\log\det P`, a scalar."""
-        return 0.5 * (self.loc.shape[0] * (1 + math.log(2 * math.pi)) - self.log_det_precision)
+        return 0.5 * (self.rank * (1 + math.log(2 * math.pi)) - self.log_det_precision)
 
     def quadratic_form(self, rows: Tensor) -> Tensor:
         r"""
@@ -186,6 +205,11 @@ class DiagonalNormal(PrecisionNormal):
     def log_det_precision(self) -> Tensor:
         """See :attr:`PrecisionNormal.log_det_precision`."""
         return self.precision.log().sum()
+
+    @property
+    def smallest_precision(self) -> Tensor:
+        """The smallest entry."""
+        return self.precision.min()
 
     @property
     def variance(self) -> Tensor:

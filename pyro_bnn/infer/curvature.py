@@ -8,22 +8,25 @@ Hessian of the negative log likelihood or the GGN :math:`\sum_n J_n^\top F_n J_n
 exact Hessian of the negative log prior in unconstrained space.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.data import is_single_batch, iter_batches
+from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
-from pyro_bnn.ops.jacobian import LinearMap, dense, hvp_operator, jacobian, jvp_operator, vjp
+from pyro_bnn.infer.parts import NotAMinimumError
+from pyro_bnn.infer.structures import CurvatureSum, DenseSum, DiagonalSum
+from pyro_bnn.ops.jacobian import LinearMap, dense, hvp_operator, jvp_operator, vjp
 from pyro_bnn.ops.newton import sum_images
 
 Curvature = Literal["ggn", "hessian"]
 
-
-class NotAMinimumError(RuntimeError):
-    """The point estimate is not a minimum of the negative log joint density: its curvature is indefinite."""
+__all__ = ["Curvature", "CurvatureAccumulator", "NotAMinimumError", "PriorCurvature", "check_option"]
 
 
 def check_option(name: str, value: str, options: Any) -> None:
@@ -37,27 +40,6 @@ def check_option(name: str, value: str, options: Any) -> None:
         raise ValueError(
             f"unknown {name} {value!r}, expected one of {', '.join(map(repr, get_args(options)))}"
         )
-
-
-def site_jacobians(site: SiteOutputs, latent: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """
-    Jacobians of one site's parameters, a chunk of elements at a time.
-
-    :param site: outputs with a graph to ``latent``.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param chunk_size: how many rows of the Jacobian are formed at once.
-    :return: pairs ``(J, F)`` of shapes ``(n, C, p)`` and ``(n, C, C)``.
-    """
-    C = site.outputs.shape[-1]
-    if C == 0:
-        return
-    outputs = site.outputs.reshape(-1, C)
-    information = site.information.reshape(-1, C, C)
-    step = max(1, chunk_size // C)
-    for start in range(0, outputs.shape[0], step):
-        part = outputs[start : start + step]
-        rows = jacobian(part.reshape(-1), latent, chunk_size=chunk_size)
-        yield rows.reshape(part.shape[0], C, -1), information[start : start + step]
 
 
 class CurvatureAccumulator:
@@ -84,31 +66,29 @@ class CurvatureAccumulator:
         :param data: one batch or an iterable of batches, with observations.
         :return: the precision, shape ``(p, p)``.
         """
-        p = self.latent.shape[0]
-        total = self.latent.new_zeros(p, p)
-        for operator_or_sites, is_prior in self._terms(data):
-            if is_prior or self.curvature == "hessian":
-                total += dense(operator_or_sites, self.latent, chunk_size=self.chunk_size)
-            else:
-                for site in operator_or_sites:
-                    for J, F in site_jacobians(site, self.latent, self.chunk_size):
-                        total += J.reshape(-1, p).mT @ (F @ J).reshape(-1, p)
-        return 0.5 * (total + total.mT)
+        index = torch.arange(len(self.latent), device=self.latent.device)
+        total = DenseSum(index, self.latent)
+        prior = self._accumulate(total, data)
+        (part,) = total.parts(prior.diagonal)
+        return part.tensors["curvature"] + prior.matrix(index)
 
     def diagonal(self, data: Any) -> Tensor:
         """
         :param data: one batch or an iterable of batches, with observations.
         :return: the diagonal of the precision, shape ``(p,)``.
         """
-        total = torch.zeros_like(self.latent)
-        for operator_or_sites, is_prior in self._terms(data):
-            if is_prior or self.curvature == "hessian":
-                total += operator_diagonal(operator_or_sites, self.latent, self.chunk_size)
-            else:
-                for site in operator_or_sites:
-                    for J, F in site_jacobians(site, self.latent, self.chunk_size):
-                        total += (J * (F @ J)).sum((0, 1))
-        return total
+        index = torch.arange(len(self.latent), device=self.latent.device)
+        total = DiagonalSum(index, self.latent)
+        prior = self._accumulate(total, data)
+        (part,) = total.parts(prior.diagonal)
+        return part.tensors["curvature"] + part.prior
+
+    def _accumulate(self, total: CurvatureSum, data: Any) -> "PriorCurvature":
+        if self.curvature == "ggn":
+            return accumulate_examples(
+                total, ExampleStream(self.model, self.latent), data, lambda site: site.cotangents("ggn")
+            ).prior
+        return accumulate_operators(total, self, data)
 
     def operator(self, data: Any) -> LinearMap:
         """
@@ -137,6 +117,18 @@ class CurvatureAccumulator:
                 for site in operator_or_sites:
                     if site.outputs.shape[-1]:
                         yield ggn_operator(site, self.latent)
+
+    def likelihood_terms(self, data: Any) -> Iterator[tuple[Trace, Tensor]]:
+        """
+        :param data: one batch or an iterable of batches, with observations.
+        :return: for each batch its trace and its negative log likelihood.
+        """
+        coverage = PlateCoverage()
+        for batch in iter_batches(data):
+            trace = self.model.trace(self.latent, batch)
+            coverage.add(trace, self.model.observed)
+            yield trace, -self.model.log_likelihood(trace)
+        coverage.check()
 
     def _terms(self, data: Any) -> Iterator[tuple[Any, bool]]:
         coverage = PlateCoverage()
@@ -173,6 +165,154 @@ def ggn_operator(site: SiteOutputs, latent: Tensor) -> LinearMap:
         return vjp(flat, latent, cotangents.reshape(v.shape[0], -1)).detach()
 
     return multiply
+
+
+class PriorCurvature:
+    """
+    The Hessian of the negative log prior at a point, on any of its entries.
+
+    :param operator: products with it.
+    :param latent: the packed vector, shape ``(p,)``.
+    :param gradient: the gradient of the negative log prior there, shape ``(p,)``.
+    :param chunk_size: how many products run at once.
+    """
+
+    def __init__(
+        self, operator: LinearMap, latent: Tensor, gradient: Tensor, *, chunk_size: int = 256
+    ) -> None:
+        self.operator = operator
+        self.latent = latent.detach()
+        self.gradient = gradient
+        self.chunk_size = chunk_size
+        self._everywhere = diagonal_of_diagonal(operator, self.latent)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """
+        :param index: positions, shape ``(q,)``.
+        :return: the diagonal there, shape ``(q,)``, if these entries are not coupled, else shape ``(q, q)``.
+        """
+        if self._everywhere is not None:
+            return self._everywhere[index]
+        diagonal = diagonal_of_diagonal(self._restricted(index), self.latent[index])
+        return self.matrix(index) if diagonal is None else diagonal
+
+    def _restricted(self, index: Tensor) -> LinearMap:
+        def multiply(v: Tensor) -> Tensor:
+            full = v.new_zeros(v.shape[0], len(self.latent))
+            full[:, index] = v
+            return self.operator(full)[:, index]
+
+        return multiply
+
+    def diagonal(self, index: Tensor) -> Tensor:
+        """
+        :param index: positions, shape ``(q,)``.
+        :return: the diagonal there, shape ``(q,)``.
+        """
+        if self._everywhere is not None:
+            return self._everywhere[index]
+        return operator_diagonal(self._restricted(index), self.latent[index], self.chunk_size)
+
+    def matrix(self, index: Tensor) -> Tensor:
+        """
+        :param index: positions, shape ``(q,)``.
+        :return: the block there, shape ``(q, q)``.
+        """
+        if self._everywhere is not None:
+            return torch.diag(self._everywhere[index])
+        block = dense(self._restricted(index), self.latent[index], chunk_size=self.chunk_size)
+        return 0.5 * (block + block.mT)
+
+
+def prior_curvature(
+    model: PackedModel, latent: Tensor, trace: Trace, *, chunk_size: int = 256
+) -> PriorCurvature:
+    """
+    :param model: the packed model.
+    :param latent: the packed vector that ``trace`` was made at, requiring a gradient.
+    :param trace: a trace of the model.
+    :param chunk_size: how many products run at once.
+    :return: the curvature of the prior.
+    """
+    value = -model.log_prior(latent, trace)
+    gradient = (
+        torch.autograd.grad(value, latent, retain_graph=True, materialize_grads=True)[0]
+        if value.requires_grad
+        else torch.zeros_like(latent)
+    )
+    operator: LinearMap = hvp_operator(value, latent) if value.requires_grad else torch.zeros_like
+    return PriorCurvature(operator, latent, gradient.detach(), chunk_size=chunk_size)
+
+
+@dataclass
+class Accumulated:
+    """
+    What a pass over the data found beside the likelihood's curvature.
+
+    :ivar prior: the curvature of the prior.
+    :ivar log_prior: the log density of the prior in unconstrained space, a scalar.
+    :ivar log_likelihood: a scalar.
+    :ivar gradient: of the negative log likelihood in the active entries, shape ``(p,)``; zero elsewhere.
+    """
+
+    prior: PriorCurvature
+    log_prior: Tensor
+    log_likelihood: Tensor
+    gradient: Tensor
+
+
+def accumulate_examples(
+    total: CurvatureSum,
+    stream: ExampleStream,
+    data: Any,
+    cotangents: Callable[[SiteExamples], Iterator[Tensor]],
+) -> Accumulated:
+    """
+    Adds the Fisher-type curvature of the likelihood over data to a sum.
+
+    :param total: the sum.
+    :param stream: runs the model.
+    :param data: one batch or an iterable of batches, with observations.
+    :param cotangents: see :meth:`~pyro_bnn.infer.examples.SiteExamples.cotangents`.
+    :return: the curvature of the prior, and value and gradient of the log joint density.
+    """
+    prior, log_prior = None, stream.latent.new_zeros(())
+    log_likelihood = stream.latent.new_zeros(())
+    gradient = torch.zeros_like(stream.latent)
+    for trace, sites in stream.run(data):
+        log_likelihood += stream.model.log_likelihood(trace).detach()
+        if prior is None:
+            stream.model.check_factors(trace)
+            prior = prior_curvature(stream.model, stream.latent, trace)
+            log_prior = stream.model.log_prior(stream.latent, trace).detach()
+        for site in sites:
+            site.jacobian.add_gradient(gradient, -site.score())
+            total.add(site, cotangents(site))
+    assert prior is not None
+    return Accumulated(prior, log_prior, log_likelihood, gradient)
+
+
+def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator, data: Any) -> PriorCurvature:
+    """
+    Adds the exact Hessian of the negative log likelihood over data to a sum.
+
+    :param total: the sum.
+    :param accumulator: gives the terms.
+    :param data: one batch or an iterable of batches, with observations.
+    :return: the curvature of the prior.
+    """
+    prior = None
+    for trace, negative_log_likelihood in accumulator.likelihood_terms(data):
+        if prior is None:
+            prior = prior_curvature(
+                accumulator.model, accumulator.latent, trace, chunk_size=accumulator.chunk_size
+            )
+        if negative_log_likelihood.requires_grad:
+            total.add_operator(
+                hvp_operator(negative_log_likelihood, accumulator.latent), accumulator.chunk_size
+            )
+    assert prior is not None
+    return prior
 
 
 def operator_diagonal(operator: LinearMap, like: Tensor, chunk_size: int) -> Tensor:

@@ -309,7 +309,9 @@ def test_indefinite_hessian_is_refused():
 
 def test_bad_input():
     model, x, y = linear_regression()
-    with pytest.raises(ValueError, match="unknown structure 'kron', expected one of 'full', 'diagonal'"):
+    with pytest.raises(
+        ValueError, match="unknown structure 'kron', expected one of 'full', 'block', 'kronecker', 'diagonal'"
+    ):
         AutoLaplace(model, structure="kron")
     with pytest.raises(ValueError, match="unknown curvature 'fisher'"):
         AutoLaplace(model, curvature="fisher")

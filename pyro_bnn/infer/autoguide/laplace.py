@@ -3,7 +3,7 @@
 """Laplace approximations of any Pyro model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import pyro.distributions as dist
@@ -12,12 +12,32 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal, PrecisionNormal
+from pyro_bnn.distributions.structured_normal import BlockNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
+from pyro_bnn.infer.curvature import (
+    Accumulated,
+    CurvatureAccumulator,
+    accumulate_examples,
+    accumulate_operators,
+    check_option,
+    prior_curvature,
+)
+from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.evidence import prior_change, tau_of
+from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.infer.low_rank import LowRankSum
+from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.packed import check_data
-from pyro_bnn.ops.krylov import largest_eigenvalue
+from pyro_bnn.infer.part_store import PartStore
+from pyro_bnn.infer.parts import NotAMinimumError, Part
+from pyro_bnn.infer.selection import Selection, largest, select
+from pyro_bnn.infer.structures import BlockSum, CurvatureSum, DenseSum, DiagonalSum, KroneckerSum
+from pyro_bnn.ops.jacobian import hvp_operator
+from pyro_bnn.ops.kronecker import Sharing
 
-Structure = Literal["full", "diagonal"]
+Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
+LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
+Subnetwork = Literal["largest_variance", "largest_magnitude", "random"]
 
 
 class AutoLaplace(LinearizedGuide):
@@ -25,16 +45,46 @@ class AutoLaplace(LinearizedGuide):
     Laplace approximation :math:`q(u) = N(\hat u, P^{-1})` over the packed unconstrained latents of any Pyro model.
 
     :math:`\hat u` is the MAP in unconstrained space and :math:`P` the curvature of the negative log joint density
-    there: the exact Hessian of the prior plus, for the likelihood, its GGN :math:`\sum_n J_n^\top F_n J_n` or its
-    exact Hessian. Predictions go through the linearised model, which for the GGN is the model whose exact posterior
-    this is (Immer et al., 2021).
+    there: the exact Hessian of the prior plus, for the likelihood, its GGN :math:`\sum_n J_n^\top F_n J_n`, an
+    estimate of it, or its exact Hessian. Predictions go through the linearised model, which for the GGN is the model
+    whose exact posterior this is (Immer et al., 2021).
+
+    ============== ==================================================================== =====================
+    structure      what is kept of the likelihood's curvature                           memory
+    ============== ==================================================================== =====================
+    full           everything                                                           :math:`p^2`
+    block          the blocks of single sites, exactly                                  :math:`\sum p_s^2`
+    kronecker      for weights of linear maps :math:`G\otimes A` (Martens, Grosse, 2015) :math:`\sum o^2+i^2`
+                   [4, 5]; for other entries dense blocks of up to 1024, else diagonals
+    diagonal       the diagonal, exactly                                                :math:`p`
+    low_rank       the ``rank`` leading eigenpairs relative to the prior                :math:`p r`
+    nystrom        its projection on ``rank`` features of a random subset of the data   :math:`p r`
+                   (Deng et al., 2022) [6]
+    function_space everything, through the outputs: exact where N C is less than p      :math:`p N C`
+    ============== ==================================================================== =====================
+
+    The prior is added exactly in all of them.
 
     :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
-    :param str structure: ``"full"`` (p × p) or ``"diagonal"``.
-    :param str curvature: ``"ggn"`` (always positive semi-definite) or ``"hessian"`` (exact; needs a converged MAP).
+    :param str structure: see the table.
+    :param str curvature: ``"ggn"`` (exact over outputs), ``"mc_fisher"`` (scores at ``num_samples`` observations drawn
+        from the model), ``"empirical_fisher"`` (scores at the data) or ``"hessian"`` (exact; needs a converged MAP).
+    :param sites: which latents are random: ``None`` (all), names or patterns of sites, ``callable(name) -> bool``, a
+        bool mask over the packed vector, or ``"last_layer"``. The others stay at the point estimate.
+    :param str subnetwork: choose ``subnetwork_size`` of them by ``"largest_variance"`` under the diagonal
+        approximation (Daxberger et al., 2021, "Bayesian deep learning via subnetwork inference"),
+        ``"largest_magnitude"`` or at ``"random"``.
+    :param int subnetwork_size: how many entries.
+    :param int rank: of ``"low_rank"`` and ``"nystrom"``.
+    :param str sharing: how Kronecker factors treat weights that are used several times per example, ``"expand"`` or
+        ``"reduce"`` (Eschenhagen et al., 2023).
+    :param int num_samples: draws per data point for ``"mc_fisher"``.
     :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
     :param int chunk_size: how many reverse passes run at once; memory grows with it, results do not change.
-    :raises ValueError: for an unknown structure or curvature.
+    :param int budget: how many numbers a chunk of data may keep; larger batches are split where the model treats
+        data points separately; results do not change.
+    :param float memory_limit: bytes that the curvature may take; by default what is free.
+    :raises ValueError: for unknown or contradictory options.
 
     Example::
 
@@ -55,101 +105,330 @@ class AutoLaplace(LinearizedGuide):
     [2] Immer, Korzepa, Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
 
     [3] Daxberger et al. (2021), "Laplace redux: effortless Bayesian deep learning".
+
+    [4] Ritter, Botev, Barber (2018), "A scalable Laplace approximation for neural networks".
+
+    [5] Eschenhagen et al. (2023), "Kronecker-factored approximate curvature for modern neural network architectures".
+
+    [6] Deng, Zhou, Zhu (2022), "Accelerated linearized Laplace approximation for Bayesian deep learning".
     """
 
-    precision: Tensor | None
     log_joint: Tensor | None
+    log_prior: Tensor | None
+    active: Tensor | None
+    tau: Tensor | None
+    prior_gradient: Tensor | None
+    gradient: Tensor | None
 
     def __init__(
         self,
         model: Callable[..., Any],
         *,
         structure: Structure = "full",
-        curvature: Curvature = "ggn",
+        curvature: LikelihoodCurvature = "ggn",
+        sites: Selection = None,
+        subnetwork: Subnetwork | None = None,
+        subnetwork_size: int | None = None,
+        rank: int = 50,
+        sharing: Sharing = "expand",
+        num_samples: int = 1,
         init_loc_fn: Callable[..., Any] = init_to_median,
         chunk_size: int = 256,
+        budget: int = DEFAULT_BUDGET,
+        memory_limit: float | None = None,
     ) -> None:
         check_option("structure", structure, Structure)
-        check_option("curvature", curvature, Curvature)
-        super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size)
+        check_option("curvature", curvature, LikelihoodCurvature)
+        check_option("sharing", sharing, Sharing)
+        if subnetwork is not None:
+            check_option("subnetwork", subnetwork, Subnetwork)
+        if (subnetwork is None) != (subnetwork_size is None):
+            raise ValueError("subnetwork and subnetwork_size go together: pass both or neither")
+        if curvature == "hessian" and structure in ("kronecker", "nystrom", "function_space"):
+            raise ValueError(
+                f"structure={structure!r} needs a Gauss-Newton or Fisher matrix; for the exact Hessian use "
+                "structure='full', 'block', 'diagonal' or 'low_rank'."
+            )
+        super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size, budget=budget)
         self.structure = structure
         self.curvature = curvature
-        self.register_buffer("precision", None)
-        self.register_buffer("log_joint", None)
+        self.sites = sites
+        self.subnetwork = subnetwork
+        self.subnetwork_size = subnetwork_size
+        self.rank = rank
+        self.sharing = sharing
+        self.num_samples = num_samples
+        self.memory_limit = memory_limit
+        self.part_store = PartStore()
+        for name in ("log_joint", "log_prior", "active", "tau", "prior_gradient", "gradient"):
+            self.register_buffer(name, None)
 
-    def laplace_approximation(self, data: Any, *, map_tolerance: float | None = None) -> Self:
+    @classmethod
+    def last_layer(cls, model: Callable[..., Any], **options: Any) -> Self:
+        """
+        A Laplace approximation of the last layer only, in any structure; the layers before it are features.
+
+        :param callable model: a Pyro model.
+        :param options: of the constructor.
+        :return: the guide.
+        """
+        return cls(model, sites="last_layer", **options)
+
+    # ------------------------------------------------------------------ fit
+
+    def laplace_approximation(
+        self,
+        data: Any,
+        *,
+        map_tolerance: float | None = None,
+        override: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         r"""
         Computes the curvature at the point estimate and turns the guide into a Gaussian.
 
         :param data: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
             and covering every data point once. Batches add up: the result does not depend on how data are split.
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
-            that the point estimate has not converged; default 0.1 for the exact Hessian and 1 for the GGN.
+            that the point estimate has not converged; default 0.1 for the exact Hessian and 1 for the others.
+        :param bool override: ``False`` adds the curvature of these data, at the same point estimate, to what is
+            already there (continual learning); the prior counts once.
+        :param generator: source of random numbers for ``"mc_fisher"``, ``"nystrom"``, ``"low_rank"`` and random
+            subnetworks.
         :return: the guide itself.
         :raises NotAMinimumError: if the curvature is not positive definite.
+        :raises MemoryError: if the structure does not fit; raised before it is allocated.
         :raises ValueError: for data that are empty, not finite, without observations, or that do not cover the
             plates of the model.
         """
         check_data(data)
-        accumulator = CurvatureAccumulator(self.packed, self.loc, self.curvature, chunk_size=self.chunk_size)
-        precision = accumulator.matrix(data) if self.structure == "full" else accumulator.diagonal(data)
-        value, gradient = self.negative_log_joint(data)
-        posterior = self._checked(precision, gradient)
-        decrement = posterior.half_solve_transposed(gradient).norm()
-        if self.structure == "full":
-            inverse = largest_eigenvalue(
-                lambda v: posterior.half_solve(posterior.half_solve_transposed(v)), gradient
-            )
-            smallest = inverse.reciprocal()
-        else:
-            smallest = precision.min()
-        self.map_report = MAPReport(float(value), float(gradient.norm()), float(decrement), float(smallest))
-        self.precision = precision
+        before = None if override or not self.is_fitted else self.part_store.get()
+        if before is None:
+            self._select(data, generator)
+        total = self._make_sum(data, generator)
+        if before is not None:
+            total.resume(before)
+        found = self._accumulate(total, data, generator)
+        prior, prior_value = found.prior, found.log_prior
+        value = -found.log_likelihood - prior_value
+        gradient = found.gradient + prior.gradient
+        parts = total.parts(prior)
+        if before is not None:
+            assert self.log_joint is not None
+            assert self.gradient is not None
+            # the prior of this call counts in neither value nor gradient
+            value = value + prior_value - self.log_joint
+            gradient = gradient - prior.gradient + self.gradient
+        posterior = self._assemble(parts, None)
+        self._report(posterior, parts, value, gradient)
+        self.part_store.set(parts)
+        self.gradient = gradient
         self.log_joint = -value
+        self.log_prior = prior_value
+        self.prior_gradient = prior.gradient
+        self.tau = None
         self._posterior = posterior
         self._warn_unconverged(
             map_tolerance if map_tolerance is not None else (0.1 if self.curvature == "hessian" else 1.0)
         )
         return self
 
-    def _checked(self, precision: Tensor, gradient: Tensor) -> PrecisionNormal:
-        if not torch.isfinite(precision).all():
-            raise NotAMinimumError(
-                "the curvature has non-finite entries: check the data and the point estimate"
-            )
-        if self.structure == "full":
-            if torch.linalg.cholesky_ex(precision).info == 0:
-                return FullNormal(self.loc.detach().clone(), precision)
-            values = torch.linalg.eigvalsh(precision)
+    def _index(self) -> Tensor:
+        """Positions of the random entries."""
+        if self.active is None:
+            return torch.arange(len(self.loc), device=self.loc.device)
+        return self.active.nonzero().squeeze(-1)
+
+    def _select(self, data: Any, generator: torch.Generator | None) -> None:
+        batch = next(iter(iter_batches(data)))
+        self.active = select(self.packed, self.sites, self.loc.detach(), batch)
+        if self.subnetwork is None:
+            return
+        assert self.subnetwork_size is not None
+        if self.subnetwork == "largest_magnitude":
+            values = self.loc.detach().abs()
+        elif self.subnetwork == "random":
+            values = torch.rand(len(self.loc), generator=generator).to(self.loc)
         else:
-            if (precision > 0).all():
-                return DiagonalNormal(self.loc.detach().clone(), precision)
-            values = precision
-        raise NotAMinimumError(
-            f"the {self.curvature} at the point estimate is not positive definite: {int((values <= 0).sum())} of "
-            f"{values.shape[0]} {'eigenvalues' if self.structure == 'full' else 'diagonal entries'} are not positive, "
-            f"the smallest is {float(values.min()):.3g} (gradient norm {float(gradient.norm()):.3g}). The point is "
-            "not a minimum. Call guide.polish(data) in float64, train longer, or use curvature='ggn'."
+            total = DiagonalSum(self._index(), self.loc.detach())
+            stream = ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
+            found = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn"))
+            (part,) = total.parts(found.prior)
+            values = torch.zeros_like(self.loc)
+            values[part.index] = (part.tensors["curvature"] + part.prior).reciprocal()
+        self.active = largest(values.detach(), self.subnetwork_size, self.active)
+
+    def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
+        index, latent = self._index(), self.loc.detach()
+        self._require_memory(index)
+        if self.structure == "full":
+            return DenseSum(index, latent)
+        if self.structure == "diagonal":
+            return DiagonalSum(index, latent)
+        if self.structure == "kronecker":
+            return KroneckerSum(index, latent, self.sharing)
+        if self.structure == "block":
+            return BlockSum(self._groups(index), latent)
+        options: dict[str, Any] = {
+            "method": self.structure,
+            "rank": self.rank,
+            "generator": generator,
+            "memory_limit": self.memory_limit,
+        }
+        if self.curvature == "hessian":
+            return LowRankSum(index, latent, operator=self._hessian(index, data), **options)
+        # every pass over the data must give the same rows
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return LowRankSum(index, latent, rows=lambda: self._rows(index, data, seed), **options)
+
+    def _groups(self, index: Tensor) -> list[Tensor]:
+        """The random entries of each site."""
+        mask = torch.zeros(len(self.loc), dtype=torch.bool, device=index.device)
+        mask[index] = True
+        places = torch.arange(len(self.loc), device=index.device)
+        groups = [places[s][mask[s]] for s in self.packed.space.slices.values()]
+        return [group for group in groups if len(group)]
+
+    def _require_memory(self, index: Tensor) -> None:
+        q = len(index)
+        sizes = {
+            "full": 4 * q**2,
+            "block": 4 * sum(len(g) ** 2 for g in self._groups(index)) if self.structure == "block" else 0,
+            "low_rank": 6 * q * (self.rank + 10),
+            "nystrom": 10 * q * self.rank,
+        }
+        advice = {
+            "full": "Use structure='kronecker' or 'low_rank', sites='last_layer' or a subnetwork.",
+            "block": "Use structure='kronecker' or 'diagonal'.",
+        }.get(self.structure, "Use a smaller rank, or structure='kronecker' or 'diagonal'.")
+        require_memory(
+            float(sizes.get(self.structure, 3 * q) * self.loc.element_size()),
+            f"structure={self.structure!r} over {q:,} entries",
+            self.loc.device,
+            advice,
+            self.memory_limit,
         )
 
-    def _make_posterior(self) -> dist.TorchDistribution | None:
-        if self.precision is None:
-            return None
-        family = FullNormal if self.structure == "full" else DiagonalNormal
-        return family(self.loc.detach().clone(), self.precision)
+    def _stream(self) -> ExampleStream:
+        return ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
 
-    def log_evidence(self) -> Tensor:
+    def _cotangents(self, generator: torch.Generator | None) -> Callable[[Any], Any]:
+        kind: Any = self.curvature
+        return lambda site: site.cotangents(kind, num_samples=self.num_samples, generator=generator)
+
+    def _accumulate(self, total: CurvatureSum, data: Any, generator: torch.Generator | None) -> Accumulated:
+        if isinstance(total, LowRankSum) or self.curvature == "hessian":
+            value, gradient = self.negative_log_joint(data)
+            latent = self.loc.detach().clone().requires_grad_(True)
+            trace = self.packed.trace(latent, next(iter(iter_batches(data))))
+            if self.curvature != "hessian":
+                self.packed.check_factors(trace)
+            prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)
+            log_prior = self.packed.log_prior(latent, trace).detach()
+            if not isinstance(total, LowRankSum):
+                accumulator = CurvatureAccumulator(
+                    self.packed, self.loc, "hessian", chunk_size=self.chunk_size
+                )
+                accumulate_operators(total, accumulator, data)
+            return Accumulated(prior, log_prior, -value - log_prior, gradient - prior.gradient)
+        return accumulate_examples(total, self._stream(), data, self._cotangents(generator))
+
+    def _rows(self, index: Tensor, data: Any, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        place = torch.full((len(self.loc),), -1, dtype=torch.long, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        cotangents = self._cotangents(generator)
+        for _, sites in self._stream().run(data):
+            for site in sites:
+                for chunk in cotangents(site):
+                    rows = self.loc.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
+                    for positions, part in site.jacobian.rows(chunk):
+                        keep = place[positions] >= 0
+                        rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]
+                    yield rows.detach()
+
+    def _hessian(self, index: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
+        accumulator = CurvatureAccumulator(self.packed, self.loc, "hessian", chunk_size=self.chunk_size)
+
+        def multiply(v: Tensor) -> Tensor:
+            full = v.new_zeros(v.shape[0], len(self.loc))
+            full[:, index] = v
+            total = torch.zeros_like(v)
+            for _, value in accumulator.likelihood_terms(data):
+                if value.requires_grad:
+                    total = total + hvp_operator(value, accumulator.latent)(full)[:, index]
+            return total
+
+        return multiply
+
+    # ------------------------------------------------------------------ posterior
+
+    def _assemble(self, parts: list[Part], tau: Tensor | None) -> PrecisionNormal:
+        loc = self.loc.detach().clone()
+        try:
+            pieces = [
+                (part.index, part.posterior(loc, None if tau is None else tau_of(part, tau)))
+                for part in parts
+            ]
+        except NotAMinimumError as error:
+            raise NotAMinimumError(f"curvature={self.curvature!r}: {error}") from None
+        if len(pieces) == 1 and len(pieces[0][0]) == len(loc):
+            return pieces[0][1]
+        return BlockNormal(loc, pieces)
+
+    def _report(self, posterior: PrecisionNormal, parts: list[Part], value: Tensor, gradient: Tensor) -> None:
+        random = torch.zeros_like(gradient)
+        index = torch.cat([part.index for part in parts])
+        random[index] = gradient[index]
+        decrement = posterior.half_solve_transposed(random).norm()
+        smallest = float(posterior.smallest_precision)
+        self.map_report = MAPReport(float(value), float(random.norm()), float(decrement), smallest)
+
+    def _make_posterior(self) -> dist.TorchDistribution | None:
+        parts = self.part_store.get()
+        return self._assemble(parts, self.tau) if parts else None
+
+    @property
+    def precision(self) -> Tensor:
+        """
+        The posterior precision of the structures "full", shape ``(p, p)``, and "diagonal", shape ``(p,)``.
+
+        :raises RuntimeError: before ``laplace_approximation(data)``.
+        :raises ValueError: for other structures or a part of the latents.
+        """
+        posterior = self.posterior
+        if not isinstance(posterior, (FullNormal, DiagonalNormal)):
+            raise ValueError(
+                f"structure={self.structure!r} forms no precision matrix of all latents: use posterior.multiply"
+            )
+        return posterior.precision
+
+    # ------------------------------------------------------------------ evidence
+
+    def log_evidence(self, tau: Tensor | None = None) -> Tensor:
         r"""
         The Laplace approximation of the log marginal likelihood,
         :math:`\log p(D) \approx -L(\hat u) + \tfrac p2 \log 2\pi - \tfrac12 \log\det P`.
 
-        An approximation, exact for linear-Gaussian models; MacKay (1992).
+        An approximation, exact for linear-Gaussian models; MacKay (1992). Latents that stay point estimates count
+        with their prior density at the estimate.
 
+        :param tau: multipliers of the prior precision, a scalar or shape ``(p,)``, in which the result is
+            differentiable; by default those in use. They are exact for Gaussian priors; other priors are replaced by
+            the Gaussian with the same gradient and curvature at the point estimate.
         :return: a scalar, in nats.
         :raises RuntimeError: before ``laplace_approximation(data)``.
         """
-        posterior = self.posterior
-        assert isinstance(posterior, PrecisionNormal)
+        self.posterior  # noqa: B018  raises before laplace_approximation
+        tau = self.tau if tau is None else tau
         assert self.log_joint is not None
-        p = self.loc.shape[0]
-        return self.log_joint + 0.5 * (p * math.log(2 * math.pi) - posterior.log_det_precision)
+        assert self.prior_gradient is not None
+        parts = self.part_store.get()
+        total = self.log_joint
+        for part in parts:
+            scale = None if tau is None else tau_of(part, tau)
+            log_det = part.posterior(self.loc.detach(), scale).log_det_precision
+            total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
+            if scale is not None:
+                total = total + prior_change(part, self.prior_gradient[part.index], scale)
+        return total

@@ -15,9 +15,10 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
-from pyro_bnn.infer.curvature import site_jacobians
 from pyro_bnn.infer.data import check_finite, is_single_batch
+from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, check_data
 from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.jacobian import jvp_operator
@@ -114,6 +115,7 @@ class LinearizedGuide(AutoContinuous):
     :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
     :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
     :param int chunk_size: how many reverse passes run at once; memory grows with it, results do not change.
+    :param int budget: how many numbers a chunk of data may keep; larger batches are split, results do not change.
     """
 
     #: whether the posterior has a density (low-rank Gaussians do not)
@@ -127,9 +129,11 @@ class LinearizedGuide(AutoContinuous):
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
         chunk_size: int = 256,
+        budget: int = DEFAULT_BUDGET,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
         self.chunk_size = chunk_size
+        self.budget = budget
         self.map_report: MAPReport | None = None
         self._packed: PackedModel | None = None
         self._posterior: dist.TorchDistribution | None = None
@@ -315,17 +319,42 @@ class LinearizedGuide(AutoContinuous):
         Source: Khan et al. (2019), Immer et al. (2021).
         """
         posterior = self.posterior
-        latent = self.loc.detach().clone().requires_grad_(True)
+        stream = self._stream()
+        covariances: dict[str, list[Tensor]] = {}
+        last: list[SiteOutputs] = []
+        chunks = 0
+        for _, sites in stream.run_batch((args, kwargs)):
+            last, chunks = [examples.site for examples in sites], chunks + 1
+            for examples in sites:
+                site, jac = examples.site, examples.jacobian
+                shape = site.outputs.shape[:-1]
+                with torch.no_grad():
+                    elements = jac.M // site.outputs.shape[-1]
+                    blocks = element_covariance(posterior, jac, elements)
+                if jac.dim >= 0:
+                    rest = shape[: jac.dim] + shape[jac.dim + 1 :]
+                    blocks = blocks.reshape((jac.B,) + rest + blocks.shape[-2:]).movedim(0, jac.dim)
+                else:
+                    blocks = blocks.reshape(shape + blocks.shape[-2:])
+                covariances.setdefault(site.name, []).append(blocks)
+        if chunks != 1 or len(last) != len(self.packed.observed):
+            last = self.packed.outputs(stream.latent, (args, kwargs))
         result = {}
-        for site in self.packed.outputs(latent, (args, kwargs)):
-            shape = site.outputs.shape
-            blocks = [posterior.quadratic_form(J) for J, _ in site_jacobians(site, latent, self.chunk_size)]
+        for site in last:
             mean = site.outputs.detach()
-            covariance = torch.cat(blocks) if blocks else mean.new_zeros(0)
-            result[site.name] = LinearizedOutputs(
-                mean, covariance.reshape(shape + shape[-1:]), site.names, site
-            )
+            if site.name in covariances:
+                parts = covariances[site.name]
+                # chunks differ from the whole in the dimension along which the batch was split
+                sizes = zip(parts[0].shape[:-2], mean.shape[:-1], strict=True)
+                dim = next((d for d, (part, whole) in enumerate(sizes) if part != whole), 0)
+                covariance = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+            else:
+                covariance = mean.new_zeros(mean.shape + mean.shape[-1:])
+            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site)
         return result
+
+    def _stream(self) -> ExampleStream:
+        return ExampleStream(self.packed, self.loc, budget=self.budget)
 
     def predictive(self, *args: Any, **kwargs: Any) -> dict[str, td.Distribution]:
         """

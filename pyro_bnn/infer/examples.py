@@ -1,0 +1,229 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""A Pyro model's outputs as example-wise Jacobians, batch by batch, within a memory budget."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.infer.data import Batch, iter_batches, map_tensors
+from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
+from pyro_bnn.ops.capture import Capture
+from pyro_bnn.ops.examples import ExampleJacobian, Layouts
+from pyro_bnn.ops.fisher import score
+
+#: What the likelihood's curvature is made of.
+FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
+
+#: Floats that one chunk of a batch may keep (512 MiB in float32).
+DEFAULT_BUDGET = 2**27
+_FIRST_CHUNK = 64
+_LARGEST_CHUNK = 2000
+
+
+@dataclass
+class SiteExamples:
+    """
+    One observed site on one chunk of data.
+
+    :ivar site: its outputs.
+    :ivar jacobian: their Jacobian, example by example.
+    :ivar value: the observations, or ``None`` without.
+    """
+
+    site: SiteOutputs
+    jacobian: ExampleJacobian
+    value: Tensor | None
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """
+        :param x: shape ``(*sample, *site.shape, C)``.
+        :return: shape ``(*sample, B, R, C)``, examples first and the elements of each example next.
+        """
+        jac, shape = self.jacobian, self.site.outputs.shape[:-1]
+        lead = x.dim() - len(shape) - 1
+        if jac.dim >= 0:
+            x = x.movedim(lead + jac.dim, lead)
+        return x.reshape(x.shape[:lead] + (jac.B, -1, x.shape[-1]))
+
+    def score(self) -> Tensor:
+        """
+        :return: the gradient of the log likelihood in the outputs, shape ``(B, M)``.
+        """
+        assert self.value is not None
+        base, weight = self.site.base, self.site.weight[..., None]
+        value = self.value.expand(base.batch_shape + base.event_shape)
+        scores = score(self.site.rule, base, self.site.names, value) * weight
+        return self.arrange(torch.where(weight > 0, scores, scores.new_zeros(()))).flatten(1)
+
+    def cotangents(
+        self, kind: FisherKind, *, num_samples: int = 1, generator: torch.Generator | None = None
+    ) -> Iterator[Tensor]:
+        r"""
+        Combinations of outputs :math:`c_{kn}` with :math:`\sum_k c_{kn} c_{kn}^\top = F_n`, or an estimate of it.
+
+        :param kind: ``"ggn"`` (exact), ``"mc_fisher"`` (scores at observations drawn from the model) or
+            ``"empirical_fisher"`` (the score at the observations).
+        :param num_samples: draws per example for ``"mc_fisher"``.
+        :param generator: source of random numbers for ``"mc_fisher"``.
+        :return: chunks of shape ``(K, B, M)``.
+        """
+        if kind == "ggn":
+            root = self.site.root
+            C, K = root.shape[-2:]
+            root = self.arrange(root.mT.flatten(-2)).unflatten(-1, (K, C))  # (B, R, K, C)
+            R, M = root.shape[1], self.jacobian.M
+            # each cotangent is confined to one element of an example
+            step = max(1, 2**24 // max(1, K * self.jacobian.B * M))
+            for start in range(0, R, step):
+                part = root[:, start : start + step]
+                r = part.shape[1]
+                cotangents = part.new_zeros(r, K, self.jacobian.B, R, C)
+                index = torch.arange(r, device=part.device)
+                cotangents[index, :, :, start + index] = part.permute(1, 2, 0, 3)
+                yield cotangents.reshape(r * K, self.jacobian.B, M)
+            return
+        base, names = self.site.base, self.site.names
+        if kind == "mc_fisher":
+            seed = torch.randint(
+                2**62, (), generator=generator, device=generator.device if generator else None
+            )
+            with torch.random.fork_rng(), torch.no_grad():
+                torch.manual_seed(int(seed))
+                values = base.sample(torch.Size((num_samples,)))
+        else:
+            assert self.value is not None
+            values = self.value.expand(base.batch_shape + base.event_shape).unsqueeze(0)
+        weight = self.site.weight[..., None]
+        scores = score(self.site.rule, base, names, values) * weight.sqrt() / values.shape[0] ** 0.5
+        scores = torch.where(weight > 0, scores, scores.new_zeros(()))
+        yield self.arrange(scores).flatten(2)
+
+
+class ExampleStream:
+    """
+    Runs a model over data and yields its example-wise Jacobians.
+
+    :param model: the packed model.
+    :param latent: the packed vector, shape ``(p,)``.
+    :param active: which entries are of interest, bool, shape ``(p,)``.
+    :param budget: how many floats one chunk may keep; larger batches are split where the model allows it.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        latent: Tensor,
+        active: Tensor | None = None,
+        *,
+        budget: int = DEFAULT_BUDGET,
+    ) -> None:
+        self.model = model
+        self.latent = latent.detach().clone().requires_grad_(True)
+        self.active = active
+        self.budget = budget
+        self.passes = 1
+        self._chunk: int | None = None
+        self._layouts: dict[str, Layouts] = {}
+        self._can_split: bool | None = None
+
+    def chunks(self, batch: Batch) -> Iterator[Batch]:
+        """
+        :param batch: arguments of the model.
+        :return: the batch, split to the budget where the model treats its examples separately.
+        """
+        size = batch_size(batch)
+        if size is None or size <= _FIRST_CHUNK:
+            yield batch
+            return
+        if self._can_split is None:
+            self._can_split = self._splits(batch, size)
+        if not self._can_split:
+            yield batch
+            return
+        start = 0
+        while start < size:
+            stop = min(start + (self._chunk or _FIRST_CHUNK), size)
+            yield slice_batch(batch, size, slice(start, stop))
+            start = stop
+
+    def _splits(self, batch: Batch, size: int) -> bool:
+        """Whether a plate of the model has the batch's size, also for a part of it, and holds no latent site."""
+        sizes = (3, 5)
+        seen = []
+        for n in sizes:
+            try:
+                with torch.no_grad():
+                    trace = self.model.trace(self.latent, slice_batch(batch, size, slice(0, n)))
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                return False
+            seen.append({k: {f.name: f.size for f in s["cond_indep_stack"]} for k, s in trace.nodes.items()
+                         if s["type"] == "sample"})  # fmt: skip
+        a, b = seen
+        plates = {f for name in self.model.observed for f in a[name] if (a[name][f], b[name].get(f)) == sizes}
+        if not plates or any(not (set(a[name]) & plates) for name in self.model.observed):
+            return False
+        return not any(set(a[name]) & plates for name in self.model.space.slices)
+
+    def run(self, data: Any) -> Iterator[tuple[Trace, list[SiteExamples]]]:
+        """
+        :param data: one batch or an iterable of batches, with observations.
+        :return: for each chunk the trace and those sites that depend on the latents.
+        :raises ValueError: if the batches do not cover a plate of the model once.
+        """
+        coverage = PlateCoverage()
+        for batch in iter_batches(data):
+            for trace, sites in self.run_batch(batch):
+                coverage.add(trace, self.model.observed)
+                yield trace, sites
+        coverage.check()
+
+    def run_batch(self, batch: Batch) -> Iterator[tuple[Trace, list[SiteExamples]]]:
+        """
+        :param batch: arguments of the model, with or without observations.
+        :return: for each chunk the trace and those sites that depend on the latents.
+        """
+        for chunk in self.chunks(batch):
+            with Capture(self.latent, self.active) as capture:
+                trace = self.model.trace(self.latent, chunk)
+                outputs = self.model.site_outputs(trace)
+            sites = []
+            for site in outputs:
+                if site.outputs.shape[-1]:
+                    jacobian = ExampleJacobian(
+                        capture, self.latent, site.outputs, self._layouts.get(site.name)
+                    )
+                    if jacobian.B > 1:
+                        self._layouts[site.name] = jacobian.layouts
+                    node = trace.nodes[site.name]
+                    sites.append(SiteExamples(site, jacobian, node["value"] if node["is_observed"] else None))
+            if self._chunk is None:
+                floats = sum(s.jacobian.floats_per_example(max(self.passes, s.jacobian.M)) for s in sites)
+                self._chunk = max(1, min(_LARGEST_CHUNK, self.budget // max(1, floats)))
+            yield trace, sites
+
+
+def batch_size(batch: Batch) -> int | None:
+    """
+    :param batch: arguments of a model.
+    :return: the length of the first argument that is a tensor with dimensions, or ``None``.
+    """
+    args, kwargs = batch
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return None
+
+
+def slice_batch(batch: Batch, size: int, part: slice) -> Batch:
+    """
+    :param batch: arguments of a model.
+    :param size: the number of examples.
+    :param part: which of them.
+    :return: the batch with every tensor of that length sliced.
+    """
+    return map_tensors(batch, lambda x: x[part] if x.dim() and x.shape[0] == size else x)

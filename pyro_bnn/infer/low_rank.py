@@ -1,0 +1,149 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Curvatures of low rank relative to the prior: leading eigenpairs, Nyström features, the function-space form."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.memory import require_memory
+from pyro_bnn.infer.parts import LowRankPart, Part
+from pyro_bnn.infer.structures import CurvatureSum
+from pyro_bnn.ops.eigen import leading_eigenpairs
+from pyro_bnn.ops.jacobian import LinearMap
+
+LowRankMethod = Literal["low_rank", "nystrom", "function_space"]
+
+#: Yields rows R of shape (n, q) with curvature R^T R, the same ones in every pass.
+RowStream = Callable[[], Iterator[Tensor]]
+
+
+class LowRankSum(CurvatureSum):
+    r"""
+    A curvature :math:`R^\top R`, or one given by products, reduced to low rank relative to the prior.
+
+    :param index: the entries.
+    :param latent: the packed vector.
+    :param method: ``"low_rank"``, ``"nystrom"`` or ``"function_space"``.
+    :param rank: how many eigenpairs or features.
+    :param rows: yields R in chunks; ``None`` if ``operator`` is given.
+    :param operator: products with the curvature on the entries, from ``(S, q)`` to ``(S, q)``.
+    :param generator: source of random numbers.
+    :param memory_limit: bytes that may be used.
+    """
+
+    def __init__(
+        self,
+        index: Tensor,
+        latent: Tensor,
+        *,
+        method: LowRankMethod,
+        rank: int,
+        rows: RowStream | None = None,
+        operator: LinearMap | None = None,
+        generator: torch.Generator | None = None,
+        memory_limit: float | None = None,
+    ) -> None:
+        super().__init__(index, latent)
+        self.method = method
+        self.rank = rank
+        self._rows = rows
+        self._operator = operator
+        self._generator = generator
+        self._limit = memory_limit
+        self._earlier: list[Tensor] = []
+
+    def resume(self, parts: Sequence[Part]) -> None:
+        """See :meth:`CurvatureSum.resume`."""
+        for part in parts:
+            scale = part.prior.sqrt()
+            root = part.tensors["values"].clamp(min=0).sqrt()
+            self._earlier.append((part.tensors["vectors"] * root).mT * scale)
+
+    def _all_rows(self) -> Iterator[Tensor]:
+        yield from self._earlier
+        if self._rows is not None:
+            yield from self._rows()
+
+    def parts(self, prior: Callable[[Tensor], Tensor]) -> list[Part]:
+        """See :meth:`CurvatureSum.parts`."""
+        diagonal = prior(self.index)
+        if diagonal.dim() != 1 or not bool((diagonal > 0).all()):
+            raise ValueError(
+                f"structure={self.method!r} needs a prior whose curvature is diagonal and positive at the point "
+                "estimate; priors that are coupled (hierarchical scales) need structure='full', 'block' or 'diagonal', "
+                "or sites= without the coupled ones."
+            )
+        scale = diagonal.rsqrt()
+        if self.method == "low_rank":
+            values, vectors = self._leading(scale)
+        elif self.method == "function_space":
+            values, vectors = self._all(scale)
+        else:
+            values, vectors = self._features(scale)
+        return [LowRankPart(index=self.index, prior=diagonal, values=values, vectors=vectors)]
+
+    def _leading(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        def multiply(v: Tensor) -> Tensor:
+            scaled = v * scale
+            total = torch.zeros_like(v) if self._operator is None else self._operator(scaled)
+            for rows in self._all_rows():
+                total = total + (scaled @ rows.mT) @ rows
+            return total * scale
+
+        return leading_eigenpairs(multiply, self.latent[self.index], self.rank, generator=self._generator)
+
+    def _require(self, rows: int) -> None:
+        itemsize = self.latent.element_size()
+        needed = (2 * rows * len(self.index) + 3 * rows**2) * itemsize
+        advice = "Use structure='nystrom' or 'low_rank' with a smaller rank, or 'kronecker'."
+        require_memory(
+            needed, f"structure={self.method!r} with {rows} rows", self.latent.device, advice, self._limit
+        )
+
+    def _all(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        collected: list[Tensor] = []
+        count = 0
+        for rows in self._all_rows():
+            count += len(rows)
+            self._require(count)
+            collected.append(rows * scale)
+        values, vectors = _from_rows(torch.cat(collected))
+        return values, vectors
+
+    def _features(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        # landmarks: a uniform sample of the rows, by the largest of random keys
+        landmarks = self.latent.new_zeros(0, len(self.index))
+        keys = self.latent.new_zeros(0)
+        number = 4 * self.rank
+        self._require(number)
+        for rows in self._all_rows():
+            rows = rows[(rows != 0).any(-1)]
+            new = torch.rand(len(rows), generator=self._generator).to(keys)
+            keys, landmarks = torch.cat([keys, new]), torch.cat([landmarks, rows])
+            if len(keys) > number:
+                keys, best = keys.topk(number)
+                landmarks = landmarks[best]
+        _, features = _from_rows(landmarks * scale)
+        features = features[:, : self.rank]
+        projected = self.latent.new_zeros(features.shape[1], features.shape[1])
+        for rows in self._all_rows():
+            images = (rows * scale) @ features
+            projected.addmm_(images.mT, images)
+        values, rotation = torch.linalg.eigh(projected)
+        return values.clamp(min=0), features @ rotation
+
+
+def _from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Non-zero eigenvalues, descending, and orthonormal eigenvectors of R^T R, by the smaller Gram matrix."""
+    n, q = rows.shape
+    if n >= q:
+        values, vectors = torch.linalg.eigh(rows.mT @ rows)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+    else:
+        vectors, singular, _ = torch.linalg.svd(rows.mT, full_matrices=False)
+        values = singular.square()
+    keep = values > values[:1].sum() * torch.finfo(rows.dtype).eps * max(n, q)
+    return values[keep], vectors[:, keep]

@@ -1,0 +1,59 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that memory suffices before it is allocated."""
+
+from pathlib import Path
+
+import torch
+
+
+def available_bytes(device: torch.device) -> float:
+    """
+    :param device: a device.
+    :return: how many bytes can be allocated there; infinity where that cannot be found out.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return float("inf")
+    limits = [float("inf")]
+    meminfo, cgroup = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            limits.append(1024.0 * int(fields["MemAvailable"].split()[0]))
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        if limit != "max":
+            limits.append(float(limit) - float((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(limits)
+
+
+def require_memory(
+    needed: float, what: str, device: torch.device, advice: str, limit: float | None = None
+) -> None:
+    """
+    :param needed: bytes that are about to be allocated.
+    :param what: what for.
+    :param device: where.
+    :param advice: what to do if they do not fit.
+    :param limit: bytes that may be used; by default what is available.
+    :raises MemoryError: if they do not fit; the message names the sizes and the advice.
+
+    Example::
+
+        >>> require_memory(8e12, "structure='full'", torch.device("cpu"), "Use structure='kronecker'.", 1e9)
+        Traceback (most recent call last):
+            ...
+        MemoryError: structure='full' needs about 8,000 GB but 1 GB are available on cpu. Use structure='kronecker'.
+    """
+    limit = available_bytes(device) if limit is None else limit
+    if needed > limit:
+        raise MemoryError(
+            f"{what} needs about {needed / 1e9:,.3g} GB but {limit / 1e9:,.3g} GB are available on {device}. {advice}"
+            if needed < 1e12
+            else f"{what} needs about {needed / 1e9:,.0f} GB but {limit / 1e9:,.3g} GB are available on {device}. "
+            f"{advice}"
+        )

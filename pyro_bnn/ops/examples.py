@@ -1,0 +1,365 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Jacobians example by example, in blocks: the inputs of linear maps and the gradients in their outputs where the
+function is a network, columns by forward products for the few entries that enter in another way.
+
+For B examples with M outputs each, a linear combination of the outputs costs one backward pass for all examples
+together, and its gradient in a weight is :math:`\sum_t g_{nt} x_{nt}^\top`, never formed unless asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.ops.capture import Capture
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator
+from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Use, find_layout
+
+#: Gradients in the outputs of a capture, one tensor each.
+Gradients = Sequence[Tensor]
+
+
+class LinearBlock:
+    r"""
+    Entries that are the weight of one linear map: :math:`J_n^\top c = \sum_t g_{nt} x_{nt}^\top`.
+
+    :param uses: uses with the same index.
+    :param B: the number of examples.
+    :ivar index: positions, shape ``(out, in)``.
+    """
+
+    def __init__(self, uses: Sequence[LinearUse], B: int) -> None:
+        self.index = uses[0].index
+        self.uses = uses
+        self.B = B
+
+    def inputs(self) -> Tensor:
+        """
+        :return: :math:`x`, shape ``(B, T, in)``, formed anew in each call.
+        """
+        parts = [use.inputs(self.B) for use in self.uses]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def gradients(self, gradients: Gradients) -> Tensor:
+        """
+        :param gradients: gradients in the outputs of the capture.
+        :return: :math:`g`, shape ``(B, T, out)``.
+        """
+        parts = [use.gradients(gradients[use.slot], self.B) for use in self.uses]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def rows(self, gradients: Gradients) -> Tensor:
+        """
+        :param gradients: gradients in the outputs of the capture.
+        :return: the gradient in the entries for each example, shape ``(B, out * in)``.
+        """
+        return outer(self.gradients(gradients), self.inputs()).reshape(self.B, -1)
+
+
+class DenseBlock:
+    """
+    Entries with several kinds of uses, or elementwise ones, whose Jacobian is formed.
+
+    :param uses: uses that together touch these entries.
+    :param B: the number of examples.
+    :ivar index: positions, shape ``(q,)``, each once.
+    """
+
+    def __init__(self, uses: Sequence[Use], B: int) -> None:
+        self.uses = uses
+        self.B = B
+        if len({id(use.index) for use in uses}) == 1:
+            self.index = uses[0].index.reshape(-1)
+            self._places: list[Tensor | None] = [None] * len(uses)
+        else:
+            self.index, inverse = torch.unique(
+                torch.cat([use.index.reshape(-1) for use in uses]), return_inverse=True
+            )
+            self._places = list(inverse.split([use.index.numel() for use in uses]))
+
+    def rows(self, gradients: Gradients) -> Tensor:
+        """See :meth:`LinearBlock.rows`; shape ``(B, q)``."""
+        total: Tensor | None = None
+        for use, place in zip(self.uses, self._places, strict=True):
+            g = gradients[use.slot]
+            if isinstance(use, LinearUse):
+                part = outer(use.gradients(g, self.B), use.inputs(self.B)).reshape(self.B, -1)
+            else:
+                assert isinstance(use, ElementwiseUse)
+                part = use.jacobian(g, self.B)
+            if place is None:
+                total = part if total is None else total + part
+            else:
+                total = part.new_zeros(self.B, len(self.index)) if total is None else total
+                total.index_add_(1, place, part)
+        assert total is not None
+        return total
+
+
+Block = LinearBlock | DenseBlock
+
+
+def outer(g: Tensor, x: Tensor) -> Tensor:
+    r"""
+    :param g: shape ``(..., T, out)``.
+    :param x: shape ``(..., T, in)``.
+    :return: :math:`\sum_t g_t x_t^\top`, shape ``(..., out, in)``.
+    """
+    if g.shape[-2] == 1:
+        return g.mT * x
+    return g.mT @ x
+
+
+class ExampleJacobian:
+    """
+    The Jacobian of a captured function, example by example.
+
+    :param capture: the capture in which the function ran, not yet finished.
+    :param latent: the vector, shape ``(p,)``.
+    :param outputs: the function's value, shape ``(*shape, C)``, with its graph.
+    :param layouts: what :attr:`layouts` was for an earlier batch of the same function, to save two backward passes.
+    :ivar int B: the number of examples.
+    :ivar int M: outputs per example.
+    :ivar int dim: the dimension of ``shape`` that runs over examples; -1 if everything counts as one example.
+    :ivar blocks: the structured part.
+    :ivar generic: positions of all other active entries that the outputs may depend on, shape ``(q,)``.
+    """
+
+    def __init__(
+        self, capture: Capture, latent: Tensor, outputs: Tensor, layouts: "Layouts | None" = None
+    ) -> None:
+        capture = capture.fork()
+        capture.finish(outputs)
+        self.latent = latent
+        self._outputs = outputs
+        self._capture = capture
+        self.layouts = layouts if layouts is not None and self._restore(layouts) else self._find_layouts()
+        self.blocks = self._make_blocks()
+        generic = capture.generic if capture.active is None else capture.generic & capture.active
+        self.generic = generic.nonzero().squeeze(-1)
+        self._columns: Tensor | None = None
+
+    # ------------------------------------------------------------------ set-up
+
+    def _set_dim(self, dim: int) -> None:
+        outputs = self._outputs
+        self.dim = dim
+        if dim < 0:
+            self.flat = outputs.reshape(1, -1)
+        else:
+            self.flat = outputs.movedim(dim, 0).reshape(outputs.shape[dim], -1)
+        self.B, self.M = self.flat.shape
+
+    def _restore(self, layouts: "Layouts") -> bool:
+        uses = self._capture.uses
+        if len(layouts.found) != len(uses) or self._outputs.dim() - 1 <= layouts.dim:
+            return False
+        self._set_dim(layouts.dim)
+        for use, layout in zip(uses, layouts.found, strict=True):
+            use.layout = layout
+        self._drop_unplaced()
+        return True
+
+    def _find_layouts(self) -> "Layouts":
+        uses = self._capture.uses
+        shape = self._outputs.shape[:-1]
+        best: Layouts | None = None
+        for dim in [d for d in range(len(shape)) if shape[d] > 1 or len(shape) == 1]:
+            found = self._try_dim(dim)
+            lost = sum(use.index.numel() for use, layout in zip(uses, found, strict=True) if layout is None)
+            if best is None or lost < best.lost:
+                best = Layouts(dim, found, lost)
+            if lost == 0:
+                break
+        if best is None or best.lost > self._outputs.numel():
+            best = Layouts(-1, self._try_dim(-1), 0)
+        self._set_dim(best.dim)
+        for use, layout in zip(uses, best.found, strict=True):
+            use.layout = layout
+        self._drop_unplaced()
+        return best
+
+    def _try_dim(self, dim: int) -> "list[Layout | None]":
+        self._set_dim(dim)
+        uses = self._capture.uses
+        if not uses:
+            return []
+        if self.B == 1:
+            return [_single(use, self._capture.outputs[use.slot]) for use in uses]
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(self.B, generator=generator).to(self.flat)
+        mix = torch.randn(self.M, generator=generator).to(self.flat)
+        plain = self.gradients(mix.expand(self.B, self.M))
+        weighted = self.gradients(weights.unsqueeze(-1) * mix)
+        return [find_layout(use, plain[use.slot], weighted[use.slot], weights) for use in uses]
+
+    def _drop_unplaced(self) -> None:
+        capture = self._capture
+        lost = [use for use in capture.uses if use.layout is None]
+        for use in lost:
+            capture.generic[use.index.reshape(-1)] = True
+        if lost:
+            # a use that shares an entry with a lost one goes with it
+            while True:
+                keep = [use for use in capture.uses if not bool(capture.generic[use.index].any())]
+                if len(keep) == len(capture.uses):
+                    break
+                for use in capture.uses:
+                    if bool(capture.generic[use.index].any()):
+                        capture.generic[use.index.reshape(-1)] = True
+                capture.uses = keep
+
+    def _make_blocks(self) -> list[Block]:
+        groups: dict[Any, list[Use]] = {}
+        for use in self._capture.uses:
+            flat = use.index.reshape(-1)
+            key = (type(use), tuple(use.index.shape), int(flat[0]), int(flat[-1]))
+            group = groups.setdefault(key, [])
+            if group and not torch.equal(group[0].index, use.index):
+                group = groups.setdefault((*key, len(groups)), [])
+            if group:
+                use.index = group[0].index
+            group.append(use)
+        count = torch.zeros_like(self._capture.generic, dtype=torch.int8)
+        for group in groups.values():
+            count[group[0].index.reshape(-1)] += 1
+        blocks: list[Block] = []
+        shared: list[Use] = []
+        for group in groups.values():
+            if bool((count[group[0].index] > 1).any()):
+                shared += group
+            elif isinstance(group[0], LinearUse):
+                blocks.append(LinearBlock([u for u in group if isinstance(u, LinearUse)], self.B))
+            else:
+                blocks.append(DenseBlock(group, self.B))
+        if shared:
+            blocks.append(DenseBlock(shared, self.B))
+        return blocks
+
+    # ------------------------------------------------------------------ products
+
+    def gradients(self, cotangent: Tensor) -> Gradients:
+        """
+        One backward pass.
+
+        :param cotangent: shape ``(B, M)``.
+        :return: the gradients in the outputs of the capture.
+        """
+        targets = self._capture.outputs
+        if not targets:
+            return ()
+        found = torch.autograd.grad(
+            self.flat, targets, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return tuple(g.detach() for g in found)
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of the Jacobian for the generic entries, shape ``(q, B, M)``."""
+        if self._columns is None:
+            with torch.enable_grad():
+                self._columns = self._make_columns()
+        return self._columns
+
+    def _make_columns(self) -> Tensor:
+        q, size = len(self.generic), self.flat.numel()
+        flat = self.flat.reshape(-1)
+        columns: Tensor | None = None
+        if q == 0:
+            columns = flat.new_zeros(0, size)
+        elif q <= size:
+            columns = self._forward_columns(flat)
+        if columns is None:
+            columns = jacobian(flat, self.latent).index_select(1, self.generic).mT
+        return columns.detach().reshape(q, self.B, self.M)
+
+    def _forward_columns(self, flat: Tensor) -> Tensor | None:
+        try:
+            product = jvp_operator(flat, self.latent)
+            parts = []
+            for chunk in self.generic.split(64):
+                basis = self.latent.new_zeros(len(chunk), self.latent.shape[0])
+                basis[torch.arange(len(chunk)), chunk] = 1.0
+                parts.append(product(basis))
+            return torch.cat(parts)
+        except RuntimeError:
+            return None  # an operation without second derivatives
+
+    def rows(self, cotangents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        r"""
+        :math:`J_n^\top c_{kn}` for all examples, block by block.
+
+        :param cotangents: shape ``(K, B, M)``.
+        :return: pairs of positions ``(q,)`` and rows of shape ``(K, B, q)``, over disjoint blocks.
+        """
+        passes = [self.gradients(c) for c in cotangents]
+        for block in self.blocks:
+            yield block.index.reshape(-1), torch.stack([block.rows(g) for g in passes])
+        if len(self.generic):
+            yield self.generic, torch.einsum("qbm,kbm->kbq", self.columns, cotangents)
+
+    def dense(self, cotangents: Tensor) -> Tensor:
+        r"""
+        :param cotangents: shape ``(K, B, M)``.
+        :return: :math:`J_n^\top c_{kn}`, shape ``(K, B, p)``.
+        """
+        total = cotangents.new_zeros(cotangents.shape[:2] + self.latent.shape)
+        for index, part in self.rows(cotangents):
+            total[..., index] = part
+        return total
+
+    def add_gradient(self, total: Tensor, cotangent: Tensor) -> None:
+        r"""
+        Adds :math:`\sum_n J_n^\top c_n`, on the active entries.
+
+        :param total: shape ``(p,)``, changed in place.
+        :param cotangent: shape ``(B, M)``.
+        """
+        gradients = self.gradients(cotangent)
+        for block in self.blocks:
+            if isinstance(block, LinearBlock):
+                g = block.gradients(gradients)
+                x = block.inputs()
+                total[block.index] += g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+            else:
+                total[block.index] += block.rows(gradients).sum(0)
+        if len(self.generic):
+            total[self.generic] += torch.einsum("qbm,bm->q", self.columns, cotangent)
+
+    def floats_per_example(self, K: int) -> int:
+        """
+        Roughly how many numbers per example a pass over K cotangents keeps at once.
+
+        :param K: how many cotangents.
+        :return: a number of floats.
+        """
+        outputs = sum(y.numel() for y in self._capture.outputs) // self.B
+        largest = max((b.inputs()[:1].numel() for b in self.blocks if isinstance(b, LinearBlock)), default=0)
+        return (K + 4) * outputs + 2 * largest + K * (self.M + len(self.generic))
+
+    def basis(self) -> Tensor:
+        """The cotangents that give the Jacobian itself, shape ``(M, B, M)``."""
+        eye = torch.eye(self.M, dtype=self.flat.dtype, device=self.flat.device)
+        return eye.unsqueeze(1).expand(self.M, self.B, self.M)
+
+
+class Layouts:
+    """What :class:`ExampleJacobian` found out about a function, for further batches of it."""
+
+    def __init__(self, dim: int, found: "list[Layout | None]", lost: int) -> None:
+        self.dim = dim
+        self.found = found
+        self.lost = lost
+
+
+def _single(use: Use, output: Tensor) -> Layout | None:
+    """Any free dimension will do for a single example."""
+    g = torch.zeros_like(output, requires_grad=False)
+    _, dims = use.batch_rows(g)
+    for dim in range(dims):
+        if not isinstance(use, ElementwiseUse) or use.allows(dim, dims):
+            return Layout(dim)
+    return None

@@ -1,0 +1,178 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.ops.capture.Capture`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Layout:
+    """
+    Where the examples are among the batch dimensions of a tensor.
+
+    :ivar dim: the dimension.
+    :ivar major: whether the dimension, if larger than the number of examples, runs over examples first.
+    """
+
+    dim: int
+    major: bool = True
+
+    def split(self, x: Tensor, B: int) -> Tensor:
+        """
+        :param x: any tensor that has the dimension.
+        :param B: the number of examples.
+        :return: ``x`` with the examples in a dimension of their own, moved to the front.
+        """
+        size = x.shape[self.dim]
+        if size != B:
+            parts = (B, size // B) if self.major else (size // B, B)
+            x = x.unflatten(self.dim, parts)
+        return x.movedim(self.dim if self.major or size == B else self.dim + 1, 0)
+
+
+@dataclass
+class Use:
+    """
+    One use of entries of the vector.
+
+    :ivar index: their positions.
+    :ivar slot: number of the output in which the gradient is taken.
+    :ivar layout: where the examples are, found by :func:`find_layout`.
+    """
+
+    index: Tensor
+    slot: int = field(default=-1, init=False)
+    layout: Layout | None = field(default=None, init=False)
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """
+        :param g: the gradient in the output.
+        :return: the gradient in the form whose leading dimensions may hold the examples, and how many do.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class LinearUse(Use):
+    """
+    Entries that are the weight of a linear map.
+
+    :ivar index: shape ``(out, in)``.
+    :ivar x: inputs of the map, shape ``(*batch, in)``, or a function that forms them.
+    :ivar rows: turns the gradient in the output tensor into shape ``(*batch, out)``.
+    """
+
+    index: Tensor
+    x: Tensor | Callable[[], Tensor]
+    rows: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self, index: Tensor, x: Tensor | Callable[[], Tensor], rows: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(index)
+        self.x = x
+        self.rows = rows
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`Use.batch_rows`."""
+        rows = self.rows(g)
+        return rows, rows.dim() - 1
+
+    def inputs(self, B: int) -> Tensor:
+        """
+        :param B: the number of examples.
+        :return: the inputs, shape ``(B, T, in)``.
+        """
+        assert self.layout is not None
+        x = self.x if isinstance(self.x, Tensor) else self.x()
+        return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
+
+    def gradients(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: shape ``(B, T, out)``.
+        """
+        assert self.layout is not None
+        rows = self.rows(g)
+        return self.layout.split(rows, B).reshape(B, -1, rows.shape[-1])
+
+
+@dataclass
+class ElementwiseUse(Use):
+    """
+    Entries that scale a tensor (``x`` given) or are added to one.
+
+    :ivar index: positions, in a shape that broadcasts to that of the output.
+    :ivar x: the tensor that is scaled, broadcastable to the output's shape, or ``None``.
+    :ivar sign: 1, or -1 where the entries are subtracted.
+    """
+
+    index: Tensor
+    x: Tensor | None
+    sign: float
+
+    def __init__(self, index: Tensor, x: Tensor | None, sign: float) -> None:
+        super().__init__(index)
+        self.x = x
+        self.sign = sign
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`Use.batch_rows`: dimensions along which the entries vary hold no examples."""
+        return g, g.dim()
+
+    def allows(self, dim: int, output_dim: int) -> bool:
+        """
+        :param dim: a dimension of the output.
+        :param output_dim: how many dimensions the output has.
+        :return: whether the entries are constant along it.
+        """
+        at = dim - (output_dim - self.index.dim())
+        return at < 0 or self.index.shape[at] == 1
+
+    def jacobian(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: the gradient in the entries for each example, shape ``(B, q)``.
+        """
+        assert self.layout is not None
+        product = g if self.x is None else g * self.x
+        shape = (1,) * (product.dim() - self.index.dim()) + tuple(self.index.shape)
+        product = self.layout.split(product, B)
+        rest = list(shape)
+        rest.pop(self.layout.dim)
+        if product.dim() > len(rest) + 1:  # the dimension held more than the examples
+            rest.insert(self.layout.dim, 1)
+        return self.sign * product.sum_to_size((B, *rest)).reshape(B, -1)
+
+
+def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor) -> Layout | None:
+    """
+    Finds the dimension that holds the examples, by the gradients of a sum over examples and of a weighted sum: if
+    and only if each example's outputs depend on its own slice alone, the second is the first times the weights.
+
+    :param use: a recorded use.
+    :param plain: the gradient in the use's output of the sum.
+    :param weighted: that of the weighted sum.
+    :param weights: random weights, shape ``(B,)``.
+    :return: the layout, or ``None``.
+    """
+    B = weights.shape[0]
+    (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
+    tolerance = 1e3 * torch.finfo(a.dtype).eps * float(b.abs().max()) if b.numel() else 0.0
+    for dim in range(dims):
+        size = a.shape[dim]
+        if size == 0 or size % B or (isinstance(use, ElementwiseUse) and not use.allows(dim, dims)):
+            continue
+        for major in (True, False) if size > B else (True,):
+            layout = Layout(dim, major)
+            x, y = layout.split(a, B), layout.split(b, B)
+            factor = weights.reshape((B,) + (1,) * (x.dim() - 1))
+            if torch.allclose(x * factor, y, rtol=1e-3, atol=tolerance):
+                return layout
+    return None
