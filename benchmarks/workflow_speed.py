@@ -285,12 +285,38 @@ def export(draws: int, points: int, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Tables for the documentation, one per question."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(NETWORKS)
+    for file, word in (("training", "training"), ("prediction", "deterministic"), ("export", "export")):
+        chosen = [row for row in rows if word in row["question"]]
+        variants = list(dict.fromkeys(row["variant"] for row in chosen))
+        lines = [
+            ".. list-table::",
+            "   :header-rows: 1",
+            "",
+            "   * - variant",
+            *(f"     - {name}" for name in names),
+        ]
+        for variant in variants:
+            lines.append(f"   * - {variant}")
+            for name in names:
+                found = [row for row in chosen if (row["variant"], row["network"]) == (variant, name)]
+                low, high = found[0]["quartiles"] if found else (0, 0)
+                lines.append(
+                    f"     - {found[0]['ratio']:.2f} ({low:.2f} to {high:.2f})" if found else "     -"
+                )
+        (folder / f"{file}.rst").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tables", type=Path, help="folder for reST tables")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -318,6 +344,8 @@ def main() -> None:
         print(
             f"{row['network']:15} {row['question']:34} {row['variant']:50} {row['ratio']:7.2f} [{low:.2f}, {high:.2f}]"
         )
+    if options.tables:
+        write_tables(rows, options.tables)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 

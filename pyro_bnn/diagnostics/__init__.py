@@ -4,7 +4,12 @@
 """ArviZ export, metrics and plots."""
 
 from pyro_bnn.diagnostics import metrics, plots
-from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, to_inference_data
+from pyro_bnn.diagnostics.arviz import (
+    datatree_to_inference_data,
+    to_datatree,
+    to_inference_data,
+    write_tree,
+)
 from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table
@@ -35,4 +40,5 @@ __all__ = [
     "table",
     "to_datatree",
     "to_inference_data",
+    "write_tree",
 ]

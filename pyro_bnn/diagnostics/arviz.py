@@ -8,6 +8,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,32 @@ def datatree_to_inference_data(tree: xr.DataTree) -> Any:
 
     groups: dict[str, Any] = {name: group.to_dataset() for name, group in tree.children.items()}
     return arviz.InferenceData(attrs=dict(tree.attrs), **groups)
+
+
+def write_tree(tree: xr.DataTree, path: str | PathLike[str]) -> None:
+    """
+    Writes a tree to netCDF, or to Zarr if the name ends in ``.zarr``, one group after the other and then drops it.
+
+    Groups leave the tree as they are written, so that memory shrinks while the file grows.
+
+    :param tree: a tree made by :func:`to_datatree`; it is empty afterwards.
+    :param path: the file.
+    """
+    path = Path(path)
+    zarr = path.suffix == ".zarr"
+    root = xr.Dataset(attrs=tree.attrs)
+    if zarr:
+        root.to_zarr(path, mode="w")
+    else:
+        root.to_netcdf(path, mode="w")
+    for name in list(tree.children):
+        group = tree[name].to_dataset()
+        del tree[name]
+        if zarr:
+            group.to_zarr(path, mode="a", group=name)
+        else:
+            group.to_netcdf(path, mode="a", group=name)
+        del group
 
 
 def chain_draws(

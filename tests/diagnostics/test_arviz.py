@@ -18,7 +18,7 @@ from pyro.ops.stats import fit_generalized_pareto
 from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.diagnostics.arviz import to_datatree, to_inference_data
+from pyro_bnn.diagnostics.arviz import to_datatree, to_inference_data, write_tree
 from pyro_bnn.infer import fit
 from tests.common import assert_close
 from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior
@@ -189,6 +189,23 @@ def test_groups_dims_coords_and_round_trip(tmp_path: Path) -> None:
     data = to_inference_data(model, guide, (x, y), num_samples=30)
     data.to_netcdf(tmp_path / "data.nc")
     xr.testing.assert_allclose(az.from_netcdf(tmp_path / "data.nc").log_likelihood, data.log_likelihood)
+
+
+def test_written_group_by_group(tmp_path: Path) -> None:
+    x, y = linear_data(6)
+    draws = {"weight": torch.randn(50, 3)}
+    tree = to_datatree(linear_model, draws, (x, y))
+    # the posterior group is the memory of the draws, not a copy
+    assert np.shares_memory(tree["posterior"]["weight"].values, draws["weight"].numpy())
+    expected = tree.copy(deep=True)
+    write_tree(tree, tmp_path / "tree.nc")
+    assert not tree.children
+    with xr.open_datatree(tmp_path / "tree.nc") as loaded:
+        assert set(loaded.children) == set(expected.children)
+        for group in expected.children:
+            xr.testing.assert_allclose(loaded[group].to_dataset(), expected[group].to_dataset())
+        assert loaded.attrs["creation_library"] == "pyro_bnn"
+    assert az.from_netcdf(tmp_path / "tree.nc").posterior.sizes["draw"] == 50
 
 
 def test_lp_and_log_likelihood_under_subsampling() -> None:
