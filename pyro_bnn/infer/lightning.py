@@ -5,7 +5,6 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-import lightning
 import torch
 from pyro.infer import Trace_ELBO
 
@@ -14,7 +13,14 @@ from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.optimizer import make_optimizer
 from pyro_bnn.infer.parameters import local_parameters
 
-_Module: Any = lightning.LightningModule
+try:
+    import lightning
+except ImportError:  # an optional extra; the class says so when it is built
+    _Module: Any = torch.nn.Module
+    _MISSING = True
+else:
+    _Module = lightning.LightningModule
+    _MISSING = False
 
 
 class ElboModule(_Module):
@@ -39,6 +45,8 @@ class ElboModule(_Module):
         optim: Any = None,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     ) -> None:
+        if _MISSING:
+            raise ImportError("ElboModule needs the package lightning: pip install 'pyro-bnn[lightning]'.")
         super().__init__()
         self.loss_fn = (Trace_ELBO() if elbo is None else elbo)(model, guide)
         self.optim = optim

@@ -1,0 +1,47 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide.initialization import init_to_value
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_bnn.infer import fit
+from tests.common import assert_close
+from tests.infer.models import TextbookNet, linear_data
+
+lightning = pytest.importorskip("lightning")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_takes_the_steps_of_fit(tmp_path: Path) -> None:
+    from pyro_bnn.infer.lightning import ElboModule
+
+    x, y = linear_data(40)
+    net = TextbookNet()
+    loader = DataLoader(TensorDataset(x, y), batch_size=10)
+
+    def build() -> AutoDelta:
+        values = {"linear.weight": torch.zeros(1, 3), "linear.bias": torch.zeros(1)}
+        return AutoDelta(poutine.block(net, hide=[]), init_loc_fn=init_to_value(values=values))
+
+    guide = build()
+    module = ElboModule(net, guide, optim=0.01).initialize(next(iter(loader)))
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, loader)
+    other = build()
+    fit(net, other, loader, num_epochs=3, optim=0.01, progress_bar=False)
+    for name, value in guide.named_parameters():
+        assert_close(value.detach(), dict(other.named_parameters())[name].detach(), rtol=1e-10)
