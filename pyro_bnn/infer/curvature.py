@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.data import is_single_batch, iter_batches
+from pyro_bnn.infer.distributed import all_reduce_sum, rank, world_size
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
 from pyro_bnn.infer.parts import NotAMinimumError
@@ -98,10 +99,14 @@ class CurvatureAccumulator:
             graph is kept; several batches are traced again in every product, so memory stays that of one.
         :return: a map from ``(S, p)`` to ``(S, p)``.
         """
-        if is_single_batch(data):
-            kept = list(self.operators(data))
-            return lambda v: sum_images(kept, v)
-        return lambda v: sum_images(self.operators(data), v)
+        kept = list(self.operators(data)) if is_single_batch(data) else None
+
+        def multiply(v: Tensor) -> Tensor:
+            image = sum_images(self.operators(data) if kept is None else kept, v)
+            all_reduce_sum([image])
+            return image
+
+        return multiply
 
     def operators(self, data: Any) -> Iterator[LinearMap]:
         """
@@ -134,7 +139,7 @@ class CurvatureAccumulator:
         coverage = PlateCoverage()
         for i, batch in enumerate(iter_batches(data)):
             trace = self.model.trace(self.latent, batch)
-            if i == 0:
+            if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                 yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent), True
             coverage.add(trace, self.model.observed)
             negative_log_likelihood = -self.model.log_likelihood(trace)
@@ -288,6 +293,8 @@ def accumulate_examples(
         for site in sites:
             site.jacobian.add_gradient(gradient, -site.score())
             total.add(site, cotangents(site))
+    if world_size() > 1:
+        all_reduce_sum([*total.tensors(), log_likelihood, gradient])
     assert prior is not None
     return Accumulated(prior, log_prior, log_likelihood, gradient)
 
@@ -311,6 +318,8 @@ def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator,
             total.add_operator(
                 hvp_operator(negative_log_likelihood, accumulator.latent), accumulator.chunk_size
             )
+    if world_size() > 1:
+        all_reduce_sum(total.tensors())
     assert prior is not None
     return prior
 

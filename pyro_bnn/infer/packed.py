@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, check_finite, iter_batches
+from pyro_bnn.infer.distributed import all_reduce_sum, rank
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
@@ -207,7 +208,8 @@ class PackedModel:
             trace = self.trace(latent, batch)
             coverage.add(trace, self.observed)
             loss = -self.log_likelihood(trace, require_finite=False)
-            yield loss - self.log_prior(latent, trace) if i == 0 else loss
+            # the processes of a data-parallel run share one prior
+            yield loss - self.log_prior(latent, trace) if i == 0 and rank() == 0 else loss
         coverage.check()
 
     def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
@@ -299,9 +301,11 @@ class PlateCoverage:
     def check(self) -> None:
         """:raises ValueError: if the batches did not cover a subsampled plate exactly once."""
         for name, full in self._full.items():
-            if self._seen[name] != full:
+            seen = torch.tensor(self._seen[name])
+            all_reduce_sum([seen])
+            if int(seen) != full:
                 raise ValueError(
-                    f"the batches cover {self._seen[name]} of the {full} elements of plate {name!r}: pass every "
+                    f"the batches cover {int(seen)} of the {full} elements of plate {name!r}: pass every "
                     "data point exactly once (a loader without drop_last, or all the data in one batch without "
                     "subsampling)."
                 )

@@ -71,6 +71,18 @@ class CurvatureSum:
         """
         raise NotImplementedError
 
+    def tensors(self) -> list[Tensor]:
+        """
+        What adds up over the processes of a data-parallel run.
+
+        :return: tensors to be summed in place.
+        :raises ValueError: if the sums of this structure do not add up.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not add up over processes; with torch.distributed use structure='full', "
+            "'diagonal' or 'block'."
+        )
+
     def _columns(self, operator: LinearMap, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Images of basis vectors, restricted to the entries: slices of rows and shape (s, q)."""
         q = len(self.index)
@@ -87,6 +99,10 @@ class DenseSum(CurvatureSum):
     def __init__(self, index: Tensor, latent: Tensor) -> None:
         super().__init__(index, latent)
         self.matrix = latent.new_zeros(len(index), len(index))
+
+    def tensors(self) -> list[Tensor]:
+        """The matrix."""
+        return [self.matrix]
 
     def add(self, examples: SiteExamples, cotangents: Iterable[Tensor]) -> None:
         """See :meth:`CurvatureSum.add`."""
@@ -156,6 +172,10 @@ class DiagonalSum(CurvatureSum):
         super().__init__(index, latent)
         self.diagonal = torch.zeros_like(latent)
 
+    def tensors(self) -> list[Tensor]:
+        """The diagonal."""
+        return [self.diagonal]
+
     def add(self, examples: SiteExamples, cotangents: Iterable[Tensor]) -> None:
         """See :meth:`CurvatureSum.add`."""
         add_diagonal(self.diagonal, examples.jacobian, cotangents)
@@ -210,6 +230,10 @@ class BlockSum(CurvatureSum):
     def __init__(self, groups: list[Tensor], latent: Tensor) -> None:
         super().__init__(torch.cat(groups), latent)
         self.sums = [DenseSum(index, latent) for index in groups]
+
+    def tensors(self) -> list[Tensor]:
+        """The blocks."""
+        return [part.matrix for part in self.sums]
 
     def add(self, examples: SiteExamples, cotangents: Iterable[Tensor]) -> None:
         """See :meth:`CurvatureSum.add`."""

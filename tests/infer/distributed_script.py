@@ -12,8 +12,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_bnn.infer import Mixture_ELBO, fit
-from pyro_bnn.infer.autoguide import AutoMixture
-from tests.infer.models import NOISE, linear_data
+from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
+from pyro_bnn.infer.curvature import CurvatureAccumulator
+from tests.infer.models import NOISE, linear_data, linear_posterior
 
 
 def model(x: Tensor, y: Tensor | None = None) -> None:
@@ -51,11 +52,35 @@ def train(rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
+def curvature(rank: int, world: int) -> dict[str, Tensor]:
+    """Curvature of the full data, of which every process passes its part."""
+    pyro.set_rng_seed(0)
+    x, y = linear_data(40)
+    part = x.chunk(world)[rank], y.chunk(world)[rank]
+    found = {}
+    for kind in ("ggn", "hessian"):
+        guide = AutoLaplace(model, curvature=kind)
+        guide.initialize(*part)
+        with torch.no_grad():
+            guide.loc.copy_(linear_posterior(x, y)[0])
+        accumulator = CurvatureAccumulator(guide.packed, guide.loc, kind)
+        found[f"{kind} matrix"] = accumulator.matrix(part)
+        found[f"{kind} diagonal"] = accumulator.diagonal(part)
+        found[f"{kind} products"] = accumulator.operator(part)(torch.eye(3))
+        found[f"{kind} batched products"] = accumulator.operator(
+            [(a[None], b[None]) for a, b in zip(*part, strict=True)]
+        )(torch.eye(3))
+        guide.laplace_approximation(part)
+        found[f"{kind} covariance"] = guide.get_posterior().covariance_matrix
+        found[f"{kind} evidence"] = guide.log_evidence().detach()
+    return found
+
+
 def main(rank: int, world: int, store: str, result: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = train(rank, world)
+    found = train(rank, world) | curvature(rank, world)
     torch.save(found, f"{result}.{rank}")
     torch.distributed.destroy_process_group()
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
 
 from tests.common import assert_close
-from tests.infer.distributed_script import train
+from tests.infer.distributed_script import curvature, train
+from tests.infer.models import linear_data, linear_posterior
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
 
@@ -28,10 +30,15 @@ def run_world(folder: Path, size: int) -> list[dict[str, Any]]:
     return [torch.load(folder / f"out.{r}") for r in range(size)]
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Training steps, curvature, its products, the Laplace posterior and its evidence."""
     first, second = run_world(tmp_path, 2)
-    single = train(0, 1)
+    single = train(0, 1) | curvature(0, 1)
     for name, value in single.items():
         assert torch.equal(first[name], second[name]), name  # the processes never drift apart
         if not name.startswith("shared"):
-            assert_close(first[name], value, rtol=1e-6)
+            assert_close(first[name], value, rtol=1e-6, atol=1e-12)
+    pyro.set_rng_seed(0)
+    x, y = linear_data(40)
+    _, covariance = linear_posterior(x, y)
+    assert_close(first["ggn covariance"], covariance, rtol=1e-6)

@@ -16,6 +16,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
 from pyro_bnn.infer.data import check_finite, is_single_batch
+from pyro_bnn.infer.distributed import all_reduce_sum
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linear_covariance import element_covariance
@@ -290,7 +291,9 @@ class LinearizedGuide(AutoContinuous):
         :param data: one batch or an iterable of batches, with observations.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
-        return value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
+        value, gradient = value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
+        all_reduce_sum([value, gradient])
+        return value, gradient
 
     def _warn_unconverged(self, limit: float) -> None:
         report = self.map_report
