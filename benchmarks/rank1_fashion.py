@@ -42,6 +42,7 @@ from pyro_bnn.nn import FanInNormal, bayesian_, rank1_
 DATA = Path(os.environ.get("PYRO_BNN_DATA", Path(__file__).parents[1] / "../shared/data")) / "images"
 WIDTHS = (784, 200, 200, 10)
 GAIN = 4.0
+L2: float | None = None  # the paper's penalty of a mean loss, in place of the fan-in prior
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -137,6 +138,12 @@ def he_weights(site: Any) -> Tensor:
     return init_component(site)
 
 
+def weight_prior(num_data: int) -> Any:
+    if L2 is None:
+        return FanInNormal(GAIN, bias_scale=0.3)
+    return dist.Normal(0.0, 1 / math.sqrt(2 * num_data * L2))
+
+
 class Method:
     """A network, a model and a guide."""
 
@@ -151,14 +158,14 @@ class Method:
         factors = settings.get("factors")
         kl = settings.get("kl", "mean")
         if factors is None:
-            bayesian_(self.net, prior=FanInNormal(GAIN, bias_scale=0.3))
+            bayesian_(self.net, prior=weight_prior(num_data))
             component: Any = settings["component"]
             scale = settings.get("init_scale", 0.01)
         else:
             rank1_(
                 self.net,
                 prior=factors,
-                weight_prior=FanInNormal(GAIN),
+                weight_prior=weight_prior(num_data),
                 bias_prior=dist.Normal(0.0, 0.3),
             )
             component, scale = settings["component"], settings.get("init_scale", 0.0316)
@@ -254,7 +261,7 @@ def run(
     seconds = time.perf_counter() - start
     draws = method.draws(samples)
     row: dict[str, Any] = {
-        "method": name, "seed": seed, "train": len(data["x"]), "epochs": epochs, "batch": batch, "seconds": seconds,
+        "method": name, "seed": seed, "train": len(data["x"]), "l2": L2, "epochs": epochs, "batch": batch, "seconds": seconds,
         "parameters": method.num_parameters(), "final_loss": float(result.losses[-20:].mean()),
         "draws": next(iter(draws.values())).shape[0], **{f"part_{k}": v for k, v in method.elbo.parts.items()},
     }  # fmt: skip
@@ -293,6 +300,10 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true", help="a subset, one epoch, one seed")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--only", nargs="*", help="names of methods; no ablations then")
+    parser.add_argument(
+        "--l2", type=float, help="penalty of the mean loss (the paper has 1e-4) in place of the prior"
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--train", type=int, default=20_000, help="number of training images")
     parser.add_argument("--batch", type=int, default=256)
@@ -320,6 +331,9 @@ def main() -> None:
     for seed in range(1 if args.smoke else args.ablation_seeds):
         jobs += [(n, s, seed) for n, s in ABLATIONS.items()]
     jobs += [(n, s, seed) for seed in range(1, seeds) for n, s in METHODS.items()]
+    if args.only:
+        jobs = [(n, METHODS[n], seed) for seed in range(seeds) for n in args.only]
+    globals()["L2"] = args.l2
     for name, settings, seed in jobs:
         row = run(name, settings, data, seed, epochs, args.batch, args.samples)
         row |= {"threads": torch.get_num_threads(), **versions}

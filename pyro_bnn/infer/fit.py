@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,6 +26,7 @@ from pyro_bnn.infer.data import Batch, as_batch, check_finite, is_single_batch, 
 from pyro_bnn.infer.distributed import all_reduce_mean, broadcast, rank, share_random_state, world_size
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
+from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
 
@@ -180,7 +180,8 @@ def fit(
     :param int num_epochs: passes over the data.
     :param int num_steps: optimisation steps. Exactly one of the two must be given.
     :param optim: see :func:`~pyro_bnn.infer.optimizer.make_optimizer`; Adam with learning rate 0.005 by default.
-    :param elbo: a Pyro bound; :class:`~pyro.infer.Trace_ELBO` by default.
+    :param elbo: a Pyro bound; by default :class:`~pyro_bnn.infer.Mixture_ELBO` for mixtures and
+        :class:`~pyro.infer.Trace_ELBO` for all other guides.
     :param scheduler: a function of the optimiser returning a torch scheduler, which takes one step after each
         step of the optimiser; e.g. ``lambda o: CosineAnnealingLR(o, num_steps)``. A scheduler with ``step(loss)``
         (:class:`~torch.optim.lr_scheduler.ReduceLROnPlateau`) is given the loss.
@@ -230,7 +231,7 @@ def fit(
         raise ValueError(f"fit: num_epochs or num_steps must be at least 1, not {limit}.")
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    run = _Run(model, guide, data, Trace_ELBO() if elbo is None else elbo, kl_scale, autocast)
+    run = _Run(model, guide, data, default_elbo(guide) if elbo is None else elbo, kl_scale, autocast)
     run.optimizer = make_optimizer(optim, run.tensors)
     run.scheduler = None if scheduler is None else scheduler(run.optimizer)
     run.clip_grad_norm = clip_grad_norm

@@ -14,6 +14,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.util import prune_subsample_sites
@@ -316,6 +317,16 @@ class Mixture_ELBO(_Elbo):
             mixed = log_prob.logsumexp(-nesting - 1) - math.log(K)
             total = total + scale * mixed.sum() / self.num_particles
         return total
+
+
+def default_elbo(guide: Any) -> Any:
+    """
+    The bound that suits a guide.
+
+    :param guide: a guide.
+    :return: :class:`Mixture_ELBO` if it holds a mixture, else :class:`~pyro.infer.Trace_ELBO`.
+    """
+    return Mixture_ELBO() if any(True for _ in _mixtures(guide)) else Trace_ELBO()
 
 
 class _SiteTerms:

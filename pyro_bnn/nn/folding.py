@@ -52,6 +52,7 @@ class Folding:
         self.layers = [module for module in root.modules() if isinstance(module, SiteModule)]
         self.num_samples = 1
         self.batch_size = 0
+        self._first = _first_layer(root) if batch_dim == 0 else None
         self.active = False
         self.split = False
         self._sample_shape = torch.Size()
@@ -92,6 +93,8 @@ class Folding:
                 )
             self.batch_size //= self.num_samples
             return None
+        if self._first is not None and len(args) == 1 and not kwargs:
+            return None
         return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
 
     def _draw(self) -> None:
@@ -131,6 +134,16 @@ class Folding:
                 target = (*full[:-1], mine) if batch_shape != self._sample_shape else full
                 value = value.expand(*target, *event).reshape(self.num_samples, mine, *event)
             self._values[id(layer), name] = value
+
+    def is_shared_input(self, layer: SiteModule, x: Tensor) -> bool:
+        """
+        :param layer: a layer.
+        :param x: its input.
+        :return: whether the input has not been repeated over the samples yet.
+        """
+        return (
+            layer is self._first and not self.split and self.num_samples > 1 and x.shape[0] == self.batch_size
+        )
 
     def repeat(self, value: Any) -> Any:
         """
@@ -189,6 +202,19 @@ class Folding:
                 )
             return layer.read(name)
         return self._values[key]
+
+
+def _first_layer(root: nn.Module) -> SiteModule | None:
+    """The first module of a plain chain, if it is a layer that can take inputs before they are repeated."""
+    if not isinstance(root, nn.Sequential) or type(root).forward is not nn.Sequential.forward:
+        return None
+    children = list(root)
+    while children and isinstance(children[0], nn.Flatten):
+        children = children[1:]
+    first = children[0] if children else None
+    if first is None or not getattr(first, "takes_shared_input", False) or first in children[1:]:
+        return None
+    return first  # type: ignore[return-value]
 
 
 def map_structure(value: Any, fn: Callable[[Tensor], Any]) -> Any:

@@ -87,6 +87,8 @@ class Rank1Mixin(SiteModule):
 
     #: number of dimensions right of the features in the activations
     _post = 0
+    #: whether the first layer of a chain may repeat its input over the samples itself
+    takes_shared_input = False
 
     def _groups(self) -> dict[str, tuple[str, int, int]]:
         """Suffix -> (name of the weight, outputs, inputs)."""
@@ -182,6 +184,16 @@ class Rank1Mixin(SiteModule):
         weight, bias = self._parameter("weight"), self._parameter("bias")
         r, s = self._factor("r"), self._factor("s")
         form = self._form
+        if self._is_folded() and self._folding.is_shared_input(self, x):
+            # the first layer of a chain gets the inputs before they are repeated over the samples
+            materialises = self._materialises(x, weight, r, s, rows=self._folding.num_samples)
+            if form == "multiplicative" and s is not None and s.dim() > 1 and not materialises:
+                x = (
+                    x * s.view(*s.shape[:2], *(1,) * (x.dim() - 2 - self._post), -1, *(1,) * self._post)
+                ).flatten(0, 1)
+                s = None
+            else:
+                x = self._folding.repeat(x)
         if form == "additive":
             x = x if s is None else self._combine(x, s, operator.add)
             y = self._weighted(x, weight, None, None, *args)
@@ -193,9 +205,25 @@ class Rank1Mixin(SiteModule):
             if r is not None and s is not None:
                 for j in range(r.shape[-2]):
                     y = y + self._weighted(x, weight, r[..., j, :], s[..., j, :], *args)
+        elif r is not None and bias is not None:
+            return self._affine(self._weighted(x, weight, None, s, *args), r, bias)
         else:
             y = self._weighted(x, weight, r, s, *args)
         return y if bias is None else self._combine(y, bias, operator.add)
+
+    def _affine(self, y: Tensor, r: Tensor, bias: Tensor) -> Tensor:
+        """``y * r + bias`` in one pass over the activations."""
+        if not self._is_folded() or r.dim() != 3 or r.shape[1] > 1 or (bias.dim() == 3 and bias.shape[1] > 1):
+            return self._combine(self._combine(y, r), bias, operator.add)
+        samples, rows = r.shape[0], y.shape[0]
+        ones = (1,) * (y.dim() - 2 - self._post)
+        tail = (1,) * self._post
+        out = torch.addcmul(
+            bias.view(-1, 1, *ones, bias.shape[-1], *tail),
+            y.view(samples, rows // samples, *y.shape[1:]),
+            r.view(samples, 1, *ones, r.shape[-1], *tail),
+        )
+        return out.view(y.shape)
 
     def _weighted(self, x: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None, *args: Any) -> Tensor:
         """The torch layer without its bias, between two scalings of activations."""
@@ -232,7 +260,7 @@ class Rank1Mixin(SiteModule):
     def _weight_dim(self) -> int:
         return self._post + 2
 
-    def _materialises(self, x: Tensor, weight: Tensor, *factors: Tensor | None) -> bool:
+    def _materialises(self, x: Tensor, weight: Tensor, *factors: Tensor | None, rows: int = 1) -> bool:
         if not self._is_folded():
             return False
         if weight.dim() > self._weight_dim:
@@ -244,11 +272,10 @@ class Rank1Mixin(SiteModule):
         if any(f.dim() > event_dim and f.shape[1] > 1 for f in present):
             return False  # a weight per example would be as large as it is slow
         # memory touched: the activations twice, against the sample's copy of the weight
-        passes = 1 if event_dim == 1 else 2 * present[0].shape[-2]
-        return (
-            self._mode == "materialise"
-            or 3 * weight.numel() < passes * self._activations(x) // self._folding.num_samples
-        )
+        if self._mode == "materialise":
+            return True
+        passes = rows if event_dim == 1 else 2 * rows * present[0].shape[-2]
+        return 3 * weight.numel() < passes * self._activations(x) // self._folding.num_samples
 
     def _activations(self, x: Tensor) -> int:
         return 2 * x.numel()
@@ -341,6 +368,8 @@ class Rank1Linear(Rank1Mixin, _Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         finish_layer(self, options)
+
+    takes_shared_input = True
 
     def _groups(self) -> dict[str, tuple[str, int, int]]:
         return {"": ("weight", self.out_features, self.in_features)}

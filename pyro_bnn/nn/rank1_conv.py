@@ -34,6 +34,8 @@ class _Rank1Conv(Rank1Mixin):
         super().__init__(*args, **kwargs)
         finish_layer(self, options)
 
+    takes_shared_input = True
+
     def _groups(self) -> dict[str, tuple[str, int, int]]:
         return {"": ("weight", self.out_channels, self.in_channels)}
 
