@@ -23,6 +23,7 @@ class KroneckerNormal(PrecisionNormal):
     :param tuple scales: ``(s_out, s_in)``, shapes ``(out,)`` and ``(in,)``.
     :param tuple vectors: orthogonal ``(Q_G, Q_A)``, shapes ``(out, out)`` and ``(in, in)``.
     :param Tensor eigenvalues: :math:`\Lambda > 0`, shape ``(out, in)``.
+    :param Tensor input_eigenvalues: :math:`l_A`, shape ``(in,)``, where known: the mean squares of rotated inputs.
 
     Example::
 
@@ -33,9 +34,15 @@ class KroneckerNormal(PrecisionNormal):
     """
 
     def __init__(
-        self, loc: Tensor, scales: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], eigenvalues: Tensor
+        self,
+        loc: Tensor,
+        scales: tuple[Tensor, Tensor],
+        vectors: tuple[Tensor, Tensor],
+        eigenvalues: Tensor,
+        input_eigenvalues: Tensor | None = None,
     ) -> None:
         super().__init__(loc)
+        self.input_eigenvalues = input_eigenvalues
         self.scales = scales
         self.vectors = vectors
         self.eigenvalues = eigenvalues

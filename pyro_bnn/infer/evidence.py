@@ -7,10 +7,21 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 :math:`\log\det P(\tau) = \sum_i \log(\tau + e_i) + c`.
 """
 
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.parts import Part
+from pyro_bnn.distributions.precision_normal import PrecisionNormal
+from pyro_bnn.infer.curvature import diagonal_of_diagonal
+from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.linear_covariance import element_covariance
+from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, Part
+from pyro_bnn.ops.jacobian import hvp_operator, vjp
 
 
 def tau_of(part: Part, tau: Tensor) -> Tensor:
@@ -22,7 +33,10 @@ def tau_of(part: Part, tau: Tensor) -> Tensor:
     if tau.dim() == 0:
         return tau
     mine = tau[part.index]
-    return mine[0] if bool((mine == mine[0]).all()) else mine
+    if isinstance(part, KroneckerPart):
+        return mine[0]
+    # equal values of different sites still have different derivatives
+    return mine[0] if bool((mine == mine[0]).all()) and not tau.requires_grad else mine
 
 
 def prior_change(part: Part, gradient: Tensor, tau: Tensor) -> Tensor:
@@ -35,9 +49,341 @@ def prior_change(part: Part, gradient: Tensor, tau: Tensor) -> Tensor:
     :param tau: a scalar or shape ``(q,)``.
     :return: a scalar.
     """
+    distance = _distance(part, gradient)
+    return 0.5 * (tau.log().expand(distance.shape) - (tau - 1) * distance).sum()
+
+
+def _distance(part: Part, gradient: Tensor) -> Tensor:
+    """The terms of the squared distance from the prior mean in prior standard deviations, shape (q,)."""
     prior = part.prior
     if prior.dim() == 1:
-        distance = gradient.square() / prior
-    else:
-        distance = gradient * torch.linalg.solve(prior, gradient)
-    return 0.5 * (tau.log().expand(distance.shape) - (tau - 1) * distance).sum()
+        return gradient.square() / prior
+    return gradient * torch.linalg.solve(prior, gradient)
+
+
+def differentiable_evidence(guide: Any, data: Any) -> Tensor:
+    r"""
+    The log evidence at the guide's point estimate, differentiable in the parameters of the model: scales of priors,
+    noise, and anything else that priors and likelihood depend on.
+
+    The gradient is that at a fixed point estimate (MacKay, 1992): of the log joint density, and of
+    :math:`-\tfrac12\log\det P`, which is :math:`-\tfrac12\operatorname{tr}(P^{-1}\,\partial P)`. In the likelihood's
+    curvature it follows the Fisher information; the dependence of the Jacobian :math:`J` itself on the model's
+    parameters is left out, as in Gauss-Newton methods (it vanishes where the parameters are noise or prior scales).
+
+    :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoLaplace`.
+    :param data: the data of the approximation: one batch or an iterable of batches, with observations.
+    :return: a scalar, in nats, with the value of ``guide.log_evidence()`` up to a change of the parameters since.
+    """
+    posterior = guide.posterior
+    stream = guide._stream()
+    latent = stream.latent
+    joint, trace_term = latent.new_zeros(()), latent.new_zeros(())
+    first = True
+    for trace, sites in stream.run(data):
+        joint = joint + stream.model.log_likelihood(trace)
+        if first:
+            first = False
+            log_prior = stream.model.log_prior(latent, trace)
+            joint = joint + log_prior
+            if log_prior.requires_grad:
+                trace_term = trace_term + _prior_trace(posterior, -log_prior, latent)
+        for examples in sites:
+            site, jac = examples.site, examples.jacobian
+            information = site.differentiable_information()
+            if information.requires_grad:
+                with torch.no_grad():
+                    elements = jac.M // site.outputs.shape[-1]
+                    covariance = element_covariance(posterior, jac, elements, mean_inputs=True)
+                F = examples.arrange(information.flatten(-2)).unflatten(-1, information.shape[-2:])
+                trace_term = trace_term + (F * covariance).sum()
+    value = joint - 0.5 * trace_term
+    return guide.log_evidence().detach() + value - value.detach()
+
+
+def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> Tensor:
+    r""":math:`\operatorname{tr}(P^{-1} \nabla^2 \text{value})` with P held fixed."""
+    (gradient,) = torch.autograd.grad(value, latent, create_graph=True, materialize_grads=True)
+    if not gradient.requires_grad:
+        return latent.new_zeros(())
+    (diagonal,) = torch.autograd.grad(
+        gradient, latent, torch.ones_like(latent), create_graph=True, materialize_grads=True
+    )
+    if diagonal_of_diagonal(hvp_operator(value, latent), latent) is not None:
+        return (diagonal * posterior.variance).sum()
+    roots = posterior.half_solve(torch.eye(len(latent), dtype=latent.dtype, device=latent.device))
+    images = vjp(gradient, latent, roots, create_graph=True)
+    return (images * roots).sum()
+
+
+@dataclass
+class HyperparameterReport:
+    """
+    What a search for hyperparameters found.
+
+    :ivar tau: the multipliers of the prior precision, by site (or ``"all"``).
+    :ivar objective: the objective at each evaluation: the log evidence, or the validation log likelihood.
+    """
+
+    tau: dict[str, float]
+    objective: list[float]
+
+
+class _Spectrum:
+    """The evidence as a function of one multiplier per group of parts, O(p) per value."""
+
+    def __init__(self, guide: Any, groups: list[list[Part]]) -> None:
+        self.groups = []
+        for parts in groups:
+            spectra = [part.spectrum() for part in parts]
+            values = torch.cat([values for values, _ in spectra])
+            distance = sum(
+                (_distance(part, guide.prior_gradient[part.index]).sum() for part in parts),
+                torch.zeros_like(values[:0].sum()),
+            )
+            constant = sum((c for _, c in spectra), torch.zeros_like(distance))
+            self.groups.append((values, distance, constant))
+        count = sum(len(values) for values, _, _ in self.groups)
+        self.base = guide.log_joint + 0.5 * count * math.log(2 * math.pi)
+
+    def evidence(self, log_tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log evidence and its first two derivatives in each log multiplier (they do not interact)."""
+        total = self.base
+        slopes, bends = [], []
+        for t, (values, distance, constant) in zip(log_tau.exp(), self.groups, strict=True):
+            shrunk = t / (t + values)
+            total = total + 0.5 * (len(values) * t.log() - (t - 1) * distance - constant)
+            total = total - 0.5 * torch.log(t + values).sum()
+            slopes.append(0.5 * (len(values) - t * distance - shrunk.sum()))
+            bends.append(-0.5 * (t * distance + (shrunk * (1 - shrunk)).sum()))
+        return total, torch.stack(slopes), torch.stack(bends)
+
+
+def optimize_evidence(
+    guide: Any, *, per_site: bool, tolerance: float = 1e-6, max_steps: int = 100
+) -> HyperparameterReport:
+    r"""
+    Maximises the evidence in multipliers of the prior precision, by Newton's method in their logarithms, in which it
+    is concave, with the point estimate held fixed.
+
+    :param guide: a fitted guide.
+    :param per_site: one multiplier per site instead of one for all.
+    :param tolerance: the gradient at which to stop.
+    :param max_steps: largest number of steps.
+    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set.
+    """
+    parts = guide.part_store.get()
+    names, groups = _groups(guide, parts, per_site)
+    history: list[float] = []
+    if groups is None:
+        return _optimize_joint(guide, names, history, max_steps)
+    spectrum = _Spectrum(guide, groups)
+    log_tau = torch.zeros(len(groups), dtype=guide.loc.dtype, device=guide.loc.device)
+    for _ in range(max_steps):
+        value, slope, bend = spectrum.evidence(log_tau)
+        history.append(float(value))
+        if bool((slope.abs() <= tolerance * (1 + bend.abs())).all()):
+            break
+        log_tau = (log_tau - slope / bend).clamp(log_tau - 2.0, log_tau + 2.0)
+    _set_tau(guide, names, log_tau.exp())
+    return HyperparameterReport(
+        {name: float(v) for name, v in zip(names, log_tau.exp(), strict=True)}, history
+    )
+
+
+def optimize_grid(guide: Any, candidates: Sequence[float]) -> HyperparameterReport:
+    """
+    Chooses one multiplier of the prior precision by the evidence.
+
+    :param guide: a fitted guide.
+    :param candidates: the multipliers to try.
+    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
+    """
+    if not candidates:
+        raise ValueError("candidates is empty: pass the multipliers to try")
+    spectrum = _Spectrum(guide, [guide.part_store.get()])
+    values = torch.tensor(list(candidates), dtype=guide.loc.dtype, device=guide.loc.device)
+    history = [float(spectrum.evidence(v.log().unsqueeze(0))[0]) for v in values]
+    best = max(range(len(history)), key=history.__getitem__)
+    _set_tau(guide, ["all"], values[best : best + 1])
+    return HyperparameterReport({"all": float(values[best])}, history)
+
+
+def _groups(guide: Any, parts: list[Part], per_site: bool) -> tuple[list[str], list[list[Part]] | None]:
+    """The multipliers' names and, unless a part spans several of them, the parts of each."""
+    if not per_site:
+        return ["all"], [parts]
+    found: dict[str, list[Part]] = {}
+    names = [name for name, mask in _site_masks(guide).items() if bool(mask.any())]
+    for part in parts:
+        for name, mask in _site_masks(guide).items():
+            inside = mask[part.index]
+            if bool(inside.all()):
+                found.setdefault(name, []).append(part)
+            elif bool(inside.any()) and isinstance(part, DiagonalPart):
+                tensors = {k: v[inside] for k, v in part.tensors.items()}
+                found.setdefault(name, []).append(DiagonalPart(**tensors))
+            elif bool(inside.any()):
+                return names, None
+    return list(found), list(found.values())
+
+
+def _site_masks(guide: Any) -> dict[str, Tensor]:
+    masks = {}
+    for name, where in guide.packed.space.slices.items():
+        mask = torch.zeros(len(guide.loc), dtype=torch.bool, device=guide.loc.device)
+        mask[where] = True
+        masks[name] = mask if guide.active is None else mask & guide.active
+    return masks
+
+
+def _expand_tau(guide: Any, names: list[str], tau: Tensor) -> Tensor:
+    if names == ["all"]:
+        return tau[0]
+    full = torch.ones_like(guide.loc.detach())
+    for name, value in zip(names, tau, strict=True):
+        full = torch.where(_site_masks(guide)[name], value, full)
+    return full
+
+
+def _set_tau(guide: Any, names: list[str], tau: Tensor) -> None:
+    guide.tau = _expand_tau(guide, names, tau).detach()
+    guide._posterior = None
+
+
+def _optimize_joint(
+    guide: Any, names: list[str], history: list[float], max_steps: int
+) -> HyperparameterReport:
+    """One multiplier per site where parts span several sites: L-BFGS on the log evidence itself."""
+    log_tau = torch.zeros(len(names), dtype=guide.loc.dtype, device=guide.loc.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -guide.log_evidence(_expand_tau(guide, names, log_tau.exp()))
+        value.backward()
+        history.append(-float(value.detach()))
+        return value.detach()
+
+    optimizer.step(loss)
+    tau = log_tau.detach().exp()
+    _set_tau(guide, names, tau)
+    return HyperparameterReport({name: float(v) for name, v in zip(names, tau, strict=True)}, history)
+
+
+def optimize_validation(
+    guide: Any, data: Any, candidates: Sequence[float], *, num_samples: int = 100, seed: int = 0
+) -> HyperparameterReport:
+    """
+    Chooses one multiplier of the prior precision by the log predictive density of held-out data: in closed form
+    where the linearised predictive has one, by draws from the linearised parameters otherwise.
+
+    :param guide: a fitted guide.
+    :param data: validation data: one batch or an iterable of batches, with observations.
+    :param candidates: the multipliers to try.
+    :param num_samples: draws where there is no closed form.
+    :param seed: of these draws, the same for all candidates.
+    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
+    """
+    if not candidates:
+        raise ValueError("candidates is empty: pass the multipliers to try")
+    scores = []
+    for value in candidates:
+        _set_tau(guide, ["all"], torch.tensor([value], dtype=guide.loc.dtype, device=guide.loc.device))
+        scores.append(validation_score(guide, data, num_samples=num_samples, seed=seed))
+    best = max(range(len(scores)), key=scores.__getitem__)
+    tau = torch.tensor([candidates[best]], dtype=guide.loc.dtype, device=guide.loc.device)
+    _set_tau(guide, ["all"], tau)
+    return HyperparameterReport({"all": float(candidates[best])}, scores)
+
+
+@torch.no_grad()
+def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int = 0) -> float:
+    """
+    The log predictive density of data under the linearised model, summed over observations.
+
+    :param guide: a fitted guide.
+    :param data: one batch or an iterable of batches, with observations.
+    :param num_samples: draws where there is no closed form.
+    :param seed: of these draws.
+    :return: nats.
+    """
+    total = 0.0
+    for args, kwargs in iter_batches(data):
+        with torch.enable_grad():
+            outputs = guide.linearized_outputs(*args, **kwargs)
+            trace = guide.packed.trace(guide.loc.detach(), (args, kwargs))
+        for name, found in outputs.items():
+            value, weight = trace.nodes[name]["value"], found.site.weight
+            assert isinstance(value, Tensor)
+            try:
+                density = found.distribution().log_prob(value)
+            except ValueError:
+                generator = torch.Generator(device=found.mean.device).manual_seed(seed)
+                draws = found.sample((num_samples,), generator=generator)
+                density = found.site.build(draws).log_prob(value).logsumexp(0) - math.log(num_samples)
+            for _ in range(found.site.event_dim):
+                weight = weight.amax(-1)
+            total += float(torch.where(weight > 0, density, density.new_zeros(())).sum())
+    return total
+
+
+def train_with_evidence(
+    guide: Any,
+    data: Any,
+    hyperparameters: Iterable[Tensor] = (),
+    *,
+    epochs: int,
+    update_every: int = 10,
+    burn_in: int = 0,
+    hyper_steps: int = 10,
+    lr: float = 1e-2,
+    hyper_lr: float = 1e-1,
+) -> HyperparameterReport:
+    r"""
+    Trains the point estimate and, on the way, the model's hyperparameters by the evidence (Immer et al., 2021,
+    "Scalable marginal likelihood estimation for model selection in deep learning", algorithm 1).
+
+    :param guide: an initialised guide; fitted afterwards, at its last point estimate.
+    :param data: one batch or an iterable of batches, with observations.
+    :param hyperparameters: parameters of the model, such as the unconstrained values behind scales of priors and
+        noise (``model.parameters()``).
+    :param epochs: passes over the data with Adam steps on the point estimate.
+    :param update_every: epochs between updates of the hyperparameters.
+    :param burn_in: epochs before the first update.
+    :param hyper_steps: Adam steps on the hyperparameters per update.
+    :param lr: step size for the point estimate.
+    :param hyper_lr: step size for the hyperparameters.
+    :return: a :class:`HyperparameterReport` with the log evidence at each update.
+    """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs must be an integer of at least 1, found {epochs!r}")
+    chosen = [h for h in hyperparameters if h.requires_grad]
+    optimizer = torch.optim.Adam([guide.loc], lr=lr)
+    hyper = torch.optim.Adam(chosen, lr=hyper_lr) if chosen else None
+    history: list[float] = []
+    batches = sum(1 for _ in iter_batches(data))
+    with warnings.catch_warnings():
+        # before the end the point estimate is not expected to have converged
+        warnings.simplefilter("ignore", UserWarning)
+        for epoch in range(epochs):
+            for batch in iter_batches(data):
+                optimizer.zero_grad()
+                trace = guide.packed.trace(guide.loc, batch)
+                loss = -guide.packed.log_likelihood(trace)
+                loss = loss - guide.packed.log_prior(guide.loc, trace) / batches
+                loss.backward(inputs=[guide.loc])
+                optimizer.step()
+            if epoch >= burn_in and (epoch - burn_in + 1) % update_every == 0:
+                guide.laplace_approximation(data)
+                history.append(float(guide.log_evidence()))
+                for _ in range(hyper_steps if hyper else 0):
+                    assert hyper is not None
+                    hyper.zero_grad()
+                    (-differentiable_evidence(guide, data)).backward(inputs=chosen)
+                    hyper.step()
+        guide.laplace_approximation(data)
+    history.append(float(guide.log_evidence()))
+    return HyperparameterReport({}, history)

@@ -26,7 +26,9 @@ def posterior_parts(posterior: PrecisionNormal) -> list[tuple[Tensor, PrecisionN
     return [(torch.arange(posterior.loc.shape[0], device=posterior.loc.device), posterior)]
 
 
-def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Tensor) -> Tensor:
+def output_covariance(
+    posterior: Any, jacobian: ExampleJacobian, cotangents: Tensor, *, mean_inputs: bool = False
+) -> Tensor:
     r"""
     Covariances of linear combinations of each example's outputs.
 
@@ -34,6 +36,8 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
         ``quadratic_form``.
     :param jacobian: of the outputs.
     :param cotangents: the combinations, shape ``(K, B, M)``.
+    :param mean_inputs: replace squared inputs of Kronecker-factored maps by their means over the data, which gives
+        the derivative of the log determinant in the Fisher information instead of the covariance.
     :return: shape ``(B, K, K)``.
     """
     K, B, _ = cotangents.shape
@@ -75,6 +79,10 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
             if isinstance(part, KroneckerNormal) and torch.equal(parts[first][0], block.index.reshape(-1)):
                 g = torch.stack([block.gradients(gs) for gs in passes])
                 variances = part.eigenvalues.reciprocal()
+                if mean_inputs and part.input_eigenvalues is not None:
+                    g = g @ part.rotations[0]
+                    total += torch.einsum("kbto,o,jbto->bkj", g, variances @ part.input_eigenvalues, g)
+                    continue
                 total += kronecker_covariance(g, block.inputs(), part.rotations, variances)
                 continue
         scatter(block.index.reshape(-1), torch.stack([block.rows(gs) for gs in passes]))
@@ -93,7 +101,12 @@ def _at(part: DiagonalNormal, positions: Tensor, block: LinearBlock) -> Tensor:
 
 
 def element_covariance(
-    posterior: Any, jacobian: ExampleJacobian, elements: int, *, limit: int = 64
+    posterior: Any,
+    jacobian: ExampleJacobian,
+    elements: int,
+    *,
+    limit: int = 64,
+    mean_inputs: bool = False,
 ) -> Tensor:
     """
     Covariances of the parameters of each element of a site, elements of one example apart.
@@ -102,13 +115,18 @@ def element_covariance(
     :param jacobian: of the outputs, ``elements`` times C per example.
     :param elements: how many elements an example has.
     :param limit: outputs per example up to which all of their covariances are formed at once.
+    :param mean_inputs: see :func:`output_covariance`.
     :return: shape ``(B, elements, C, C)``.
     """
     B, M = jacobian.B, jacobian.M
     C = M // elements
     basis = jacobian.basis()
     if limit >= M:
-        joint = output_covariance(posterior, jacobian, basis).reshape(B, elements, C, elements, C)
+        joint = output_covariance(posterior, jacobian, basis, mean_inputs=mean_inputs)
+        joint = joint.reshape(B, elements, C, elements, C)
         return joint.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    parts = [output_covariance(posterior, jacobian, basis[r * C : (r + 1) * C]) for r in range(elements)]
+    parts = [
+        output_covariance(posterior, jacobian, basis[r * C : (r + 1) * C], mean_inputs=mean_inputs)
+        for r in range(elements)
+    ]
     return torch.stack(parts, 1)

@@ -72,6 +72,12 @@ class SiteOutputs:
             block = self.rule.block(self.base, self.names)
             return block * self.weight[..., None, None]
 
+    def differentiable_information(self) -> Tensor:
+        """
+        :return: the same as :attr:`information`, with the graph to the parameters of the model.
+        """
+        return self.rule.block(self.base, self.names) * self.weight[..., None, None]
+
     @property
     def root(self) -> Tensor:
         """A factor R of the weighted information, ``R @ R.mT``, shape ``shape + (C, K)``, detached."""
@@ -114,6 +120,30 @@ def unwrap(d: td.Distribution) -> tuple[td.Distribution, Tensor | bool, int]:
     return d, mask, event_dim
 
 
+def depends_on(value: Tensor, latent: Tensor) -> bool:
+    """
+    Tells whether a tensor was computed from another, by its autograd graph; parameters of the model that require
+    gradients do not count.
+
+    :param value: any tensor.
+    :param latent: a tensor that requires a gradient.
+    :return: whether there is a path.
+    """
+    if value is latent:
+        return True
+    todo = [value.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node is latent.grad_fn or getattr(node, "variable", None) is latent:
+            return True
+        todo += [following for following, _ in node.next_functions]
+    return False
+
+
 class PackedModel:
     """
     A view of a Pyro model as a function of its packed, unconstrained latent vector.
@@ -141,7 +171,9 @@ class PackedModel:
         args, kwargs = batch
         values = {**self.space.unpack(latent), **(frozen or {})}
         with pyro.validation_enabled(False), SubstituteMessenger(values):
-            return poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        trace.latent = latent
+        return trace
 
     def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
         """
@@ -230,7 +262,7 @@ class PackedModel:
         :param trace: a trace that :meth:`trace` made.
         :return: one :class:`SiteOutputs` per observed site.
         """
-        return [self._site_outputs(name, trace.nodes[name]) for name in self.observed]
+        return [self._site_outputs(name, trace.nodes[name], trace.latent) for name in self.observed]
 
     def check_factors(self, trace: Trace) -> None:
         """
@@ -243,13 +275,13 @@ class PackedModel:
                     f"site {name!r} is a pyro.factor, which has no Fisher information: use curvature='hessian'."
                 )
 
-    def _site_outputs(self, name: str, site: Site) -> SiteOutputs:
+    def _site_outputs(self, name: str, site: Site, latent: Tensor) -> SiteOutputs:
         base, mask, event_dim = unwrap(site["fn"])
         try:
             rule = fisher_rule(base)
         except KeyError as error:
             raise KeyError(f"observed site {name!r}: {error.args[0]}") from None
-        parameters = {k: v for k, v in rule.parameters(base).items() if v.requires_grad}
+        parameters = {k: v for k, v in rule.parameters(base).items() if depends_on(v, latent)}
         shape = base.batch_shape
         outputs = [v.expand(shape + v.shape[-1:]) for v in parameters.values()]
         like = next(iter(rule.parameters(base).values()))

@@ -3,7 +3,7 @@
 """Laplace approximations of any Pyro model."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import pyro.distributions as dist
@@ -23,7 +23,15 @@ from pyro_bnn.infer.curvature import (
     prior_curvature,
 )
 from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.evidence import prior_change, tau_of
+from pyro_bnn.infer.evidence import (
+    HyperparameterReport,
+    differentiable_evidence,
+    optimize_evidence,
+    optimize_grid,
+    optimize_validation,
+    prior_change,
+    tau_of,
+)
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.low_rank import LowRankSum
 from pyro_bnn.infer.memory import require_memory
@@ -405,7 +413,7 @@ class AutoLaplace(LinearizedGuide):
 
     # ------------------------------------------------------------------ evidence
 
-    def log_evidence(self, tau: Tensor | None = None) -> Tensor:
+    def log_evidence(self, tau: Tensor | None = None, *, data: Any = None) -> Tensor:
         r"""
         The Laplace approximation of the log marginal likelihood,
         :math:`\log p(D) \approx -L(\hat u) + \tfrac p2 \log 2\pi - \tfrac12 \log\det P`.
@@ -416,19 +424,57 @@ class AutoLaplace(LinearizedGuide):
         :param tau: multipliers of the prior precision, a scalar or shape ``(p,)``, in which the result is
             differentiable; by default those in use. They are exact for Gaussian priors; other priors are replaced by
             the Gaussian with the same gradient and curvature at the point estimate.
+        :param data: with the data of the approximation, the result is differentiable in the model's parameters, see
+            :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
         :return: a scalar, in nats.
         :raises RuntimeError: before ``laplace_approximation(data)``.
         """
         self.posterior  # noqa: B018  raises before laplace_approximation
+        if data is not None:
+            return differentiable_evidence(self, data)
         tau = self.tau if tau is None else tau
         assert self.log_joint is not None
         assert self.prior_gradient is not None
-        parts = self.part_store.get()
         total = self.log_joint
-        for part in parts:
+        for part in self.part_store.get():
             scale = None if tau is None else tau_of(part, tau)
             log_det = part.posterior(self.loc.detach(), scale).log_det_precision
             total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
             if scale is not None:
                 total = total + prior_change(part, self.prior_gradient[part.index], scale)
         return total
+
+    def optimize_hyperparameters(
+        self,
+        data: Any = None,
+        *,
+        method: Literal["evidence", "validation", "grid"] = "evidence",
+        per_site: bool = False,
+        candidates: Sequence[float] | None = None,
+        num_samples: int = 100,
+    ) -> HyperparameterReport:
+        """
+        Tunes multipliers of the prior precision after the fit, the point estimate held fixed.
+
+        :param data: for ``"validation"``, held-out data with observations.
+        :param str method: ``"evidence"`` (Newton's method), ``"grid"`` (the best evidence among ``candidates``) or
+            ``"validation"`` (the best log predictive density of held-out data among ``candidates``).
+        :param bool per_site: one multiplier per site instead of one for all; ``"evidence"`` only.
+        :param candidates: multipliers; 21 values from 1e-4 to 1e4 by default.
+        :param int num_samples: draws where the predictive has no closed form.
+        :return: the multipliers, which are in use from now on, and the objective of each evaluation.
+        :raises ValueError: for an unknown method or missing data.
+        """
+        check_option("method", method, Literal["evidence", "validation", "grid"])
+        self.posterior  # noqa: B018  raises before laplace_approximation
+        grid = [10.0 ** (0.4 * i - 4) for i in range(21)] if candidates is None else list(candidates)
+        if per_site and method != "evidence":
+            raise ValueError("per_site=True needs method='evidence'")
+        if method == "validation":
+            if data is None:
+                raise ValueError("method='validation' needs held-out data, e.g. data=(x_val, y_val)")
+            check_data(data)
+            return optimize_validation(self, data, grid, num_samples=num_samples)
+        if method == "grid":
+            return optimize_grid(self, grid)
+        return optimize_evidence(self, per_site=per_site)

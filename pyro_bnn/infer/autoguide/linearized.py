@@ -70,14 +70,18 @@ class LinearizedOutputs:
         """Marginal variances of the parameters, shape ``shape + (C,)``."""
         return self.covariance.diagonal(dim1=-2, dim2=-1)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = (), *, generator: torch.Generator | None = None) -> Tensor:
         """
         :param sample_shape: leading shape of the draws.
+        :param generator: source of random numbers; torch's default if ``None``.
         :return: parameters drawn independently for each element, shape ``sample_shape + shape + (C,)``.
         """
         root = matrix_square_root(self.covariance)
         noise = torch.randn(
-            tuple(sample_shape) + self.mean.shape, dtype=self.mean.dtype, device=self.mean.device
+            tuple(sample_shape) + self.mean.shape,
+            dtype=self.mean.dtype,
+            device=self.mean.device,
+            generator=generator,
         )
         return self.mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
 
