@@ -144,6 +144,7 @@ class FullNormal(PrecisionNormal):
         super().__init__(loc)
         self.precision = precision
         self.cholesky = torch.linalg.cholesky(precision)
+        self._covariance: Tensor | None = None
 
     def half_solve(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.half_solve`; here R = L⁻ᵀ."""
@@ -173,8 +174,10 @@ class FullNormal(PrecisionNormal):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """The covariance, shape ``(p, p)``."""
-        return torch.cholesky_inverse(self.cholesky)
+        """The covariance, shape ``(p, p)``; kept after the first call."""
+        if self._covariance is None:
+            self._covariance = torch.cholesky_inverse(self.cholesky)
+        return self._covariance
 
 
 class DiagonalNormal(PrecisionNormal):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.distributions.precision_normal import DiagonalNormal, PrecisionNormal
+from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal, PrecisionNormal
 from pyro_bnn.distributions.structured_normal import BlockNormal, KroneckerNormal
-from pyro_bnn.ops.examples import ExampleJacobian, LinearBlock
+from pyro_bnn.ops.examples import Block, DenseBlock, ExampleJacobian, LinearBlock
 from pyro_bnn.ops.kronecker import independent_covariance, kronecker_covariance
 
 
@@ -63,7 +63,10 @@ def output_covariance(
             keep = place[index] >= 0
             rows[i][..., place[index][keep]] += values[..., keep]
 
+    done: set[int] = set()
     for block in jacobian.blocks:
+        if id(block) in done:
+            continue
         first = int(owner[block.index.reshape(-1)[0]])
         part = parts[first][1] if first >= 0 else None
         if isinstance(block, LinearBlock) and bool((owner[block.index] == first).all()):
@@ -85,7 +88,25 @@ def output_covariance(
                     continue
                 total += kronecker_covariance(g, block.inputs(), part.rotations, variances)
                 continue
-        scatter(block.index.reshape(-1), torch.stack([block.rows(gs) for gs in passes]))
+        part_is_plain = isinstance(part, FullNormal) and bool((owner[block.index] == first).all())
+        offset = jacobian.offsets.get(id(block))
+        if isinstance(block, LinearBlock) and part_is_plain and K > 2 and block.uses[0].rows_per_example:
+            mine = [b for b in jacobian.blocks if bool((owner[b.index] == first).any())]
+            whole = not bool((owner[jacobian.generic] == first).any()) and (
+                offset is None or bool((owner[offset.index] == first).all())
+            )
+            if whole and len(mine) == 1 + (offset is not None):
+                g = torch.stack([block.gradients(gs)[:, 0] for gs in passes])
+                total += _dense_map(part, parts[first][0], block, offset, g)
+                done.add(id(offset))
+                continue
+        rows_here = torch.stack([block.rows(gs) for gs in passes])
+        if isinstance(part, DiagonalNormal) and bool((owner[block.index] == first).all()):
+            variances = _at(part, parts[first][0], block)
+            scaled = (rows_here * variances.reshape(-1)).movedim(0, 1)
+            total += scaled @ rows_here.movedim(0, 1).mT
+            continue
+        scatter(block.index.reshape(-1), rows_here)
     if len(jacobian.generic):
         scatter(jacobian.generic, torch.einsum("qbm,kbm->kbq", jacobian.columns, cotangents))
     for i, values in rows.items():
@@ -93,11 +114,47 @@ def output_covariance(
     return total
 
 
-def _at(part: DiagonalNormal, positions: Tensor, block: LinearBlock) -> Tensor:
-    """Variances of a block's entries within a larger diagonal part."""
+def _places(positions: Tensor, index: Tensor) -> Tensor:
+    """Where the entries of ``index`` are in ``positions``, which holds all of them."""
     order = positions.argsort()
-    place = order[torch.searchsorted(positions[order], block.index.reshape(-1))]
-    return part.variance[place].reshape(block.index.shape)
+    return order[torch.searchsorted(positions[order], index.reshape(-1))].reshape(index.shape)
+
+
+def _at(part: DiagonalNormal, positions: Tensor, block: Block) -> Tensor:
+    """Variances of a block's entries within a larger diagonal part."""
+    return part.variance[_places(positions, block.index)]
+
+
+def _dense_map(
+    part: Any, positions: Tensor, block: LinearBlock, offset: DenseBlock | None, g: Tensor
+) -> Tensor:
+    r"""
+    The covariance of one linear map with one row per example under a dense posterior,
+    :math:`\sum_{op} g_{co} g_{kp}\, x^\top \Sigma_{op} x`.
+
+    :param part: the Gaussian.
+    :param positions: of its entries.
+    :param block: the map.
+    :param offset: its offset.
+    :param g: gradients in its outputs, shape ``(K, B, out)``.
+    :return: shape ``(B, K, K)``.
+    """
+    x, index = block.inputs()[:, 0], block.index
+    if offset is not None:
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        index = torch.cat([index, offset.index.unsqueeze(-1)], 1)
+    places = _places(positions, index)
+    covariance = part.covariance_matrix
+    out = index.shape[0]
+    inner = x.new_empty(x.shape[0], out, out)
+    for o in range(out):
+        # symmetric in the pair of outputs
+        block_ = covariance[places[o]][:, places[o:].reshape(-1)]
+        images = (x @ block_).unflatten(-1, (out - o, -1))
+        inner[:, o, o:] = (images @ x.unsqueeze(-1)).squeeze(-1)
+        inner[:, o:, o] = inner[:, o, o:]
+    g = g.movedim(0, 1)
+    return g @ inner @ g.mT
 
 
 def element_covariance(

@@ -16,6 +16,7 @@ factor N/B of subsampled plates, so that batches add up; the rest is the prior.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -158,6 +159,7 @@ class PackedModel:
         self.space = LatentSpace(prototype)
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
+        self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
 
     def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
         """
@@ -172,7 +174,7 @@ class PackedModel:
         values = {**self.space.unpack(latent), **(frozen or {})}
         with pyro.validation_enabled(False), SubstituteMessenger(values):
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        trace.latent = latent
+        self._latent_of[trace] = latent
         return trace
 
     def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
@@ -262,7 +264,7 @@ class PackedModel:
         :param trace: a trace that :meth:`trace` made.
         :return: one :class:`SiteOutputs` per observed site.
         """
-        return [self._site_outputs(name, trace.nodes[name], trace.latent) for name in self.observed]
+        return [self._site_outputs(name, trace.nodes[name], self._latent_of[trace]) for name in self.observed]
 
     def check_factors(self, trace: Trace) -> None:
         """
@@ -360,4 +362,8 @@ def check_data(data: Any) -> None:
     :raises ValueError: naming the argument.
     """
     for batch in iter_batches(data):
-        check_finite(batch)
+        args, kwargs = batch
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+        # a finite sum proves it in one pass; only otherwise entries are looked at one by one
+        if not all(bool(torch.isfinite(v.detach().sum())) for v in tensors):
+            check_finite(batch)

@@ -284,6 +284,9 @@ class KroneckerSum(CurvatureSum):
         jac = examples.jacobian
         linear = [block for block in jac.blocks if isinstance(block, LinearBlock)]
         dense = [block for block in jac.blocks if isinstance(block, DenseBlock)]
+        # an offset that is added to the outputs of a map has its output factor for curvature
+        with_offset = {key: block for key, block in jac.offsets.items() if len(block.index) <= DENSE_LIMIT}
+        dense = [block for block in dense if all(block is not other for other in with_offset.values())]
         active = torch.zeros(jac.B, dtype=torch.bool, device=self.latent.device)
         for chunk in cotangents:
             active |= (chunk != 0).any(-1).any(0)
@@ -292,7 +295,10 @@ class KroneckerSum(CurvatureSum):
                 gradients = jac.gradients(cotangent)
                 for block in linear:
                     entry = self._linear_entry(block)
-                    entry["outputs"] += kronecker_outputs(block.gradients(gradients), self.sharing)
+                    G = kronecker_outputs(block.gradients(gradients), self.sharing)
+                    entry["outputs"] += G
+                    if id(block) in with_offset:
+                        self._add_matrix(with_offset[id(block)].index, G)
                 for other in dense:
                     rows[id(other)].append(other.rows(gradients))
             for other in dense:
@@ -325,17 +331,27 @@ class KroneckerSum(CurvatureSum):
             }
         return self._linear[key]
 
-    def _add_rows(self, index: Tensor, rows: Tensor) -> None:
+    def _add_matrix(self, index: Tensor, matrix: Tensor) -> None:
         keep = self.place[index] >= 0
-        index, rows = index[keep], rows[..., keep].reshape(-1, int(keep.sum()))
-        key = (len(index), int(index[0]), int(index[-1])) if len(index) else None
-        if key is None:
-            return
+        if not bool(keep.all()):
+            index, matrix = index[keep], matrix[keep][:, keep]
+        if len(index):
+            self._other_entry(index)["curvature"] += matrix
+
+    def _other_entry(self, index: Tensor) -> dict[str, Tensor]:
+        key = (len(index), int(index[0]), int(index[-1]))
         if key not in self._other:
             q = len(index)
             shape = (q, q) if q <= DENSE_LIMIT else (q,)
             self._other[key] = {"index": index, "curvature": self.latent.new_zeros(shape)}
-        total = self._other[key]["curvature"]
+        return self._other[key]
+
+    def _add_rows(self, index: Tensor, rows: Tensor) -> None:
+        keep = self.place[index] >= 0
+        index, rows = index[keep], rows[..., keep].reshape(-1, int(keep.sum()))
+        if not len(index):
+            return
+        total = self._other_entry(index)["curvature"]
         if total.dim() == 2:
             total.addmm_(rows.mT, rows)
         else:

@@ -189,7 +189,12 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Watches one call; the result is always that of the call itself."""
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
+        flat: list[Any] = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, (tuple, list)):
+                flat.extend(value)
+            else:
+                flat.append(value)
         indices = [index for index in map(self._index, flat) if index is not None]
         if not indices:
             return func(*args, **kwargs)

@@ -141,6 +141,12 @@ class ExampleJacobian:
         generic = capture.generic if capture.active is None else capture.generic & capture.active
         self.generic = generic.nonzero().squeeze(-1)
         self._columns: Tensor | None = None
+        if len(self.layouts.slots) == len(capture.outputs):
+            kept = sorted(set(self.layouts.slots))
+            for use in capture.uses:
+                use.slot = kept.index(self.layouts.slots[use.slot])
+            capture.outputs = [capture.outputs[slot] for slot in kept]
+        self.offsets = self._find_offsets()
 
     # ------------------------------------------------------------------ set-up
 
@@ -171,11 +177,11 @@ class ExampleJacobian:
             found = self._try_dim(dim)
             lost = sum(use.index.numel() for use, layout in zip(uses, found, strict=True) if layout is None)
             if best is None or lost < best.lost:
-                best = Layouts(dim, found, lost)
+                best = Layouts(dim, found, lost, self._slots)
             if lost == 0:
                 break
         if best is None or best.lost > self._outputs.numel():
-            best = Layouts(-1, self._try_dim(-1), 0)
+            best = Layouts(-1, self._try_dim(-1), 0, self._slots)
         self._set_dim(best.dim)
         for use, layout in zip(uses, best.found, strict=True):
             use.layout = layout
@@ -184,6 +190,7 @@ class ExampleJacobian:
 
     def _try_dim(self, dim: int) -> "list[Layout | None]":
         self._set_dim(dim)
+        self._slots: list[int] = []
         uses = self._capture.uses
         if not uses:
             return []
@@ -194,6 +201,14 @@ class ExampleJacobian:
         mix = torch.randn(self.M, generator=generator).to(self.flat)
         plain = self.gradients(mix.expand(self.B, self.M))
         weighted = self.gradients(weights.unsqueeze(-1) * mix)
+        # outputs with the same gradients, such as a linear map's before and after its offset, count as one
+        self._slots = list(range(len(plain)))
+        for j, b in enumerate(plain):
+            for i, a in enumerate(plain[:j]):
+                if self._slots[i] == i and a.shape == b.shape and torch.equal(a, b):
+                    if torch.equal(weighted[i], weighted[j]):
+                        self._slots[j] = i
+                    break
         return [find_layout(use, plain[use.slot], weighted[use.slot], weights) for use in uses]
 
     def _drop_unplaced(self) -> None:
@@ -238,6 +253,32 @@ class ExampleJacobian:
         if shared:
             blocks.append(DenseBlock(shared, self.B))
         return blocks
+
+    def _find_offsets(self) -> dict[int, DenseBlock]:
+        """For linear blocks with one row per example, the block of the offset that is added to the same output."""
+        plain: dict[int, DenseBlock] = {}
+        for block in self.blocks:
+            if isinstance(block, DenseBlock) and len(block.uses) == 1:
+                (use,) = block.uses
+                if (
+                    isinstance(use, ElementwiseUse)
+                    and use.x is None
+                    and use.sign == 1
+                    and use.index.dim() == 1
+                ):
+                    plain[use.slot] = block
+        found = {}
+        for block in self.blocks:
+            if isinstance(block, LinearBlock) and len(block.uses) == 1:
+                use_ = block.uses[0]
+                offset = plain.get(use_.slot)
+                if (
+                    offset is not None
+                    and use_.rows_per_example == 1
+                    and len(offset.index) == len(block.index)
+                ):
+                    found[id(block)] = offset
+        return found
 
     # ------------------------------------------------------------------ products
 
@@ -349,8 +390,9 @@ class ExampleJacobian:
 class Layouts:
     """What :class:`ExampleJacobian` found out about a function, for further batches of it."""
 
-    def __init__(self, dim: int, found: "list[Layout | None]", lost: int) -> None:
+    def __init__(self, dim: int, found: "list[Layout | None]", lost: int, slots: list[int]) -> None:
         self.dim = dim
+        self.slots = slots
         self.found = found
         self.lost = lost
 

@@ -23,6 +23,26 @@ def _chunks(B: int, floats: int, limit: int = 2**25) -> list[slice]:
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
 
+def gram(rows: Tensor, *, block: int = 256) -> Tensor:
+    r"""
+    :math:`R^\top R`, computed for one triangle of blocks where that saves work.
+
+    :param rows: shape ``(n, d)``.
+    :param block: size of a block.
+    :return: shape ``(d, d)``.
+    """
+    d = rows.shape[1]
+    if d < 2 * block:
+        return rows.mT @ rows
+    result = rows.new_empty(d, d)
+    for start in range(0, d, block):
+        part = slice(start, min(start + block, d))
+        strip = rows[:, part].mT @ rows[:, start:]
+        result[part, start:] = strip
+        result[start:, part] = strip.mT
+    return result
+
+
 def squared_rows(g: Tensor, x: Tensor) -> Tensor:
     r"""
     The diagonal of the curvature of a linear map: :math:`\sum_{kn} (\sum_t g_{knt} x_{nt}^\top)^2`.
@@ -50,7 +70,7 @@ def kronecker_inputs(x: Tensor, sharing: Sharing) -> tuple[Tensor, int]:
     :return: :math:`\sum x x^\top`, shape ``(in, in)``, and the number of terms that A is to be divided by.
     """
     rows = x.mean(1) if sharing == "reduce" else x.reshape(-1, x.shape[-1])
-    return rows.mT @ rows, rows.shape[0]
+    return gram(rows), rows.shape[0]
 
 
 def kronecker_outputs(g: Tensor, sharing: Sharing) -> Tensor:
@@ -62,7 +82,7 @@ def kronecker_outputs(g: Tensor, sharing: Sharing) -> Tensor:
     :return: :math:`\sum g g^\top`, shape ``(out, out)``.
     """
     rows = g.sum(1) if sharing == "reduce" else g.reshape(-1, g.shape[-1])
-    return rows.mT @ rows
+    return gram(rows)
 
 
 def rank_one(matrix: Tensor) -> tuple[Tensor, Tensor] | None:

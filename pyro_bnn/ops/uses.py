@@ -82,6 +82,11 @@ class LinearUse(Use):
         rows = self.rows(g)
         return rows, rows.dim() - 1
 
+    @property
+    def rows_per_example(self) -> int:
+        """1 where the inputs are known to be one row per example of the output itself, else 0."""
+        return int(isinstance(self.x, Tensor) and self.x.dim() == 2)
+
     def inputs(self, B: int) -> Tensor:
         """
         :param B: the number of examples.

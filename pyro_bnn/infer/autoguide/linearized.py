@@ -137,6 +137,8 @@ class LinearizedGuide(AutoContinuous):
         budget: int = DEFAULT_BUDGET,
     ) -> None:
         super().__init__(model, init_loc_fn=init_loc_fn)
+        # self.model initialises every site anew in each run; not registered as a submodule
+        self.__dict__["_plain_model"] = model
         self.chunk_size = chunk_size
         self.budget = budget
         self.map_report: MAPReport | None = None
@@ -165,7 +167,7 @@ class LinearizedGuide(AutoContinuous):
         values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
         with poutine.block(), SubstituteMessenger(values):
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        self._packed = PackedModel(self.model, trace)
+        self._packed = PackedModel(self.__dict__["_plain_model"], trace)
         self._packed.log_likelihood(trace)  # raises for observations of a wrong shape
         if not self._packed.observed:
             raise ValueError(

@@ -1,0 +1,354 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Every structure, curvature, likelihood and layer of a table against dense autograd in float64."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn as nn
+from torch.func import functional_call
+
+from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.ops.fisher import fisher_rule
+from tests.common import assert_close
+
+COVARIANCE = torch.tensor([[0.5, 0.1], [0.1, 0.3]], dtype=torch.float64)
+
+#: name -> (number of network outputs, distribution of the observation given them, observations of N points)
+LIKELIHOODS = {
+    "normal": (1, lambda f: dist.Normal(f[..., 0], 0.3), lambda n: torch.randn(n)),
+    "heteroscedastic": (2, lambda f: dist.Normal(f[..., 0], (0.3 * f[..., 1]).exp()), lambda n: torch.randn(n)),
+    "vector": (2, lambda f: dist.Normal(f, torch.tensor([0.3, 0.7])).to_event(1), lambda n: torch.randn(n, 2)),
+    "multivariate": (2, lambda f: dist.MultivariateNormal(f, COVARIANCE), lambda n: torch.randn(n, 2)),
+    "student": (1, lambda f: dist.StudentT(4.0, f[..., 0], 0.5), lambda n: torch.randn(n)),
+    "laplace": (1, lambda f: dist.Laplace(f[..., 0], 0.5), lambda n: torch.randn(n)),
+    "lognormal": (1, lambda f: dist.LogNormal(f[..., 0], 0.5), lambda n: torch.randn(n).exp()),
+    "poisson": (1, lambda f: dist.Poisson(f[..., 0].exp()), lambda n: torch.randint(0, 4, (n,)).double()),
+    "negative_binomial": (1, lambda f: dist.NegativeBinomial(3.0, logits=f[..., 0]), lambda n: torch.randint(0, 4, (n,)).double()),
+    "gamma": (1, lambda f: dist.Gamma(2.0, f[..., 0].exp()), lambda n: torch.rand(n) + 0.1),
+    "beta": (2, lambda f: dist.Beta(f[..., 0].exp(), f[..., 1].exp()), lambda n: 0.1 + 0.8 * torch.rand(n)),
+    "bernoulli": (1, lambda f: dist.Bernoulli(logits=f[..., 0]), lambda n: torch.randint(0, 2, (n,)).double()),
+    "binomial": (1, lambda f: dist.Binomial(5, logits=f[..., 0]), lambda n: torch.randint(0, 6, (n,)).double()),
+    "categorical": (3, lambda f: dist.Categorical(logits=f), lambda n: torch.randint(0, 3, (n,))),
+    "ordinal": (1, lambda f: dist.OrderedLogistic(f[..., 0], torch.tensor([-1.0, 0.5])), lambda n: torch.randint(0, 3, (n,))),
+    "masked": (1, lambda f: dist.Normal(f[..., 0], 0.3).mask(torch.arange(len(f)) % 3 > 0), lambda n: torch.randn(n)),
+}  # fmt: skip
+
+NETWORKS = {
+    "mlp": (lambda out: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, out)), (3,)),
+    "conv": (lambda out: nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(8, out)), (2, 4)),
+    "norm": (lambda out: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, out)), (3,)),
+}  # fmt: skip
+
+
+class Case:
+    """A network with prior scales that differ by site, at a random point; no structure is exact by accident."""
+
+    def __init__(self, network, likelihood, n=11):
+        outputs, family, observe = LIKELIHOODS[likelihood]
+        build, shape = NETWORKS[network]
+        self.net = build(outputs)
+        self.x, self.y = torch.randn(n, *shape), observe(n)
+        self.shapes = {name: value.shape for name, value in self.net.named_parameters()}
+        self.scales = {name: 0.5 + 0.25 * i for i, name in enumerate(self.shapes)}
+        self.family = family
+        self.dim = sum(shape.numel() for shape in self.shapes.values())
+        self.point = 0.5 * torch.randn(self.dim)
+        self.prior = torch.cat(
+            [torch.full((s.numel(),), self.scales[k] ** -2) for k, s in self.shapes.items()]
+        )
+        self.places = torch.arange(self.dim).split([s.numel() for s in self.shapes.values()])
+
+    def model(self, x, y=None):
+        values = {
+            k: pyro.sample(k, dist.Normal(torch.zeros(s), self.scales[k]).to_event(len(s)))
+            for k, s in self.shapes.items()
+        }
+        f = functional_call(self.net, values, (x,))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", self.family(f), obs=y)
+
+    def function(self, u, x):
+        """The real-valued parameters of the likelihood that depend on the network, shape (n, C)."""
+        d = self.distribution(u, x)
+        parameters = {k: v for k, v in fisher_rule(d).parameters(d).items() if v.requires_grad}
+        flat = torch.cat([v.expand(d.batch_shape + v.shape[-1:]) for v in parameters.values()], -1)
+        return flat.reshape(len(x), -1)
+
+    def distribution(self, u, x):
+        values = {
+            k: part.reshape(s)
+            for (k, s), part in zip(
+                self.shapes.items(), u.split([s.numel() for s in self.shapes.values()]), strict=True
+            )
+        }
+        d = self.family(functional_call(self.net, values, (x,)))
+        while hasattr(d, "base_dist"):
+            d = d.base_dist
+        return d
+
+    def jacobian(self, x):
+        return torch.autograd.functional.jacobian(lambda u: self.function(u, x), self.point)
+
+    def information(self):
+        """The Fisher information by definition: the expected Hessian, by the rules tested on their own."""
+        u = self.point.clone().requires_grad_(True)
+        d = self.distribution(u, self.x)
+        rule = fisher_rule(d)
+        names = [k for k, v in rule.parameters(d).items() if v.requires_grad]
+        F = rule.block(d, names).detach()
+        n, C = len(self.x), F.shape[-1]
+        F = F.reshape(n, -1, C, C)
+        R = F.shape[1]
+        blocks = torch.stack([torch.block_diag(*f) for f in F])
+        assert blocks.shape == (n, R * C, R * C)
+        mask = getattr(self.family(torch.zeros(n, 2)), "_mask", None)
+        return blocks if mask is None else blocks * mask[:, None, None]
+
+    def dense(self):
+        J, F = self.jacobian(self.x), self.information()
+        return torch.einsum("nci,ncd,ndj->ij", J, F, J)
+
+    def guide(self, **options):
+        guide = AutoLaplace(self.model, **options).initialize(self.x, self.y)
+        guide.loc.data = self.point.clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return guide.laplace_approximation((self.x, self.y))
+
+
+def check(case, guide, precision):
+    """Precision, variances, log determinant, evidence and functional variances of a guide."""
+    posterior = guide.posterior
+    eye = torch.eye(case.dim)
+    assert_close(posterior.multiply(eye), precision, rtol=1e-8, atol=1e-9)
+    covariance = torch.linalg.inv(precision)
+    assert_close(posterior.variance, covariance.diagonal(), rtol=1e-8)
+    assert_close(posterior.log_det_precision, torch.logdet(precision), rtol=1e-8)
+    joint = (
+        pyro.poutine.trace(pyro.condition(case.model, data=guide.packed.space.unpack(case.point)))
+        .get_trace(case.x, case.y)
+        .log_prob_sum()
+    )
+    evidence = joint + 0.5 * (case.dim * torch.log(torch.tensor(2 * torch.pi)) - torch.logdet(precision))
+    assert_close(guide.log_evidence(), evidence, rtol=1e-8)
+    x_new = torch.randn(5, *case.x.shape[1:])
+    J = case.jacobian(x_new)
+    expected = J @ covariance @ J.mT
+    outputs = guide.linearized_outputs(x_new)["obs"]
+    blocks = outputs.covariance.reshape(len(x_new), -1, *outputs.covariance.shape[-2:])
+    C = blocks.shape[-1]
+    for r in range(blocks.shape[1]):
+        part = expected[:, r * C : (r + 1) * C, r * C : (r + 1) * C]
+        assert_close(blocks[:, r], part, rtol=1e-8, atol=1e-11)
+
+
+def project(case, dense, structure):
+    if structure == "full":
+        return dense
+    if structure == "diagonal":
+        return torch.diag(dense.diagonal())
+    kept = torch.zeros_like(dense)
+    for places in case.places:
+        kept[places[:, None], places] = dense[places[:, None], places]
+    return kept
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_exact_structures(network, likelihood):
+    case = Case(network, likelihood)
+    dense = case.dense()
+    for structure in ("full", "block", "diagonal"):
+        check(case, case.guide(structure=structure), project(case, dense, structure) + torch.diag(case.prior))
+    # of full rank, the others are exact too
+    for structure in ("low_rank", "function_space", "nystrom"):
+        check(case, case.guide(structure=structure, rank=case.dim), dense + torch.diag(case.prior))
+
+
+def kronecker_by_definition(case, sharing):
+    """Factors from the per-example inputs and output gradients of each linear layer, by hooks and autograd."""
+    F = case.information()
+    parts = case.point.split([s.numel() for s in case.shapes.values()])
+    values = {k: p.reshape(s) for (k, s), p in zip(case.shapes.items(), parts, strict=True)}
+    dense, total = case.dense(), torch.zeros(case.dim, case.dim)
+    places = dict(zip(case.shapes, case.places, strict=True))
+    for name, module in case.net.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv1d)):
+            continue
+        seen = {}
+
+        def hook(module, inputs, output, seen=seen):
+            seen["x"] = inputs[0].detach()
+            seen["shape"] = output.shape
+            return output + seen["shift"].reshape(output.shape) if "shift" in seen else output
+
+        handle = module.register_forward_hook(hook)
+        functional_call(case.net, values, (case.x,))
+        size = seen["shape"].numel()
+
+        def shifted(shift, seen=seen):
+            seen["shift"] = shift
+            f = functional_call(case.net, values, (case.x,))
+            d = case.family(f)
+            while hasattr(d, "base_dist"):
+                d = d.base_dist
+            flat = torch.cat(
+                [
+                    v.expand(d.batch_shape + v.shape[-1:])
+                    for v in fisher_rule(d).parameters(d).values()
+                    if v.requires_grad
+                ],
+                -1,
+            )
+            return flat.reshape(len(case.x), -1)
+
+        J = torch.autograd.functional.jacobian(shifted, torch.zeros(size)).reshape(
+            len(case.x), -1, *seen["shape"]
+        )
+        handle.remove()
+        g = torch.stack([J[n, :, n] for n in range(len(case.x))])  # (n, C, out[, T])
+        x = seen["x"]
+        if isinstance(module, nn.Conv1d):
+            padded = nn.functional.pad(x, (1, 1))
+            x = padded.unfold(2, 3, 1).permute(0, 2, 1, 3).flatten(2)  # (n, T, in * k)
+            g = g.permute(0, 1, 3, 2)
+        else:
+            x, g = x.unsqueeze(1), g.unsqueeze(2)
+        live = F.abs().sum((1, 2)) > 0
+        x = x[live]
+        if sharing == "expand":
+            A = torch.einsum("nti,ntj->ij", x, x) / (x.shape[0] * x.shape[1])
+            G = torch.einsum("ncto,ncd,ndtp->op", g, F, g)
+        else:
+            A = torch.einsum("ni,nj->ij", x.mean(1), x.mean(1)) / x.shape[0]
+            G = torch.einsum("nco,ncd,ndp->op", g.sum(2), F, g.sum(2))
+        at = places[name + ".weight"]
+        total[at[:, None], at] = torch.kron(G.contiguous(), A.contiguous())
+    for at in places.values():
+        if not bool(total[at[:, None], at].any()):
+            total[at[:, None], at] = dense[at[:, None], at]
+    return total
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "likelihood", ["normal", "heteroscedastic", "vector", "poisson", "categorical", "masked"]
+)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_kronecker_equals_its_definition(network, likelihood, sharing):
+    case = Case(network, likelihood)
+    expected = kronecker_by_definition(case, sharing) + torch.diag(case.prior)
+    check(case, case.guide(structure="kronecker", sharing=sharing), expected)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("likelihood", ["heteroscedastic", "categorical", "vector"])
+def test_empirical_fisher_equals_per_example_gradients(network, likelihood):
+    case = Case(network, likelihood)
+
+    def pointwise(u):
+        values = {
+            k: p.reshape(s)
+            for (k, s), p in zip(
+                case.shapes.items(), u.split([s.numel() for s in case.shapes.values()]), strict=True
+            )
+        }
+        return case.family(functional_call(case.net, values, (case.x,))).log_prob(case.y)
+
+    gradients = torch.autograd.functional.jacobian(pointwise, case.point)
+    dense = gradients.mT @ gradients
+    for structure in ("full", "block", "diagonal"):
+        guide = case.guide(structure=structure, curvature="empirical_fisher")
+        check(case, guide, project(case, dense, structure) + torch.diag(case.prior))
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "heteroscedastic"])
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kronecker"])
+def test_monte_carlo_fisher_in_distribution(structure, likelihood):
+    case = Case("mlp", likelihood, n=6)
+    exact = case.guide(structure=structure).posterior.multiply(torch.eye(case.dim))
+    one = [
+        case.guide(structure=structure, curvature="mc_fisher", num_samples=200).posterior.multiply(
+            torch.eye(case.dim)
+        )
+        for _ in range(25)
+    ]
+    draws = torch.stack(one)
+    error = draws.std(0) / 25**0.5
+    assert ((draws.mean(0) - exact).abs() <= 5.5 * error + 1e-9).all()
+    spread = draws.diagonal(dim1=1, dim2=2).std(0)
+    assert (spread > 0).any()
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "diagonal", "low_rank"])
+def test_exact_hessian_of_the_likelihood(structure):
+    case = Case("mlp", "poisson")
+
+    def negative(u):
+        values = {
+            k: p.reshape(s)
+            for (k, s), p in zip(
+                case.shapes.items(), u.split([s.numel() for s in case.shapes.values()]), strict=True
+            )
+        }
+        return -case.family(functional_call(case.net, values, (case.x,))).log_prob(case.y).sum()
+
+    case.prior = case.prior * 0 + 0.2**-2  # wide enough apart from zero that P is positive definite
+    case.scales = dict.fromkeys(case.scales, 0.2)
+    case.point = 0.1 * case.point
+    dense = torch.autograd.functional.hessian(negative, case.point)
+    if structure == "low_rank":  # reduces to the eigenvalues of largest size
+        guide = case.guide(structure=structure, curvature="hessian", rank=case.dim)
+        check(case, guide, dense + torch.diag(case.prior))
+        return
+    check(
+        case,
+        case.guide(structure=structure, curvature="hessian"),
+        project(case, dense, structure) + torch.diag(case.prior),
+    )
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "function_space"])
+def test_last_layer(structure):
+    case = Case("mlp", "categorical")
+    guide = AutoLaplace.last_layer(case.model, structure=structure).initialize(case.x, case.y)
+    guide.loc.data = case.point.clone()
+    guide.laplace_approximation((case.x, case.y), map_tolerance=float("inf"))
+    at = torch.arange(case.dim)[16:]
+    dense = case.dense()[at[:, None], at]
+    if structure == "diagonal":
+        dense = torch.diag(dense.diagonal())
+    if structure == "kronecker":
+        dense = kronecker_by_definition(case, "expand")[at[:, None], at]
+    covariance = torch.linalg.inv(dense + torch.diag(case.prior[at]))
+    assert_close(guide.posterior.variance[at], covariance.diagonal(), rtol=1e-8)
+    assert_close(guide.posterior.variance[:16], torch.zeros(16), rtol=0)
+    assert guide.posterior.rank == len(at)
+    x_new = torch.randn(4, 3)
+    J = case.jacobian(x_new)[..., at]
+    assert_close(
+        guide.linearized_outputs(x_new)["obs"].covariance, J @ covariance @ J.mT, rtol=1e-8, atol=1e-12
+    )
+
+
+def test_subnetworks():
+    case = Case("mlp", "normal")
+    variance = 1 / (case.dense().diagonal() + case.prior)
+    guide = case.guide(subnetwork="largest_variance", subnetwork_size=7)
+    chosen = variance.topk(7).indices.sort().values
+    assert_close(guide.active.nonzero().squeeze(-1), chosen, rtol=0)
+    expected = torch.linalg.inv((case.dense() + torch.diag(case.prior))[chosen[:, None], chosen])
+    assert_close(guide.posterior.variance[chosen], expected.diagonal(), rtol=1e-8)
+    assert case.guide(subnetwork="random", subnetwork_size=5).posterior.rank == 5
+    mask = torch.zeros(case.dim, dtype=torch.bool)
+    mask[[0, 3, 17]] = True
+    by_mask = case.guide(sites=mask)
+    assert by_mask.posterior.rank == 3
+    by_site = case.guide(sites=["2.*"], structure="block")
+    assert by_site.posterior.rank == 5
+    with pytest.raises(ValueError, match=r"sites names '3\.\*', which matches none"):
+        case.guide(sites=["3.*"])
