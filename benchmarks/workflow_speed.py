@@ -227,11 +227,15 @@ def prediction(name: str, rounds: int, draws: int) -> list[dict[str, Any]]:
     stock_guide = AutoNormal(stock)
     with local_parameters():
         stock_guide(x, y)
+    given = {name: posterior_draws(guide, draws) for name, guide in guides.items()}
     run = lambda model, guide: lambda: posterior_predictive(model, guide, (x,), num_samples=draws)  # noqa: E731
     variants = {
         "posterior_predictive, packed": run(packed, guides["packed"]),
         "posterior_predictive, site per tensor": run(separate, guides["separate"]),
         "posterior_predictive, rank-1": run(rank1, guides["rank1"]),
+        "the same with given draws, packed": run(packed, given["packed"]),
+        "the same with given draws, site per tensor": run(separate, given["separate"]),
+        "the same with given draws, rank-1": run(rank1, given["rank1"]),
         "posterior_predictive, textbook Pyro network": run(stock, stock_guide),
         "stock Predictive, textbook Pyro network": lambda: Predictive(
             stock, guide=stock_guide, num_samples=draws

@@ -18,7 +18,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "pyro_bnn"
-exclude_patterns = ["gallery/**/*.ipynb"]
+exclude_patterns = ["gallery/**/*.ipynb", "tables"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

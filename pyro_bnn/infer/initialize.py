@@ -142,6 +142,25 @@ def check_observations(trace: Trace, batch: Batch) -> None:
                 "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
                 "would compare every point with every other."
             )
+        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+        batch_shape = tuple(site["fn"].batch_shape)
+        loose = [d for d in range(-len(batch_shape), 0) if batch_shape[d] != 1 and d not in plates]
+        if loose:
+            inside = [
+                n
+                for n in latent_names(trace)
+                if {f.name for f in sample_sites(trace)[n]["cond_indep_stack"]} & set(plates.values())
+            ]
+            hint = (
+                f" The latent sites {inside[:5]} are inside that plate; call the network before it."
+                if inside
+                else ""
+            )
+            raise ValueError(
+                f"Site {name!r}: its distribution has batch shape {batch_shape}, but only the dims "
+                f"{sorted(plates)} are in plates ({sorted(plates.values())}). Put every batch dim in a plate, or "
+                f"declare it an event with .to_event.{hint}"
+            )
 
 
 def check_sites(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:

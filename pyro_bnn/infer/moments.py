@@ -135,7 +135,7 @@ def predictive_moments(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**30,
+    max_memory: float = 2**27,
     draws: Draws | None = None,
 ) -> PredictiveMoments:
     """

@@ -60,7 +60,7 @@ class ModelRunner:
         draws: Draws,
         *,
         vectorize: bool | None = None,
-        max_memory: float = 2**30,
+        max_memory: float = 2**27,
     ) -> None:
         self.model = model
         self.draws = draws

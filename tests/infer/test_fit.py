@@ -173,6 +173,19 @@ def test_bad_data(change, message: str) -> None:
         quiet(linear_model, AutoNormal(linear_model), change(*linear_data()), num_steps=1)
 
 
+def test_network_called_inside_the_plate() -> None:
+    """The weights become one draw per point."""
+    x, y = linear_data()
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(x @ weight.mT, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"'obs'.*\(40, 40\).*\['weight'\] are inside that plate"):
+        quiet(model, AutoNormal(model), (x, y), num_steps=1)
+
+
 def test_guide_initialised_without_observations() -> None:
     x, y = linear_data()
     guide = AutoNormal(linear_model)

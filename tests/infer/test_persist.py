@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +112,13 @@ def test_state_dict_and_types_before_the_first_step(name: str) -> None:
     guide.double()
     if not (name.startswith("laplace") or name == "hfl"):
         assert draws(guide).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pickles(name: str) -> None:
+    guide = trained(name)
+    expected = draws(guide)
+    assert torch.equal(draws(pickle.loads(pickle.dumps(guide))), expected)
 
 
 def test_errors(tmp_path: Path) -> None:
