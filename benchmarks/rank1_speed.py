@@ -273,7 +273,7 @@ def main() -> None:
     globals()["TIMER"] = time.process_time if args.clock == "cpu" else time.perf_counter
     rounds = 3 if args.smoke else args.rounds
     rows: list[dict[str, Any]] = []
-    common = {"clock": args.clock, "threads": args.threads, "torch": torch.__version__, "pyro": pyro.__version__, "seed": 0,
+    common = {"clock": args.clock, "threads": args.threads, "torch_version": torch.__version__, "pyro_version": pyro.__version__, "seed": 0,
               "python": platform.python_version(), "rounds": rounds}  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:

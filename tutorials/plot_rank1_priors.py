@@ -28,7 +28,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-SMOKE = os.environ.get("PYRO_BNN_SMOKE") == "1"
+SMOKE = "PYRO_BNN_SMOKE" in os.environ
 NUM_DRAWS = 200_000 if SMOKE else 4_000_000
 pyro.set_rng_seed(0)
 
