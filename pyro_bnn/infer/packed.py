@@ -13,7 +13,8 @@ a sum over data points (not a mean). The likelihood is the sum over observed sit
 factor N/B of subsampled plates, so that batches add up; the rest is the prior.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -145,6 +146,28 @@ def depends_on(value: Tensor, latent: Tensor) -> bool:
     return False
 
 
+@contextmanager
+def called_modules() -> Iterator[list[torch.nn.Module]]:
+    """
+    A context that lists the modules whose forward methods run within it, each once.
+
+    :return: the list, complete at the end.
+    """
+    found: list[torch.nn.Module] = []
+    seen: set[int] = set()
+
+    def note(module: torch.nn.Module, *_: Any) -> None:
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 class PackedModel:
     """
     A view of a Pyro model as a function of its packed, unconstrained latent vector.
@@ -152,10 +175,15 @@ class PackedModel:
     :param callable model: a Pyro model.
     :param Trace prototype: a trace of the model with its observations; it fixes the latent sites, their
         order and shapes, and which sites are observed.
+    :param modules: modules that the model calls; they are in evaluation mode while it runs here, so that dropout is
+        off and batch normalisation uses, and keeps, its running statistics.
     """
 
-    def __init__(self, model: Callable[..., Any], prototype: Trace) -> None:
+    def __init__(
+        self, model: Callable[..., Any], prototype: Trace, modules: Sequence[torch.nn.Module] = ()
+    ) -> None:
         self.model = model
+        self.modules = list(modules)
         self.space = LatentSpace(prototype)
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
@@ -172,8 +200,15 @@ class PackedModel:
         """
         args, kwargs = batch
         values = {**self.space.unpack(latent), **(frozen or {})}
-        with pyro.validation_enabled(False), SubstituteMessenger(values):
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        training = [module for module in self.modules if module.training]
+        for module in training:
+            module.training = False
+        try:
+            with pyro.validation_enabled(False), SubstituteMessenger(values):
+                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
         self._latent_of[trace] = latent
         return trace
 

@@ -5,7 +5,8 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Literal, Self
 
 import pyro.distributions as dist
 import torch
@@ -15,14 +16,15 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
-from pyro_bnn.infer.data import check_finite, is_single_batch
+from pyro_bnn.distributions.equal_mixture import EqualMixture
+from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batches
 from pyro_bnn.infer.distributed import all_reduce_sum
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linear_covariance import element_covariance
-from pyro_bnn.infer.packed import PackedModel, SiteOutputs, check_data
+from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.ops.fisher import matrix_square_root
-from pyro_bnn.ops.jacobian import jvp_operator
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
 
@@ -85,16 +87,39 @@ class LinearizedOutputs:
         )
         return self.mean + (root @ noise.unsqueeze(-1)).squeeze(-1)
 
-    def distribution(self) -> td.Distribution:
+    def distribution(
+        self,
+        method: Literal["auto", "probit", "bridge", "monte_carlo"] = "auto",
+        *,
+        num_samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> td.Distribution:
         r"""
-        The predictive distribution in closed form.
+        The predictive distribution.
 
-        Normal likelihood in its location: exact, :math:`N(\hat\phi, v + \sigma^2)`. Bernoulli and Categorical:
-        the probit approximation, logits divided by :math:`\sqrt{1 + \pi v/8}` (MacKay, 1992).
+        ``"auto"``: in closed form. Normal likelihood in its location: exact, :math:`N(\hat\phi, v + \sigma^2)`;
+        Bernoulli and Categorical: ``"probit"``, logits divided by :math:`\sqrt{1 + \pi v/8}` (MacKay, 1992).
+        ``"bridge"``: Categorical at the mean of the Dirichlet that the Laplace bridge finds (Hobbhahn et al., 2022).
+        ``"monte_carlo"``: any likelihood, an equal mixture over ``num_samples`` draws of the linearised parameters.
 
+        :param str method: see above.
+        :param num_samples: draws for ``"monte_carlo"``.
+        :param generator: source of random numbers for ``"monte_carlo"``.
         :return: the distribution of the site.
-        :raises ValueError: for other likelihoods; use :meth:`sample` and ``site.build`` instead.
+        :raises ValueError: if the likelihood does not have this form.
         """
+        if method == "monte_carlo":
+            return EqualMixture(self.site.build(self.sample((num_samples,), generator=generator)))
+        if method == "bridge":
+            if self.names != ("logits",) or self.mean.shape[-1] < 2:
+                raise ValueError(
+                    f"method='bridge' needs a Categorical likelihood, found {type(self.site.base)}"
+                )
+            return self.site.build(self.bridge().mean.log())
+        if method == "probit" and self.names != ("logits",):
+            raise ValueError(
+                f"method='probit' needs a Bernoulli or Categorical likelihood, found {type(self.site.base)}"
+            )
         base = self.site.base
         if isinstance(base, td.Normal) and not isinstance(base, td.LogNormal) and self.names == ("loc",):
             scale = (self.variance.squeeze(-1) + base.scale.detach().square()).sqrt()
@@ -104,8 +129,27 @@ class LinearizedOutputs:
             return self.site.build(self.mean / (1 + torch.pi / 8 * self.variance).sqrt())
         raise ValueError(
             f"site {self.site.name!r} ({type(base).__name__} in {', '.join(self.names)}) has no closed-form "
-            "predictive: use posterior_predictive, which integrates by Monte Carlo."
+            "predictive: use method='monte_carlo', or posterior_predictive."
         )
+
+    def bridge(self) -> td.Dirichlet:
+        r"""
+        The Dirichlet over class probabilities by the Laplace bridge (Hobbhahn et al., 2022, equation (5)), after
+        centring the logits, which does not change the classes' probabilities:
+        :math:`\alpha_k = \frac{1}{\Sigma_{kk}}\left(1 - \frac2K + \frac{e^{\mu_k}}{K^2}\sum_l e^{-\mu_l}\right)`.
+
+        :return: a Dirichlet of batch shape ``shape``.
+        """
+        mean = self.mean - self.mean.mean(-1, keepdim=True)
+        rows = self.covariance - self.covariance.mean(-1, keepdim=True)
+        variance = (rows - rows.mean(-2, keepdim=True)).diagonal(dim1=-2, dim2=-1)
+        K = mean.shape[-1]
+        rest = mean.exp() * (-mean).exp().sum(-1, keepdim=True) / K**2
+        return td.Dirichlet((1 - 2 / K + rest) / variance)
+
+
+def _multiply_transposed(rows: Tensor, v: Tensor) -> Tensor:
+    return v @ rows.mT
 
 
 class LinearizedGuide(AutoContinuous):
@@ -165,9 +209,9 @@ class LinearizedGuide(AutoContinuous):
         # the prototype trace hides observed sites
         assert self.prototype_trace is not None
         values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
-        with poutine.block(), SubstituteMessenger(values):
+        with poutine.block(), SubstituteMessenger(values), called_modules() as modules:
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        self._packed = PackedModel(self.__dict__["_plain_model"], trace)
+        self._packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
         self._packed.log_likelihood(trace)  # raises for observations of a wrong shape
         if not self._packed.observed:
             raise ValueError(
@@ -365,16 +409,18 @@ class LinearizedGuide(AutoContinuous):
     def _stream(self) -> ExampleStream:
         return ExampleStream(self.packed, self.loc, budget=self.budget)
 
-    def predictive(self, *args: Any, **kwargs: Any) -> dict[str, td.Distribution]:
+    def predictive(self, *args: Any, method: Any = "auto", **kwargs: Any) -> dict[str, td.Distribution]:
         """
-        The predictive distribution of each observed site in closed form.
+        The predictive distribution of each observed site.
 
         :param args: arguments of the model; observations are not needed.
+        :param str method: see :meth:`LinearizedOutputs.distribution`.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution (see :meth:`LinearizedOutputs.distribution`).
         """
         return {
-            name: outputs.distribution() for name, outputs in self.linearized_outputs(*args, **kwargs).items()
+            name: outputs.distribution(method)
+            for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
     @torch.enable_grad()
@@ -389,18 +435,74 @@ class LinearizedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
         """
-        latent = self.loc.detach().clone().requires_grad_(True)
         offsets = self.packed.space.pack(draws) - self.loc.detach()
-        result = {}
-        for site in self.packed.outputs(latent, (args, kwargs)):
+        return {
+            site.name: site.build(outputs) for site, outputs in self._moved_outputs(offsets, (args, kwargs))
+        }
+
+    def _moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        """The parameters of the observed sites at linearised offsets, shape (S,) + shape + (C,)."""
+        latent = self.loc.detach().clone().requires_grad_(True)
+        with torch.enable_grad():
+            sites = self.packed.outputs(latent, batch)
+        for site in sites:
             outputs = site.outputs.detach()
             if site.names:
-                moved = [
-                    jvp_operator(site.outputs.reshape(-1), latent)(chunk)
-                    for chunk in offsets.split(self.chunk_size)
-                ]
+                with torch.enable_grad():
+                    flat = site.outputs.reshape(-1)
+                    try:
+                        product = jvp_operator(flat, latent)
+                    except RuntimeError:  # an operation without second derivatives
+                        rows = jacobian(flat, latent, chunk_size=self.chunk_size)
+                        product = partial(_multiply_transposed, rows)
+                    moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
                 outputs = outputs + torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
-            result[site.name] = site.build(outputs)
+            yield site, outputs
+
+    def functional_samples(
+        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
+        Thompson sampling needs.
+
+        :param int num_samples: S.
+        :param args: arguments of the model; observations are not needed.
+        :param generator: source of random numbers; torch's default if ``None``.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
+        """
+        posterior: Any = self.posterior
+        options = {} if generator is None else {"generator": generator}
+        offsets = posterior.rsample((num_samples,), **options) - self.loc.detach()
+        return {site.name: outputs for site, outputs in self._moved_outputs(offsets, (args, kwargs))}
+
+    def joint_covariance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        r"""
+        The covariance of the linearised parameters of each observed site over all points and outputs at once,
+        :math:`J P^{-1} J^\top`.
+
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, shape ``shape + (C,) + shape + (C,)``.
+        """
+        posterior: Any = self.posterior
+        result = {}
+        latent = self.loc.detach().clone().requires_grad_(True)
+        for site in self.packed.outputs(latent, (args, kwargs)):
+            shape = site.outputs.shape
+            J = jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size)
+            result[site.name] = posterior.quadratic_form(J).reshape(shape + shape)
         return result
+
+    def linearized_batches(self, data: Any) -> Iterator[dict[str, LinearizedOutputs]]:
+        """
+        Predictions for an iterable of batches, one at a time, so that memory stays that of one batch.
+
+        :param data: one batch or an iterable of batches; observations are not needed.
+        :return: an iterator over :meth:`linearized_outputs`.
+        """
+        for args, kwargs in iter_batches(data):
+            yield self.linearized_outputs(*args, **kwargs)

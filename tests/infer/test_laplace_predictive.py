@@ -1,0 +1,165 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn as nn
+from torch.func import functional_call
+
+from pyro_bnn.distributions.equal_mixture import EqualMixture
+from pyro_bnn.infer.autoguide import AutoLaplace
+from tests.common import assert_close
+from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
+
+
+def fitted(model, *data, **options):
+    guide = AutoLaplace(model, **options).initialize(*data)
+    guide.loc.data = torch.linspace(-1.0, 1.0, len(guide.loc))
+    return guide.laplace_approximation(data, map_tolerance=float("inf"))
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank"])
+def test_joint_covariance_and_coherent_functions(structure):
+    x, y = in_between_data()
+    guide = fitted(tanh_network(hidden=4), x, y, structure=structure)
+    x_new = torch.tensor([[-1.0], [0.1], [0.12], [2.0]])
+    joint = guide.joint_covariance(x_new)["obs"][:, 0, :, 0]
+    assert_close(joint.diagonal(), guide.linearized_outputs(x_new)["obs"].variance[:, 0], rtol=1e-9)
+    draws = guide.functional_samples(20_000, x_new)["obs"][..., 0]
+    assert_close(
+        torch.corrcoef(draws.mT),
+        joint / (joint.diag().sqrt()[:, None] * joint.diag().sqrt()),
+        atol=0.03,
+        rtol=0,
+    )
+    again = [
+        guide.functional_samples(3, x_new, generator=torch.Generator().manual_seed(1))["obs"]
+        for _ in range(2)
+    ]
+    assert_close(*again, rtol=0)
+    batches = list(guide.linearized_batches([(x_new[:3],), (x_new[3:],)]))
+    assert [len(b["obs"].mean) for b in batches] == [3, 1]
+
+
+def test_monte_carlo_predictive_converges_to_the_closed_form():
+    model, x, y = linear_regression()
+    guide = fitted(model, x, y)
+    exact = guide.predictive(x[:4])["obs"]
+    sampled = guide.linearized_outputs(x[:4])["obs"].distribution("monte_carlo", num_samples=40_000)
+    assert_close(sampled.mean, exact.mean, atol=0.01, rtol=0)
+    assert_close(sampled.variance, exact.variance, rtol=0.05)
+    assert_close(sampled.log_prob(y[:4]), exact.log_prob(y[:4]), atol=0.05, rtol=0.02)
+
+
+def test_bridge_inverts_the_map_from_dirichlets_to_gaussians():
+    model, x, y = logistic_regression()
+    outputs = AutoLaplace(model).initialize(x, y).laplace_approximation((x, y), map_tolerance=float("inf"))
+    outputs = outputs.linearized_outputs(x[:1])["obs"]
+    alpha = torch.tensor([[2.0, 0.7, 5.0]])
+    K = 3
+    outputs.mean = alpha.log() - alpha.log().mean(-1, keepdim=True)
+    inverse = 1 / alpha[0]
+    outputs.covariance = (
+        torch.diag(inverse) - (inverse[:, None] + inverse - inverse.sum() / K) / K
+    ).unsqueeze(0)
+    assert_close(outputs.bridge().concentration, alpha, rtol=1e-10)
+    assert_close(outputs.distribution("bridge").probs, alpha / alpha.sum(), rtol=1e-10)
+    with pytest.raises(ValueError, match="needs a Categorical"):
+        linear, x, y = linear_regression()
+        fitted(linear, x, y).linearized_outputs(x)["obs"].distribution("bridge")
+
+
+def test_equal_mixture_samples_what_its_density_says():
+    mixture = EqualMixture(dist.Normal(torch.tensor([[0.0, 5.0], [4.0, 5.0]]), torch.tensor(1.0)))
+    draws = mixture.sample((50_000,))
+    assert_close(draws.mean(0), mixture.mean, atol=0.05, rtol=0)
+    assert_close(draws.var(0), mixture.variance, rtol=0.05)
+    two = dist.MultivariateNormal(torch.zeros(3, 4, 2), torch.eye(2))
+    assert EqualMixture(two).sample((5,)).shape == (5, 4, 2)
+    assert EqualMixture(two).log_prob(torch.zeros(5, 4, 2)).shape == (5, 4)
+
+
+def normalised():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    shapes = {k: v.shape for k, v in net.named_parameters()}
+
+    def model(x, y=None):
+        values = {
+            k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s))) for k, s in shapes.items()
+        }
+        f = functional_call(net, values, (x,))[..., 0]
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(f, 0.3), obs=y)
+
+    return net, model, torch.randn(20, 3), torch.randn(20)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "low_rank"])
+def test_the_model_is_not_changed(structure):
+    net, model, x, y = normalised()
+    guide = AutoLaplace(model, structure=structure).initialize(x, y)
+    guide.loc.data.normal_()
+    before = copy.deepcopy(net.state_dict())
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    guide.linearized_outputs(x)
+    guide.functional_samples(2, x)
+    with pytest.raises(ValueError, match="has data of shape"):
+        guide.laplace_approximation((x, y[:, None]))
+    for name, value in net.state_dict().items():
+        assert_close(value, before[name], rtol=0)
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+    # dropout is off: the same curvature again
+    assert_close(
+        guide.laplace_approximation((x, y), map_tolerance=float("inf")).log_evidence(),
+        guide.laplace_approximation((x, y), map_tolerance=float("inf")).log_evidence(),
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.parametrize(
+    "structure", ["full", "block", "kronecker", "diagonal", "low_rank", "function_space"]
+)
+def test_data_can_be_added_saved_and_split(structure, tmp_path):
+    x, y = in_between_data(n=200)
+    model = tanh_network(hidden=4)
+    # the inputs' factor of the Kronecker approximation is an average: halves of equal size add up up to rounding only
+    whole = fitted(model, x, y, structure=structure, rank=13)
+    parts = fitted(model, x[:100], y[:100], structure=structure, rank=13)
+    parts.laplace_approximation((x[100:], y[100:]), override=False, map_tolerance=float("inf"))
+    assert_close(parts.posterior.variance, whole.posterior.variance, rtol=1e-7)
+    assert_close(parts.log_evidence(), whole.log_evidence(), rtol=1e-8)
+    small = fitted(model, x, y, structure=structure, rank=13, budget=2000)  # chunks of a few points
+    assert_close(small.posterior.variance, whole.posterior.variance, rtol=1e-8)
+    whole.optimize_hyperparameters()
+    torch.save(whole.state_dict(), tmp_path / "guide.pt")
+    state = torch.load(tmp_path / "guide.pt", weights_only=True)
+    assert all(value.shape[:1] != (200,) for value in state.values())
+    fresh = AutoLaplace(model, structure=structure, rank=13).initialize(x[:5], y[:5])
+    fresh.load_state_dict(state)
+    assert_close(fresh.log_evidence(), whole.log_evidence(), rtol=1e-12)
+    assert_close(fresh.posterior.variance, whole.posterior.variance, rtol=1e-12)
+
+
+def test_memory_is_estimated_before_it_is_allocated():
+    x, y = in_between_data()
+    with pytest.raises(
+        MemoryError,
+        match=r"structure='full' over 13 entries needs about .* GB but .* Use structure='kronecker'",
+    ):
+        fitted(tanh_network(hidden=4), x, y, memory_limit=1000.0)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal"])
+def test_float32(structure):
+    x, y = in_between_data()
+    double = fitted(tanh_network(hidden=4), x, y, structure=structure)
+    torch.set_default_dtype(torch.float32)
+    guide = AutoLaplace(tanh_network(hidden=4), structure=structure).initialize(x.float(), y.float())
+    guide.loc.data = torch.linspace(-1.0, 1.0, len(guide.loc))
+    guide.laplace_approximation((x.float(), y.float()), map_tolerance=float("inf"))
+    assert guide.posterior.variance.dtype == torch.float32
+    assert_close(guide.posterior.variance, double.posterior.variance, rtol=1e-3)
