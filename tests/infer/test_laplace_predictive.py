@@ -68,9 +68,10 @@ def test_bridge_inverts_the_map_from_dirichlets_to_gaussians():
     ).unsqueeze(0)
     assert_close(outputs.bridge().concentration, alpha, rtol=1e-10)
     assert_close(outputs.distribution("bridge").probs, alpha / alpha.sum(), rtol=1e-10)
+    linear, x, y = linear_regression()
+    normal = fitted(linear, x, y).linearized_outputs(x)["obs"]
     with pytest.raises(ValueError, match="needs a Categorical"):
-        linear, x, y = linear_regression()
-        fitted(linear, x, y).linearized_outputs(x)["obs"].distribution("bridge")
+        normal.distribution("bridge")
 
 
 def test_equal_mixture_samples_what_its_density_says():
