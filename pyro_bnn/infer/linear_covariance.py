@@ -151,8 +151,9 @@ def _dense_map(
         # symmetric in the pair of outputs
         block_ = covariance[places[o]][:, places[o:].reshape(-1)]
         images = (x @ block_).unflatten(-1, (out - o, -1))
-        inner[:, o, o:] = (images @ x.unsqueeze(-1)).squeeze(-1)
-        inner[:, o:, o] = inner[:, o, o:]
+        values = (images @ x.unsqueeze(-1)).squeeze(-1)
+        inner[:, o, o:] = values
+        inner[:, o:, o] = values
     g = g.movedim(0, 1)
     return g @ inner @ g.mT
 
