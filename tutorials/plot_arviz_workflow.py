@@ -96,7 +96,7 @@ def network():
 # Fit, be interrupted, resume
 # ---------------------------
 #
-# The first run is stopped after a third of its steps; the second call finds the checkpoint and continues with the same
+# The first run is stopped after a sixth of its steps; the second call finds the checkpoint and continues with the same
 # random numbers, so the result is that of an uninterrupted run.
 
 folder = Path(tempfile.mkdtemp())
@@ -112,7 +112,7 @@ def checkpoint():
 
 
 first = fit(
-    model, mixture, train, **settings, callbacks=[stopping, lambda state: state.step == STEPS // 3],
+    model, mixture, train, **settings, callbacks=[stopping, lambda state: state.step == STEPS // 6],
     checkpoint=checkpoint(),
 )  # fmt: skip
 print("first run: ", first.num_steps, "steps,", first.stop_reason)
