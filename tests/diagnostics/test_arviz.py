@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from pyro.infer import MCMC, NUTS
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.ops.stats import fit_generalized_pareto
 from scipy.special import logsumexp
@@ -251,6 +251,28 @@ def test_chains() -> None:
     assert_close(tree["posterior"]["weight"].values[0], mcmc.get_samples()["weight"])
     with pytest.raises(ValueError, match="num_chains=3"):
         to_datatree(linear_model, {"weight": torch.zeros(10, 3)}, (x, y), num_chains=3)
+
+
+def test_guides_of_stock_svi() -> None:
+    """An autoguide and a function, whose parameters live in the store; a second autoguide of the same name beside."""
+    x, y = linear_data(20)
+
+    def function(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        loc = pyro.param("loc", torch.zeros(3))
+        pyro.sample("weight", dist.Normal(loc, 0.1).to_event(1))
+
+    other = AutoNormal(linear_model)
+    fit(linear_model, other, (x, -y), num_steps=100, optim=0.1, progress_bar=False)
+    auto = AutoNormal(linear_model)
+    for guide in (auto, function):
+        svi = SVI(linear_model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+        for _ in range(300):
+            svi.step(x, y)
+    mean, _ = linear_posterior(x, y)
+    for guide, expected in ((auto, mean), (function, mean), (other, linear_posterior(x, -y)[0])):
+        tree = to_datatree(linear_model, guide, (x, y), num_samples=200)
+        assert_close(tree["posterior"]["weight"].mean(("chain", "draw")).values, expected, atol=0.25, rtol=0)
+        assert "log_q" in tree["sample_stats"]
 
 
 def test_weights_are_opt_in() -> None:
