@@ -189,6 +189,14 @@ class PackedModel:
         self._latents = latent_names(prototype)
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles carry no live traces."""
+        return {name: value for name, value in self.__dict__.items() if name != "_latent_of"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._latent_of = WeakKeyDictionary()
+
     def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
         """
         Runs the model at given latents.
