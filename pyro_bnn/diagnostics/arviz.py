@@ -185,7 +185,7 @@ def datatree_to_inference_data(tree: xr.DataTree) -> Any:
 
 def write_tree(tree: xr.DataTree, path: str | PathLike[str]) -> None:
     """
-    Writes a tree to netCDF, or to Zarr if the name ends in ``.zarr``, one group after the other and then drops it.
+    Writes a tree to netCDF, or to Zarr (which needs the package) if the name ends in ``.zarr``, one group after the other and then drops it.
 
     Groups leave the tree as they are written, so that memory shrinks while the file grows.
 
