@@ -379,7 +379,13 @@ class AutoLaplace(LinearizedGuide):
                 for part in parts
             ]
         except NotAMinimumError as error:
-            raise NotAMinimumError(f"curvature={self.curvature!r}: {error}") from None
+            if self.curvature == "hessian":
+                raise NotAMinimumError(f"curvature={self.curvature!r}: {error}") from None
+            raise NotAMinimumError(
+                f"curvature={self.curvature!r} is positive semi-definite, but together with the prior it is not "
+                f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
+                f"precision. Use float64 or a narrower prior. ({error})"
+            ) from None
         if len(pieces) == 1 and len(pieces[0][0]) == len(loc):
             return pieces[0][1]
         return BlockNormal(loc, pieces)
