@@ -31,6 +31,7 @@ pyro.set_rng_seed(0)
 
 
 def network(x, outputs, hidden=12, depth=1):
+    """A multilayer perceptron whose weights are sample sites."""
     h = x
     for layer in range(depth):
         shape = (hidden, h.shape[-1])
@@ -59,6 +60,7 @@ def fitted(model, x, y, **options):
 
 
 def heteroscedastic(x, y=None):
+    """A Normal whose mean and log scale are outputs of the network."""
     f = network(x, 2)
     with pyro.plate("data", len(x)):
         return pyro.sample("obs", dist.Normal(f[..., 0], (f[..., 1] - 1.0).exp()), obs=y)
@@ -89,6 +91,7 @@ axes[0].legend()
 
 
 def counts(x, y=None):
+    """A Poisson whose log rate is the output of the network."""
     log_rate = network(x, 1).squeeze(-1)
     with pyro.plate("data", len(x)):
         return pyro.sample("obs", dist.Poisson(log_rate.exp()), obs=y)
@@ -113,6 +116,7 @@ y_groups = torch.sin(2 * x[:, 0]) + offsets[group] + 0.15 * torch.randn(N)
 
 
 def grouped(x, group, y=None):
+    """A trend by the network, an offset for each group, and noise."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     with pyro.plate("groups", 4):
         offset = pyro.sample("offset", dist.Normal(0.0, scale))
@@ -146,6 +150,7 @@ for depth in (1, 2):
     for hidden in (2,) if SMOKE else (2, 6, 12):
 
         def model(x, y=None, hidden=hidden, depth=depth):
+            """The heteroscedastic model with a network of another size."""
             f = network(x, 2, hidden, depth)
             with pyro.plate("data", len(x)):
                 return pyro.sample("obs", dist.Normal(f[..., 0], (f[..., 1] - 1.0).exp()), obs=y)
