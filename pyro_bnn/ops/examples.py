@@ -359,6 +359,12 @@ class ExampleJacobian:
         :param total: shape ``(p,)``, changed in place.
         :param cotangent: shape ``(B, M)``.
         """
+        if any(callable(use.x) for use in self._capture.uses if isinstance(use, LinearUse)):
+            # autograd's own weight gradient is cheaper than the patches of a convolution
+            (found,) = torch.autograd.grad(self.flat, self.latent, cotangent, retain_graph=True)
+            active = self._capture.active
+            total += found if active is None else torch.where(active, found, torch.zeros_like(found))
+            return
         gradients = self.gradients(cotangent)
         for block in self.blocks:
             if isinstance(block, LinearBlock):
