@@ -21,6 +21,7 @@ class BlockCGResult:
     :ivar iterations: block iterations.
     :ivar products: vectors multiplied by P, summed over iterations.
     :ivar smallest_curvature: the smallest Ritz value met, an upper bound of the smallest eigenvalue of P.
+    :ivar largest_curvature: the largest Ritz value met, a lower bound of the largest eigenvalue of P.
     :ivar indefinite: whether a direction of negative curvature was met; the solutions are then those of the
         iteration before.
     """
@@ -30,6 +31,7 @@ class BlockCGResult:
     iterations: int
     products: int
     smallest_curvature: float
+    largest_curvature: float
     indefinite: bool
 
 
@@ -76,7 +78,7 @@ def block_conjugate_gradient(
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     r = rhs / norm
     x = torch.zeros_like(r)
-    smallest, indefinite, iterations, products = torch.inf, False, 0, 0
+    smallest, largest, indefinite, iterations, products = torch.inf, 0.0, False, 0, 0
     residual = r.norm(dim=-1)
     best, stalled = torch.inf, 0
     q = orthonormal_rows(r if preconditioner is None else preconditioner(r))
@@ -86,6 +88,7 @@ def block_conjugate_gradient(
         products += q.shape[0]
         values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
         # Ritz values below the rounding error of the products say nothing, not even their sign
+        largest = max(largest, float(values[-1]))
         noise = 10 * eps * values.abs().max()
         if values[0] < -noise:
             smallest, indefinite = min(smallest, float(values[0])), True
@@ -125,9 +128,9 @@ def block_conjugate_gradient(
         products += int(single.iterations.sum()) + int(left.sum())
         smallest = min(smallest, float(single.smallest_curvature.min()))
         return BlockCGResult(
-            solution, residual, iterations, products, smallest, bool(single.indefinite.any())
+            solution, residual, iterations, products, smallest, largest, bool(single.indefinite.any())
         )
-    return BlockCGResult(x * norm, residual, iterations, products, smallest, indefinite)
+    return BlockCGResult(x * norm, residual, iterations, products, smallest, largest, indefinite)
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:

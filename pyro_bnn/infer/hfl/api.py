@@ -177,7 +177,7 @@ def solve(
         gradient_evaluations=problem.gradient_evaluations,
         warnings=notes,
     )
-    _warn(result, tolerance)
+    _warn(result, tolerance, solver.largest_curvature)
     return result
 
 
@@ -400,8 +400,14 @@ def _from_probes(probes: Probes) -> Parts:
     )
 
 
-def _warn(result: HFLResult, tolerance: float) -> None:
+def _warn(result: HFLResult, tolerance: float, largest_curvature: float) -> None:
     notes: list[str] = []
+    eps = torch.finfo(result.variances.dtype).eps
+    if eps * largest_curvature > 1e-2 * result.smallest_curvature:
+        notes.append(
+            f"curvatures range from {result.smallest_curvature:.2g} to {largest_curvature:.2g}, more than "
+            f"{str(result.variances.dtype).removeprefix('torch.')} resolves to 1 %: use float64"
+        )
     if result.method in ("cg", "probe"):
         if result.residual > 10 * tolerance:
             notes.append(

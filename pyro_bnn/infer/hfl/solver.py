@@ -47,6 +47,7 @@ class Solver:
         self.iterations = 0
         self.products = 0
         self.smallest_curvature = float("inf")
+        self.largest_curvature = 0.0
         self.residual = 0.0
         self.preconditioner = self._resolve(preconditioner, rank)
 
@@ -69,6 +70,7 @@ class Solver:
             self.iterations += result.iterations
             self.products += result.products
             self.smallest_curvature = min(self.smallest_curvature, result.smallest_curvature)
+            self.largest_curvature = max(self.largest_curvature, result.largest_curvature)
             if result.indefinite:
                 raise NotAMinimumError(
                     f"the {self.problem.curvature} has a direction of curvature {result.smallest_curvature:.3g}: the "

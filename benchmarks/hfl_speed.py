@@ -1,0 +1,315 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What Hessian-free Laplace costs.
+
+Parts:
+
+methods         gradient equivalents and seconds per target of every method, with its error, by number of parameters
+overhead        seconds of a solve over the seconds of the products in it
+batch           32 targets in one block against one by one
+precondition    iterations to 1 % error with and without a preconditioner (5-32-1 tanh network, 40 targets)
+scaling         seconds against 10^3 to 10^7 parameters, beside the dense GGN as far as it fits
+
+Ratios are taken within one process; times are medians over repetitions.
+
+    python benchmarks/hfl_speed.py --out results.json
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import init_to_sample
+from torch import Tensor
+
+from pyro_bnn.infer import hfl
+from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.infer.curvature import CurvatureAccumulator
+from pyro_bnn.infer.hfl import HFLWarning
+from pyro_bnn.ops.block_cg import block_conjugate_gradient
+from pyro_bnn.ops.jacobian import LinearMap, jacobian
+from pyro_bnn.ops.krylov import conjugate_gradient
+from pyro_bnn.ops.preconditioner import nystrom_preconditioner
+
+DENSE_LIMIT = 4e9  # bytes of a p × p matrix
+
+
+def network(inputs: int, hidden: tuple[int, ...], noise: float) -> Callable[..., Any]:
+    """A tanh network with N(0, 1 / fan-in) weights (N(0, 1) for one hidden layer)."""
+    widths = (inputs, *hidden, 1)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            scale = 1.0 if len(hidden) == 1 else fan_in**-0.5
+            w = pyro.sample(f"w{i}", dist.Normal(torch.zeros(fan_out, fan_in), scale).to_event(2))
+            b = pyro.sample(f"b{i}", dist.Normal(torch.zeros(fan_out), 1.0).to_event(1))
+            x = x @ w.mT + b
+            if i < len(hidden):
+                x = torch.tanh(x)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x.squeeze(-1), noise), obs=y)
+
+    return model
+
+
+def problem(inputs: int, hidden: tuple[int, ...], n: int, *, polish: bool = True) -> tuple[AutoLaplace, Any]:
+    pyro.set_rng_seed(0)
+    x = torch.randn(n, inputs)
+    y = torch.sin(x @ torch.randn(inputs)) + 0.1 * torch.randn(n)
+    guide = AutoLaplace(network(inputs, hidden, 0.1), curvature="hessian", init_loc_fn=init_to_sample)
+    guide.initialize(x, y)
+    return (guide.polish((x, y)) if polish else guide), (x, y)
+
+
+def timed(repeats: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        value = function(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), value
+
+
+def rows_and_reference(guide: AutoLaplace, data: Any, targets: Tensor) -> tuple[Tensor, Tensor, LinearMap]:
+    """Gradients of the outputs, their exact variances, and products with the Hessian."""
+    leaf = guide.loc.detach().clone().requires_grad_(True)
+    J = jacobian(guide.packed.outputs(leaf, ((targets,), {}))[0].outputs.reshape(-1), leaf)
+    accumulator = CurvatureAccumulator(guide.packed, guide.loc, "hessian")
+    P = accumulator.matrix(data)
+    return J, (J * torch.linalg.solve(P, J.mT).mT).sum(-1), accumulator.operator(data)
+
+
+def methods(smoke: bool) -> Iterator[dict[str, Any]]:
+    cases = [(1, (16,), 30, 12), (5, (32,), 200, 32)] + ([] if smoke else [(5, (128,), 200, 32)])
+    for inputs, hidden, n, m in cases[: 1 if smoke else None]:
+        guide, data = problem(inputs, hidden, n)
+        targets = torch.randn(m, inputs)
+        _, exact, _ = rows_and_reference(guide, data, targets)
+        runs: dict[str, dict[str, Any]] = {
+            "cg": {"tolerance": 1e-3},
+            "cg, one target at a time": {"tolerance": 1e-3, "block_size": 1},
+            "cg, nystrom": {"tolerance": 1e-3, "preconditioner": "nystrom"},
+            "one_sided": {"method": "one_sided", "epsilon": 1e-3, "check": False},
+            "central": {"method": "central", "epsilon": 1e-3, "check": False},
+            "paired": {"method": "paired", "preconditioner": "nystrom", "num_epochs": 20},
+            "probe": {"method": "probe", "num_probes": m // 2},
+        }
+        batches = [tuple(v[i::4] for v in data) for i in range(4)]
+        for name, options in runs.items():
+            if name == "paired" and guide.loc.shape[0] > 100:
+                continue  # minutes, and never to 1 %
+            source = batches if name == "paired" else data
+            repeats = 1 if smoke or name == "paired" else 3
+            seconds, result = timed(repeats, hfl.solve, guide, source, (targets,), **options)
+            error = (result.variances / exact - 1).abs()
+            yield {
+                "method": name,
+                "parameters": guide.loc.shape[0],
+                "targets": m,
+                "gradient_equivalents_per_target": result.gradient_equivalents / m,
+                "seconds_per_target": seconds / m,
+                "max_relative_error": float(error.max()),
+                "median_relative_error": float(error.median()),
+                "reaches_one_percent": bool(error.max() <= 0.01),
+            }
+        if guide.loc.shape[0] < 100:
+            score = hfl.regvar(guide, batches, (targets,), num_epochs=100, calibrate=m)
+            yield {
+                "method": "regvar",
+                "parameters": guide.loc.shape[0],
+                "targets": m,
+                "spread_of_log_ratio": score.spread,
+                "rank_correlation": score.rank_correlation,
+            }
+
+
+def overhead(smoke: bool) -> Iterator[dict[str, Any]]:
+    for hidden, n, m in ((32, 200, 1), (32, 200, 32), (256, 500, 1), (256, 500, 32))[: 1 if smoke else None]:
+        guide, data = problem(5, (hidden,), n, polish=False)
+        operator = CurvatureAccumulator(guide.packed, guide.loc, "ggn").operator(data)
+        rhs = torch.randn(m, guide.loc.shape[0])
+        inside = 0.0
+
+        def counted(v: Tensor, operator: LinearMap = operator) -> Tensor:
+            nonlocal inside
+            start = time.perf_counter()
+            image = operator(v)
+            inside += time.perf_counter() - start
+            return image
+
+        for name, solver in (("single", conjugate_gradient), ("block", block_conjugate_gradient)):
+            ratios = []
+            for _ in range(5):
+                inside = 0.0
+                start = time.perf_counter()
+                solver(counted, rhs, tolerance=1e-6, max_iter=60)
+                ratios.append((time.perf_counter() - start) / inside)
+            yield {
+                "solver": name,
+                "parameters": guide.loc.shape[0],
+                "targets": m,
+                "total_over_products": statistics.median(ratios),
+                "spread": max(ratios) - min(ratios),
+            }
+
+
+def batch(smoke: bool) -> Iterator[dict[str, Any]]:
+    for hidden in (32,) if smoke else (32, 128, 512):
+        guide, data = problem(5, (hidden,), 200, polish=False)
+        targets, m = torch.randn(32, 5), 32
+        ratios = []
+        for _ in range(1 if smoke else 3):
+            options = {"curvature": "ggn", "tolerance": 1e-4}
+            together, block = timed(1, hfl.solve, guide, data, (targets,), **options)
+            alone, single = timed(1, hfl.solve, guide, data, (targets,), block_size=1, **options)
+            ratios.append(alone / together)
+        yield {
+            "parameters": guide.loc.shape[0],
+            "targets": m,
+            "speedup": statistics.median(ratios),
+            "spread": max(ratios) - min(ratios),
+            "products_block": block.products,
+            "products_one_by_one": single.products,
+            "max_relative_difference": float((block.variances / single.variances - 1).abs().max()),
+        }
+
+
+def precondition(smoke: bool) -> Iterator[dict[str, Any]]:
+    guide, data = problem(5, (32,), 200)
+    targets = torch.randn(40, 5)
+    J, exact, operator = rows_and_reference(guide, data, targets)
+    diagonal = CurvatureAccumulator(guide.packed, guide.loc, "ggn").diagonal(data)
+    choices: dict[str, tuple[LinearMap | None, int]] = {
+        "none": (None, 0),
+        "diagonal": (lambda r: r / diagonal, 0),
+        "nystrom, rank 32": (nystrom_preconditioner(operator, guide.loc, 32), 64),
+        "nystrom, rank 64": (nystrom_preconditioner(operator, guide.loc, 64), 128),
+    }
+    try:
+        other = AutoLaplace(guide.model, structure="kronecker", curvature="ggn").initialize(*data)
+        other.loc.data.copy_(guide.loc.data)
+        posterior: Any = other.laplace_approximation(data, map_tolerance=float("inf")).posterior
+        choices["kronecker"] = (lambda r: posterior.half_solve(posterior.half_solve_transposed(r)), 0)
+    except (ValueError, RuntimeError) as error:
+        yield {"preconditioner": "kronecker", "failed": str(error)}
+    for name, (M, setup) in choices.items():
+        for solver in ("single", "block"):
+            for iterations in range(2 if solver == "block" else 10, 1500, 1 if solver == "block" else 10):
+                solve = conjugate_gradient if solver == "single" else block_conjugate_gradient
+                result = solve(operator, J, tolerance=1e-12, max_iter=iterations, preconditioner=M)
+                if ((J * result.solution).sum(-1) / exact - 1).abs().max() <= 0.01:
+                    break
+            products = result.products if solver == "block" else int(result.iterations.sum())
+            yield {
+                "preconditioner": name,
+                "solver": solver,
+                "parameters": guide.loc.shape[0],
+                "targets": len(J),
+                "iterations": iterations,
+                "products": products,
+                "setup_products": setup,
+            }
+
+
+def dense(guide: AutoLaplace, data: Any, rows: Tensor) -> Tensor:
+    """Displacements by the Cholesky factor of the p × p matrix."""
+    P = CurvatureAccumulator(guide.packed, guide.loc, "ggn").matrix(data)
+    return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(P))
+
+
+def scaling(smoke: bool) -> Iterator[dict[str, Any]]:
+    torch.set_default_dtype(torch.float32)
+    widths = [(20, (24, 20)), (20, (90, 90)), (50, (290, 290)), (100, (940, 940)), (200, (3050, 3050))]
+    m, n = 8, 256
+    for inputs, hidden in widths[: 2 if smoke else None]:
+        pyro.set_rng_seed(0)
+        x, y = torch.randn(n, inputs), torch.randn(n)
+        guide = AutoLaplace(network(inputs, hidden, 0.5), curvature="ggn", init_loc_fn=init_to_sample)
+        guide.initialize(x, y)
+        p = guide.loc.shape[0]
+        targets = (torch.randn(m, inputs),)
+        options = {"curvature": "ggn", "tolerance": 1e-2, "chunk_size": 256 if p < 1e5 else 1}
+        seconds, result = timed(1 if p > 1e5 else 3, hfl.solve, guide, (x, y), targets, **options)
+        row = {
+            "parameters": p,
+            "targets": m,
+            "n": n,
+            "seconds_hfl": seconds,
+            "gradient_equivalents_per_target": result.gradient_equivalents / m,
+            "megabytes_hfl": (2 + 6) * (m + 1) * p * 4 / 1e6,
+            "megabytes_dense": 4 * p**2 / 1e6,
+        }
+        if 8 * p**2 < DENSE_LIMIT / 8:
+            row["seconds_dense"], solution = timed(1, dense, guide, (x, y), result.gradients)
+            row["max_relative_error"] = float(
+                (result.variances / (result.gradients * solution.mT).sum(-1) - 1).abs().max()
+            )
+        yield row
+    torch.set_default_dtype(torch.float64)
+
+
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Seconds and memory against the number of parameters."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["part"] == "scaling"]
+    dense = [row for row in rows if "seconds_dense" in row]
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    p = [row["parameters"] for row in rows]
+    left.loglog(p, [row["seconds_hfl"] for row in rows], "o-", label=f"HFL, {rows[0]['targets']} targets")
+    left.loglog(
+        [row["parameters"] for row in dense], [row["seconds_dense"] for row in dense], "s-", label="dense GGN"
+    )
+    left.set(xlabel="parameters", ylabel="seconds")
+    right.loglog(p, [row["megabytes_hfl"] for row in rows], "o-", label="HFL")
+    right.loglog(p, [row["megabytes_dense"] for row in rows], "s--", label="dense")
+    right.axhline(DENSE_LIMIT / 1e6, color="grey", lw=0.8, label="4 GB")
+    right.set(xlabel="parameters", ylabel="megabytes")
+    left.legend()
+    right.legend()
+    plt.savefig(path)
+
+
+def main() -> None:
+    parts = {
+        "methods": methods,
+        "overhead": overhead,
+        "batch": batch,
+        "precondition": precondition,
+        "scaling": scaling,
+    }
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path, help="where to draw the scaling part")
+    args = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("ignore", HFLWarning)
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    rows: list[dict[str, Any]] = []
+    for part in args.parts:
+        for row in parts[part](args.smoke):
+            rows.append({"part": part, **row, **versions})
+            print({k: v for k, v in rows[-1].items() if k not in versions}, flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.figure:
+        figure(rows, args.figure)
+
+
+if __name__ == "__main__":
+    main()
