@@ -8,7 +8,7 @@ Parts:
 toy       1-16-1 tanh network on the in-between data, six seeds, 12 targets
 uci       boston, concrete, yacht: 50-unit tanh network, split 0, test points as targets
 classes   iris and wine: 8-unit tanh network with 3 classes, logits as targets
-coverage  coverage of the true function between two clusters of data, two functions, five seeds
+coverage  coverage of the true function between two clusters of data, two functions, three seeds
 gap       "in-between" splits of yacht, concrete, energy and naval: coverage, width, CRPS, NLL
 regvar    the RegVar score against exact variances: a model where it is a variance, and networks
 
@@ -40,6 +40,7 @@ from pyro_bnn.ops.jacobian import jacobian
 
 DATA = Path(os.environ.get("PYRO_BNN_DATA", Path(__file__).parents[1] / "../shared/data"))
 SEEDS = (0, 1, 2, 4, 5, 6)
+SPLITS = 8  # of each gap data set, at most
 
 
 def network(inputs: int, hidden: int, noise: float | None, outputs: int = 1):
@@ -256,7 +257,7 @@ def coverage(smoke: bool) -> Iterator[dict[str, Any]]:
     }
     grid = torch.arange(-2, 2.001, 0.05)
     for name, (function, n) in functions.items():
-        for seed in range(1 if smoke else 5):
+        for seed in range(1 if smoke else 3):
             x, _ = in_between(seed, n)
             y = function(x[:, 0]) + 0.1 * torch.randn(n, generator=torch.Generator().manual_seed(seed + 100))
             guide = fitted(network(1, 50, 0.1), (x, y), seed)
@@ -266,10 +267,10 @@ def coverage(smoke: bool) -> Iterator[dict[str, Any]]:
                 yield from scores(guide, (x, y), grid[inside, None], function(grid[inside]), 0.0, 1.0, row)
 
 
-def gap(smoke: bool) -> Iterator[dict[str, Any]]:
-    for name in ("yacht",) if smoke else ("yacht", "energy", "concrete", "naval"):
-        splits = {"yacht": 6, "energy": 8, "concrete": 8, "naval": 1}[name]
-        for split in range(1 if smoke else splits):
+def gap(smoke: bool, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
+    numbers = {"yacht": 6, "energy": 8, "concrete": 8, "naval": 1}
+    for split in range(1 if smoke else splits):
+        for name in ("yacht",) if smoke else [name for name, number in numbers.items() if split < number]:
             x, y, x_test, y_test, scale = load_uci(name, split, gap=True)
             if name == "naval":  # every eighth row: a dense Hessian polished on all of them takes hours
                 x, y, x_test, y_test = x[::8], y[::8], x_test[::8], y_test[::8]
@@ -349,6 +350,7 @@ def main() -> None:
     )
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument("--splits", type=int, default=SPLITS, help="gap splits of each data set, at most")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
@@ -356,7 +358,8 @@ def main() -> None:
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     rows: list[dict[str, Any]] = []
     for part in args.parts:
-        for row in parts[part](args.smoke):
+        options = {"splits": args.splits} if part == "gap" else {}
+        for row in parts[part](args.smoke, **options):
             rows.append({"part": part, **row, **versions})
             print({k: v for k, v in rows[-1].items() if k not in versions}, flush=True)
             if args.out:
