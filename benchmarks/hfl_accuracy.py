@@ -277,8 +277,8 @@ def gap(smoke: bool, splits: int = SPLITS) -> Iterator[dict[str, Any]]:
             hidden = 8 if smoke else 50
             pyro.set_rng_seed(split)
             free = AutoLaplace(network(x.shape[1], hidden, None), init_loc_fn=init_to_sample).initialize(x, y)
-            optimizer = torch.optim.Adam([free.loc], lr=0.01)
-            for _ in range(300):  # enough to learn the noise
+            optimizer = torch.optim.Adam([free.loc], lr=0.03)
+            for _ in range(1000):  # enough to learn the noise
                 _, free.loc.grad = free.negative_log_joint((x, y))
                 optimizer.step()
             noise = max(float(free.median()["sigma"]), 0.02)

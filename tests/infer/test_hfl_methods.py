@@ -166,12 +166,12 @@ def test_paired_cancels_the_noise_of_the_batches():
     batches = [(x[i::4], y[i::4]) for i in range(4)]
     posterior = torch.linalg.inv(x.mT @ x / 0.3**2 + torch.eye(3) / 4)
     result = hfl.solve(
-        guide, batches, (x[:5],), method="paired", preconditioner="nystrom", num_epochs=60, epsilon=1e-2
+        guide, batches, (x[:5],), method="paired", preconditioner="nystrom", num_epochs=40, epsilon=1e-2
     )
     assert_close(result.variances, (x[:5] @ posterior @ x[:5].mT).diagonal(), rtol=0.1)
     # in a quadratic loss the difference from the twin does not depend on the size of the perturbation
     again = hfl.variance(
-        guide, batches, (x[:5],), method="paired", preconditioner="nystrom", num_epochs=60, epsilon=1e-4
+        guide, batches, (x[:5],), method="paired", preconditioner="nystrom", num_epochs=40, epsilon=1e-4
     )
     assert_close(again, result.variance, rtol=1e-6)
 
@@ -217,6 +217,28 @@ def test_regvar_limit_is_the_mean_covariance_with_the_training_outputs():
     assert_close(score.scale, ratio.mean().exp(), rtol=1e-4)
     assert_close(score.spread, ratio.std(), rtol=1e-4)
     assert score.spread > 1  # which is why it is called a score
+    with pytest.warns(HFLWarning, match="it is a score"):
+        calibrated = hfl.variance(guide, (x, y), (TARGETS,), method="regvar", num_epochs=None, calibrate=12)
+    assert calibrated.shape == (12, 1)
+    assert_close(calibrated.flatten(), score.calibrated, rtol=1e-2)
+
+
+def test_regvar_is_a_variance_where_outputs_are_independent():
+    """Each mean is seen once: the only model in which the score is the variance over n."""
+
+    def model(x, y=None):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(10), torch.linspace(0.2, 2.0, 10)).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean[x], 0.5), obs=y)
+
+    x, y = torch.arange(10), 3 * torch.randn(10)
+    guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+    exact = 1 / (torch.linspace(0.2, 2.0, 10) ** -2 + 4)
+    score = hfl.regvar(guide, (x, y), (x,), num_epochs=None, calibrate=4, tolerance=1e-9)
+    assert_close(10 * score.score, exact, rtol=1e-6)
+    assert_close(
+        hfl.variance(guide, (x, y), (x,), method="regvar", num_epochs=None).flatten(), exact, rtol=1e-3
+    )
 
 
 def test_regvar_fine_tuning_approaches_its_limit():

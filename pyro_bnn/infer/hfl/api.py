@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variances and covariances of any functional of a model's latents."""
 
+import math
 import warnings
 from typing import Any, Literal
 
@@ -191,7 +192,8 @@ def variance(
     :param data: one batch or an iterable of batches, with observations.
     :param targets: one batch of inputs, or ``None``.
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
-    :param options: of :func:`solve`.
+    :param options: of :func:`solve`. ``method="regvar"`` takes those of :func:`regvar` instead and returns the score
+        calibrated by 16 exact solves, with a warning where it is not a variance.
     :return: variances, of the shape of the functional's value.
 
     Example::
@@ -207,7 +209,20 @@ def variance(
         >>> variance(guide, (x, y), functional=lambda latents: latents["w"].sum())
         tensor(0.4000)
     """
-    return solve(guide, data, targets, functional, **options).variance
+    if options.get("method") != "regvar":
+        return solve(guide, data, targets, functional, **options).variance
+    if functional is not None:
+        raise ValueError("method='regvar' scores the outputs at targets: pass targets and no functional")
+    options = {"calibrate": 16, **{k: v for k, v in options.items() if k != "method"}}
+    score = regvar(guide, data, targets, **options)
+    if score.spread is not None and score.spread > 0.1:
+        warnings.warn(
+            f"the calibrated RegVar score differs from the variance by factors of about {math.exp(score.spread):.2g}: "
+            "it is a score. Use method='probe' for variances of many outputs",
+            HFLWarning,
+            stacklevel=2,
+        )
+    return score.calibrated.reshape(score.shape)
 
 
 def covariance(

@@ -20,6 +20,7 @@ class RegVarScore:
     A score, not a variance, unless few calibrating solves say otherwise.
 
     :ivar score: :math:`|f_\lambda(x) - f_0(x)|/\lambda` for all functionals, shape ``(m,)``.
+    :ivar shape: the shape of the outputs that were scored.
     :ivar scale: the factor between exact variances and scores, the geometric mean over the calibrating solves;
         ``None`` without calibration.
     :ivar spread: the standard deviation of the logarithm of that factor: 0.1 means that calibrated scores are
@@ -28,6 +29,7 @@ class RegVarScore:
     """
 
     score: Tensor
+    shape: torch.Size
     scale: float | None = None
     spread: float | None = None
     rank_correlation: float | None = None
@@ -97,7 +99,7 @@ def regvar_score(
         offsets = fine_tune(problem, solver, 2 if twin else 1, push, num_epochs=num_epochs)
         reference = functionals.at(problem.latent + offsets[1]).detach() if twin else functionals.values
         score = (functionals.at(problem.latent + offsets[0]).detach() - reference).abs() / shift
-    result = RegVarScore(score)
+    result = RegVarScore(score, functionals.shape)
     if calibrate:
         generator = torch.Generator(device=score.device).manual_seed(seed)
         chosen = torch.randperm(len(functionals), generator=generator, device=score.device)[:calibrate]
