@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -241,15 +240,21 @@ def prediction(
         return ratios(base, {"vectorised": vectorised, "chunks_of_20": chunked}, rounds, warm=1)
 
 
+def peak_resident() -> float:
+    """Peak resident size of this process in MiB; ``getrusage`` would include that of the parent before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def peak_memory(which: str, name: str, K: int, steps: int = 3) -> None:
     """Runs in a process of its own; prints the peak resident size in MiB before and after training steps."""
     make, shape, batch = NETWORKS[name]
     x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_resident()
     step = hand_step(make, x, y, K) if which == "hand" else pyro_step(make, x, y, K)
     for _ in range(steps):
         step()
-    print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+    print(json.dumps([before, peak_resident()]))
 
 
 def main() -> None:

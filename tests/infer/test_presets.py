@@ -45,3 +45,18 @@ def test_settings_of_the_paper():
     assert_close(guide.init_scale, math.sqrt(1e-3 / 0.999))
     net = preset.convert_(nn.Linear(2, 2), clip=5.0)
     assert set(net._clips.values()) == {5.0}
+
+
+def test_mixtures_are_fitted_with_their_own_bound():
+    preset = default_preset()
+    net = preset.convert_(nn.Sequential(nn.Linear(D, 1)))
+
+    def model(x, y=None):
+        f = net(x).squeeze(-1)
+        with pyro.plate("data", N, subsample=torch.arange(len(x))):
+            return pyro.sample("obs", dist.Normal(f, 0.3), obs=y)
+
+    seen = []
+    fit(model, preset.guide(model, 2), (X, Y), num_steps=1, progress_bar=False,
+        callbacks=lambda state: seen.append(type(state.elbo).__name__))  # fmt: skip
+    assert seen == ["Mixture_ELBO"]

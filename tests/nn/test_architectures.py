@@ -271,3 +271,23 @@ def test_parameter_counts_of_resnet50(K, total):
     delta = AutoMixture(model, K, "delta").initialize(x, torch.zeros(2, dtype=torch.long))
     mean_field, points = (sum(p.numel() for p in g.parameters()) for g in (guide, delta))
     assert mean_field - points == K * 52_139
+
+
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize("apply", ["scale", "materialise"])
+@pytest.mark.parametrize("factors", ["rs", "r", "s"])
+@pytest.mark.parametrize(
+    "first", [nn.Linear(12, 5), nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), nn.Conv1d(3, 2, 2)]
+)
+def test_first_layers_of_chains_repeat_their_input_themselves(first, factors, apply, rows):
+    layers = list(copy.deepcopy(first)) if isinstance(first, nn.Sequential) else [copy.deepcopy(first)]
+    x = torch.randn(B, 12) if isinstance(first, nn.Linear) else torch.randn(B, 3, 4)
+    net = nn.Sequential(*layers, nn.Tanh()).double()  # parametrised before the default type was set
+    rank1_(net, prior={f: dist.Normal(1.0, 0.1) for f in factors}, apply=apply)
+    values = draw(net, x, (3, rows))
+    with SubstituteMessenger(values):
+        y = net(x)
+    for k in range(3):
+        for b in range(B):
+            with SubstituteMessenger({n: v[k, b % rows] for n, v in values.items()}):
+                assert_close(y[k, b], net(x)[b], rtol=1e-12, atol=1e-14)
