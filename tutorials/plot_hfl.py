@@ -104,7 +104,7 @@ left.set(xlabel="x", ylabel="sd of f(x)")
 left.legend()
 
 # %%
-# One fine-tuning run with the regulariser mean |f| gives a score for all inputs at once. Its limit is the posterior
+# One fine-tuning run with the regulariser mean :math:`|f|` gives a score for all inputs at once. Its limit is the posterior
 # covariance of f(x) with the mean absolute training output, which is not the variance of f(x): it has zeros where the
 # variance has none. Calibrating solves tell: a spread of 0.1 would mean variances within about 10 percent.
 

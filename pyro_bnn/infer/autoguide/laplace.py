@@ -57,19 +57,19 @@ class AutoLaplace(LinearizedGuide):
     estimate of it, or its exact Hessian. Predictions go through the linearised model, which for the GGN is the model
     whose exact posterior this is (Immer et al., 2021).
 
-    ============== ==================================================================== =====================
+    ============== ======================================================================== =====================
     structure      what is kept of the likelihood's curvature                           memory
-    ============== ==================================================================== =====================
-    full           everything                                                           :math:`p^2`
-    block          the blocks of single sites, exactly                                  :math:`\sum p_s^2`
-    kronecker      for weights of linear maps :math:`G\otimes A` (Martens, Grosse, 2015) :math:`\sum o^2+i^2`
+    ============== ======================================================================== =====================
+    full           everything                                                               :math:`p^2`
+    block          the blocks of single sites, exactly                                      :math:`\sum p_s^2`
+    kronecker      for weights of linear maps :math:`G\otimes A` (Martens, Grosse, 2015)    :math:`\sum o^2+i^2`
                    [4, 5]; for other entries dense blocks of up to 1024, else diagonals
-    diagonal       the diagonal, exactly                                                :math:`p`
-    low_rank       the ``rank`` leading eigenpairs relative to the prior                :math:`p r`
-    nystrom        its projection on ``rank`` features of a random subset of the data   :math:`p r`
+    diagonal       the diagonal, exactly                                                    :math:`p`
+    low_rank       the ``rank`` leading eigenpairs relative to the prior                    :math:`p r`
+    nystrom        its projection on ``rank`` features of a random subset of the data       :math:`p r`
                    (Deng et al., 2022) [6]
-    function_space everything, through the outputs: exact where N C is less than p      :math:`p N C`
-    ============== ==================================================================== =====================
+    function_space everything, through the outputs: exact where N C is less than p          :math:`p N C`
+    ============== ======================================================================== =====================
 
     The prior is added exactly in all of them.
 
