@@ -58,7 +58,7 @@ class AutoLaplace(LinearizedGuide):
     whose exact posterior this is (Immer et al., 2021).
 
     ============== ======================================================================== =====================
-    structure      what is kept of the likelihood's curvature                           memory
+    structure      what is kept of the likelihood's curvature                               memory
     ============== ======================================================================== =====================
     full           everything                                                               :math:`p^2`
     block          the blocks of single sites, exactly                                      :math:`\sum p_s^2`
