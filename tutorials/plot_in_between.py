@@ -162,8 +162,7 @@ for ax, (name, (mean, sd)) in zip(axes.flat, results.items(), strict=True):
     ax.plot(line, -torch.sin(3 * line - 0.3), "k--", lw=0.8)
     ax.plot(x.squeeze(-1), y, "k.", ms=4)
     ax.set(title=f"{name} ({seconds[name]:.1f} s)", ylim=(-3, 3))
-if "PYRO_BNN_FIGURES" in os.environ:
-    fig.savefig(os.path.join(os.environ["PYRO_BNN_FIGURES"], "in_between.png"), dpi=110)
+fig.savefig("in_between.png", dpi=110)
 plt.show()
 
 gap = (line > -0.5) & (line < 0.2)

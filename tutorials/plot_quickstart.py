@@ -231,6 +231,5 @@ for ax, (name, prediction) in zip(axes.flat, predictions.items(), strict=False):
 plots.plot_calibration(predictions, ax=axes.flat[5])
 axes.flat[5].set_title("calibration")
 axes.flat[5].legend()
-if "PYRO_BNN_FIGURES" in os.environ:
-    fig.savefig(os.path.join(os.environ["PYRO_BNN_FIGURES"], "quickstart.png"), dpi=110)
+fig.savefig("quickstart.png", dpi=110)
 plt.show()
