@@ -176,7 +176,10 @@ def clock(step: Callable[[], Any], repeats: int) -> float:
 def training(name: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     sizes, rows = NETWORKS[name]
     data = data_of(sizes, rows)
-    bayes = lambda **kwargs: Model(bayesian_(network(sizes), **kwargs), sizes[-1])  # noqa: E731
+
+    def bayes(**kwargs: Any) -> Model:
+        return Model(bayesian_(network(sizes), **kwargs), sizes[-1])
+
     variants = {}
     with local_parameters():
         model: Any = Model(textbook(network(sizes)), sizes[-1])
@@ -228,7 +231,10 @@ def prediction(name: str, rounds: int, draws: int) -> list[dict[str, Any]]:
     with local_parameters():
         stock_guide(x, y)
     given = {name: posterior_draws(guide, draws) for name, guide in guides.items()}
-    run = lambda model, guide: lambda: posterior_predictive(model, guide, (x,), num_samples=draws)  # noqa: E731
+
+    def run(model: Any, guide: Any) -> Any:
+        return lambda: posterior_predictive(model, guide, (x,), num_samples=draws)
+
     variants = {
         "posterior_predictive, packed": run(packed, guides["packed"]),
         "posterior_predictive, site per tensor": run(separate, guides["separate"]),

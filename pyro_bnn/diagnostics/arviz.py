@@ -448,9 +448,12 @@ class _Exporter:
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
                 rows.append({n: s["value"] for n, s in sample_sites(trace).items() if n in self.site_dims})
         stacked = {n: torch.stack([row[n] for row in rows])[None] for n in rows[0]}
-        pick = lambda wanted: self.dataset(  # noqa: E731
-            {n: (v, self.site_dims[n]) for n, v in stacked.items() if (n in observed) == wanted}
-        )
+
+        def pick(wanted: bool) -> xr.Dataset:
+            return self.dataset(
+                {n: (v, self.site_dims[n]) for n, v in stacked.items() if (n in observed) == wanted}
+            )
+
         return {"prior": pick(False), "prior_predictive": pick(True)}
 
     @staticmethod

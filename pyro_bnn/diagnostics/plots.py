@@ -189,7 +189,10 @@ def plot_reliability(
     index = (confidence * num_bins).long().clamp(max=num_bins - 1)
     counts = torch.bincount(index, minlength=num_bins)
     used = counts > 0
-    mean = lambda v: (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()  # noqa: E731
+
+    def mean(v: torch.Tensor) -> np.ndarray:
+        return (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()
+
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     ax.plot(mean(confidence), mean(correct), color="C0")
     ax.scatter(

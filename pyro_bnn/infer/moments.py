@@ -78,9 +78,8 @@ def site_moments(prediction: SitePrediction) -> SiteMoments:
             aleatoric = torch.special.entr(prediction.mean).sum(-1).mean(0)
             epistemic = torch.special.entr(mean).sum(-1) - aleatoric
         elif prediction.kind == "binary":
-            entropy = lambda p: torch.special.entr(p) + torch.special.entr(1 - p)  # noqa: E731
-            aleatoric = entropy(prediction.mean).mean(0)
-            epistemic = entropy(mean) - aleatoric
+            aleatoric = _binary_entropy(prediction.mean).mean(0)
+            epistemic = _binary_entropy(mean) - aleatoric
         elif prediction.variance is not None:
             aleatoric = prediction.variance.mean(0)
             epistemic = prediction.mean.var(0, correction=0)
@@ -124,6 +123,10 @@ class PredictiveMoments(Mapping[str, SiteMoments]):
                     dims = [*site.dims, f"{name}_class"][: value.dim()]
                     variables[f"{name}_{field}"] = (tuple(dims), value.cpu().numpy())
         return xr.Dataset(variables)
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
 @torch.no_grad()
