@@ -43,6 +43,24 @@ class SubstituteMessenger(Messenger):
             msg["done"] = True
 
 
+class CollectMessenger(SubstituteMessenger):
+    """
+    Gives sample sites fixed values and keeps what the model says at each site: what a trace of a replayed model holds,
+    without the copies that a trace makes.
+
+    :param values: the value of each site, by name.
+    :ivar sites: the sample sites by name, subsample sites left out.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.sites: dict[str, Site] = {}
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not isinstance(msg["fn"], _Subsample):
+            self.sites[msg["name"]] = msg
+
+
 def sample_sites(trace: Trace) -> dict[str, Site]:
     """
     The sample sites of a trace by name, without subsample sites.

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -17,12 +18,14 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.infer.handlers import CollectMessenger, Site, sample_sites
 from pyro_bnn.nn.folding import split_batch
 from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.sites import SITE_KEY
@@ -184,10 +187,16 @@ class Mixture_ELBO(_Elbo):
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
         nesting = self._plate_nesting(model, guide, args, kwargs)
-        model_trace, guide_trace = self._component_traces(model, guide, mixtures, K, nesting, args, kwargs)
-        likelihood = self._likelihood_term(model_trace, K, nesting)
+        if self._is_direct(guide, mixtures):
+            model_sites, guide_sites = _direct_sites(model, guide, args, kwargs)
+        else:
+            model_trace, guide_trace = self._component_traces(
+                model, guide, mixtures, K, nesting, args, kwargs
+            )
+            model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+        likelihood = self._likelihood_term(model_sites, K, nesting)
         terms = _SiteTerms(self, mixtures, K, nesting)
-        terms.collect(model_trace, guide_trace)
+        terms.collect(model_sites, guide_sites)
         scale = self.current_kl_scale()
         loss = scale * terms.kl - likelihood - terms.log_prior - self.entropy_weight * terms.entropy
         self._parts = {
@@ -248,27 +257,34 @@ class Mixture_ELBO(_Elbo):
     ) -> tuple[Any, Any]:
         dim = -nesting - 1
         with ExitStack() as stack:
-            for mixture in mixtures:
-                stack.enter_context(mixture.stratified(dim, self.num_particles))
-            if self.batch == "split":
-                stack.enter_context(split_batch())
-            guide_trace = poutine.trace(self._in_plates(guide, K, dim)).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(
-                poutine.replay(self._in_plates(model, K, dim), trace=guide_trace)
-            ).get_trace(*args, **kwargs)
+            if not self._is_single(mixtures):
+                for mixture in mixtures:
+                    stack.enter_context(mixture.stratified(dim, self.num_particles))
+                if self.batch == "split":
+                    stack.enter_context(split_batch())
+                guide, model = self._in_plates(guide, K, dim), self._in_plates(model, K, dim)
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, nesting + 1 + (self.num_particles > 1))
         guide_trace = prune_subsample_sites(guide_trace)
         if self.batch == "split":
             _check_split(model_trace, guide_trace)
         model_trace = prune_subsample_sites(model_trace)
-        for name, site in model_trace.nodes.items():
-            if site["type"] == "sample" and not site["is_observed"] and name not in guide_trace:
-                raise ValueError(
-                    f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
-                    "if it is latent, add a guide for it."
-                )
+        _check_latents(sample_sites(model_trace), sample_sites(guide_trace))
         return model_trace, guide_trace
+
+    def _is_single(self, mixtures: list[AutoMixture]) -> bool:
+        """Whether one draw of the guide is all: then model and guide run without plates of components."""
+        return self.num_particles == 1 and self.batch == "repeat" and all(m.is_single for m in mixtures)
+
+    def _is_direct(self, guide: Any, mixtures: list[AutoMixture]) -> bool:
+        """
+        Whether the draw can be taken from the guide's distributions without calling it: nobody listens to its
+        statements, which after the first step (with Pyro's validation) nobody needs to check either.
+        """
+        quiet = not am_i_wrapped() and not is_validation_enabled()
+        return quiet and mixtures == [guide] and self._is_single(mixtures) and guide.is_factorized()
 
     def _in_plates(self, fn: Any, K: int, dim: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -284,20 +300,22 @@ class Mixture_ELBO(_Elbo):
 
     def _per_component(self, value: Tensor, K: int, nesting: int) -> Tensor:
         """Sums a tensor of batch shape ``(S, K, *plates)`` over the plates: shape ``(S, K)``."""
+        if K == self.num_particles == 1:
+            return value.sum().view(1, 1)
         shape = (self.num_particles, K) if value.dim() > nesting + 1 else (K,)
         if value.dim() < nesting + 1:
             value = value.expand(K, *(1,) * (nesting - value.dim()), *value.shape)
         total = value.flatten(value.dim() - nesting).sum(-1) if nesting else value
         return total.expand(shape).reshape(-1, K)
 
-    def _likelihood_term(self, model_trace: Any, K: int, nesting: int) -> Any:
+    def _likelihood_term(self, model_sites: dict[str, Site], K: int, nesting: int) -> Any:
         total: Any = 0.0
         pointwise: dict[Any, Tensor] = {}
-        for name, site in model_trace.nodes.items():
-            if site["type"] != "sample" or not site["is_observed"]:
+        for name, site in model_sites.items():
+            if not site["is_observed"]:
                 continue
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            if self.likelihood == "average":
+            if self.likelihood == "average" or K == 1:  # with one component they are the same
                 log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
                 total = total + self._per_component(log_prob, K, nesting).mean()
                 continue
@@ -319,6 +337,34 @@ class Mixture_ELBO(_Elbo):
         return total
 
 
+def _direct_sites(
+    model: Any, guide: AutoMixture, args: Any, kwargs: Any
+) -> tuple[dict[str, Site], dict[str, Site]]:
+    """The sample sites of the model under one draw of a guide of independent sites, and those of the guide."""
+    guide_sites: dict[str, Site] = {}
+    for site, fn in chain(guide.point_distributions(), guide.single_distributions()):
+        guide_sites[site.name] = {
+            "fn": fn,
+            "value": fn(),
+            "infer": {SITE_KEY: {"kind": site.kind, "role": site.role}},
+            "args": (),
+            "kwargs": {},
+        }
+    with CollectMessenger({name: site["value"] for name, site in guide_sites.items()}) as collected:
+        model(*args, **kwargs)
+    _check_latents(collected.sites, guide_sites)
+    return collected.sites, guide_sites
+
+
+def _check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+    for name, site in model_sites.items():
+        if not site["is_observed"] and name not in guide_sites:
+            raise ValueError(
+                f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
+                "if it is latent, add a guide for it."
+            )
+
+
 def default_elbo(guide: Any) -> Any:
     """
     The bound that suits a guide.
@@ -338,12 +384,11 @@ class _SiteTerms:
         self.log_prior: Any = 0.0
         self.entropy: Any = 0.0
 
-    def collect(self, model_trace: Any, guide_trace: Any) -> None:
+    def collect(self, model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
         """Adds the terms of all latent and auxiliary sites."""
         elbo = self.elbo
         want_entropy = elbo.entropy_weight != 0.0
-        guide_sites = {n: s for n, s in guide_trace.nodes.items() if s["type"] == "sample"}
-        auxiliary = {n: s for n, s in guide_sites.items() if n not in model_trace}
+        auxiliary = {n: s for n, s in guide_sites.items() if n not in model_sites}
         for name, site in guide_sites.items():
             if name in auxiliary:
                 log_q = self._per_component(scale_and_mask(_log_prob(site), site["scale"], site["mask"]))
@@ -351,7 +396,7 @@ class _SiteTerms:
                 if want_entropy:
                     self.entropy = self.entropy - log_q.mean()
                 continue
-            prior = model_trace.nodes[name]
+            prior = model_sites[name]
             scale, mask = prior["scale"], prior["mask"]
             kind = site["infer"].get(SITE_KEY, {}).get("kind")
             if kind == "index":  # uniform in the model and in the guide

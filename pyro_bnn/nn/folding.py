@@ -108,6 +108,10 @@ class Folding:
                         (layer, name, value := layer.read(name), owner.event_dim(layer, name, value))
                     )
         shapes = [value.shape[: value.dim() - event_dim] for _, _, value, event_dim in drawn]
+        self.active = any(shapes)
+        if not self.active:  # one sample: the layers read their sites themselves
+            self._sample_shape, self.num_samples = torch.Size(), 1
+            return
         batch_shape = torch.broadcast_shapes(*shapes)
         slot = 1
         if batch_shape and (
@@ -118,9 +122,6 @@ class Folding:
         else:
             self._sample_shape = batch_shape
         self.num_samples = self._sample_shape.numel()
-        self.active = bool(batch_shape)
-        if not self.active:
-            return
         self._values = {}
         full = (*self._sample_shape, slot) if batch_shape != self._sample_shape else batch_shape
         for (layer, name, value, _), shape in zip(drawn, shapes, strict=True):

@@ -285,6 +285,37 @@ class AutoMixture(_Guide):
             )
         return raw
 
+    @property
+    def is_single(self) -> bool:
+        """Whether a call is one draw from one component: no index, no noise per example."""
+        return self.num_components == 1 and self.noise == "shared" and getattr(self, "_index", None) is None
+
+    def is_factorized(self) -> bool:
+        """
+        :return: whether a call is nothing but independent draws of the named sites, as :meth:`single_distributions`
+            gives them.
+        """
+        hooks = self._forward_hooks or self._forward_pre_hooks
+        own = type(self).forward is AutoMixture.forward and self.create_plates is None
+        return self.is_single and own and not hooks and not any(s.kind == "low_rank" for s in self.sites)
+
+    def single_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
+        """
+        :return: for a guide of one component, the sites that are no low-rank or shared ones, with their distributions.
+        """
+        for site, loc, scale in self._blocks():
+            if site.kind != "low_rank":
+                spread = None if scale is None else scale[0]
+                yield site, component_distribution(site, loc[0], spread, site.event_dim)
+
+    def point_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
+        """
+        :return: the sites that all components share, with their point masses.
+        """
+        for site in self.sites:
+            if site.kind == "point":
+                yield site, dist.Delta(attrgetter(site.name)(self.points), event_dim=site.event_dim)
+
     # ------------------------------------------------------------------ distributions
 
     def _blocks(self) -> Iterator[tuple[LatentSite, Tensor, Tensor | None]]:
@@ -385,10 +416,8 @@ class AutoMixture(_Guide):
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         values: dict[str, Tensor] = {}
-        for site in self.sites:
-            if site.kind == "point":
-                value = attrgetter(site.name)(self.points)
-                values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+        for site, fn in self.point_distributions():
+            values[site.name] = self._sample(site, fn, plates)
         if self._stratum is not None:
             if self._index is not None:
                 values[self._index.name] = self._sample_index(self._index)
@@ -419,12 +448,8 @@ class AutoMixture(_Guide):
                     values[site.name] = self._sample(site, fn, plates)
         elif self.num_components == 1:
             self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
-            for site, loc, scale in self._blocks():
-                if site.kind != "low_rank":
-                    fn = component_distribution(
-                        site, loc[0], None if scale is None else scale[0], site.event_dim
-                    )
-                    values[site.name] = self._sample(site, fn, plates)
+            for site, fn in self.single_distributions():
+                values[site.name] = self._sample(site, fn, plates)
         elif self._mixed:
             blocks = list(self.component_distributions().values())
             low_rank = self._low_rank()
