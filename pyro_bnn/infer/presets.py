@@ -89,7 +89,7 @@ class Rank1Preset:
         return Mixture_ELBO(**{**mine, **options})
 
 
-def dusenberry2020(num_data: int, *, l2: float = 1e-4) -> Rank1Preset:
+def dusenberry2020(num_data: int, *, family: str = "normal", l2: float = 1e-4) -> Rank1Preset:
     r"""
     The settings of the CIFAR experiments of Dusenberry et al. (ICML 2020) as their published code has them: factors
     :math:`N(1, 0.1^2)`, random signs with probability 0.5, initial scale from a dropout rate of :math:`10^{-3}`, noise
@@ -97,8 +97,14 @@ def dusenberry2020(num_data: int, *, l2: float = 1e-4) -> Rank1Preset:
     normalisation. The penalty :math:`\lambda \sum w^2` of a mean loss is the prior :math:`N(0, 1/(2 N \lambda))` on
     weights and biases.
 
+    The settings of the paper's Cauchy networks are not published. ``family="cauchy"`` takes the prior Cauchy(1, 0.1) and
+    the initial scale :math:`\sqrt{10^{-5}}`: Cauchy noise does not average out over the inputs of a layer, so that it
+    has to be smaller than Gaussian noise by about the square root of their number. Predict with several draws per component.
+
     :param int num_data: :math:`N`, the number of training examples.
+    :param str family: ``"normal"`` or ``"cauchy"``.
     :param float l2: :math:`\lambda`.
+    :raises ValueError: for any other family.
     :return: the preset.
 
     Example::
@@ -106,16 +112,19 @@ def dusenberry2020(num_data: int, *, l2: float = 1e-4) -> Rank1Preset:
         >>> round(float(dusenberry2020(50_000).weight_prior.scale), 3)
         0.316
     """
+    if family not in ("normal", "cauchy"):
+        raise ValueError(f"family must be 'normal' or 'cauchy', found {family!r}.")
     one = torch.ones(())
+    made: Any = dist.Normal if family == "normal" else dist.Cauchy
     penalty = dist.Normal(0 * one, one / (2 * num_data * l2) ** 0.5)
     return Rank1Preset(
-        prior=dist.Normal(one, 0.1 * one),
+        prior=made(one, 0.1 * one),
         weight_prior=penalty,
         bias_prior=penalty,
         clip=10.0,
-        component="normal",
+        component=family,
         init_loc_fn=init_to_random_sign(probability=0.5),
-        init_scale=dropout_scale(1e-3),
+        init_scale=dropout_scale(1e-3 if family == "normal" else 1e-5),
         noise="per_example",
         likelihood="average",
         kl="sum",

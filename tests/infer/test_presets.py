@@ -15,7 +15,7 @@ from tests.common import assert_close
 from tests.infer.test_mixture import D, N, X, Y
 
 
-@pytest.mark.parametrize("preset", [default_preset(), dusenberry2020(N)])
+@pytest.mark.parametrize("preset", [default_preset(), dusenberry2020(N), dusenberry2020(N, family="cauchy")])
 def test_presets_train(preset):
     net = preset.convert_(nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)))
 
@@ -45,6 +45,17 @@ def test_settings_of_the_paper():
     assert_close(guide.init_scale, math.sqrt(1e-3 / 0.999))
     net = preset.convert_(nn.Linear(2, 2), clip=5.0)
     assert set(net._clips.values()) == {5.0}
+
+
+def test_the_cauchy_preset():
+    preset = dusenberry2020(50_000, family="cauchy")
+    net = preset.convert_(nn.Linear(2, 2))
+    assert set(net._clips.values()) == {10.0}
+    guide = preset.guide(lambda: None)
+    assert (guide.component, guide.noise) == ("cauchy", "per_example")
+    assert guide.init_scale < preset.prior.scale / 10
+    with pytest.raises(ValueError, match="'normal' or 'cauchy', found 'student'"):
+        dusenberry2020(10, family="student")
 
 
 def test_mixtures_are_fitted_with_their_own_bound():

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_bnn.distributions.cauchy import TangentCauchy
+
 #: Families with a location and a scale per latent element.
 SCALED_KINDS = ("normal", "cauchy", "lognormal")
 #: All families: ``"delta"`` has a location per component, ``"point"`` one that all components share.
@@ -90,7 +92,7 @@ def component_distribution(site: LatentSite, loc: Tensor, scale: Tensor | None, 
     if scale is None:
         return dist.Delta(site.transform(loc), event_dim=event_dim)
     if site.kind == "cauchy":
-        return to_event(dist.Cauchy(loc, scale), event_dim)
+        return to_event(TangentCauchy(loc, scale), event_dim)
     if site.kind == "lognormal" or is_positive(site.support):
         return to_event(dist.LogNormal(loc, scale), event_dim)
     base = dist.Normal(loc, scale)

@@ -65,7 +65,8 @@ class AutoMixture(_Guide):
     :param int rank: number of columns of :math:`V` for ``"low_rank"``.
     :param str noise: ``"shared"`` or ``"per_example"``: inside :class:`~pyro_bnn.infer.Mixture_ELBO`, rank-1 factors
         are drawn once per component and batch, or independently for every example, which has the same expectation
-        and a lower variance. The divergence is counted once either way.
+        and a lower variance. The divergence is counted once either way. Cauchy factors need ``"per_example"``: one draw
+        from far in the tails otherwise spoils the gradient of the whole batch.
     :param str rest: if the model has rank-1 factors, the family of its other latent sites (biases, noise scales).
         Weights that a rank-1 layer draws through ``weight_prior`` are always shared (``"point"``) by default.
     :param callable init_loc_fn: initial value of a site, called once per component; :func:`init_component` by
