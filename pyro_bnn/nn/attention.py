@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank-1 multi-head attention and embeddings."""
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
+from pyro_bnn.nn.bayesian import broadcast_linear
 from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
 from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options, finish_layer
 from pyro_bnn.nn.rank1_conv import _OPTIONS
@@ -93,12 +96,115 @@ class Rank1MultiheadAttention(AttentionMixin, Rank1PerSampleMixin, _Attention):
         self._take_out_projection()
         super()._make_rank1(options, prefix)
 
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Any:
+        """
+        The arguments are those of :class:`torch.nn.MultiheadAttention`. Factors per example and the additive form run
+        attention that is written out, everything else the torch layer with the weights of each sample.
+
+        :return: as for the torch layer.
+        """
+        masks = {
+            "key_padding_mask": key_padding_mask,
+            "attn_mask": attn_mask,
+            "need_weights": need_weights,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        if not self._needs_rows():
+            return super().forward(query, key, value, **masks)
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask: pass the mask too.")
+        batched = query.dim() == 3
+        inputs = [t if batched else t.unsqueeze(0) for t in (query, key, value)]
+        if batched and not self.batch_first:
+            inputs = [t.transpose(0, 1) for t in inputs]
+        q, k, v = self._project(inputs[0], inputs[1], inputs[2], query is key is value)
+        padding = key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        y, weights = self._attend(q, k, v, padding, attn_mask, need_weights)
+        y = self._map(y, *self._ordered("_out", self._bias_value("out_proj_bias")))
+        if batched and not self.batch_first:
+            y = y.transpose(0, 1)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return (y, weights) if batched else (y[0], None if weights is None else weights[0])
+
+    def _ordered(self, suffix: str, bias: Tensor | None) -> tuple[Any, ...]:
+        weight, r, s = self._group_values(suffix)
+        return weight, bias, r, s
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, shared: bool) -> list[Tensor]:
+        bias = self._bias_value("in_proj_bias")
+        biases = [None] * 3 if bias is None else bias.chunk(3, -1)
+        if not self._qkv_same_embed_dim:
+            groups = zip((query, key, value), ("_q", "_k", "_v"), biases, strict=True)
+            return [self._map(x, *self._ordered(suffix, b)) for x, suffix, b in groups]
+        weight, r, s = self._group_values("_in")
+        if shared:
+            return list(self._map(query, weight, bias, r, s).chunk(3, -1))
+        rs = [None] * 3 if r is None else r.chunk(3, -1)
+        parts = zip((query, key, value), weight.chunk(3, -2), biases, rs, strict=True)
+        return [self._map(x, w, b, r_part, s) for x, w, b, r_part in parts]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scaled dot-product attention of shape ``(N, L, E)``, and its weights ``(N, heads, L, S)``."""
+        N, L, _ = q.shape
+        mask: Any = 0.0
+        if attn_mask is not None:
+            mask = _additive(attn_mask, q)
+            if mask.dim() == 3:  # one mask per example and head
+                mask = mask.repeat(N * self.num_heads // len(mask), 1, 1).view(N, -1, *mask.shape[1:])
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q)
+            mask = mask + padding.repeat(N // len(padding), 1)[:, None, None]
+        if self.bias_k is not None:
+            k = torch.cat([k, self.bias_k.expand(N, 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(N, 1, -1)], 1)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        if isinstance(mask, Tensor):  # nothing masks what was appended
+            mask = F.pad(mask, (0, k.shape[1] - mask.shape[-1]))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            fused = mask.expand(N, self.num_heads, L, k.shape[2]) if isinstance(mask, Tensor) else None
+            y = F.scaled_dot_product_attention(q, k, v, fused, dropout)
+            return y.transpose(1, 2).flatten(2), None
+        weights = F.dropout((q @ k.mT / math.sqrt(q.shape[-1]) + mask).softmax(-1), dropout)
+        return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as a term of the scores."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
+    return mask.to(like.dtype)
+
 
 class Rank1Embedding(Rank1Mixin, _Embedding):
     r"""
     An embedding with rank-1 random factors: row i of the table becomes :math:`s_i\, (E_i \circ r)`. In one-hot terms
     this is a linear layer whose inputs are the ``num_embeddings`` indicators; leave ``s`` out by
     ``prior={"r": ...}`` if one factor per symbol is too many.
+
+    The additive form, :math:`E^\top (x + s) + r` with the indicators :math:`x`, shifts all rows by one random vector.
 
     The arguments are those of :class:`torch.nn.Embedding`, and by keyword those of
     :class:`~pyro_bnn.nn.Rank1Options`.
@@ -120,13 +226,6 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
     def _biases(self) -> dict[str, str]:
         return {}
 
-    def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
-        if options.resolved_form == "additive":
-            raise ValueError(
-                f"{prefix + type(self).__name__} has no additive form: use another, or skip the layer."
-            )
-        super()._make_rank1(options, prefix)
-
     def forward(self, input: Tensor) -> Tensor:
         """
         :param input: indices, shape ``(*batch)``.
@@ -135,15 +234,20 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
         weight = self._parameter("weight")
         r, s = self._factor("r"), self._factor("s")
         y = self._lookup(input, weight, 2)
+        if self._form == "additive":
+            # the indicators of the symbols are shifted by s, which adds the same vector to every symbol
+            y = y if s is None else self._combine(y, broadcast_linear(s, weight.mT), operator.add)
+            return y if r is None else self._combine(y, r, operator.add)
         if self._form == "multiplicative":
-            y = y if s is None else y * self._lookup(input, s.unsqueeze(-1), 2)
-            return y if r is None else self._combine(y, r)
+            return self._scaled_rows(input, y, r, s)
         total = y
-        if r is not None and s is not None:
-            for j in range(r.shape[-2]):
-                scaled = y * self._lookup(input, s[..., j, :].unsqueeze(-1), 2)
-                total = total + self._combine(scaled, r[..., j, :])
+        for r_j, s_j in self._pairs(r, s):
+            total = total + self._scaled_rows(input, y, r_j, s_j)
         return total
+
+    def _scaled_rows(self, input: Tensor, y: Tensor, r: Tensor | None, s: Tensor | None) -> Tensor:
+        y = y if s is None else y * self._lookup(input, s.unsqueeze(-1), 2)
+        return y if r is None else self._combine(y, r)
 
     def _lookup(self, input: Tensor, table: Tensor, event_dim: int) -> Tensor:
         """Rows of a table that may have one copy per sample, ``(F, 1 or B, n, d)``, or leading sample dimensions."""

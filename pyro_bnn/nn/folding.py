@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pyro_bnn.nn.sites import SiteModule
 
@@ -39,7 +40,10 @@ class Folding:
     ``(*samples, 1, *event)`` has one value per sample, one of shape ``(*samples, B, *event)`` one per example.
 
     The first dimension of the first tensor argument is the batch; other tensor arguments whose first dimension has
-    the same size are repeated too.
+    the same size are repeated too, and so are the sequences of a :class:`~torch.nn.utils.rnn.PackedSequence`. Outputs
+    with the batch in their second dimension (the states of recurrent layers) are unfolded too; an output that is
+    a packed sequence keeps the ``F * B`` sequences. Networks that pack sequences themselves need
+    ``enforce_sorted=False``.
 
     :param root: the network; calls of it are folded.
     :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
@@ -75,12 +79,16 @@ class Folding:
         :raises ValueError: if the batch is empty or a site has a batch shape that does not fit it.
         """
         self.active = False
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if not tensors or (tensors[0].dim() < 2 and tensors[0].is_floating_point()):
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, (Tensor, PackedSequence))]
+        first = tensors[0] if tensors else None
+        if isinstance(first, PackedSequence):
+            self.batch_size = int(first.batch_sizes[0])
+        elif first is None or (first.dim() < 2 and first.is_floating_point()):
             return None
-        self.batch_size = tensors[0].shape[self.batch_dim] if tensors[0].dim() > self.batch_dim else 0
-        if self.batch_size == 0:
-            raise ValueError(f"the network was called with an empty batch, shape {tuple(tensors[0].shape)}.")
+        else:
+            self.batch_size = first.shape[self.batch_dim] if first.dim() > self.batch_dim else 0
+            if self.batch_size == 0:
+                raise ValueError(f"the network was called with an empty batch, shape {tuple(first.shape)}.")
         self._draw()
         if not self.active:
             return None
@@ -92,10 +100,21 @@ class Folding:
                     "multiple of them (drop_last=True for loaders), or repeat the batch."
                 )
             self.batch_size //= self.num_samples
+            self._keep_own_examples()
             return None
         if self._first is not None and len(args) == 1 and not kwargs:
             return None
         return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
+
+    def _keep_own_examples(self) -> None:
+        """After a split, a value per example is that of the examples that its sample sees."""
+        F, B = self.num_samples, self.batch_size
+        for (key, name), value in self._values.items():
+            layer = next(layer for layer in self.layers if id(layer) == key)
+            event_dim = layer._sites[name].event_dim if name in layer._site_names() else value.dim()
+            if B > 0 and value.dim() == event_dim + 2 and value.shape[1] == F * B and F > 1:
+                own = value.unflatten(1, (F, B))
+                self._values[key, name] = torch.stack([own[f, f] for f in range(F)])
 
     def _draw(self) -> None:
         drawn = []
@@ -154,6 +173,10 @@ class Folding:
         :return: shape ``(F * B, ...)`` for a tensor of shape ``(B, ...)``; everything else unchanged.
         """
         dim = self.batch_dim
+        if isinstance(value, PackedSequence) and int(value.batch_sizes[0]) == self.batch_size:
+            padded, lengths = pad_packed_sequence(value, batch_first=True)
+            F = self.num_samples
+            return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
         if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == self.batch_size:
             return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
         return value
@@ -180,6 +203,9 @@ class Folding:
             return value.reshape(*self._sample_shape, *value.shape[1:])
         if value.dim() and value.shape[0] == rows:
             return value.reshape(*self._sample_shape, self.batch_size, *value.shape[1:])
+        if self.batch_dim == 0 and value.dim() > 1 and value.shape[1] == rows and self.num_samples > 1:
+            value = value.unflatten(1, (self.num_samples, self.batch_size)).transpose(0, 1)
+            return value.reshape(*self._sample_shape, *value.shape[1:])
         return value
 
     def value(self, layer: SiteModule, name: str) -> Tensor:
@@ -222,12 +248,14 @@ def map_structure(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """
     Applies a function to the tensors in nested tuples, lists and dictionaries.
 
-    :param value: a tensor or a structure of tensors; other leaves are untouched.
+    :param value: a tensor or a structure of tensors; other leaves, packed sequences among them, are untouched.
     :param callable fn: a function of a tensor.
     :return: the same structure.
     """
     if isinstance(value, Tensor):
         return fn(value)
+    if isinstance(value, PackedSequence):
+        return value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_structure(item, fn) for item in value))
     if isinstance(value, (tuple, list)):
@@ -235,6 +263,21 @@ def map_structure(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {key: map_structure(item, fn) for key, item in value.items()}
     return value
+
+
+def repack(padded: Tensor, like: PackedSequence) -> PackedSequence:
+    """
+    Packs padded sequences in the order of another packed sequence.
+
+    :param padded: shape ``(N, T, d)``, the sequences in the order in which they were before they were packed.
+    :param like: a packed sequence of the same lengths.
+    :return: a packed sequence that differs from ``like`` in its data only.
+    """
+    if like.sorted_indices is not None:
+        padded = padded.index_select(0, like.sorted_indices)
+    steps = zip(padded.unbind(1), like.batch_sizes.tolist(), strict=False)
+    data = torch.cat([step[:size] for step, size in steps])
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
 def fold_(net: Any) -> Any:

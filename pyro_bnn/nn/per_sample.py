@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.folding import map_structure
-from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options
+from pyro_bnn.nn.folding import map_structure, repack
+from pyro_bnn.nn.rank1 import Rank1LinearMixin
 from pyro_bnn.nn.sites import SiteModule
 
 
@@ -55,11 +56,7 @@ class PerSampleMixin(SiteModule):
         if not self._is_folded():
             for name in random:
                 if parameters[name].shape[: parameters[name].dim() - event_dims[name]].numel() > 1:
-                    raise ValueError(
-                        f"{self._pyro_name or type(self).__name__} has {name!r} with sample dimensions "
-                        f"{tuple(parameters[name].shape)}: convert the network with rank1_ or bayesian_, or call "
-                        "fold_ on it, so that samples are folded into the batch."
-                    )
+                    raise ValueError(_needs_folding(self, name, parameters[name]))
                 parameters[name] = parameters[name].reshape(parameters[name].shape[-event_dims[name] :])
             return self._run(parameters, *args, **kwargs)
         if not random:
@@ -68,6 +65,8 @@ class PerSampleMixin(SiteModule):
         rows = self._folding.batch_size * F
 
         def split(index: int | str, value: Any) -> list[Any]:
+            if isinstance(value, PackedSequence):
+                return _split_packed(value, F)
             pieces: list[Any] = []
             for f in range(F):
 
@@ -91,7 +90,8 @@ class PerSampleMixin(SiteModule):
             )
             for f in range(F)
         ]
-        return self._concatenate(outputs)
+        packed = next((a for a in args if isinstance(a, PackedSequence)), None)
+        return self._concatenate(outputs, packed)
 
     def _parameter_templates(self) -> dict[str, Tensor]:
         """The parameters as the torch layer would have them, for their shapes."""
@@ -99,43 +99,84 @@ class PerSampleMixin(SiteModule):
             name: spec.init for name, spec in self.__dict__.get("_sites", {}).items() if spec.init is not None
         } | {name: value for name, value in self._parameters.items() if value is not None}
 
-    def _concatenate(self, outputs: list[Any], path: tuple[int, ...] = ()) -> Any:
+    def _concatenate(
+        self, outputs: list[Any], packed: PackedSequence | None, path: tuple[int, ...] = ()
+    ) -> Any:
         first = outputs[0]
+        if isinstance(first, PackedSequence) and packed is not None:
+            padded = [pad_packed_sequence(o, batch_first=True)[0] for o in outputs]
+            length = max(p.shape[1] for p in padded)
+            padded = [torch.nn.functional.pad(p, (0, 0, 0, length - p.shape[1])) for p in padded]
+            return repack(torch.cat(padded), packed)
         if isinstance(first, Tensor):
             return torch.cat(outputs, self._output_batch_dim(path, first))
         if first is None:
             return None
-        return type(first)(self._concatenate([o[i] for o in outputs], (*path, i)) for i in range(len(first)))
+        return type(first)(
+            self._concatenate([o[i] for o in outputs], packed, (*path, i)) for i in range(len(first))
+        )
 
 
-class Rank1PerSampleMixin(PerSampleMixin, Rank1Mixin):
-    """Rank-1 layers with several weights, which are built for every sample."""
+def _needs_folding(layer: Any, name: str, value: Tensor) -> str:
+    return (
+        f"{layer._pyro_name or type(layer).__name__} has {name!r} with sample dimensions {tuple(value.shape)}: convert "
+        "the network with rank1_ or bayesian_, or call fold_ on it, so that samples are folded into the batch."
+    )
 
-    def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
-        if options.resolved_form == "additive":
-            raise ValueError(
-                f"{prefix + type(self).__name__} has no additive form: use the multiplicative or residual one, or "
-                "leave the layer out with skip=."
-            )
-        super()._make_rank1(options, prefix)
+
+def _split_packed(value: PackedSequence, F: int) -> list[PackedSequence]:
+    """The sequences of each of the samples, which follow each other."""
+    padded, lengths = pad_packed_sequence(value, batch_first=True)
+    if len(lengths) % F:
+        raise ValueError(f"a PackedSequence of {len(lengths)} sequences does not split into {F} samples.")
+    return [
+        pack_padded_sequence(part, length, batch_first=True, enforce_sorted=False)
+        for part, length in zip(padded.chunk(F), lengths.chunk(F), strict=True)
+    ]
+
+
+class Rank1PerSampleMixin(PerSampleMixin, Rank1LinearMixin):
+    """
+    Rank-1 layers with several weights. The weights are built for every sample, and the torch layer runs once per
+    sample; factors per example and the additive form, which no weight can express, need the layer written out.
+    """
+
+    def _needs_rows(self) -> bool:
+        """Whether the layer must be written out."""
+        if self._form == "additive":
+            return True
+        event_dim = 2 if self._form == "residual" else 1
+        factors = (self._factor(kind + suffix) for suffix in self._groups() for kind in "rs")
+        biases = (self._parameter(name) for name in self._biases())
+        return any(self._has_rows(f, event_dim) for f in factors) or any(self._has_rows(b, 1) for b in biases)
+
+    def _group_values(self, suffix: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight and factors of one group for :meth:`_map`."""
+        name = self._groups()[suffix][0]
+        r, s = self._factor("r" + suffix), self._factor("s" + suffix)
+        event_dim = 2 if self._form == "residual" else 1
+        if not self._is_folded():
+            r, s = (self._only_sample(kind + suffix, f, event_dim) for kind, f in (("r", r), ("s", s)))
+        return self._parameter(name), r, s
+
+    def _bias_value(self, name: str) -> Tensor | None:
+        bias = self._parameter(name)
+        return bias if bias is None or self._is_folded() else self._only_sample(name, bias, 1)
+
+    def _only_sample(self, name: str, value: Tensor | None, event_dim: int) -> Tensor | None:
+        """The value of a site outside folded calls, without singleton sample dimensions."""
+        if value is None:
+            return None
+        if value.shape[: value.dim() - event_dim].numel() > 1:
+            raise ValueError(_needs_folding(self, name, value))
+        return value.reshape(value.shape[value.dim() - event_dim :])
 
     def _sample_parameters(self) -> dict[str, Tensor]:
         parameters = {}
         for suffix, (name, _, _) in self._groups().items():
-            r, s = self._factor("r" + suffix), self._factor("s" + suffix)
-            for kind, factor in (("r", r), ("s", s)):
-                event_dim = 2 if self._form == "residual" else 1
-                if (
-                    self._is_folded()
-                    and factor is not None
-                    and factor.dim() > event_dim
-                    and factor.shape[1] > 1
-                ):
-                    raise ValueError(
-                        f"site {kind + suffix!r} of {self._pyro_name} ({type(self).__name__}) has a value per "
-                        "example, but this layer builds one weight per sample: use shared noise, or skip the layer."
-                    )
-            parameters[name] = self._scaled_weight(self._parameter(name), r, s)
+            parameters[name] = self._scaled_weight(
+                self._parameter(name), self._factor("r" + suffix), self._factor("s" + suffix)
+            )
         for name in self._biases():
             bias = self._parameter(name)
             if bias is not None:

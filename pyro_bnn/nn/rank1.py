@@ -106,6 +106,7 @@ class Rank1Mixin(SiteModule):
     def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
         self.__dict__["_form"] = form = options.resolved_form
         self.__dict__["_mode"] = options.apply
+        self.__dict__["_rank"] = options.rank
         self.__dict__["_clips"] = {}
         self.__dict__.setdefault("_sites", {})
         factors = options.factor_prior()
@@ -194,22 +195,44 @@ class Rank1Mixin(SiteModule):
                 s = None
             else:
                 x = self._folding.repeat(x)
+        return self._map(x, weight, bias, r, s, *args)
+
+    def _map(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor | None, s: Tensor | None, *args: Any
+    ) -> Tensor:
+        """One weight with its factors and its bias, applied to activations with the batch in front."""
+        form = self._form
         if form == "additive":
             x = x if s is None else self._combine(x, s, operator.add)
             y = self._weighted(x, weight, None, None, *args)
             y = y if r is None else self._combine(y, r, operator.add)
-        elif self._materialises(x, weight, r, s):
+        elif not self._has_rows(bias, 1) and self._materialises(x, weight, r, s):
             return self._per_sample(x, self._scaled_weight(weight, r, s), bias, *args)
         elif form == "residual":
             y = self._weighted(x, weight, None, None, *args)
-            if r is not None and s is not None:
-                for j in range(r.shape[-2]):
-                    y = y + self._weighted(x, weight, r[..., j, :], s[..., j, :], *args)
+            for r_j, s_j in self._pairs(r, s):
+                y = y + self._weighted(x, weight, r_j, s_j, *args)
         elif r is not None and bias is not None:
             return self._affine(self._weighted(x, weight, None, s, *args), r, bias)
         else:
             y = self._weighted(x, weight, r, s, *args)
         return y if bias is None else self._combine(y, bias, operator.add)
+
+    def _pairs(self, r: Tensor | None, s: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The factors of the residual form, pair by pair; an absent one stands for ones."""
+        if r is None and s is None:
+            return []
+        columns = [[None] * self._rank if f is None else list(f.unbind(-2)) for f in (r, s)]
+        return list(zip(*columns, strict=True))
+
+    def _has_rows(self, value: Tensor | None, event_dim: int) -> bool:
+        """Whether a folded call gives the value of a site per example."""
+        return (
+            self._is_folded()
+            and value is not None
+            and value.dim() == event_dim + 2
+            and bool(value.shape[1] > 1)
+        )
 
     def _affine(self, y: Tensor, r: Tensor, bias: Tensor) -> Tensor:
         """``y * r + bias`` in one pass over the activations."""
@@ -263,17 +286,17 @@ class Rank1Mixin(SiteModule):
     def _materialises(self, x: Tensor, weight: Tensor, *factors: Tensor | None, rows: int = 1) -> bool:
         if not self._is_folded():
             return False
-        if weight.dim() > self._weight_dim:
-            return True
         present = [f for f in factors if f is not None]
         event_dim = 2 if self._form == "residual" else 1
+        if any(self._has_rows(f, event_dim) for f in present):
+            return False  # a weight per example would be as large as it is slow
+        if weight.dim() > self._weight_dim:
+            return True
         if self._mode == "scale" or all(f.dim() == event_dim for f in present):
             return False
-        if any(f.dim() > event_dim and f.shape[1] > 1 for f in present):
-            return False  # a weight per example would be as large as it is slow
-        # memory touched: the activations twice, against the sample's copy of the weight
         if self._mode == "materialise":
             return True
+        # memory touched: the activations twice, against the sample's copy of the weight
         passes = rows if event_dim == 1 else 2 * rows * present[0].shape[-2]
         return 3 * weight.numel() < passes * self._activations(x) // self._folding.num_samples
 
@@ -297,7 +320,7 @@ class Rank1Mixin(SiteModule):
         columns = None if s is None else self._column_factor(s.squeeze(1) if s.dim() > event_dim else s)
         if rows is None or columns is None:
             outer = rows if columns is None else columns
-            if outer is None or event_dim == 2:
+            if outer is None:
                 return weight
         else:
             outer = rows * columns
@@ -325,10 +348,26 @@ class Rank1Mixin(SiteModule):
             return f"{super().extra_repr()}, sites={self._site_names()}"
 
 
+class Rank1LinearMixin(Rank1Mixin):
+    """Rank-1 layers whose weights are matrices that multiply the last dimension of the activations."""
+
+    def _shared(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        return broadcast_linear(x, weight)
+
+    def _per_sample(self, x: Tensor, weights: Tensor, bias: Any, *args: Any) -> Tensor:
+        F = self._folding.num_samples
+        rows = x.reshape(F, -1, x.shape[-1])
+        if bias is None:
+            y = torch.bmm(rows, weights.mT)
+        else:
+            y = torch.baddbmm(bias.expand(F, 1, -1), rows, weights.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
 _Linear: Any = PyroModule[nn.Linear]
 
 
-class Rank1Linear(Rank1Mixin, _Linear):
+class Rank1Linear(Rank1LinearMixin, _Linear):
     r"""
     A linear layer with rank-1 random factors,
 
@@ -383,18 +422,6 @@ class Rank1Linear(Rank1Mixin, _Linear):
 
     def _activations(self, x: Tensor) -> int:
         return x.numel() // self.in_features * (self.in_features + self.out_features)
-
-    def _shared(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        return broadcast_linear(x, weight)
-
-    def _per_sample(self, x: Tensor, weights: Tensor, bias: Any, *args: Any) -> Tensor:
-        F = self._folding.num_samples
-        rows = x.reshape(F, -1, self.in_features)
-        if bias is None:
-            y = torch.bmm(rows, weights.mT)
-        else:
-            y = torch.baddbmm(bias.expand(F, 1, -1), rows, weights.mT)
-        return y.view(*x.shape[:-1], self.out_features)
 
 
 def is_cauchy(prior: Any) -> bool:
