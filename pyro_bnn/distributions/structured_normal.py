@@ -23,7 +23,6 @@ class KroneckerNormal(PrecisionNormal):
     :param tuple scales: ``(s_out, s_in)``, shapes ``(out,)`` and ``(in,)``.
     :param tuple vectors: orthogonal ``(Q_G, Q_A)``, shapes ``(out, out)`` and ``(in, in)``.
     :param Tensor eigenvalues: :math:`\Lambda > 0`, shape ``(out, in)``.
-    :param Tensor input_eigenvalues: :math:`l_A`, shape ``(in,)``, where known: the mean squares of rotated inputs.
 
     Example::
 
@@ -39,10 +38,8 @@ class KroneckerNormal(PrecisionNormal):
         scales: tuple[Tensor, Tensor],
         vectors: tuple[Tensor, Tensor],
         eigenvalues: Tensor,
-        input_eigenvalues: Tensor | None = None,
     ) -> None:
         super().__init__(loc)
-        self.input_eigenvalues = input_eigenvalues
         self.scales = scales
         self.vectors = vectors
         self.eigenvalues = eigenvalues

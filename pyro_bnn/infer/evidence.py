@@ -19,8 +19,11 @@ from torch import Tensor
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.curvature import diagonal_of_diagonal
 from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.linear_covariance import element_covariance
-from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, Part
+from pyro_bnn.infer.distributed import all_reduce_sum, rank
+from pyro_bnn.infer.examples import FisherKind, SiteExamples
+from pyro_bnn.infer.low_rank import placed_rows
+from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, LowRankPart, Part
+from pyro_bnn.ops.graph import FirstOrderSum
 from pyro_bnn.ops.jacobian import hvp_operator, vjp
 
 
@@ -61,59 +64,134 @@ def _distance(part: Part, gradient: Tensor) -> Tensor:
     return gradient * torch.linalg.solve(prior, gradient)
 
 
-def differentiable_evidence(guide: Any, data: Any) -> Tensor:
+def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator | None = None) -> Tensor:
     r"""
-    The log evidence at the guide's point estimate, differentiable in the parameters of the model: scales of priors,
-    noise, and anything else that priors and likelihood depend on.
+    The log evidence at the guide's point estimate :math:`\hat u` and the present values of the model's parameters
+    :math:`\psi`, with its gradient in all of them: scales of priors, noise, and weights of networks that are
+    parameters rather than sample sites.
 
-    The gradient is that at a fixed point estimate (MacKay, 1992): of the log joint density, and of
-    :math:`-\tfrac12\log\det P`, which is :math:`-\tfrac12\operatorname{tr}(P^{-1}\,\partial P)`. In the likelihood's
-    curvature it follows the Fisher information; the dependence of the Jacobian :math:`J` itself on the model's
-    parameters is left out, as in Gauss-Newton methods (it vanishes where the parameters are noise or prior scales).
+    .. math:: \partial_\psi \log p(D) = \partial_\psi \log p(D, \hat u) - \tfrac12\operatorname{tr}(P^{-1}\,\partial_\psi P)
 
-    :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoLaplace`.
+    at fixed :math:`\hat u` (MacKay, 1992; Immer et al., 2021), exact in every structure, Jacobian and Fisher information
+    included: the derivative of :math:`\log\det P` in the sums that make up P, times the derivative of these sums in
+    :math:`\psi`. Exceptions: ``"mc_fisher"`` takes the second factor from the exact Fisher information, and
+    ``"nystrom"`` holds the features fixed.
+
+    Two passes over the data. Memory is that of one chunk, since gradients are summed chunk by chunk: the result can
+    be differentiated once.
+
+    :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoLaplace`; it is not changed.
     :param data: the data of the approximation: one batch or an iterable of batches, with observations.
-    :return: a scalar, in nats, with the value of ``guide.log_evidence()`` up to a change of the parameters since.
+    :param generator: source of random numbers for random curvatures.
+    :return: a scalar, in nats.
+    :raises ValueError: if multipliers of the prior precision are in use.
     """
-    posterior = guide.posterior
-    stream = guide._stream()
-    latent = stream.latent
-    joint, trace_term = latent.new_zeros(()), latent.new_zeros(())
-    first = True
-    for trace, sites in stream.run(data):
-        joint = joint + stream.model.log_likelihood(trace)
-        if first:
-            first = False
-            log_prior = stream.model.log_prior(latent, trace)
-            joint = joint + log_prior
-            if log_prior.requires_grad:
-                trace_term = trace_term + _prior_trace(posterior, -log_prior, latent)
-        for examples in sites:
-            site, jac = examples.site, examples.jacobian
-            information = site.differentiable_information()
-            if information.requires_grad:
-                with torch.no_grad():
-                    elements = jac.M // site.outputs.shape[-1]
-                    covariance = element_covariance(posterior, jac, elements, mean_inputs=True)
-                F = examples.arrange(information.flatten(-2)).unflatten(-1, information.shape[-2:])
-                trace_term = trace_term + (F * covariance).sum()
-    value = joint - 0.5 * trace_term
-    return guide.log_evidence().detach() + value - value.detach()
+    if guide.tau is not None:
+        raise ValueError(
+            "multipliers of the prior precision are in use (optimize_hyperparameters), in which the model's own "
+            "parameters are not all there is: call laplace_approximation again, or differentiate "
+            "log_evidence(tau) in tau."
+        )
+    with torch.enable_grad():
+        found, parts = guide.curvature_parts(data, generator)
+        posterior = guide._assemble(parts, None)
+        value = guide._evidence_of(parts, found.log_likelihood + found.log_prior)
+        weights = [_part_gradients(part, guide.loc) for part in parts]
+        stream = guide._stream(differentiable=True)
+        total = FirstOrderSum(stream.latent)
+        for i, (trace, sites) in enumerate(stream.run(data)):
+            log_likelihood = stream.model.log_likelihood(trace)
+            term = log_likelihood
+            if i == 0 and rank() == 0:
+                log_prior = stream.model.log_prior(stream.latent, trace)
+                term = term + log_prior - 0.5 * _prior_trace(posterior, -log_prior, stream.latent)
+            if guide.curvature == "hessian":
+                term = term - 0.5 * _hessian_trace(posterior, parts, -log_likelihood, stream.latent)
+            else:
+                for site in sites:
+                    term = term - 0.5 * _curvature_trace(guide, parts, weights, site)
+            total.add(term)
+        all_reduce_sum(total.gradients())
+        return total.attach(value)
+
+
+def _part_gradients(part: Part, loc: Tensor) -> dict[str, Tensor]:
+    """The derivatives of the log determinant in the sums over data that a part consists of."""
+    if isinstance(part, LowRankPart):
+        values, vectors = part.tensors["values"], part.tensors["vectors"]
+        return {"root": vectors * (1 + values).rsqrt() / part.prior.sqrt().unsqueeze(-1)}
+    names = [name for name in ("curvature", "outputs", "inputs") if name in part.tensors]
+    leaves: dict[str, Tensor] = {
+        name: part.tensors[name].detach().clone().requires_grad_(True) for name in names
+    }
+    moved = type(part)(**dict(part.tensors, **leaves))
+    gradients = torch.autograd.grad(
+        moved.posterior(loc.detach()).log_det_precision, list(leaves.values()), materialize_grads=True
+    )
+    return dict(zip(names, gradients, strict=True))
+
+
+def _curvature_trace(
+    guide: Any, parts: list[Part], weights: list[dict[str, Tensor]], site: SiteExamples
+) -> Tensor:
+    """One chunk's share of the curvature, weighted by the derivatives of the log determinant."""
+    kind: FisherKind = "empirical_fisher" if guide.curvature == "empirical_fisher" else "ggn"
+    cotangents = site.cotangents(kind, differentiable=True)
+    total = guide.loc.new_zeros(())
+    if isinstance(parts[0], LowRankPart):
+        (part,), (weight,) = parts, weights
+        for rows in placed_rows(site, cotangents, part.index):
+            total = total + (rows @ weight["root"]).square().sum()
+        return total
+    chunk = guide.empty_sum()
+    chunk.add(site, cotangents)
+    for mine in chunk.parts(torch.zeros_like):
+        for part, weight in zip(parts, weights, strict=True):
+            if part.kind == mine.kind and torch.equal(part.index, mine.index):
+                for name, gradient in weight.items():
+                    total = total + (gradient * mine.tensors[name]).sum()
+    return total
+
+
+def _hessian_trace(posterior: PrecisionNormal, parts: list[Part], value: Tensor, latent: Tensor) -> Tensor:
+    r""":math:`\operatorname{tr}(P^{-1} \nabla^2 \text{value})` with P held fixed, of what the structure keeps of it."""
+    if isinstance(parts[0], LowRankPart):
+        roots = latent.new_zeros(parts[0].tensors["vectors"].shape[1], len(latent))
+        roots[:, parts[0].index] = _part_gradients(parts[0], latent)["root"].mT
+        return _trace_along(value, latent, roots)
+    return _trace_along(value, latent, _roots(posterior, latent))
+
+
+def _roots(posterior: PrecisionNormal, latent: Tensor) -> Tensor:
+    return posterior.half_solve(torch.eye(len(latent), dtype=latent.dtype, device=latent.device))
+
+
+def _trace_along(value: Tensor, latent: Tensor, roots: Tensor) -> Tensor:
+    r""":math:`\sum_i r_i^\top \nabla^2 \text{value}\, r_i`."""
+    if not value.requires_grad:
+        return latent.new_zeros(())
+    (gradient,) = torch.autograd.grad(value, latent, create_graph=True, materialize_grads=True)
+    if not gradient.requires_grad:
+        return latent.new_zeros(())
+    total = latent.new_zeros(())
+    for some in roots.split(256):
+        total = total + (vjp(gradient, latent, some, create_graph=True) * some).sum()
+    return total
 
 
 def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> Tensor:
     r""":math:`\operatorname{tr}(P^{-1} \nabla^2 \text{value})` with P held fixed."""
+    if not value.requires_grad:
+        return latent.new_zeros(())
     (gradient,) = torch.autograd.grad(value, latent, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:
         return latent.new_zeros(())
+    if diagonal_of_diagonal(hvp_operator(value, latent), latent) is None:
+        return _trace_along(value, latent, _roots(posterior, latent))
     (diagonal,) = torch.autograd.grad(
         gradient, latent, torch.ones_like(latent), create_graph=True, materialize_grads=True
     )
-    if diagonal_of_diagonal(hvp_operator(value, latent), latent) is not None:
-        return (diagonal * posterior.variance).sum()
-    roots = posterior.half_solve(torch.eye(len(latent), dtype=latent.dtype, device=latent.device))
-    images = vjp(gradient, latent, roots, create_graph=True)
-    return (images * roots).sum()
+    return (diagonal * posterior.variance).sum()
 
 
 @dataclass
@@ -382,6 +460,7 @@ def train_with_evidence(
                 for _ in range(hyper_steps if hyper else 0):
                     assert hyper is not None
                     hyper.zero_grad()
+                    # at the present hyperparameters: the curvature is computed anew
                     (-differentiable_evidence(guide, data)).backward(inputs=chosen)
                     hyper.step()
         guide.laplace_approximation(data)

@@ -61,7 +61,12 @@ class SiteExamples:
         return self.arrange(torch.where(weight > 0, scores, scores.new_zeros(()))).flatten(1)
 
     def cotangents(
-        self, kind: FisherKind, *, num_samples: int = 1, generator: torch.Generator | None = None
+        self,
+        kind: FisherKind,
+        *,
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        differentiable: bool = False,
     ) -> Iterator[Tensor]:
         r"""
         Combinations of outputs :math:`c_{kn}` with :math:`\sum_k c_{kn} c_{kn}^\top = F_n`, or an estimate of it.
@@ -70,10 +75,11 @@ class SiteExamples:
             ``"empirical_fisher"`` (the score at the observations).
         :param num_samples: draws per example for ``"mc_fisher"``.
         :param generator: source of random numbers for ``"mc_fisher"``.
+        :param differentiable: whether they keep their graph; for ``"ggn"`` and ``"empirical_fisher"``.
         :return: chunks of shape ``(K, B, M)``.
         """
         if kind == "ggn":
-            root = self.site.root
+            root = self.site.differentiable_root() if differentiable else self.site.root
             C, K = root.shape[-2:]
             root = self.arrange(root.mT.flatten(-2)).unflatten(-1, (K, C))  # (B, R, K, C)
             R, M = root.shape[1], self.jacobian.M
@@ -99,7 +105,8 @@ class SiteExamples:
             assert self.value is not None
             values = self.value.expand(base.batch_shape + base.event_shape).unsqueeze(0)
         weight = self.site.weight[..., None]
-        scores = score(self.site.rule, base, names, values) * weight.sqrt() / values.shape[0] ** 0.5
+        scores = score(self.site.rule, base, names, values, create_graph=differentiable)
+        scores = scores * weight.sqrt() / values.shape[0] ** 0.5
         scores = torch.where(weight > 0, scores, scores.new_zeros(()))
         yield self.arrange(scores).flatten(2)
 
@@ -112,6 +119,7 @@ class ExampleStream:
     :param latent: the packed vector, shape ``(p,)``.
     :param active: which entries are of interest, bool, shape ``(p,)``.
     :param budget: how many floats one chunk may keep; larger batches are split where the model allows it.
+    :param differentiable: see :class:`~pyro_bnn.ops.examples.ExampleJacobian`.
     """
 
     def __init__(
@@ -121,11 +129,13 @@ class ExampleStream:
         active: Tensor | None = None,
         *,
         budget: int = DEFAULT_BUDGET,
+        differentiable: bool = False,
     ) -> None:
         self.model = model
         self.latent = latent.detach().clone().requires_grad_(True)
         self.active = active
         self.budget = budget
+        self.differentiable = differentiable
         self.passes = 1
         self._chunk: int | None = None
         self._layouts: dict[str, Layouts] = {}
@@ -188,14 +198,18 @@ class ExampleStream:
         :return: for each chunk the trace and those sites that depend on the latents.
         """
         for chunk in self.chunks(batch):
-            with Capture(self.latent, self.active) as capture:
+            with Capture(self.latent, self.active, differentiable=self.differentiable) as capture:
                 trace = self.model.trace(self.latent, chunk)
                 outputs = self.model.site_outputs(trace)
             sites = []
             for site in outputs:
                 if site.outputs.shape[-1]:
                     jacobian = ExampleJacobian(
-                        capture, self.latent, site.outputs, self._layouts.get(site.name)
+                        capture,
+                        self.latent,
+                        site.outputs,
+                        self._layouts.get(site.name),
+                        differentiable=self.differentiable,
                     )
                     if jacobian.B > 1:
                         self._layouts[site.name] = jacobian.layouts

@@ -26,9 +26,7 @@ def posterior_parts(posterior: PrecisionNormal) -> list[tuple[Tensor, PrecisionN
     return [(torch.arange(posterior.loc.shape[0], device=posterior.loc.device), posterior)]
 
 
-def output_covariance(
-    posterior: Any, jacobian: ExampleJacobian, cotangents: Tensor, *, mean_inputs: bool = False
-) -> Tensor:
+def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Tensor) -> Tensor:
     r"""
     Covariances of linear combinations of each example's outputs.
 
@@ -36,8 +34,6 @@ def output_covariance(
         ``quadratic_form``.
     :param jacobian: of the outputs.
     :param cotangents: the combinations, shape ``(K, B, M)``.
-    :param mean_inputs: replace squared inputs of Kronecker-factored maps by their means over the data, which gives
-        the derivative of the log determinant in the Fisher information instead of the covariance.
     :return: shape ``(B, K, K)``.
     """
     K, B, _ = cotangents.shape
@@ -82,10 +78,6 @@ def output_covariance(
             if isinstance(part, KroneckerNormal) and torch.equal(parts[first][0], block.index.reshape(-1)):
                 g = torch.stack([block.gradients(gs) for gs in passes])
                 variances = part.eigenvalues.reciprocal()
-                if mean_inputs and part.input_eigenvalues is not None:
-                    g = g @ part.rotations[0]
-                    total += torch.einsum("kbto,o,jbto->bkj", g, variances @ part.input_eigenvalues, g)
-                    continue
                 total += kronecker_covariance(g, block.inputs(), part.rotations, variances)
                 continue
         part_is_plain = isinstance(part, FullNormal) and bool((owner[block.index] == first).all())
@@ -164,7 +156,6 @@ def element_covariance(
     elements: int,
     *,
     limit: int = 64,
-    mean_inputs: bool = False,
 ) -> Tensor:
     """
     Covariances of the parameters of each element of a site, elements of one example apart.
@@ -173,18 +164,14 @@ def element_covariance(
     :param jacobian: of the outputs, ``elements`` times C per example.
     :param elements: how many elements an example has.
     :param limit: outputs per example up to which all of their covariances are formed at once.
-    :param mean_inputs: see :func:`output_covariance`.
     :return: shape ``(B, elements, C, C)``.
     """
     B, M = jacobian.B, jacobian.M
     C = M // elements
     basis = jacobian.basis()
     if limit >= M:
-        joint = output_covariance(posterior, jacobian, basis, mean_inputs=mean_inputs)
+        joint = output_covariance(posterior, jacobian, basis)
         joint = joint.reshape(B, elements, C, elements, C)
         return joint.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    parts = [
-        output_covariance(posterior, jacobian, basis[r * C : (r + 1) * C], mean_inputs=mean_inputs)
-        for r in range(elements)
-    ]
+    parts = [output_covariance(posterior, jacobian, basis[r * C : (r + 1) * C]) for r in range(elements)]
     return torch.stack(parts, 1)

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curvatures of low rank relative to the prior: leading eigenpairs, Nyström features, the function-space form."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pyro_bnn.infer.examples import SiteExamples
 from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.parts import LowRankPart, Part
 from pyro_bnn.infer.structures import CurvatureSum
@@ -18,6 +19,26 @@ LowRankMethod = Literal["low_rank", "nystrom", "function_space"]
 
 #: Yields rows R of shape (n, q) with curvature R^T R, the same ones in every pass.
 RowStream = Callable[[], Iterator[Tensor]]
+
+
+def placed_rows(site: SiteExamples, cotangents: Iterable[Tensor], index: Tensor) -> Iterator[Tensor]:
+    r"""
+    The rows R of a site's curvature :math:`R^\top R` on one chunk of data.
+
+    :param site: the site.
+    :param cotangents: see :meth:`~pyro_bnn.infer.examples.SiteExamples.cotangents`.
+    :param index: the entries that are wanted, shape ``(q,)``.
+    :return: an iterator over tensors of shape ``(K * B, q)``, all rows of one cotangent together.
+    """
+    latent = site.jacobian.latent
+    place = torch.full((len(latent),), -1, dtype=torch.long, device=index.device)
+    place[index] = torch.arange(len(index), device=index.device)
+    for chunk in cotangents:
+        rows = latent.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
+        for positions, part in site.jacobian.rows(chunk):
+            keep = place[positions] >= 0
+            rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]
+        yield rows
 
 
 class LowRankSum(CurvatureSum):

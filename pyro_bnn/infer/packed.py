@@ -29,7 +29,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
-from pyro_bnn.infer.data import Batch, check_finite, iter_batches
+from pyro_bnn.infer.data import Batch, check_finite, iter_batches, map_tensors
 from pyro_bnn.infer.distributed import all_reduce_sum, rank
 from pyro_bnn.infer.handlers import (
     Site,
@@ -86,6 +86,19 @@ class SiteOutputs:
         with torch.no_grad():
             root = self.rule.root(self.base, self.names)
             return root * self.weight.sqrt()[..., None, None]
+
+    def differentiable_root(self) -> Tensor:
+        r"""
+        A factor whose square is :attr:`information` to first order in the parameters of the model: from
+        :math:`F = R R^\top`, :math:`R + \tfrac12 (F - \bar F) R^{+\top}` with everything but F held fixed.
+
+        :return: shape ``shape + (C, K)``, with the graph to the parameters of the model.
+        """
+        root, information = self.root, self.differentiable_information()
+        if not information.requires_grad:
+            return root
+        inverse = torch.linalg.pinv(root, rtol=1e3 * torch.finfo(root.dtype).eps)
+        return root + 0.5 * (information - information.detach()) @ inverse.mT
 
     def build(self, outputs: Tensor) -> td.Distribution:
         """
@@ -149,23 +162,30 @@ def depends_on(value: Tensor, latent: Tensor) -> bool:
 @contextmanager
 def called_modules() -> Iterator[list[torch.nn.Module]]:
     """
-    A context that lists the modules whose forward methods run within it, each once.
+    A context that lists the modules whose forward methods run within it, each once, and in which they run in
+    evaluation mode.
 
     :return: the list, complete at the end.
     """
     found: list[torch.nn.Module] = []
+    training: list[torch.nn.Module] = []
     seen: set[int] = set()
 
     def note(module: torch.nn.Module, *_: Any) -> None:
         if id(module) not in seen:
             seen.add(id(module))
             found.append(module)
+            if module.training:
+                training.append(module)
+                module.training = False
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
         yield found
     finally:
         handle.remove()
+        for module in training:
+            module.training = True
 
 
 class PackedModel:
@@ -206,7 +226,8 @@ class PackedModel:
         :param frozen: values of further sites, e.g. subsample indices.
         :return: the trace; validation is off so that the run can be differentiated many times.
         """
-        args, kwargs = batch
+        # tensors made in inference mode cannot take part in a graph
+        args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
         values = {**self.space.unpack(latent), **(frozen or {})}
         training = [module for module in self.modules if module.training]
         for module in training:

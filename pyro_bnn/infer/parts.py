@@ -149,7 +149,7 @@ class KroneckerPart(Part):
         super().__init__(**tensors)
         self._decomposition: Any = None
 
-    def _decompose(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
+    def _decompose(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         if self._decomposition is None:
             self._check_positive("the Kronecker structure")
             G, A = self.tensors["outputs"], self.tensors["inputs"] / self.tensors["count"]
@@ -165,14 +165,13 @@ class KroneckerPart(Part):
             so, si = factors[0].sqrt(), factors[1].sqrt()
             lo, qo = eigh_factor(G / (so * so.unsqueeze(-1)))
             li, qi = eigh_factor(A / (si * si.unsqueeze(-1)))
-            self._decomposition = ((so, si), (qo, qi), lo.unsqueeze(-1) * li, li)
+            self._decomposition = ((so, si), (qo, qi), lo.unsqueeze(-1) * li)
         return self._decomposition
 
     def posterior(self, loc: Tensor, tau: Tensor | None = None) -> PrecisionNormal:
         """See :meth:`Part.posterior`; ``tau`` must be a scalar."""
-        scales, vectors, values, inputs = self._decompose()
-        values = values + (1.0 if tau is None else tau)
-        return KroneckerNormal(loc[self.index], scales, vectors, values, inputs)
+        scales, vectors, values = self._decompose()
+        return KroneckerNormal(loc[self.index], scales, vectors, values + (1.0 if tau is None else tau))
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""

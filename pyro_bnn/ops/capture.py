@@ -101,6 +101,7 @@ class Capture(TorchFunctionMode):
 
     :param latent: the vector, shape ``(p,)``, requiring a gradient.
     :param active: which entries are of interest, bool, shape ``(p,)``; all by default.
+    :param differentiable: whether the recorded inputs keep their graph.
     :ivar uses: the recorded :class:`~pyro_bnn.ops.uses.Use` objects.
     :ivar outputs: the tensors that the gradients are to be taken in, one or several uses each.
     :ivar generic: entries that were used in a way that is not recognised, bool, shape ``(p,)``.
@@ -114,10 +115,11 @@ class Capture(TorchFunctionMode):
         (['LinearUse', 'ElementwiseUse'], False)
     """
 
-    def __init__(self, latent: Tensor, active: Tensor | None = None) -> None:
+    def __init__(self, latent: Tensor, active: Tensor | None = None, *, differentiable: bool = False) -> None:
         super().__init__()
         p = latent.shape[0]
         self.active = active
+        self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
         self.uses: list[Use] = []
         self.outputs: list[Tensor] = []
@@ -249,6 +251,9 @@ class Capture(TorchFunctionMode):
                 self._track(value, index)
         return True
 
+    def _kept(self, x: Tensor) -> Tensor:
+        return x if self.differentiable else x.detach()
+
     # ------------------------------------------------------------------ linear maps
 
     def _do_linear(self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
@@ -257,7 +262,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(input, weight, bias)
         if w is not None:
-            self._record(y, LinearUse(w, input.detach(), _same))
+            self._record(y, LinearUse(w, self._kept(input), _same))
         if b is not None:
             self._record(y, ElementwiseUse(b, None, 1.0))
         return y
@@ -281,19 +286,19 @@ class Capture(TorchFunctionMode):
             if b.dim() > 2 and b.shape[:-2].numel() == 1:
                 ib = ib.reshape(ib.shape[-2:])
             if ib.dim() == 1:
-                return self._record(y, LinearUse(ib.unsqueeze(0), a.detach(), _unsqueeze))
+                return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), _unsqueeze))
             if ib.dim() != 2 or a.dim() == 1:
                 return NotImplemented
-            x = a.detach().expand(y.shape[:-1] + a.shape[-1:])
+            x = self._kept(a).expand(y.shape[:-1] + a.shape[-1:])
             return self._record(y, LinearUse(ib.mT, x, _same))
         assert ia is not None
         if a.dim() > 2 and a.shape[:-2].numel() == 1:
             ia = ia.reshape(ia.shape[-2:])
         if ia.dim() == 1 and b.dim() >= 2:
-            return self._record(y, LinearUse(ia.unsqueeze(0), b.detach().mT, _unsqueeze))
+            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, _unsqueeze))
         if ia.dim() != 2 or b.dim() < 2:
             return NotImplemented
-        x = b.detach().mT.expand(y.shape[:-2] + (y.shape[-1], b.shape[-2]))
+        x = self._kept(b).mT.expand(y.shape[:-2] + (y.shape[-1], b.shape[-2]))
         return self._record(y, LinearUse(ia, x, _transpose))
 
     def _do_convolution(
@@ -314,7 +319,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(input, weight, bias, stride, padding, dilation, groups)
         if w is not None:
-            x = input.detach()
+            x = self._kept(input)
             if isinstance(padding, str):
                 total = [dl * (k - 1) for dl, k in zip(_tuple(dilation, d), weight.shape[2:], strict=True)]
                 widths = (
@@ -352,7 +357,7 @@ class Capture(TorchFunctionMode):
             # a linear map from channels to patches of the output, which the fold then adds up
             geometry = (weight.shape[2:], stride, padding, dilation)
             for g, part in enumerate(w.chunk(groups)):
-                x = input.detach().chunk(groups, 1)[g].flatten(2).mT
+                x = self._kept(input).chunk(groups, 1)[g].flatten(2).mT
                 rows = _Patches(g, groups, geometry, x.shape[1])
                 self._record(y, LinearUse(part.flatten(1).mT, x, rows))
         if self._index(bias) is not None:
@@ -384,7 +389,7 @@ class Capture(TorchFunctionMode):
         if (ia is not None and ib is not None) or not isinstance(other, Tensor) or index is None:
             return NotImplemented
         y = func(a, b)
-        return self._record(y, ElementwiseUse(index, other.detach(), 1.0))
+        return self._record(y, ElementwiseUse(index, self._kept(other), 1.0))
 
     def _do_add(self, name: str, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         ia, ib = self._index(a), self._index(b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.jacobian import jacobian, jvp_operator
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
 from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Use, find_layout
 
 #: Gradients in the outputs of a capture, one tensor each.
@@ -121,6 +121,8 @@ class ExampleJacobian:
     :param latent: the vector, shape ``(p,)``.
     :param outputs: the function's value, shape ``(*shape, C)``, with its graph.
     :param layouts: what :attr:`layouts` was for an earlier batch of the same function, to save two backward passes.
+    :param differentiable: whether gradients and inputs keep their graph, so that functions of the Jacobian can be
+        differentiated in the function's other parameters; the capture must then be differentiable too.
     :ivar int B: the number of examples.
     :ivar int M: outputs per example.
     :ivar int dim: the dimension of ``shape`` that runs over examples; -1 if everything counts as one example.
@@ -129,8 +131,15 @@ class ExampleJacobian:
     """
 
     def __init__(
-        self, capture: Capture, latent: Tensor, outputs: Tensor, layouts: "Layouts | None" = None
+        self,
+        capture: Capture,
+        latent: Tensor,
+        outputs: Tensor,
+        layouts: "Layouts | None" = None,
+        *,
+        differentiable: bool = False,
     ) -> None:
+        self.differentiable = False  # while layouts are found
         capture = capture.fork()
         capture.finish(outputs)
         self.latent = latent
@@ -147,6 +156,7 @@ class ExampleJacobian:
                 use.slot = kept.index(self.layouts.slots[use.slot])
             capture.outputs = [capture.outputs[slot] for slot in kept]
         self.offsets = self._find_offsets()
+        self.differentiable = differentiable
 
     # ------------------------------------------------------------------ set-up
 
@@ -293,9 +303,15 @@ class ExampleJacobian:
         if not targets:
             return ()
         found = torch.autograd.grad(
-            self.flat, targets, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
+            self.flat,
+            targets,
+            cotangent,
+            retain_graph=True,
+            create_graph=self.differentiable,
+            allow_unused=True,
+            materialize_grads=True,
         )
-        return tuple(g.detach() for g in found)
+        return found if self.differentiable else tuple(g.detach() for g in found)
 
     @property
     def columns(self) -> Tensor:
@@ -314,12 +330,17 @@ class ExampleJacobian:
         elif q <= size:
             columns = self._forward_columns(flat)
         if columns is None:
-            columns = jacobian(flat, self.latent).index_select(1, self.generic).mT
-        return columns.detach().reshape(q, self.B, self.M)
+            rows = (
+                vjp(flat, self.latent, torch.eye(size).to(flat), create_graph=True)
+                if self.differentiable
+                else jacobian(flat, self.latent)
+            )
+            columns = rows.index_select(1, self.generic).mT
+        return (columns if self.differentiable else columns.detach()).reshape(q, self.B, self.M)
 
     def _forward_columns(self, flat: Tensor) -> Tensor | None:
         try:
-            product = jvp_operator(flat, self.latent)
+            product = jvp_operator(flat, self.latent, create_graph=self.differentiable)
             parts = []
             for chunk in self.generic.split(64):
                 basis = self.latent.new_zeros(len(chunk), self.latent.shape[0])

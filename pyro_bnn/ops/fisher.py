@@ -227,10 +227,15 @@ class MonteCarloFisher(FisherRule):
 
     def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
         """See :meth:`FisherRule.block`."""
+        create_graph = torch.is_grad_enabled()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            value = d.sample((self.num_samples,))
-        scores = score(self, d, names, value)
+            value = d.rsample((self.num_samples,)) if d.has_rsample else d.sample((self.num_samples,))
+        scores = score(self, d, names, value, create_graph=create_graph)
+        if create_graph and not d.has_rsample:
+            # draws that do not move with the parameters count by their density ratio, 1 with a gradient
+            log_prob = d.log_prob(value)
+            scores = scores * (0.5 * (log_prob - log_prob.detach())).exp().unsqueeze(-1)
         return torch.einsum("s...i,s...j->...ij", scores, scores) / self.num_samples
 
     def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:

@@ -68,19 +68,22 @@ def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tenso
     return torch.cat(rows) if rows else outputs.new_zeros(0, inputs.shape[0])
 
 
-def jvp_operator(outputs: Tensor, inputs: Tensor) -> LinearMap:
+def jvp_operator(outputs: Tensor, inputs: Tensor, *, create_graph: bool = False) -> LinearMap:
     r"""
     Jacobian-vector products :math:`v \mapsto J v` by differentiating the reverse pass
     (:math:`J^\top c` is linear in :math:`c`; its own reverse pass is :math:`J`).
 
     :param outputs: shape ``(M,)``, with a graph that reaches ``inputs``.
     :param inputs: shape ``(p,)``.
+    :param create_graph: whether the products can be differentiated again.
     :return: a map from ``(S, p)`` to ``(S, M)``.
     """
     dummy = torch.zeros_like(outputs, requires_grad=True)
     (transposed,) = grad(outputs, inputs, dummy, create_graph=True, materialize_grads=True)
     if not transposed.requires_grad:  # outputs do not depend on inputs
         return lambda v: v.new_zeros(v.shape[0], outputs.shape[0])
+    if create_graph:
+        return lambda v: vjp(transposed, dummy, v, create_graph=True)
     return lambda v: vjp(transposed, dummy, v).detach()
 
 

@@ -5,7 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
+from torch import nn
 from torch.distributions import constraints
 
 from pyro_bnn.infer.autoguide import AutoLaplace
@@ -43,23 +45,93 @@ def fitted(structure, noise=0.3, scale=0.8):
     return guide, (x, y), model
 
 
-@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "diagonal", "function_space"])
-def test_gradient_in_noise_and_prior_scale_equals_finite_differences(structure):
-    guide, data, model = fitted(structure)
-    assert_close(guide.log_evidence(data=data).detach(), guide.log_evidence(), rtol=1e-12)
-    gradients = torch.autograd.grad(
-        guide.log_evidence(data=data), [model.noise_unconstrained, model.scale_unconstrained]
-    )
-    h = 1e-5
-    for gradient, (dn, ds) in zip(gradients, [(h, 0.0), (0.0, h)], strict=True):
-        up = fitted(
-            structure, 0.3 * torch.exp(torch.tensor(dn)).item(), 0.8 * torch.exp(torch.tensor(ds)).item()
+class Features(PyroModule):
+    """
+    Hyperparameters of every kind: a network before, between and after the random weights, the noise, and the scale of
+    priors that are conjugate, coupled with each other, and not Gaussian.
+    """
+
+    def __init__(self, family):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.features = nn.Conv1d(2, 3, 3, padding=1)
+        self.mixing = nn.Parameter(torch.randn(2, 2, generator=generator))
+        self.noise = PyroParam(torch.tensor(0.4), constraints.positive)
+        self.scale = PyroParam(torch.tensor(0.8), constraints.positive)
+        self.family = family
+        for value in self.features.parameters():
+            value.data = 0.5 * torch.randn(value.shape, generator=generator)
+
+    def forward(self, x, y=None):
+        h = torch.tanh(self.features(x))
+        kernel = pyro.sample("kernel", dist.Normal(torch.zeros(2, 3, 3), self.scale).to_event(3))
+        h = torch.tanh(F.conv1d(h, kernel)).flatten(1)
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, h.shape[1]), self.scale).to_event(2))
+        b = pyro.sample("b", dist.StudentT(4.0, torch.zeros(2), 0.7).to_event(1))
+        gain = pyro.sample("gain", dist.LogNormal(0.0, self.noise))
+        f = (h @ w.mT + b) @ self.mixing * gain
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", FAMILIES[self.family](f, self.noise), obs=y)
+
+
+FAMILIES = {
+    "normal": lambda f, noise: dist.Normal(f, noise).to_event(1),
+    "heteroscedastic": lambda f, noise: dist.Normal(f[:, 0], noise * (0.3 * f[:, 1]).exp()),
+    "categorical": lambda f, noise: dist.Categorical(logits=torch.cat([f, noise.expand(len(f), 1)], -1)),
+    "gumbel": lambda f, noise: dist.Gumbel(f[:, 0], noise),  # no closed-form Fisher information
+}
+STRUCTURES = ["full", "block", "kronecker", "diagonal", "low_rank", "function_space", "nystrom"]
+
+
+@pytest.mark.parametrize(
+    ("structure", "curvature", "family"),
+    [(s, "ggn", "categorical") for s in STRUCTURES]
+    + [(s, "ggn", "normal") for s in ("full", "kronecker", "diagonal")]
+    + [(s, "empirical_fisher", "heteroscedastic") for s in STRUCTURES]
+    + [(s, "hessian", "categorical") for s in ("full", "diagonal", "low_rank")]
+    + [("kronecker", "ggn", "gumbel")],
+)
+def test_evidence_is_differentiable_in_every_parameter(structure, curvature, family):
+    model = Features(family)
+    if curvature == "hessian":
+        model.scale = torch.tensor(0.1)  # positive definite
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 2, 4, generator=generator)
+    y = {
+        "normal": torch.randn(9, 2, generator=generator),
+        "categorical": torch.randint(0, 3, (9,), generator=generator),
+    }.get(family, torch.randn(9, generator=generator))
+    guide = AutoLaplace(model, structure=structure, curvature=curvature, rank=29).initialize(x, y)
+    size = 0.02 if curvature == "hessian" else 0.3
+    guide.loc.data = size * torch.randn(len(guide.loc), generator=generator)
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    guide.laplace_approximation(batches, map_tolerance=float("inf"))
+    parameters = dict(model.named_parameters())
+    evidence = guide.log_evidence(data=batches)
+    assert_close(evidence.detach(), guide.log_evidence(), rtol=1e-12)
+    gradients = torch.autograd.grad(evidence, list(parameters.values()))
+    for value, gradient in zip(parameters.values(), gradients, strict=True):
+        place, h = value.numel() // 2, 1e-5
+        ends = []
+        for step in (h, -2 * h):
+            with torch.no_grad():
+                value.view(-1)[place] += step
+            ends.append(guide.log_evidence(data=batches).detach())
+        with torch.no_grad():
+            value.view(-1)[place] += h
+        assert_close(
+            gradient.view(-1)[place],
+            (ends[0] - ends[1]) / (2 * h),
+            rtol=2e-6,
+            atol=2e-8,
         )
-        down = fitted(
-            structure, 0.3 * torch.exp(torch.tensor(-dn)).item(), 0.8 * torch.exp(torch.tensor(-ds)).item()
-        )
-        expected = (up[0].log_evidence() - down[0].log_evidence()) / (2 * h)
-        assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_evidence_with_multipliers_asks_for_a_new_approximation():
+    guide, data, _ = fitted("full")
+    guide.optimize_hyperparameters()
+    with pytest.raises(ValueError, match="multipliers of the prior precision are in use"):
+        guide.log_evidence(data=data)
 
 
 @pytest.mark.parametrize(

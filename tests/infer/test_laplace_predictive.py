@@ -102,9 +102,9 @@ def normalised():
 @pytest.mark.parametrize("structure", ["full", "kronecker", "low_rank"])
 def test_the_model_is_not_changed(structure):
     net, model, x, y = normalised()
+    before = copy.deepcopy(net.state_dict())
     guide = AutoLaplace(model, structure=structure).initialize(x, y)
     guide.loc.data.normal_()
-    before = copy.deepcopy(net.state_dict())
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
     guide.linearized_outputs(x)
     guide.functional_samples(2, x)
@@ -152,6 +152,25 @@ def test_memory_is_estimated_before_it_is_allocated():
         match=r"structure='full' over 13 entries needs about .* GB but .* Use structure='kronecker'",
     ):
         fitted(tanh_network(hidden=4), x, y, memory_limit=1000.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradient_modes_of_the_caller_do_not_matter(mode):
+    x, y = in_between_data()
+    expected = fitted(tanh_network(hidden=4), x, y)
+    with mode():
+        guide = AutoLaplace(tanh_network(hidden=4)).initialize(x, y)
+        guide.loc.data = torch.linspace(-1.0, 1.0, len(guide.loc))
+        # the data are made in this mode, too
+        data = (x + 0.0, y + 0.0)
+        guide.laplace_approximation(data, map_tolerance=float("inf"))
+        assert_close(guide.posterior.variance, expected.posterior.variance, rtol=1e-12)
+        for name in ("linearized_outputs", "joint_covariance", "predictive"):
+            getattr(guide, name)(data[0])
+        functions = guide.functional_samples(2, data[0], generator=torch.Generator().manual_seed(0))
+        guide.optimize_hyperparameters()
+    same = expected.functional_samples(2, x, generator=torch.Generator().manual_seed(0))
+    assert_close(functions["obs"], same["obs"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal"])

@@ -33,7 +33,7 @@ from pyro_bnn.infer.evidence import (
     tau_of,
 )
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.low_rank import LowRankSum
+from pyro_bnn.infer.low_rank import LowRankSum, placed_rows
 from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.packed import check_data
 from pyro_bnn.infer.part_store import PartStore
@@ -184,6 +184,8 @@ class AutoLaplace(LinearizedGuide):
 
     # ------------------------------------------------------------------ fit
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def laplace_approximation(
         self,
         data: Any,
@@ -213,14 +215,10 @@ class AutoLaplace(LinearizedGuide):
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
             self._select(data, generator)
-        total = self._make_sum(data, generator)
-        if before is not None:
-            total.resume(before)
-        found = self._accumulate(total, data, generator)
+        found, parts = self.curvature_parts(data, generator, before)
         prior, prior_value = found.prior, found.log_prior
         value = -found.log_likelihood - prior_value
         gradient = found.gradient + prior.gradient
-        parts = total.parts(prior)
         if before is not None:
             assert self.log_joint is not None
             assert self.gradient is not None
@@ -240,6 +238,23 @@ class AutoLaplace(LinearizedGuide):
             map_tolerance if map_tolerance is not None else (0.1 if self.curvature == "hessian" else 1.0)
         )
         return self
+
+    def curvature_parts(
+        self, data: Any, generator: torch.Generator | None = None, before: Sequence[Part] | None = None
+    ) -> tuple[Accumulated, list[Part]]:
+        """
+        The curvature at the point estimate and the present values of the model's parameters; the guide stays as it is.
+
+        :param data: one batch or an iterable of batches, with observations.
+        :param generator: source of random numbers.
+        :param before: curvature of earlier data to be added.
+        :return: values and gradients of log prior and log likelihood, and the parts of the curvature.
+        """
+        total = self._make_sum(data, generator)
+        if before is not None:
+            total.resume(before)
+        found = self._accumulate(total, data, generator)
+        return found, total.parts(found.prior)
 
     def _index(self) -> Tensor:
         """Positions of the random entries."""
@@ -269,14 +284,8 @@ class AutoLaplace(LinearizedGuide):
     def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
         index, latent = self._index(), self.loc.detach()
         self._require_memory(index)
-        if self.structure == "full":
-            return DenseSum(index, latent)
-        if self.structure == "diagonal":
-            return DiagonalSum(index, latent)
-        if self.structure == "kronecker":
-            return KroneckerSum(index, latent, self.sharing)
-        if self.structure == "block":
-            return BlockSum(self._groups(index), latent)
+        if self.structure in ("full", "diagonal", "kronecker", "block"):
+            return self.empty_sum()
         options: dict[str, Any] = {
             "method": self.structure,
             "rank": self.rank,
@@ -288,6 +297,19 @@ class AutoLaplace(LinearizedGuide):
         # every pass over the data must give the same rows
         seed = int(torch.randint(2**62, (), generator=generator))
         return LowRankSum(index, latent, rows=lambda: self._rows(index, data, seed), **options)
+
+    def empty_sum(self) -> CurvatureSum:
+        """
+        :return: a sum of curvatures over data, still zero, in the structures "full", "diagonal", "kronecker", "block".
+        """
+        index, latent = self._index(), self.loc.detach()
+        if self.structure == "full":
+            return DenseSum(index, latent)
+        if self.structure == "diagonal":
+            return DiagonalSum(index, latent)
+        if self.structure == "kronecker":
+            return KroneckerSum(index, latent, self.sharing)
+        return BlockSum(self._groups(index), latent)
 
     def _groups(self, index: Tensor) -> list[Tensor]:
         """The random entries of each site."""
@@ -317,8 +339,10 @@ class AutoLaplace(LinearizedGuide):
             self.memory_limit,
         )
 
-    def _stream(self) -> ExampleStream:
-        return ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
+    def _stream(self, *, differentiable: bool = False) -> ExampleStream:
+        return ExampleStream(
+            self.packed, self.loc, self.active, budget=self.budget, differentiable=differentiable
+        )
 
     def _cotangents(self, generator: torch.Generator | None) -> Callable[[Any], Any]:
         kind: Any = self.curvature
@@ -342,17 +366,10 @@ class AutoLaplace(LinearizedGuide):
         return accumulate_examples(total, self._stream(), data, self._cotangents(generator))
 
     def _rows(self, index: Tensor, data: Any, seed: int) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        place = torch.full((len(self.loc),), -1, dtype=torch.long, device=index.device)
-        place[index] = torch.arange(len(index), device=index.device)
-        cotangents = self._cotangents(generator)
+        cotangents = self._cotangents(torch.Generator().manual_seed(seed))
         for _, sites in self._stream().run(data):
             for site in sites:
-                for chunk in cotangents(site):
-                    rows = self.loc.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
-                    for positions, part in site.jacobian.rows(chunk):
-                        keep = place[positions] >= 0
-                        rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]
+                for rows in placed_rows(site, cotangents(site), index):
                     yield rows.detach()
 
     def _hessian(self, index: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
@@ -430,26 +447,30 @@ class AutoLaplace(LinearizedGuide):
         :param tau: multipliers of the prior precision, a scalar or shape ``(p,)``, in which the result is
             differentiable; by default those in use. They are exact for Gaussian priors; other priors are replaced by
             the Gaussian with the same gradient and curvature at the point estimate.
-        :param data: with the data of the approximation, the result is differentiable in the model's parameters, see
-            :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
+        :param data: with the data of the approximation, the evidence at the present values of the model's parameters,
+            differentiable in all of them; see :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
         :return: a scalar, in nats.
         :raises RuntimeError: before ``laplace_approximation(data)``.
         """
         self.posterior  # noqa: B018  raises before laplace_approximation
         if data is not None:
             return differentiable_evidence(self, data)
-        tau = self.tau if tau is None else tau
         assert self.log_joint is not None
-        assert self.prior_gradient is not None
-        total = self.log_joint
-        for part in self.part_store.get():
+        return self._evidence_of(self.part_store.get(), self.log_joint, self.tau if tau is None else tau)
+
+    def _evidence_of(self, parts: Sequence[Part], log_joint: Tensor, tau: Tensor | None = None) -> Tensor:
+        total = log_joint
+        for part in parts:
             scale = None if tau is None else tau_of(part, tau)
             log_det = part.posterior(self.loc.detach(), scale).log_det_precision
             total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
             if scale is not None:
+                assert self.prior_gradient is not None
                 total = total + prior_change(part, self.prior_gradient[part.index], scale)
         return total
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def optimize_hyperparameters(
         self,
         data: Any = None,

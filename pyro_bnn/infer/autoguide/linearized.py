@@ -205,7 +205,8 @@ class LinearizedGuide(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         check_finite((args, kwargs))
-        super()._setup_prototype(*args, **kwargs)
+        with called_modules():
+            super()._setup_prototype(*args, **kwargs)
         # the prototype trace hides observed sites
         assert self.prototype_trace is not None
         values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
@@ -359,6 +360,7 @@ class LinearizedGuide(AutoContinuous):
 
     # ------------------------------------------------------------------ predictions
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
         r"""
@@ -406,8 +408,8 @@ class LinearizedGuide(AutoContinuous):
             result[site.name] = LinearizedOutputs(mean, covariance, site.names, site)
         return result
 
-    def _stream(self) -> ExampleStream:
-        return ExampleStream(self.packed, self.loc, budget=self.budget)
+    def _stream(self, *, differentiable: bool = False) -> ExampleStream:
+        return ExampleStream(self.packed, self.loc, budget=self.budget, differentiable=differentiable)
 
     def predictive(self, *args: Any, method: Any = "auto", **kwargs: Any) -> dict[str, td.Distribution]:
         """
@@ -423,6 +425,7 @@ class LinearizedGuide(AutoContinuous):
             for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def observed_distributions(
         self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
@@ -461,6 +464,7 @@ class LinearizedGuide(AutoContinuous):
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
 
+    @torch.inference_mode(False)
     def functional_samples(
         self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -479,6 +483,8 @@ class LinearizedGuide(AutoContinuous):
         offsets = posterior.rsample((num_samples,), **options) - self.loc.detach()
         return {site.name: outputs for site, outputs in self._moved_outputs(offsets, (args, kwargs))}
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def joint_covariance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         r"""
         The covariance of the linearised parameters of each observed site over all points and outputs at once,

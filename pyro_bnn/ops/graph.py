@@ -1,0 +1,77 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Reading autograd graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def leaves(value: Tensor) -> list[Tensor]:
+    """
+    The leaf tensors that a value was computed from and that require gradients.
+
+    :param value: any tensor.
+    :return: the leaves, each once.
+
+    Example::
+
+        >>> a, b = torch.ones((), requires_grad=True), torch.ones(())
+        >>> [leaf is a for leaf in leaves(a * b + a)]
+        [True]
+    """
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else []
+    found: list[Tensor] = []
+    todo: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+class FirstOrderSum:
+    """
+    A sum of terms with graphs, of which only values and gradients in their leaves are kept: a sum over batches whose
+    memory is that of one.
+
+    :param fixed: tensors that are not differentiated in.
+    """
+
+    def __init__(self, *fixed: Tensor) -> None:
+        self._fixed = {id(tensor) for tensor in fixed}
+        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, term: Tensor) -> None:
+        """
+        :param term: a scalar; its graph is freed.
+        """
+        found = [leaf for leaf in leaves(term) if id(leaf) not in self._fixed]
+        if not found:
+            return
+        for leaf, new in zip(found, torch.autograd.grad(term, found, materialize_grads=True), strict=True):
+            old = self._gradients.get(id(leaf))
+            self._gradients[id(leaf)] = (leaf, new if old is None else old[1] + new)
+
+    def gradients(self) -> list[Tensor]:
+        """
+        :return: the gradients, one tensor per leaf, in the order in which the leaves were found.
+        """
+        return [gradient for _, gradient in self._gradients.values()]
+
+    def attach(self, value: Tensor) -> Tensor:
+        """
+        :param value: the sum's value.
+        :return: the same value with these gradients, once differentiable.
+        """
+        for leaf, gradient in self._gradients.values():
+            value = value + (gradient * (leaf - leaf.detach())).sum()
+        return value
