@@ -1,0 +1,362 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""
+UCI regression with one hidden layer: every posterior of this package on the standard and the "in-between" splits.
+
+One JSON line per data set, kind of split, split and method, appended to the output as soon as it is there; what the
+output holds already is not run again. Tasks run split by split, small data sets first, so that an interrupted run
+has a complete table over fewer splits.
+
+    PYRO_BNN_DATA=../shared/data python benchmarks/uci.py --out benchmarks/results/uci.jsonl --splits 0 1 2
+    python benchmarks/uci_tables.py            # the tables of the documentation
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from uci_data import SETS, Split, load, number_of_splits, scores
+from uci_models import Member, Settings, mean_field, rank1
+
+from pyro_bnn.infer import nuts, posterior_predictive
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace
+from pyro_bnn.infer.autoguide.laplace_mixture import LaplaceMixture
+
+SMALL = Settings()
+SETTINGS = {
+    "kin8nm": replace(SMALL, iterations=150),
+    "power": replace(SMALL, iterations=150),
+    "naval": replace(SMALL, iterations=150),
+    "protein": replace(SMALL, hidden=100, epochs=20, iterations=50),
+}
+SMOKE: dict[str, Any] = {"hidden": 8, "rounds": 2, "iterations": 20, "members": 2, "steps": 40, "targets": 16,
+                         "draws": 20, "nuts": (2, 10, 10)}  # fmt: skip
+NUTS_SETS = ("yacht", "boston", "energy")
+
+Prediction = tuple[Tensor, Tensor]
+
+
+class Fits:
+    """
+    Everything that one split's methods share.
+
+    :param split: the data.
+    :param settings: see :class:`Settings`.
+    :param seed: of the first member.
+    """
+
+    def __init__(self, split: Split, settings: Settings, seed: int) -> None:
+        self.data, self.x_test = (split.x, split.y), split.x_test
+        self.settings, self.seed = settings, seed
+        self.extra: dict[str, Any] = {}
+        self.member_seconds = 0.0
+
+    @cached_property
+    def first(self) -> Member:
+        """The MAP with its hyperparameters."""
+        start = time.process_time()
+        member = Member(self.data[0].shape[1], self.settings).fit(self.data, self.seed)
+        self.member_seconds = time.process_time() - start
+        return member
+
+    @cached_property
+    def members(self) -> list[Member]:
+        """The members of the ensemble."""
+        start = time.process_time()
+        rest = [
+            Member(self.data[0].shape[1], self.settings).fit(self.data, self.seed + k)
+            for k in range(1, self.settings.members)
+        ]
+        self.rest_seconds = time.process_time() - start
+        return [self.first, *rest]
+
+    def function(self, guide: AutoLaplace) -> Tensor:
+        """The network's outputs at the point estimate."""
+        latent = guide.loc.detach().requires_grad_(True)
+        return guide.packed.outputs(latent, ((self.x_test,), {}))[0].outputs.detach().squeeze(-1)
+
+    def linearized(self, guide: Any) -> Prediction:
+        """The closed-form predictive of the linearised network."""
+        found = guide.predictive(self.x_test)["obs"]
+        return found.mean.detach()[None], found.variance.detach()[None]
+
+    def points(self, members: list[Member]) -> Prediction:
+        """The members' networks with their noise."""
+        mean = torch.stack([self.function(m.guide) for m in members])
+        noise = torch.tensor([m.model.noise for m in members]).square()
+        return mean, noise[:, None].expand_as(mean)
+
+    def structure(self, **options: Any) -> Prediction:
+        """Another structure at the first member's MAP, its prior precision by its own evidence per site."""
+        guide = self.first.at(self.first.guide.loc.detach(), self.data, **options)
+        guide.laplace_approximation(self.data, map_tolerance=float("inf"))
+        report = guide.optimize_hyperparameters(per_site=True)
+        self.extra = {"tau": {k: round(v, 6) for k, v in report.tau.items()}}
+        return self.linearized(guide)
+
+    def sampled(self, model: Any, posterior: Any) -> Prediction:
+        """Predictions under draws of the weights."""
+        found = posterior_predictive(
+            model, posterior, (self.x_test,), num_samples=self.settings.draws, batch_size=2000
+        )
+        return found.mean, found.variance.expand_as(found.mean)
+
+    # ------------------------------------------------------------------ methods
+
+    def map(self) -> Prediction:
+        """The MAP."""
+        self.extra = {"noise": self.first.model.noise, "evidence": float(self.first.guide.log_evidence())}
+        return self.points([self.first])
+
+    def ensemble(self) -> Prediction:
+        """A deep ensemble of MAPs."""
+        return self.points(self.members)
+
+    def full(self) -> Prediction:
+        """The full-GGN Laplace approximation."""
+        self.extra = {"newton_decrement": self.first.guide.map_report.newton_decrement}
+        return self.linearized(self.first.guide)
+
+    def mixture_of_laplace(self) -> Prediction:
+        """Full-GGN Laplace approximations around the ensemble's members."""
+        mixture = LaplaceMixture([m.guide for m in self.members])
+        parts = [self.linearized(guide) for guide in mixture.guides]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def hfl(self) -> Prediction:
+        """Hessian-free Laplace with the GGN, exact at the targets."""
+        order = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))
+        targets = self.x_test[order[: self.settings.targets]]
+        guide = AutoHessianFreeLaplace(self.first.model, curvature="ggn", tolerance=1e-4)
+        guide.initialize(*self.data).loc.data.copy_(self.first.guide.loc.detach())
+        guide.laplace_approximation(self.data, targets=(targets,), map_tolerance=float("inf"))
+        self.extra = {"targets": len(targets), "products": guide.result.products}
+        found = guide.linearized_outputs(self.x_test)["obs"].distribution()
+        return found.mean.detach()[None], found.variance.detach()[None]
+
+    def mean_field(self) -> Prediction:
+        """Mean-field variational inference."""
+        model, guide = mean_field(self.first, self.data)
+        self.extra = {"noise": model.noise}
+        return self.sampled(model, guide)
+
+    def rank1_gaussian(self) -> Prediction:
+        """A rank-1 mixture of Gaussians."""
+        model, guide = rank1(self.first, self.data, "normal")
+        self.extra = {"noise": model.noise}
+        return self.sampled(model, guide)
+
+    def rank1_cauchy(self) -> Prediction:
+        """A rank-1 mixture of Cauchy components."""
+        model, guide = rank1(self.first, self.data, "cauchy")
+        self.extra = {"noise": model.noise}
+        return self.sampled(model, guide)
+
+    def nuts(self) -> Prediction:
+        """NUTS under the evidence's prior and noise."""
+        chains, warmup, draws = self.settings.nuts
+        run = nuts(
+            self.first.model,
+            self.data,
+            guide=self.first.guide,
+            num_chains=chains,
+            warmup_steps=warmup,
+            num_samples=draws,
+            progress_bar=False,
+            adapt_mass_matrix=False,  # fewer draws than weights
+            max_tree_depth=8,
+            jit_compile=True,
+            ignore_jit_warnings=True,
+        )
+        found = posterior_predictive(self.first.model, run, (self.x_test,))
+        from pyro_bnn.diagnostics.quality import split_r_hat
+
+        r_hat = split_r_hat(found.mean.reshape(chains, draws, -1))
+        self.extra = {
+            "r_hat": float(r_hat.max()),
+            "diverging": int(run.sample_stats["diverging"].sum()),
+            "tree_depth": float(run.sample_stats["tree_depth"].double().mean()),
+        }
+        return found.mean, found.variance.expand_as(found.mean)
+
+
+METHODS: dict[str, Callable[[Fits], Prediction]] = {
+    "MAP": Fits.map,
+    "full Laplace": Fits.full,
+    "Kronecker Laplace": lambda fits: fits.structure(structure="kronecker"),
+    "diagonal Laplace": lambda fits: fits.structure(structure="diagonal"),
+    "last-layer Laplace": lambda fits: fits.structure(sites="last_layer"),
+    "HFL": Fits.hfl,
+    "deep ensemble": Fits.ensemble,
+    "mixture of Laplace": Fits.mixture_of_laplace,
+    "mean-field VI": Fits.mean_field,
+    "rank-1 Gaussian": Fits.rank1_gaussian,
+    "rank-1 Cauchy": Fits.rank1_cauchy,
+    "NUTS": Fits.nuts,
+}
+USES_ALL_MEMBERS = ("deep ensemble", "mixture of Laplace")
+
+
+def choose(name: str, overrides: dict[str, Any], rounds: int = 10) -> Iterator[dict[str, Any]]:
+    """Scores of the full Laplace approximation on a fifth of the training part of split 0, round by round."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    split = load(name, "standard", 0, validate=True)
+    member = Member(split.x.shape[1], replace(SETTINGS.get(name, SMALL), **overrides))
+    start = time.process_time()
+    for number, guide in enumerate(islice(member.alternate((split.x, split.y), 0), rounds), 1):
+        found = guide.predictive(split.x_test)["obs"]
+        row = {"set": name, "rounds": number, "validation": True, "noise": member.model.noise, **overrides}
+        row |= scores(found.mean.detach()[None], found.variance.detach()[None], split.y_test, split.scale)
+        row |= {"evidence": float(guide.log_evidence()), "seconds": round(time.process_time() - start, 2)}
+        yield row
+
+
+def run(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of one split."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    name, kind, number = task["set"], task["kind"], task["split"]
+    split = load(name, kind, number, validate=task["validate"])
+    settings = replace(SETTINGS.get(name, SMALL), **task["overrides"])
+    fits = Fits(split, settings, seed=1000 * number)
+    for method in task["methods"]:
+        pyro.clear_param_store()
+        fits.first  # noqa: B018  its time is counted apart
+        if method in USES_ALL_MEMBERS:
+            fits.members  # noqa: B018
+        fits.extra = {}
+        start = time.process_time()
+        row = {"set": name, "kind": kind, "split": number, "method": method}
+        pyro.set_rng_seed(number)
+        try:
+            mean, variance = METHODS[method](fits)
+            row |= scores(mean, variance, split.y_test, split.scale)
+        except Exception as error:  # a row that says so is a result; the other methods go on
+            row["failed"] = f"{type(error).__name__}: {error}"
+        seconds = time.process_time() - start + fits.member_seconds
+        if method in USES_ALL_MEMBERS:
+            seconds += fits.rest_seconds
+        row |= {
+            "seconds": round(seconds, 2),
+            "n": len(split.x),
+            "n_test": len(split.x_test),
+            **fits.extra,
+            "settings": {k: v for k, v in asdict(settings).items() if k != "nuts"},
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        if task["validate"]:
+            row["validate"] = True
+        yield row
+
+
+def rows_of(task: dict[str, Any]) -> int:
+    """Runs a task in a worker process and appends its rows; short writes to a file opened for appending are atomic."""
+    count = 0
+    for row in run(task):
+        text = json.dumps(row)
+        if task["out"]:
+            with open(task["out"], "a") as stream:
+                stream.write(text + "\n")
+        value = row.get("log_likelihood")
+        shown = (
+            row["failed"]
+            if value is None
+            else f"{value:8.3f} rmse {row['rmse']:.4g} cov {row['coverage']:.3f}"
+        )
+        print(f"{row['set']:9s}{row['kind']:9s}{row['split']:3d}  {row['method']:20s}{shown} {row['seconds']:.1f} s",
+              flush=True)  # fmt: skip
+        count += 1
+    return count
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    given = {}
+    for item in args.override:
+        name, _, value = item.partition("=")
+        given[name] = value if name == "activation" else json.loads(value)
+    return (SMOKE if args.smoke else {}) | given
+
+
+def tasks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    done = set()
+    if args.out and args.out.exists():
+        for line in args.out.read_text().splitlines():
+            row = json.loads(line)
+            done.add((row["set"], row["kind"], row["split"], row["method"]))
+    overrides = overrides_of(args)
+    splits = args.splits if args.splits is not None else range(20)
+    for split in splits:
+        for kind in args.kinds:
+            for name in args.sets:
+                if split >= number_of_splits(name, kind):
+                    continue
+                wanted = [
+                    m
+                    for m in args.methods
+                    if (name, kind, split, m) not in done and (m != "NUTS" or name in NUTS_SETS)
+                ]
+                if wanted:
+                    yield {"set": name, "kind": kind, "split": split, "methods": wanted, "overrides": overrides,
+                           "validate": args.validate, "out": args.out and str(args.out)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="yacht, one split of each kind, small fits")
+    parser.add_argument("--out", type=Path, help="append the rows to this file of JSON lines")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--kinds", nargs="+", choices=("standard", "gap"), default=["standard", "gap"])
+    parser.add_argument("--splits", nargs="+", type=int, help="their numbers; all by default")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument(
+        "--validate", action="store_true", help="score a fifth of the training part, for choosing settings"
+    )
+    parser.add_argument(
+        "--choose", action="store_true", help="validation scores round by round, to choose the number"
+    )
+    parser.add_argument("--override", nargs="*", default=[], help="settings, e.g. activation=relu ard=false")
+    args = parser.parse_args()
+    if args.smoke:
+        args.sets, args.splits = ["yacht"], [0]
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.choose:
+        for name in args.sets:
+            for row in choose(name, overrides_of(args)):
+                print(json.dumps(row), flush=True)
+                if args.out:
+                    with args.out.open("a") as stream:
+                        stream.write(json.dumps(row) + "\n")
+        return
+    todo = list(tasks(args))
+    if args.workers == 1:
+        for task in todo:
+            rows_of(task)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(rows_of, task) for task in todo]):
+            future.result()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of the UCI benchmark: splits, scores in original units, and its fixed point of the evidence."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from benchmarks import uci_data
+from benchmarks.uci_models import Member, Settings
+
+
+def test_split_is_standardised_by_its_training_part_and_skips_padding(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3.0, 2.0, (20, 3)), rng.normal(-5.0, 4.0, 20)
+    x[:, 2] = 7.0  # a constant input must not become NaN
+    (tmp_path / "uci").mkdir()
+    np.savez(tmp_path / "uci/toy.npz", x=x, y=y, test_index=[[1, 4]], gap_test_index=[[0, 2, 3], [5, 6, -1]])
+    monkeypatch.setattr(uci_data, "DATA", tmp_path)
+    split = uci_data.load("toy", "gap", 1)
+    train = np.setdiff1d(np.arange(20), [5, 6])
+    sd = y[train].std(ddof=1)
+    assert split.scale == pytest.approx(sd)
+    np.testing.assert_allclose(split.y_test * sd + y[train].mean(), y[[5, 6]])
+    np.testing.assert_allclose(split.x[:, :2].std(0), 1.0)
+    np.testing.assert_allclose(split.x[:, 2], 0.0)
+    held_out = uci_data.load("toy", "standard", 0, validate=True)
+    raw = held_out.y_test * held_out.scale
+    # of the 18 training rows a fifth is held out, none of them a test row
+    offsets = (raw[:, None] - raw).flatten()
+    allowed = np.delete(y, [1, 4])
+    assert len(held_out.y_test) == 3
+    assert len(held_out.y) == 15
+    assert all(np.abs(allowed[:, None] - allowed - float(o)).min() < 1e-9 for o in offsets)
+
+
+def test_scores_are_those_of_the_mixture_in_original_units():
+    scale, shift = 3.0, 10.0
+    mean = torch.tensor([[0.2, -1.0], [0.6, 1.5]], dtype=torch.float64)
+    variance = torch.tensor([[0.3, 0.2], [0.1, 0.5]], dtype=torch.float64)
+    y = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    found = uci_data.scores(mean, variance, y, scale)
+    mu, sd = mean.numpy() * scale + shift, variance.sqrt().numpy() * scale
+    target = y.numpy() * scale + shift
+    log_density = np.log(stats.norm(mu, sd).pdf(target).mean(0))
+    assert found["log_likelihood"] == pytest.approx(log_density.mean())
+    assert found["rmse"] == pytest.approx(math.sqrt(((mu.mean(0) - target) ** 2).mean()))
+    crps = [
+        integrate.quad(
+            lambda v, n=n: (stats.norm(mu[:, n], sd[:, n]).cdf(v).mean() - (v >= target[n])) ** 2,
+            -20,
+            50,
+            points=[target[n]],
+            limit=200,
+        )[0]
+        for n in range(2)
+    ]
+    assert found["crps"] == pytest.approx(np.mean(crps), rel=1e-5)
+    # the second target lies in the upper tail of its mixture
+    assert found["coverage"] == 0.5
+
+
+@pytest.mark.parametrize("ard", [False, True])
+def test_updates_converge_to_the_maximum_of_the_evidence(ard):
+    torch.manual_seed(0)
+    x = torch.randn(60, 2, dtype=torch.float64)
+    y = torch.sin(2 * x[:, 0]) + 0.2 * torch.randn(60, dtype=torch.float64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        settings = Settings(hidden=4, ard=ard, rounds=1, iterations=200)
+        member = Member(2, settings).fit((x, y), seed=0)
+        loc = member.guide.loc.detach()
+        for _ in range(100):
+            guide = member.at(loc, (x, y)).laplace_approximation((x, y), map_tolerance=math.inf)
+            member._update(guide, (x, y))
+        guide = member.at(loc, (x, y)).laplace_approximation((x, y), map_tolerance=math.inf)
+        for scale in member.scales.values():
+            scale.requires_grad_(True)
+        guide.log_evidence(data=(x, y)).backward()
+        slopes = [(scale.grad * scale.detach()).abs().max() for scale in member.scales.values()]
+        slopes.append(member.model.log_noise.grad.abs())
+    finally:
+        torch.set_default_dtype(before)
+    assert max(slopes) < 1e-3
