@@ -131,6 +131,7 @@ class FullNormal(PrecisionNormal):
 
     :param Tensor loc: mean, shape ``(p,)``.
     :param Tensor precision: symmetric positive definite, shape ``(p, p)``.
+    :param Tensor cholesky: its lower Cholesky factor, where known.
     :raises torch.linalg.LinAlgError: if ``precision`` is not positive definite.
 
     Example::
@@ -140,10 +141,10 @@ class FullNormal(PrecisionNormal):
         tensor([0.6667, 0.6667])
     """
 
-    def __init__(self, loc: Tensor, precision: Tensor) -> None:
+    def __init__(self, loc: Tensor, precision: Tensor, *, cholesky: Tensor | None = None) -> None:
         super().__init__(loc)
         self.precision = precision
-        self.cholesky = torch.linalg.cholesky(precision)
+        self.cholesky = torch.linalg.cholesky(precision) if cholesky is None else cholesky
         self._covariance: Tensor | None = None
 
     def half_solve(self, x: Tensor) -> Tensor:
@@ -161,6 +162,13 @@ class FullNormal(PrecisionNormal):
     def multiply(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.multiply`."""
         return x @ self.precision
+
+    @property
+    def smallest_precision(self) -> Tensor:
+        """See :attr:`PrecisionNormal.smallest_precision`; exact where p is small."""
+        if self.loc.shape[0] <= 256:
+            return torch.linalg.eigvalsh(self.precision.detach())[0]
+        return super().smallest_precision
 
     @property
     def log_det_precision(self) -> Tensor:

@@ -21,8 +21,11 @@ FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
 
 #: Floats that one chunk of a batch may keep (512 MiB in float32).
 DEFAULT_BUDGET = 2**27
+#: Floats of one tensor that the processor's caches hold.
+_CACHED = 2**20
 _FIRST_CHUNK = 64
-_LARGEST_CHUNK = 2000
+_SMALLEST_CHUNK = 32
+_LARGEST_CHUNK = 5000
 
 
 @dataclass
@@ -217,7 +220,10 @@ class ExampleStream:
                     sites.append(SiteExamples(site, jacobian, node["value"] if node["is_observed"] else None))
             if self._chunk is None:
                 floats = sum(s.jacobian.floats_per_example(max(self.passes, s.jacobian.M)) for s in sites)
-                self._chunk = max(1, min(_LARGEST_CHUNK, self.budget // max(1, floats)))
+                largest = max((s.jacobian.largest_output() for s in sites), default=0)
+                # many passes over few examples whose tensors stay in the cache beat few over many
+                fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
+                self._chunk = max(1, min(fast, self.budget // max(1, floats)))
             yield trace, sites
 
 

@@ -69,14 +69,14 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
             if part is None:
                 continue
             if isinstance(part, DiagonalNormal):
-                g = torch.stack([block.gradients(gs) for gs in passes])
+                g = [block.gradients(gs) for gs in passes]
                 variances = (
                     posterior.variance[block.index] if len(parts) == 1 else _at(part, parts[first][0], block)
                 )
                 total += independent_covariance(g, block.inputs(), variances)
                 continue
             if isinstance(part, KroneckerNormal) and torch.equal(parts[first][0], block.index.reshape(-1)):
-                g = torch.stack([block.gradients(gs) for gs in passes])
+                g = [block.gradients(gs) for gs in passes]
                 variances = part.eigenvalues.reciprocal()
                 total += kronecker_covariance(g, block.inputs(), part.rotations, variances)
                 continue

@@ -104,9 +104,10 @@ class DensePart(Part):
             raise NotAMinimumError(
                 "the curvature has non-finite entries: check the data and the point estimate"
             )
-        if torch.linalg.cholesky_ex(matrix.detach()).info != 0:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if info != 0:
             raise indefinite(torch.linalg.eigvalsh(matrix.detach()), "eigenvalues")
-        return FullNormal(loc[self.index], matrix)
+        return FullNormal(loc[self.index], matrix, cholesky=factor)
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""

@@ -12,13 +12,7 @@ from pyro_bnn.infer.examples import SiteExamples
 from pyro_bnn.infer.parts import DensePart, DiagonalPart, KroneckerPart, Part
 from pyro_bnn.ops.examples import DenseBlock, ExampleJacobian, LinearBlock
 from pyro_bnn.ops.jacobian import LinearMap
-from pyro_bnn.ops.kronecker import (
-    Sharing,
-    kronecker_inputs,
-    kronecker_outputs,
-    pair_block,
-    squared_rows,
-)
+from pyro_bnn.ops.kronecker import MapBlock, Sharing, pair_block, squared_rows
 
 #: Entries up to which a part that has no Kronecker form is dense rather than diagonal.
 DENSE_LIMIT = 1024
@@ -99,9 +93,12 @@ class DenseSum(CurvatureSum):
     def __init__(self, index: Tensor, latent: Tensor) -> None:
         super().__init__(index, latent)
         self.matrix = latent.new_zeros(len(index), len(index))
+        self._maps: dict[Any, tuple[Tensor, MapBlock]] = {}
 
     def tensors(self) -> list[Tensor]:
         """The matrix."""
+        for key in list(self._maps):
+            self._settle(key)
         return [self.matrix]
 
     def add(self, examples: SiteExamples, cotangents: Iterable[Tensor]) -> None:
@@ -124,14 +121,19 @@ class DenseSum(CurvatureSum):
         """Pairs of maps with one row per example: K times fewer operations than a product of Jacobians."""
         maps: list[tuple[Tensor, Tensor, Tensor]] = []
         passes = [jac.gradients(c) for c in cotangents]
+        joined = {id(offset) for offset in jac.offsets.values()}
         for block in jac.blocks:
             if isinstance(block, LinearBlock):
-                x = block.inputs()
+                x, index = block.inputs(), block.index
                 if x.shape[1] != 1:
                     return False
+                x = x[:, 0]
+                if (offset := jac.offsets.get(id(block))) is not None:
+                    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+                    index = torch.cat([index, offset.index.unsqueeze(-1)], 1)
                 g = torch.stack([block.gradients(gs)[:, 0] for gs in passes])
-                maps.append((block.index, g, x[:, 0]))
-            else:
+                maps.append((index, g, x))
+            elif id(block) not in joined:
                 g = torch.stack([block.rows(gs) for gs in passes])
                 maps.append((block.index.unsqueeze(-1), g, g.new_ones(jac.B, 1)))
         if len(jac.generic):
@@ -140,14 +142,28 @@ class DenseSum(CurvatureSum):
         if any(bool((self.place[index] < 0).any()) for index, _, _ in maps):
             return False
         for i, (iu, gu, xu) in enumerate(maps):
-            for iv, gv, xv in maps[i:]:
-                block_ = pair_block(gu, xu, gv, xv, symmetric=iu is iv)
-                block_ = block_.reshape(iu.numel(), iv.numel())
+            self._map_block(iu).add(gu, xu)
+            for iv, gv, xv in maps[i + 1 :]:
+                block_ = pair_block(gu, xu, gv, xv).reshape(iu.numel(), iv.numel())
                 rows, columns = self.place[iu].reshape(-1), self.place[iv].reshape(-1)
                 self.matrix[rows.unsqueeze(-1), columns] += block_
-                if iu is not iv:
-                    self.matrix[columns.unsqueeze(-1), rows] += block_.mT
+                self.matrix[columns.unsqueeze(-1), rows] += block_.mT
         return True
+
+    def _map_block(self, index: Tensor) -> MapBlock:
+        key = (*index.shape, int(index[0, 0]), int(index[0, -1]), int(index[-1, -1]))
+        found = self._maps.get(key)
+        if found is None or not torch.equal(found[0], index):
+            self._settle(key)
+            found = self._maps[key] = (index, MapBlock(*index.shape, self.latent))
+        return found[1]
+
+    def _settle(self, key: Any) -> None:
+        """Adds a map's block, which was summed in a form of its own, to the matrix."""
+        if key in self._maps:
+            index, block = self._maps.pop(key)
+            place = self.place[index].reshape(-1)
+            self.matrix[place.unsqueeze(-1), place] += block.matrix().reshape(len(place), -1)
 
     def add_operator(self, operator: LinearMap, chunk_size: int) -> None:
         """See :meth:`CurvatureSum.add_operator`."""
@@ -161,7 +177,8 @@ class DenseSum(CurvatureSum):
 
     def parts(self, prior: Callable[[Tensor], Tensor]) -> list[Part]:
         """See :meth:`CurvatureSum.parts`."""
-        matrix = 0.5 * (self.matrix + self.matrix.mT)
+        (matrix,) = self.tensors()
+        matrix = 0.5 * (matrix + matrix.mT)
         return [DensePart(index=self.index, prior=prior(self.index), curvature=matrix)]
 
 
@@ -207,11 +224,17 @@ def add_diagonal(total: Tensor, jac: ExampleJacobian, cotangents: Iterable[Tenso
     """
     for chunk in cotangents:
         passes = [jac.gradients(c) for c in chunk]
+        done: set[int] = set()
         for block in jac.blocks:
             if isinstance(block, LinearBlock):
-                g = torch.stack([block.gradients(gs) for gs in passes])
-                total[block.index] += squared_rows(g, block.inputs())
-            else:
+                squares, offset_squares = squared_rows([block.gradients(gs) for gs in passes], block.inputs())
+                total[block.index] += squares
+                offset = jac.offsets.get(id(block))
+                if offset is not None and offset_squares is not None:
+                    total[offset.index] += offset_squares
+                    done.add(id(offset))
+        for block in jac.blocks:
+            if isinstance(block, DenseBlock) and id(block) not in done:
                 for gs in passes:
                     total[block.index] += block.rows(gs).square().sum(0)
         if len(jac.generic):
@@ -295,7 +318,7 @@ class KroneckerSum(CurvatureSum):
                 gradients = jac.gradients(cotangent)
                 for block in linear:
                     entry = self._linear_entry(block)
-                    G = kronecker_outputs(block.gradients(gradients), self.sharing)
+                    G = block.output_factor(gradients, self.sharing)
                     entry["outputs"] += G
                     if id(block) in with_offset:
                         self._add_matrix(with_offset[id(block)].index, G)
@@ -306,8 +329,7 @@ class KroneckerSum(CurvatureSum):
             if len(jac.generic):
                 self._add_rows(jac.generic, torch.einsum("qbm,kbm->kbq", jac.columns, chunk))
         for block in linear:
-            x = block.inputs()
-            A, count = kronecker_inputs(x if bool(active.all()) else x[active], self.sharing)
+            A, count = block.input_factor(self.sharing, active)
             entry = self._linear_entry(block)
             entry["inputs"] += A
             entry["count"] += count

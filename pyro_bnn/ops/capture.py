@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, sizes
 from pyro_bnn.ops.uses import ElementwiseUse, LinearUse, Use
 
 #: Functions that only move entries: they act on the positions as they act on the values.
@@ -137,7 +138,7 @@ class Capture(TorchFunctionMode):
         index = self._index(result)
         if index is not None:
             self._give_up([index])
-        while True:
+        while bool(self.generic.any()):
             keep = [not bool(self.generic[use.index].any()) for use in self.uses]
             if all(keep):
                 break
@@ -321,15 +322,15 @@ class Capture(TorchFunctionMode):
         if w is not None:
             x = self._kept(input)
             if isinstance(padding, str):
-                total = [dl * (k - 1) for dl, k in zip(_tuple(dilation, d), weight.shape[2:], strict=True)]
+                total = [dl * (k - 1) for dl, k in zip(sizes(dilation, d), weight.shape[2:], strict=True)]
                 widths = (
                     [v for t in reversed(total) for v in (t // 2, t - t // 2)] if padding == "same" else []
                 )
                 x, padding = F.pad(x, widths), 0
             geometry = (weight.shape[2:], stride, padding, dilation)
             for g, part in enumerate(w.chunk(groups)):
-                rows = _Part(g, groups)
-                inputs = _Inputs(x.chunk(groups, 1)[g], geometry)
+                rows = ChannelRows(g, groups)
+                inputs = PatchInputs(x.chunk(groups, 1)[g], geometry)
                 self._record(y, LinearUse(part.flatten(1), inputs, rows))
         if self._index(bias) is not None:
             self._record_bias(y, bias, d)
@@ -358,7 +359,7 @@ class Capture(TorchFunctionMode):
             geometry = (weight.shape[2:], stride, padding, dilation)
             for g, part in enumerate(w.chunk(groups)):
                 x = self._kept(input).chunk(groups, 1)[g].flatten(2).mT
-                rows = _Patches(g, groups, geometry, x.shape[1])
+                rows = OutputPatches(g, groups, geometry, x.shape[1])
                 self._record(y, LinearUse(part.flatten(1).mT, x, rows))
         if self._index(bias) is not None:
             self._record_bias(y, bias, d)
@@ -482,38 +483,6 @@ def _without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
-def _tuple(value: Any, d: int) -> tuple[int, ...]:
-    return (value,) * d if isinstance(value, int) else tuple(value) * (d if len(value) == 1 else 1)
-
-
-def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """
-    The inputs that each output position of a convolution sees.
-
-    :param x: shape ``(B, c, *spatial)``.
-    :param kernel: size of the kernel, one number per spatial dimension.
-    :param stride: as in :func:`torch.nn.functional.conv2d`; so are ``padding`` and ``dilation``.
-    :param padding: zeros on each side.
-    :param dilation: distance of the kernel's taps.
-    :return: shape ``(B, T, c * prod(kernel))``.
-    """
-    d = x.dim() - 2
-    kernel, stride, padding, dilation = (_tuple(v, d) for v in (tuple(kernel), stride, padding, dilation))
-    if d <= 2:
-        one = (1,) * (2 - d)
-        if d == 1:
-            x = x.unsqueeze(-2)
-        columns = F.unfold(
-            x, one + kernel, dilation=one + dilation, padding=(0,) * (2 - d) + padding, stride=one + stride
-        )
-        return columns.mT
-    size = torch.Size(kernel).numel()
-    taps = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *kernel)
-    single = x.reshape(-1, 1, *x.shape[2:])
-    out = F.conv3d(single, taps, stride=stride, padding=padding, dilation=dilation)
-    return out.reshape(x.shape[0], x.shape[1] * size, -1).mT
-
-
 def _same(g: Tensor) -> Tensor:
     return g
 
@@ -524,37 +493,6 @@ def _unsqueeze(g: Tensor) -> Tensor:
 
 def _transpose(g: Tensor) -> Tensor:
     return g.mT
-
-
-class _Inputs:
-    """The patches of a convolution's input, formed when asked for: they are much larger than the input."""
-
-    def __init__(self, x: Tensor, geometry: Any) -> None:
-        self.x, self.geometry = x, geometry
-
-    def __call__(self) -> Tensor:
-        return patches(self.x, *self.geometry)
-
-
-class _Part:
-    """Rows of the gradient in a convolution's output, for one group of channels."""
-
-    def __init__(self, group: int, groups: int) -> None:
-        self.group, self.groups = group, groups
-
-    def __call__(self, g: Tensor) -> Tensor:
-        return g.chunk(self.groups, 1)[self.group].flatten(2).mT
-
-
-class _Patches:
-    """Rows of the gradient in a transposed convolution's output: its patches."""
-
-    def __init__(self, group: int, groups: int, geometry: Any, length: int) -> None:
-        self.group, self.groups, self.geometry, self.length = group, groups, geometry, length
-
-    def __call__(self, g: Tensor) -> Tensor:
-        # an output padding can add patches that no input reaches
-        return patches(g.chunk(self.groups, 1)[self.group], *self.geometry)[:, : self.length]
 
 
 def _unrolled(

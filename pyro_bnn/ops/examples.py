@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
+from pyro_bnn.ops.kronecker import Sharing, kronecker_inputs, kronecker_outputs
 from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Use, find_layout
 
 #: Gradients in the outputs of a capture, one tensor each.
@@ -50,6 +51,35 @@ class LinearBlock:
         """
         parts = [use.gradients(gradients[use.slot], self.B) for use in self.uses]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def input_factor(self, sharing: Sharing, active: Tensor) -> tuple[Tensor, int]:
+        """
+        :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
+        :param active: which examples count, bool, shape ``(B,)``.
+        :return: see :func:`~pyro_bnn.ops.kronecker.kronecker_inputs`.
+        """
+        whole = bool(active.all())
+        if sharing == "expand" and whole:
+            grams = [use.input_gram() for use in self.uses]
+            total = grams[0][0]
+            for matrix, _ in grams[1:]:
+                total = total + matrix
+            return total, sum(count for _, count in grams)
+        x = self.inputs()
+        return kronecker_inputs(x if whole else x[active], sharing)
+
+    def output_factor(self, gradients: Gradients, sharing: Sharing) -> Tensor:
+        """
+        :param gradients: gradients in the outputs of the capture.
+        :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
+        :return: see :func:`~pyro_bnn.ops.kronecker.kronecker_outputs`.
+        """
+        if sharing == "expand":
+            total = self.uses[0].output_gram(gradients[self.uses[0].slot])
+            for use in self.uses[1:]:
+                total = total + use.output_gram(gradients[use.slot])
+            return total
+        return kronecker_outputs(self.gradients(gradients), sharing)
 
     def rows(self, gradients: Gradients) -> Tensor:
         """
@@ -405,8 +435,15 @@ class ExampleJacobian:
         :return: a number of floats.
         """
         outputs = sum(y.numel() for y in self._capture.outputs) // self.B
-        largest = max((b.inputs()[:1].numel() for b in self.blocks if isinstance(b, LinearBlock)), default=0)
+        uses = [use for use in self._capture.uses if isinstance(use, LinearUse)]
+        largest = max((use.input_numel() for use in uses), default=0) // self.B
         return (K + 4) * outputs + 2 * largest + K * (self.M + len(self.generic))
+
+    def largest_output(self) -> int:
+        """
+        :return: how many floats per example the largest of the tensors has that gradients are taken in.
+        """
+        return max((y.numel() for y in self._capture.outputs), default=0) // self.B
 
     def basis(self) -> Tensor:
         """The cotangents that give the Jacobian itself, shape ``(M, B, M)``."""

@@ -58,10 +58,18 @@ class CategoricalFisher(FisherRule):
         return torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
 
     def root(self, d: td.Categorical, names: Sequence[str]) -> Tensor:  # type: ignore[override]
-        r"""See :meth:`FisherRule.root`; :math:`R = \mathrm{diag}(\sqrt\pi) - \pi\sqrt\pi^\top`."""
-        probs = d.probs
-        half = probs.sqrt()
-        return torch.diag_embed(half) - probs.unsqueeze(-1) * half.unsqueeze(-2)
+        r"""
+        See :meth:`FisherRule.root`; C - 1 columns, since the information has that rank:
+        :math:`F = \mathrm{diag}(\sqrt\pi)(I - qq^\top)\mathrm{diag}(\sqrt\pi)` with :math:`q = \sqrt\pi`, and the
+        columns of a Householder reflection that takes q to the last coordinate span the rest of the space.
+        """
+        q = d.probs.sqrt()
+        if q.shape[-1] == 1:
+            return torch.zeros_like(q).unsqueeze(-1)
+        v = q.clone()
+        v[..., -1] += 1
+        reflection = torch.diag_embed(torch.ones_like(q)) - v.unsqueeze(-1) * (v / v[..., -1:]).unsqueeze(-2)
+        return q.unsqueeze(-1) * reflection[..., :-1]
 
     def build(self, d: td.Categorical, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
         """See :meth:`FisherRule.build`."""

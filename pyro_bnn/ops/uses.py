@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.patches import ChannelRows, PatchInputs, gram
+
 
 @dataclass
 class Layout:
@@ -86,6 +88,34 @@ class LinearUse(Use):
     def rows_per_example(self) -> int:
         """1 where the inputs are known to be one row per example of the output itself, else 0."""
         return int(isinstance(self.x, Tensor) and self.x.dim() == 2)
+
+    def input_numel(self) -> int:
+        """
+        :return: how many numbers the inputs are.
+        """
+        if isinstance(self.x, PatchInputs):
+            return self.x.numel()
+        return (self.x if isinstance(self.x, Tensor) else self.x()).numel()
+
+    def input_gram(self) -> tuple[Tensor, int]:
+        """
+        :return: the sum of outer products of the inputs, shape ``(in, in)``, and the number of terms.
+        """
+        if isinstance(self.x, PatchInputs):
+            return self.x.gram()
+        x = self.x if isinstance(self.x, Tensor) else self.x()
+        x = x.reshape(-1, x.shape[-1])
+        return gram(x), x.shape[0]
+
+    def output_gram(self, g: Tensor) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :return: the sum of outer products of its rows, shape ``(out, out)``.
+        """
+        if isinstance(self.rows, ChannelRows):
+            return self.rows.gram(g)
+        rows = self.rows(g)
+        return gram(rows.reshape(-1, rows.shape[-1]))
 
     def inputs(self, B: int) -> Tensor:
         """
