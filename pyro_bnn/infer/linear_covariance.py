@@ -88,8 +88,8 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
                 offset is None or bool((owner[offset.index] == first).all())
             )
             if whole and len(mine) == 1 + (offset is not None):
-                g = torch.stack([block.gradients(gs)[:, 0] for gs in passes])
-                total += _dense_map(part, parts[first][0], block, offset, g)
+                single = torch.stack([block.gradients(gs)[:, 0] for gs in passes])
+                total += _dense_map(part, parts[first][0], block, offset, single)
                 done.add(id(offset))
                 continue
         rows_here = torch.stack([block.rows(gs) for gs in passes])

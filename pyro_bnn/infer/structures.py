@@ -155,7 +155,7 @@ class DenseSum(CurvatureSum):
         found = self._maps.get(key)
         if found is None or not torch.equal(found[0], index):
             self._settle(key)
-            found = self._maps[key] = (index, MapBlock(*index.shape, self.latent))
+            found = self._maps[key] = (index, MapBlock(index.shape[0], index.shape[1], self.latent))
         return found[1]
 
     def _settle(self, key: Any) -> None:
