@@ -62,7 +62,7 @@ def to_datatree(
     constant_data: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**27,
+    max_memory: float = 2**24,
     attrs: Mapping[str, Any] | None = None,
 ) -> xr.DataTree:
     r"""

@@ -16,6 +16,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.draws import component_draws
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names, unscaled_log_prob
 
 
@@ -158,18 +159,6 @@ def diversity(
         site=name,
         num_observations=N,
     )
-
-
-def component_draws(guide: AutoMixture, num_samples: int) -> dict[str, Tensor]:
-    """
-    Draws of every component separately.
-
-    :param guide: a fitted mixture.
-    :param int num_samples: draws per component.
-    :return: draws by site, shape ``(K, num_samples, *site_shape)``.
-    """
-    draws = guide.sample_posterior((guide.num_components, num_samples), by_component=True)
-    return dict(draws)
 
 
 def _observed(trace: Any, site: str | None) -> str:

@@ -37,9 +37,13 @@ def guide_log_prob(guide: Any, draws: Draws, batch: Batch = ((), {})) -> Tensor 
         return None
     with local_parameters(), poutine.block():
         if hasattr(guide, "component_log_prob"):
-            if len(guide.component_distributions()) < len(draws) or _has_point_masses(guide):
-                return None
-            return torch.logsumexp(guide.component_log_prob(draws), -1) - math.log(guide.num_components)
+            log_prob = guide.component_log_prob(draws)
+            index = draws.get(guide.index_name)
+            if index is None:
+                log_prob = torch.logsumexp(log_prob, -1)
+            else:  # the index is a site of the model too
+                log_prob = log_prob.gather(-1, index.reshape(-1, 1)).squeeze(-1)
+            return log_prob - math.log(guide.num_components)
         if isinstance(guide, AutoGuideList):
             parts = [guide_log_prob(part, draws, batch) for part in guide]
             return (
@@ -54,16 +58,6 @@ def guide_log_prob(guide: Any, draws: Draws, batch: Batch = ((), {})) -> Tensor 
         if isinstance(guide, AutoNormal):
             return _normal_log_prob(guide, draws)
         return _traced_log_prob(guide, draws, batch)
-
-
-def _has_point_masses(guide: Any) -> bool:
-    return any(isinstance(fn, dist.Delta) for fn in map(_base, guide.component_distributions().values()))
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def _unconstrain(site: Any, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,27 +58,16 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         return _loop_draws(posterior, num_samples, batch)
 
 
-@torch.no_grad()
 def component_draws(guide: Any, num_samples: int) -> Draws:
     """
     Draws from each component of a mixture guide.
 
-    :param guide: an initialised guide with ``num_components`` and ``component_distributions()``, the components
-        of each site as one distribution of batch shape ``(K,)``; a site that it leaves out is the same in all
-        components.
+    :param guide: an initialised guide with ``num_components`` and a ``sample_posterior`` that takes ``by_component``.
     :param int num_samples: the number of draws n of each component.
     :return: by site, a tensor of shape ``(K, n) + site shape``.
     """
     with local_parameters():
-        shared = guide.sample_posterior((1,))
-        parts = guide.component_distributions()
-        draws = {}
-        for name, value in shared.items():
-            if name in parts:
-                draws[name] = parts[name].sample((num_samples,)).transpose(0, 1)
-            else:
-                draws[name] = value.expand(guide.num_components, num_samples, *value.shape[1:])
-        return draws
+        return dict(guide.sample_posterior((guide.num_components, num_samples), by_component=True))
 
 
 def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:

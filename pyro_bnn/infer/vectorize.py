@@ -3,6 +3,7 @@
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import pyro
@@ -24,7 +25,7 @@ Reading = tuple[str, Tensor, int]
 
 
 class _CountBytes(TorchDispatchMode):
-    """Adds up the sizes of the tensors that operations return, an upper bound of the peak memory."""
+    """Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +33,10 @@ class _CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor._base is None:
+            # views, and what an operation in place returns, take no memory of their own
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
                 self.total += tensor.numel() * tensor.element_size()
         return out
 
@@ -60,7 +63,7 @@ class ModelRunner:
         draws: Draws,
         *,
         vectorize: bool | None = None,
-        max_memory: float = 2**27,
+        max_memory: float = 2**24,
     ) -> None:
         self.model = model
         self.draws = draws
@@ -143,10 +146,14 @@ class ModelRunner:
         :param callable read: a function of a trace returning readings by a key of its choice.
         :return: by key, a tensor of shape ``(S,) + batch shape + rest``.
         """
-        with local_parameters(), poutine.block():
+        with ExitStack() as stack:
+            stack.enter_context(local_parameters())
+            stack.enter_context(poutine.block())
             if self.prototype is None:
                 self.prepare(batch)
             parts: list[dict[Key, Tensor]] = []
+            # the prototype has been validated, and the rest has its structure
+            stack.enter_context(pyro.validation_enabled(False))
             if self.vectorize:
                 for start in range(0, self.num_draws, self.chunk_size):
                     trace = self.joint(batch, slice(start, min(start + self.chunk_size, self.num_draws)))

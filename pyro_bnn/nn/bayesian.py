@@ -102,6 +102,8 @@ class BayesianLinear(BayesianMixin, _Linear):
         torch.Size([7, 2])
     """
 
+    takes_shared_input = True
+
     def __init__(
         self,
         in_features: int,
@@ -131,20 +133,27 @@ class BayesianLinear(BayesianMixin, _Linear):
     def _folded(self, x: Tensor) -> Tensor:
         samples = self._folding.num_samples
         weight, bias = self._folding.value(self, "weight"), self._folding.value(self, "bias")
+        shared_input = self._folding.is_shared_input(self, x)
         if weight.dim() == 2 and (bias is None or bias.dim() == 1):
-            return F.linear(x, weight, bias)
+            y = F.linear(x, weight, bias)
+            return self._folding.repeat(y) if shared_input else y
         if weight.dim() == 4 and weight.shape[1] > 1:
             raise ValueError(
                 f"{self._pyro_name} has a weight per example, which full weights do not support."
             )
-        rows = x.reshape(samples, -1, self.in_features)
+        shape = x.shape[:-1]
+        if shared_input:
+            rows = x.reshape(1, -1, self.in_features).expand(samples, -1, -1)
+            shape = torch.Size((samples * shape[0], *shape[1:]))
+        else:
+            rows = x.reshape(samples, -1, self.in_features)
         if weight.dim() == 2:
             y = F.linear(rows, weight) + bias.expand(samples, 1, -1)
         elif bias is None:
             y = torch.bmm(rows, weight.squeeze(1).mT)
         else:
             y = torch.baddbmm(bias.expand(samples, 1, -1), rows, weight.squeeze(1).mT)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*shape, self.out_features)
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""

@@ -26,6 +26,8 @@ from pyro_bnn.infer.autoguide.components import (
     SCALED_KINDS,
     LatentSite,
     component_distribution,
+    draw_components,
+    draw_low_rank,
     is_real,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
@@ -134,6 +136,7 @@ class AutoMixture(_Guide):
         self.rest = rest
         self.init_scale = float(init_scale)
         self.scale_mode, self.rank, self.noise = scale, rank, noise
+        self._index: LatentSite | None = None
         self._stratum: int | None = None
         self._lead: tuple[int, ...] = ()
 
@@ -287,9 +290,19 @@ class AutoMixture(_Guide):
         return raw
 
     @property
+    def has_density(self) -> bool:
+        """Whether no site is a point mass."""
+        return all(site.kind in (*SCALED_KINDS, "low_rank", "index") for site in self.sites)
+
+    @property
+    def index_name(self) -> str | None:
+        """The site of the model that holds the index of the component, if it has one."""
+        return None if self._index is None else self._index.name
+
+    @property
     def is_single(self) -> bool:
         """Whether a call is one draw from one component: no index, no noise per example."""
-        return self.num_components == 1 and self.noise == "shared" and getattr(self, "_index", None) is None
+        return self.num_components == 1 and self.noise == "shared" and self.index_name is None
 
     def is_factorized(self) -> bool:
         """
@@ -559,23 +572,16 @@ class AutoMixture(_Guide):
         draws: dict[str, Tensor] = {}
         low_rank = self._low_rank()
         if low_rank is not None:
-            where = index.to(low_rank.loc.device)
-            joint = dist.LowRankMultivariateNormal(
-                low_rank.loc[where], low_rank.cov_factor[where], low_rank.cov_diag[where]
-            )
+            joint = draw_low_rank(low_rank, index.to(low_rank.loc.device))
             sites = self._low_rank_sites()
-            for site, piece in zip(sites, joint.sample().split([s.size for s in sites], -1), strict=True):
+            for site, piece in zip(sites, joint.split([s.size for s in sites], -1), strict=True):
                 draws[site.name] = piece.reshape(shape + site.shape)
         if self._index is not None:
             draws[self._index.name] = index.to(self.loc.device).reshape(shape + self._index.shape)
         for site, loc, scale in self._blocks():
-            if site.kind == "low_rank":
-                continue
-            where = index.to(loc.device)
-            fn = component_distribution(
-                site, loc[where], None if scale is None else scale[where], len(site.shape)
-            )
-            draws[site.name] = fn.sample().reshape(shape + site.shape)
+            if site.kind != "low_rank":
+                drawn = draw_components(site, loc, scale, index.to(loc.device))
+                draws[site.name] = drawn.reshape(shape + site.shape)
         for site in self.sites:
             if site.kind == "point":
                 draws[site.name] = attrgetter(site.name)(self.points).detach().expand(shape + site.shape)
