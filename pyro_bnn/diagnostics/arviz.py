@@ -239,7 +239,7 @@ def chain_draws(
         each = max(1, total // len(posterior))
         members = [posterior_draws(member, each, batch) for member in posterior]
         return {n: torch.cat([m[n] for m in members]) for n in members[0]}, (len(members), each)
-    if getattr(posterior, "num_components", 1) > 1:
+    if getattr(posterior, "num_components", 1) > 1 and getattr(posterior, "equal_weights", True):
         each = max(1, total // posterior.num_components)
         parts = component_draws(posterior, each)
         return {n: v.flatten(0, 1) for n, v in parts.items()}, (posterior.num_components, each)

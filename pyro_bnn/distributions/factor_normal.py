@@ -90,17 +90,19 @@ class FactorNormal(TorchDistribution):
         explained = torch.linalg.solve_triangular(self._cholesky, self._gain, upper=False).square().sum(0)
         return variance + (self.remainder_precision.reciprocal() - explained).clamp(min=0)
 
-    def rsample(self, sample_shape: _size = ()) -> Tensor:
+    def rsample(self, sample_shape: _size = (), generator: torch.Generator | None = None) -> Tensor:
         """
         :param sample_shape: leading shape of the draws.
+        :param generator: source of random numbers; torch's default if ``None``.
         :return: draws, shape ``sample_shape + (p,)``.
         """
         shape = torch.Size(sample_shape) + self.factor.shape[1:]
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        options: Any = {"dtype": self.loc.dtype, "device": self.loc.device, "generator": generator}
+        noise = torch.randn(shape, **options)
         draws = self.loc + noise @ self.factor.mT
         if self.remainder_precision is None:
             return draws
-        free = torch.randn(draws.shape, dtype=self.loc.dtype, device=self.loc.device)
+        free = torch.randn(draws.shape, **options)
         return draws + self._condition(free * self.remainder_precision.rsqrt())
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -1,12 +1,16 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_sample, init_to_value
+from pyro.nn import PyroModule
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import NotAMinimumError, posterior_predictive
@@ -298,6 +302,44 @@ def test_newton_steps_out_of_the_support_are_rejected():
     guide = AutoLaplace(model, init_loc_fn=init_to_value(values={"rate": torch.tensor(40.0)})).initialize(y)
     result = newton_cg(lambda u: guide.packed.losses(u, y), torch.tensor([40.0]), tolerance=1e-6)
     assert_close(result.point[0], y.mean(), rtol=1e-6)
+
+
+class Halved(PyroModule):
+    """A float32 network with batch normalisation and a prior built from buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh()).float()
+        self.register_buffer("width", torch.tensor(0.7, dtype=torch.float32))
+
+    def forward(self, x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3).to(x), self.width).to_event(1))
+        f = self.net(x) @ w
+        if y is not None and len(y) == 3:
+            raise RuntimeError("a model that fails")
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(f, 0.1), obs=y)
+
+
+def test_polish_in_double_precision_leaves_the_model_as_it_was():
+    x, y = torch.randn(40, 2), torch.randn(40)
+    model = Halved()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    guide = AutoLaplace(model).initialize(x.float(), y.float())
+    guide.polish((x.float(), y.float()), float64=True)
+    assert guide.loc.dtype == torch.float32
+    with torch.no_grad():
+        h = copy.deepcopy(model).double().eval().net(x.float().double())
+    scale = torch.tensor(0.7, dtype=torch.float32).double()
+    exact = torch.linalg.solve(h.mT @ h / 0.01 + torch.eye(3) / scale**2, h.mT @ y.float().double() / 0.01)
+    assert_close(guide.loc.detach().double(), exact, rtol=1e-6)  # to the last bits of float32
+    with pytest.raises(RuntimeError, match="a model that fails"):
+        guide.polish((x[:3].float(), y[:3].float()), float64=True)
+    assert torch.get_default_dtype() == torch.float64
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+    assert model.training
 
 
 def test_indefinite_hessian_is_refused():

@@ -74,6 +74,107 @@ def test_bridge_inverts_the_map_from_dirichlets_to_gaussians():
         normal.distribution("bridge")
 
 
+def test_exact_predictives_of_gaussian_likelihoods():
+    x, y = torch.randn(12, 3), torch.randn(12, 2)
+    tril = torch.tensor([[0.5, 0.0], [0.2, 0.4]])
+
+    def model(x, y=None, family="full"):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        d = (
+            dist.MultivariateNormal(x @ w.mT, scale_tril=tril)
+            if family == "full"
+            else dist.LowRankMultivariateNormal(x @ w.mT, tril[:, :1], torch.tensor([0.3, 0.2]))
+        )
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", d, obs=y)
+
+    for family, noise in (
+        ("full", tril @ tril.mT),
+        ("low", tril[:, :1] @ tril[:, :1].mT + torch.diag(torch.tensor([0.3, 0.2]))),
+    ):
+        guide = AutoLaplace(lambda x, y=None, f=family: model(x, y, f)).initialize(x, y).polish((x, y))
+        guide.laplace_approximation((x, y))
+        found = guide.predictive(x[:3])["obs"]
+        # Bayesian linear regression with two outputs
+        precision = torch.kron(torch.linalg.inv(noise).contiguous(), (x.mT @ x).contiguous()) + torch.eye(6)
+        rows = torch.kron(torch.eye(2), x[:1])
+        expected = rows @ torch.linalg.inv(precision) @ rows.mT + noise
+        assert_close(found.covariance_matrix[0], expected, rtol=1e-9)
+
+    def positive(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.LogNormal(x @ w, 0.3), obs=y)
+
+    guide = fitted(positive, x, y[:, 0].exp())
+    outputs = guide.linearized_outputs(x)["obs"]
+    found, sampled = outputs.distribution(), outputs.distribution("monte_carlo", num_samples=20_000)
+    value = y[:, 0].exp()
+    assert_close(found.log_prob(value), sampled.log_prob(value), atol=0.1, rtol=0)
+
+
+def test_likelihoods_without_a_closed_form_are_sampled():
+    x, y = torch.randn(12, 3), torch.randint(0, 4, (12,)).double()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Poisson((x @ w).exp()), obs=y)
+
+    guide = fitted(model, x, y)
+    found = [
+        guide.predictive(x, num_samples=50, generator=torch.Generator().manual_seed(4))["obs"]
+        for _ in range(2)
+    ]
+    assert_close(found[0].log_prob(y), found[1].log_prob(y), rtol=0)
+    exact = guide.linearized_outputs(x)["obs"]
+    many = guide.predictive(x, num_samples=50_000)["obs"]
+    # E exp(N(m, v)) = exp(m + v / 2)
+    assert_close(many.mean, (exact.mean + exact.variance / 2).exp()[:, 0], rtol=0.03)
+
+
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank", "block"])
+def test_generators_are_honoured(structure):
+    x, y = in_between_data()
+    guide = fitted(tanh_network(hidden=4), x, y, structure=structure)
+
+    def generator():
+        return torch.Generator().manual_seed(7)
+
+    first, other = (guide.sample_posterior((3,), generator=generator()) for _ in range(2))
+    for name, value in first.items():
+        assert_close(value, other[name], rtol=0)
+    assert not torch.equal(guide.sample_posterior((3,))["w1"], first["w1"])
+    functions = guide.functional_samples(3, x, generator=generator())["obs"]
+    means = guide.observed_distributions(first, x)["obs"].mean  # the same draws
+    assert_close(functions[..., 0], means, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_multiclass_probit(spread):
+    model, x, y = logistic_regression()
+    outputs = fitted(model, x, y).linearized_outputs(x[:40])["obs"]
+    root = spread * torch.randn(40, 3, 3)
+    outputs.mean, outputs.covariance = 2 * torch.randn(40, 3), root @ root.mT
+    exact = outputs.sample((40_000,)).softmax(-1).mean(0)
+    found = outputs.distribution("probit").probs
+    if spread < 1:  # standard deviations of the logits near 1
+        assert (found - exact).abs().max() < 0.06
+    # a random constant added to all logits changes nothing
+    shifted = copy.copy(outputs)
+    shifted.mean = outputs.mean + 3.0
+    shifted.covariance = outputs.covariance + 5.0
+    assert_close(shifted.distribution("probit").probs, found, rtol=1e-9)
+    assert_close(shifted.distribution("bridge").probs, outputs.distribution("bridge").probs, rtol=1e-9)
+    # scaling each logit by its own variance, as is often done, is worse
+    naive = (outputs.mean / (1 + torch.pi / 8 * outputs.variance).sqrt()).softmax(-1)
+    assert (found - exact).abs().mean() < (naive - exact).abs().mean()
+    norm = outputs.distribution("bridge_norm").probs
+    if spread > 1:  # the bridge itself fails at large variances
+        plain = outputs.distribution("bridge").probs
+        assert (norm - exact).abs().mean() < (plain - exact).abs().mean()
+
+
 def test_equal_mixture_samples_what_its_density_says():
     mixture = EqualMixture(dist.Normal(torch.tensor([[0.0, 5.0], [4.0, 5.0]]), torch.tensor(1.0)))
     draws = mixture.sample((50_000,))

@@ -11,12 +11,14 @@ from pyro_bnn.infer.autoguide.initialization import (
     init_to_random_sign,
 )
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
+from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
 from pyro_bnn.infer.autoguide.linearized import LinearizedOutputs, MAPReport, UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 
 __all__ = [
     "AutoHessianFreeLaplace",
     "AutoLaplace",
+    "AutoLaplaceMixture",
     "AutoMixture",
     "LinearizedOutputs",
     "MAPReport",

@@ -1,125 +1,371 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of Laplace approximations around several modes."""
+"""A mixture of Laplace approximations around several modes, as a guide."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
 
+import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from torch import Tensor
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor, nn
 
+from pyro_bnn.distributions.mixture import mixture_quantile
+from pyro_bnn.distributions.weighted_mixture import PackedMixture, WeightedMixture
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
-from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.infer.curvature import check_option
+from pyro_bnn.infer.evidence import HyperparameterReport
+from pyro_bnn.infer.packed import PackedModel, called_modules
+
+Weights = Literal["equal", "evidence"]
 
 
-class LaplaceMixture:
+class AutoLaplaceMixture(AutoContinuous):
     r"""
-    :math:`q(u) = \sum_k \pi_k N(\hat u_k, P_k^{-1})`: a Laplace approximation around each component of a deep ensemble
-    or BatchEnsemble that an :class:`~pyro_bnn.infer.autoguide.AutoMixture` with ``component="delta"`` has fitted
+    :math:`q(u) = \sum_k \pi_k N(\hat u_k, P_k^{-1})`: a Laplace approximation around each mode of a deep ensemble
     (Eschenhagen et al., 2021, "Mixtures of Laplace approximations for improved post-hoc uncertainty in deep learning").
 
-    :param guides: fitted approximations of the same model.
-    :param weights: ``"equal"``, as in the paper, or ``"evidence"``: :math:`\pi_k\propto` the evidence of each mode.
-    :raises ValueError: if there is no guide or one is not fitted.
+    The modes come from an :class:`~pyro_bnn.infer.autoguide.AutoMixture` with ``component="delta"``, or from any other
+    fits. Draws and densities are those of the mixture, and predictions linearise the model around the mode that a draw
+    belongs to.
+
+    :param callable model: a Pyro model.
+    :param int num_components: K.
+    :param str weights: ``"equal"``, as in the paper, or ``"evidence"``: :math:`\pi_k\propto` the evidence of each mode.
+    :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
+    :param options: of :class:`~pyro_bnn.infer.autoguide.AutoLaplace`: ``structure``, ``curvature``, ``sites``, ...
+    :raises ValueError: for unknown options.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y=None):
+        ...     a = pyro.sample("a", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        ...     return pyro.sample("obs", dist.Normal(a.prod(), 0.1), obs=y)
+        >>> guide = AutoLaplaceMixture(model, 2).initialize(torch.tensor(1.0))
+        >>> guide = guide.set_modes([{"a": torch.ones(2)}, {"a": -torch.ones(2)}])
+        >>> guide = guide.laplace_approximation(torch.tensor(1.0), map_tolerance=float("inf"))
+        >>> guide.sample_posterior((1000,))["a"].mean(0).abs() < 0.3
+        tensor([True, True])
     """
 
+    log_weights: Tensor
+    components: Any
+
     def __init__(
-        self, guides: Sequence[AutoLaplace], weights: Literal["equal", "evidence"] = "equal"
+        self,
+        model: Callable[..., Any],
+        num_components: int = 4,
+        *,
+        weights: Weights = "equal",
+        init_loc_fn: Callable[..., Any] = init_to_sample,
+        **options: Any,
     ) -> None:
-        if not guides or not all(guide.is_fitted for guide in guides):
-            raise ValueError(
-                "guides must hold at least one AutoLaplace, each after laplace_approximation(data)"
-            )
-        if weights not in ("equal", "evidence"):
-            raise ValueError(f"unknown weights {weights!r}, expected 'equal' or 'evidence'")
-        self.guides = list(guides)
-        logits = torch.stack([guide.log_evidence().detach() for guide in guides])
-        self.log_weights = (logits if weights == "evidence" else torch.zeros_like(logits)).log_softmax(0)
+        if not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}")
+        check_option("weights", weights, Weights)
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.num_components = num_components
+        self.weights = weights
+        self.components = nn.ModuleList(
+            [AutoLaplace(model, init_loc_fn=init_loc_fn, **options) for _ in range(num_components)]
+        )
+        self.register_buffer("log_weights", -torch.tensor(float(num_components)).log().expand(num_components))
 
     @classmethod
     def from_modes(
         cls,
-        model: Any,
-        modes: AutoMixture,
+        model: Callable[..., Any],
+        modes: Any,
         data: Any,
         batch: tuple[Any, ...],
         *,
-        weights: Literal["equal", "evidence"] = "equal",
+        weights: Weights = "equal",
         map_tolerance: float = float("inf"),
         **options: Any,
-    ) -> "LaplaceMixture":
+    ) -> Self:
         """
-        Approximates around each component of a fitted mixture of point masses.
+        Approximates around given modes.
 
         :param callable model: the Pyro model.
-        :param modes: an ``AutoMixture`` with ``component="delta"``, fitted.
+        :param modes: see :meth:`set_modes`.
         :param data: one batch or an iterable of batches, with observations.
-        :param batch: arguments of the model with observations, to initialise the guides.
+        :param batch: arguments of the model with observations, to initialise the guide.
         :param weights: see the class.
+        :param map_tolerance: see :meth:`laplace_approximation`.
+        :param options: see the class.
+        :return: the guide.
+        """
+        size = getattr(modes, "num_components", None) or len(modes)
+        guide = cls(model, size, weights=weights, **options).initialize(*batch)
+        return guide.set_modes(modes).laplace_approximation(data, map_tolerance=map_tolerance)
+
+    # ------------------------------------------------------------------ set-up
+
+    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+        """
+        Creates the parameters of all components from one batch; each starts at a draw of its own.
+
+        :param args: arguments of the model, **with observations**.
+        :param kwargs: keyword arguments of the model.
+        :return: the guide itself.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with called_modules():
+            super()._setup_prototype(*args, **kwargs)
+        for guide in self.components:
+            guide.initialize(*args, **kwargs)
+        self.log_weights = self.log_weights.to(self.components[0].loc)
+
+    @property
+    def packed(self) -> PackedModel:
+        """The model as a function of the packed latent vector."""
+        guide: Any = self.components[0]
+        return guide.packed
+
+    def set_modes(self, modes: Any) -> Self:
+        """
+        Puts the components at given points.
+
+        :param modes: a fitted ``AutoMixture`` with ``component="delta"``, or one item per component: values by site,
+            or a guide with ``median()`` (an ``AutoDelta``, an ``AutoLaplace``).
+        :return: the guide itself.
+        :raises ValueError: if a component is no point mass, or the number of modes is not that of components.
+        """
+        points = _points(modes, list(self.packed.space.slices))
+        if len(points) != self.num_components:
+            raise ValueError(
+                f"modes holds {len(points)} points, but the guide has {self.num_components} components"
+            )
+        for guide, point in zip(self.components, points, strict=True):
+            guide.loc.data.copy_(guide.packed.space.pack(point))
+        return self
+
+    def polish(self, data: Any, **options: Any) -> Self:
+        """
+        Moves each component to the minimum of its basin, see :meth:`AutoLaplace.polish`.
+
+        :param data: one batch or an iterable of batches, with observations.
+        :param options: of :meth:`AutoLaplace.polish`.
+        :return: the guide itself.
+        """
+        for guide in self.components:
+            guide.polish(data, **options)
+        return self
+
+    def laplace_approximation(
+        self, data: Any, *, map_tolerance: float = float("inf"), **options: Any
+    ) -> Self:
+        """
+        Computes the curvature at each mode, and the weights.
+
+        :param data: one batch or an iterable of batches, with observations.
         :param map_tolerance: see :meth:`AutoLaplace.laplace_approximation`; an ensemble that was trained with one
             step size has rarely converged, so that no warning is given by default.
-        :param options: of :class:`AutoLaplace`.
-        :return: the mixture.
-        :raises ValueError: if a component is no point mass.
+        :param options: of :meth:`AutoLaplace.laplace_approximation`.
+        :return: the guide itself.
         """
-        guides = []
-        with torch.no_grad():
-            values = {name: component.mean for name, component in modes.component_distributions().items()}
-            shared = modes.sample_posterior(())
-        for name, component in modes.component_distributions().items():
-            if not isinstance(component, td.Distribution) or bool((component.variance != 0).any()):
-                raise ValueError(
-                    f"the components of site {name!r} are no point masses: use component='delta'"
-                )
-        for k in range(modes.num_components):
-            guide = AutoLaplace(model, **options).initialize(*batch)
-            point = {
-                name: values[name][k] if name in values else shared[name]
-                for name in guide.packed.space.slices
-            }
-            guide.loc.data.copy_(guide.packed.space.pack(point))
-            guides.append(guide.laplace_approximation(data, map_tolerance=map_tolerance))
-        return cls(guides, weights)
+        for guide in self.components:
+            guide.laplace_approximation(data, map_tolerance=map_tolerance, **options)
+        self._update_weights()
+        return self
 
-    def _counts(self, num_samples: int) -> list[int]:
-        index = torch.multinomial(self.log_weights.exp(), num_samples, replacement=True)
-        return torch.bincount(index, minlength=len(self.guides)).tolist()
+    def _update_weights(self) -> None:
+        values = torch.stack([guide.log_evidence().detach() for guide in self.components])
+        values = values if self.weights == "evidence" else torch.zeros_like(values)
+        self.log_weights = values.log_softmax(0)
 
-    def sample_posterior(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
+    def optimize_hyperparameters(self, data: Any = None, **options: Any) -> list[HyperparameterReport]:
+        """
+        Tunes the prior precision of each component, and updates the weights.
+
+        :param data: see :meth:`AutoLaplace.optimize_hyperparameters`.
+        :param options: of :meth:`AutoLaplace.optimize_hyperparameters`.
+        :return: one report per component.
+        """
+        reports = [guide.optimize_hyperparameters(data, **options) for guide in self.components]
+        self._update_weights()
+        return reports
+
+    def log_evidence(self) -> Tensor:
+        r"""
+        :math:`\log\sum_k Z_k`, the Laplace approximation of the log marginal likelihood with the mass of all modes;
+        modes found twice count twice.
+
+        :return: a scalar, in nats.
+        """
+        return torch.stack([guide.log_evidence() for guide in self.components]).logsumexp(0)
+
+    # ------------------------------------------------------------------ posterior
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the Gaussians exist."""
+        return all(guide.is_fitted for guide in self.components)
+
+    @property
+    def equal_weights(self) -> bool:
+        """Whether the components count equally, so that they can be exported as chains."""
+        return self.weights == "equal"
+
+    @property
+    def posterior(self) -> PackedMixture:
+        """
+        The mixture over the packed latent vector.
+
+        :raises RuntimeError: before ``laplace_approximation(data)``.
+        """
+        return PackedMixture([guide.posterior for guide in self.components], self.log_weights)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        :return: the distribution of the packed vector: a point mass at one of the modes, drawn at random, before
+            ``laplace_approximation``, the mixture after.
+        """
+        if self.is_fitted:
+            return self.posterior
+        k = int(torch.randint(self.num_components, ()))
+        return dist.Delta(self.components[k].loc).to_event(1)
+
+    @torch.no_grad()
+    def sample_posterior(
+        self,
+        sample_shape: Sequence[int] = (),
+        *args: Any,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
         """
         :param sample_shape: leading shape of the draws.
-        :return: by site name, draws of shape ``sample_shape + site_shape``, in random order.
+        :param generator: source of random numbers; torch's default if ``None``.
+        :return: by site name, draws of shape ``sample_shape + site_shape``.
         """
-        shape = torch.Size(sample_shape)
-        total = shape.numel()
-        parts = [g.sample_posterior((n,)) for g, n in zip(self.guides, self._counts(total), strict=True)]
-        order = torch.randperm(total)
-        return {
-            name: torch.cat([part[name] for part in parts])[order].reshape(shape + parts[0][name].shape[1:])
-            for name in parts[0]
-        }
+        return self.packed.space.unpack(self.posterior.rsample(torch.Size(sample_shape), generator))
 
-    def observed_draws(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def component_draws(self, num_samples: int) -> dict[str, Tensor]:
         """
-        Draws of the observed sites' real-valued parameters, each through the model linearised at its own mode.
+        :param num_samples: draws of each component, n.
+        :return: by site name, shape ``(K, n) + site_shape``.
+        """
+        parts = [guide.sample_posterior((num_samples,)) for guide in self.components]
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Quantiles of the marginal mixtures.
+
+        :param quantiles: probabilities between 0 and 1.
+        :return: by site name, shape ``(len(quantiles),) + site_shape``.
+        """
+        parts = self.posterior.components
+        loc = torch.stack([part.loc for part in parts])
+        scale = torch.stack([part.variance for part in parts]).clamp(min=torch.finfo(loc.dtype).tiny).sqrt()
+        marginals = td.Normal(loc, scale)
+        weights = self.log_weights.exp().unsqueeze(-1)
+        rows = []
+        for q in torch.as_tensor(quantiles).tolist():
+            each = marginals.icdf(torch.full_like(loc, q))
+            lower, upper = each.amin(0), each.amax(0)
+            rows.append(mixture_quantile(lambda v: (weights * marginals.cdf(v)).sum(0), lower, upper, q))
+        return self.packed.space.unpack(torch.stack(rows))
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        The medians of the marginal mixtures; they need not lie near any mode.
+
+        :return: by site name, the median.
+        """
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+
+    # ------------------------------------------------------------------ predictions
+
+    def predictive(self, *args: Any, **options: Any) -> dict[str, td.Distribution]:
+        """
+        The mixture of the components' predictive distributions.
+
+        :param args: arguments of the model; observations are not needed.
+        :param options: see :meth:`AutoLaplace.predictive`.
+        :return: by observed site, a distribution.
+        """
+        parts = [guide.predictive(*args, **options) for guide in self.components]
+        return {name: _mix([part[name] for part in parts], self.log_weights) for name in parts[0]}
+
+    def functional_samples(
+        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Coherent draws of functions, each of the model linearised around its own mode.
 
         :param num_samples: S.
         :param args: arguments of the model; observations are not needed.
+        :param generator: source of random numbers; torch's default if ``None``.
         :param kwargs: keyword arguments of the model.
-        :return: by observed site, shape ``(S,) + shape + (C,)``.
+        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
-        parts: list[Mapping[str, Tensor]] = [
-            guide.functional_samples(n, *args, **kwargs)
-            for guide, n in zip(self.guides, self._counts(num_samples), strict=True)
-            if n
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        draws, index = self.posterior.rsample_with_index((num_samples,), generator)
+        return {name: outputs for name, (_, outputs) in self._moved(draws, index, args, kwargs).items()}
 
-    def log_prob(self, latent: Tensor) -> Tensor:
+    def observed_distributions(
+        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, td.Distribution]:
+        r"""
+        The observed sites' distributions at posterior draws, each through the model linearised around the mode it
+        belongs to; that is drawn from :math:`p(k\mid u)\propto \pi_k N(u; \hat u_k, P_k^{-1})`, which gives draws and modes
+        their joint distribution.
+
+        :param draws: by site name, shape ``(S,) + site_shape``.
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
         """
-        :param latent: packed vectors, shape ``(..., p)``.
-        :return: log densities, shape ``(...)``.
-        """
-        each = torch.stack([guide.get_posterior().log_prob(latent) for guide in self.guides], -1)
-        return (each + self.log_weights).logsumexp(-1)
+        with torch.no_grad():
+            latent = self.packed.space.pack(draws)
+            logits = self.posterior.component_log_prob(latent) + self.log_weights
+            index = td.Categorical(logits=logits).sample()
+        moved = self._moved(latent, index, args, kwargs)
+        return {name: site.build(outputs) for name, (site, outputs) in moved.items()}
+
+    def _moved(self, latent: Tensor, index: Tensor, args: Any, kwargs: Any) -> dict[str, tuple[Any, Tensor]]:
+        result: dict[str, tuple[Any, Tensor]] = {}
+        for k, guide in enumerate(self.components):
+            (mine,) = (index == k).nonzero(as_tuple=True)
+            if not len(mine):
+                continue
+            for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), (args, kwargs)):
+                if site.name not in result:
+                    result[site.name] = (site, outputs.new_zeros(latent.shape[:1] + outputs.shape[1:]))
+                result[site.name][1][mine] = outputs
+        return result
+
+
+def _points(modes: Any, sites: list[str]) -> list[Mapping[str, Tensor]]:
+    if not hasattr(modes, "component_distributions"):
+        return [mode.median() if hasattr(mode, "median") else mode for mode in modes]
+    components = modes.component_distributions()
+    for name, component in components.items():
+        if bool((component.variance != 0).any()):
+            raise ValueError(f"the components of site {name!r} are no point masses: use component='delta'")
+    shared = modes.sample_posterior(())
+    return [
+        {name: components[name].mean[k].detach() if name in components else shared[name] for name in sites}
+        for k in range(modes.num_components)
+    ]
+
+
+def _mix(parts: list[td.Distribution], log_weights: Tensor) -> td.Distribution:
+    """A mixture; over classes it is a distribution of the same family."""
+    for family in (td.Categorical, td.Bernoulli):
+        if all(type(part).__mro__[1] is family or type(part) is family for part in parts):
+            stacked: Tensor = torch.stack([part.probs for part in parts])  # type: ignore[attr-defined]
+            weights = log_weights.exp().reshape((-1,) + (1,) * (stacked.dim() - 1))
+            kind: Any = type(parts[0])
+            return kind(probs=(weights * stacked).sum(0))
+    return WeightedMixture(parts, log_weights)

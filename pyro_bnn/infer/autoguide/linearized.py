@@ -4,6 +4,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -23,6 +24,7 @@ from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
+from pyro_bnn.infer.precision import double_precision, doubled
 from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
@@ -89,7 +91,7 @@ class LinearizedOutputs:
 
     def distribution(
         self,
-        method: Literal["auto", "probit", "bridge", "monte_carlo"] = "auto",
+        method: Literal["auto", "probit", "bridge", "bridge_norm", "monte_carlo"] = "auto",
         *,
         num_samples: int = 100,
         generator: torch.Generator | None = None,
@@ -97,9 +99,21 @@ class LinearizedOutputs:
         r"""
         The predictive distribution.
 
-        ``"auto"``: in closed form. Normal likelihood in its location: exact, :math:`N(\hat\phi, v + \sigma^2)`;
-        Bernoulli and Categorical: ``"probit"``, logits divided by :math:`\sqrt{1 + \pi v/8}` (MacKay, 1992).
-        ``"bridge"``: Categorical at the mean of the Dirichlet that the Laplace bridge finds (Hobbhahn et al., 2022).
+        ``"auto"``: in closed form where there is one, else ``"monte_carlo"``. Exact for Normal and LogNormal
+        likelihoods in their location, :math:`N(\hat\phi, v + \sigma^2)`, and for (low-rank) MultivariateNormal ones,
+        :math:`N(\hat\phi, V + \Sigma)`; ``"probit"`` for Bernoulli and Categorical.
+
+        ``"probit"``: Bernoulli logits divided by :math:`\sqrt{1 + \pi v/8}` (MacKay, 1992); for K classes
+
+        .. math:: p_k \propto \Big(\sum_l \exp\frac{\mu_l - \mu_k}{\sqrt{1 + \tfrac\pi8\operatorname{Var}(\phi_k - \phi_l)}}\Big)^{-1}
+
+        (Gibbs, 1997; Lu, Ie, Sha, 2020), which is the former for two classes, and like the softmax does not change when
+        a random constant is added to all logits.
+
+        ``"bridge"``: Categorical at the mean of the Dirichlet that the Laplace bridge finds (Hobbhahn et al., 2022);
+        ``"bridge_norm"`` first divides the logits by :math:`\sqrt c` with :math:`c = \operatorname{tr}V/\sqrt{K/2}` where
+        that is above 1, which keeps the bridge away from variances at which it fails.
+
         ``"monte_carlo"``: any likelihood, an equal mixture over ``num_samples`` draws of the linearised parameters.
 
         :param str method: see above.
@@ -108,42 +122,73 @@ class LinearizedOutputs:
         :return: the distribution of the site.
         :raises ValueError: if the likelihood does not have this form.
         """
+        logits = self.names == ("logits",)
+        if method == "auto":
+            closed = self._closed_form()
+            if closed is not None:
+                return closed
+            method = "probit" if logits and self._is_classifier() else "monte_carlo"
         if method == "monte_carlo":
             return EqualMixture(self.site.build(self.sample((num_samples,), generator=generator)))
-        if method == "bridge":
-            if self.names != ("logits",) or self.mean.shape[-1] < 2:
+        if method in ("bridge", "bridge_norm"):
+            if not logits or self.mean.shape[-1] < 2:
                 raise ValueError(
-                    f"method='bridge' needs a Categorical likelihood, found {type(self.site.base)}"
+                    f"method={method!r} needs a Categorical likelihood, found {type(self.site.base)}"
                 )
-            return self.site.build(self.bridge().mean.log())
-        if method == "probit" and self.names != ("logits",):
+            return self.site.build(self.bridge(normalize=method == "bridge_norm").mean.log())
+        if method != "probit":
+            raise ValueError(
+                f"unknown method {method!r}, expected 'auto', 'probit', 'bridge', 'bridge_norm' or 'monte_carlo'"
+            )
+        if not logits or not self._is_classifier():
             raise ValueError(
                 f"method='probit' needs a Bernoulli or Categorical likelihood, found {type(self.site.base)}"
             )
-        base = self.site.base
-        if isinstance(base, td.Normal) and not isinstance(base, td.LogNormal) and self.names == ("loc",):
-            scale = (self.variance.squeeze(-1) + base.scale.detach().square()).sqrt()
-            d: td.Distribution = dist.Normal(self.mean.squeeze(-1), scale)
-            return td.Independent(d, self.site.event_dim) if self.site.event_dim else d
-        if self.names == ("logits",):
-            return self.site.build(self.mean / (1 + torch.pi / 8 * self.variance).sqrt())
-        raise ValueError(
-            f"site {self.site.name!r} ({type(base).__name__} in {', '.join(self.names)}) has no closed-form "
-            "predictive: use method='monte_carlo', or posterior_predictive."
-        )
+        return self.site.build(self._probit())
 
-    def bridge(self) -> td.Dirichlet:
+    def _is_classifier(self) -> bool:
+        return isinstance(self.site.base, (td.Bernoulli, td.Categorical, td.OneHotCategorical))
+
+    def _closed_form(self) -> td.Distribution | None:
+        """The exact predictive of the linearised model, for Gaussian likelihoods in their location."""
+        base = self.site.base
+        if self.names != ("loc",):
+            return None
+        if isinstance(base, (td.Normal, td.LogNormal)):
+            scale = (self.variance.squeeze(-1) + base.scale.detach().square()).sqrt()
+            family = dist.LogNormal if isinstance(base, td.LogNormal) else dist.Normal
+            d: td.Distribution = family(self.mean.squeeze(-1), scale)
+        elif isinstance(base, (td.MultivariateNormal, td.LowRankMultivariateNormal)):
+            d = dist.MultivariateNormal(self.mean, self.covariance + base.covariance_matrix.detach())
+        else:
+            return None
+        return td.Independent(d, self.site.event_dim) if self.site.event_dim else d
+
+    def _probit(self) -> Tensor:
+        """Logits that give the approximate class probabilities."""
+        variance = self.variance
+        if self.mean.shape[-1] == 1:
+            return self.mean / (1 + torch.pi / 8 * variance).sqrt()
+        spread = variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * self.covariance
+        gaps = self.mean.unsqueeze(-2) - self.mean.unsqueeze(-1)
+        return -(gaps / (1 + torch.pi / 8 * spread.clamp(min=0)).sqrt()).logsumexp(-1)
+
+    def bridge(self, *, normalize: bool = False) -> td.Dirichlet:
         r"""
         The Dirichlet over class probabilities by the Laplace bridge (Hobbhahn et al., 2022, equation (5)), after
         centring the logits, which does not change the classes' probabilities:
         :math:`\alpha_k = \frac{1}{\Sigma_{kk}}\left(1 - \frac2K + \frac{e^{\mu_k}}{K^2}\sum_l e^{-\mu_l}\right)`.
 
+        :param normalize: shrink mean and variance first, see :meth:`distribution`.
         :return: a Dirichlet of batch shape ``shape``.
         """
         mean = self.mean - self.mean.mean(-1, keepdim=True)
         rows = self.covariance - self.covariance.mean(-1, keepdim=True)
         variance = (rows - rows.mean(-2, keepdim=True)).diagonal(dim1=-2, dim2=-1)
         K = mean.shape[-1]
+        if normalize:
+            excess = (variance.sum(-1, keepdim=True) / (K / 2) ** 0.5).clamp(min=1)
+            mean, variance = mean / excess.sqrt(), variance / excess
         rest = mean.exp() * (-mean).exp().sum(-1, keepdim=True) / K**2
         return td.Dirichlet((1 - 2 / K + rest) / variance)
 
@@ -280,13 +325,25 @@ class LinearizedGuide(AutoContinuous):
 
     @torch.no_grad()
     def sample_posterior(
-        self, sample_shape: Sequence[int] = (), *args: Any, **kwargs: Any
+        self,
+        sample_shape: Sequence[int] = (),
+        *args: Any,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """
         :param sample_shape: leading shape of the draws.
+        :param generator: source of random numbers; torch's default if ``None``.
         :return: by site name, draws of shape ``sample_shape + site_shape``.
         """
-        return self.packed.space.unpack(self.get_posterior().rsample(torch.Size(sample_shape)))
+        shape = torch.Size(sample_shape)
+        if not self.is_fitted:
+            return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
+        return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
+
+    def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        posterior: Any = self.posterior
+        return posterior.rsample(shape, generator=generator)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -307,17 +364,24 @@ class LinearizedGuide(AutoContinuous):
 
     # ------------------------------------------------------------------ point estimate
 
-    def polish(self, data: Any, *, tolerance: float = 1e-6, max_iter: int = 2000) -> Self:
+    def polish(
+        self, data: Any, *, tolerance: float = 1e-6, max_iter: int = 2000, float64: bool = False
+    ) -> Self:
         r"""
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
-        An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. Use float64 for
-        more than about three digits.
+        An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
+        three digits are within reach.
 
         :param data: one batch or an iterable of batches, with observations; every pass uses all of it.
         :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
         :param max_iter: largest number of L-BFGS iterations.
+        :param bool float64: whether to search in double precision; parameters and buffers of the model's modules are
+            converted for that time, and are as they were afterwards. The result is rounded to the guide's own
+            precision.
         :return: the guide itself.
+        :raises RuntimeError: after ``laplace_approximation``, or if ``float64=True`` and the model holds tensors of
+            lower precision outside of its modules and arguments that do not combine with double precision.
         """
         check_data(data)
         model = self.packed
@@ -325,14 +389,22 @@ class LinearizedGuide(AutoContinuous):
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, not after"
             )
+        with double_precision(model.modules) if float64 else nullcontext():
 
-        def terms(latent: Tensor) -> Iterator[Tensor]:
-            return model.losses(latent, data)
+            def terms(latent: Tensor) -> Iterator[Tensor]:
+                return model.losses(latent, doubled(data) if float64 else data)
 
-        point = lbfgs(terms, self.loc, max_iter=max_iter)
-        self.loc.data.copy_(
-            newton_cg(terms, point, tolerance=tolerance, keep_graphs=is_single_batch(data)).point
-        )
+            try:
+                point = lbfgs(terms, self.loc.double() if float64 else self.loc, max_iter=max_iter)
+                point = newton_cg(terms, point, tolerance=tolerance, keep_graphs=is_single_batch(data)).point
+            except RuntimeError as error:
+                if float64 and "dtype" in str(error):
+                    raise RuntimeError(
+                        f"float64=True: the model mixes precisions ({error}): keep its tensors in modules (as buffers) "
+                        "or pass them as arguments, or create them with the dtype of its inputs."
+                    ) from error
+                raise
+        self.loc.data.copy_(point)
         return self
 
     def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
@@ -411,17 +483,26 @@ class LinearizedGuide(AutoContinuous):
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
         return ExampleStream(self.packed, self.loc, budget=self.budget, differentiable=differentiable)
 
-    def predictive(self, *args: Any, method: Any = "auto", **kwargs: Any) -> dict[str, td.Distribution]:
+    def predictive(
+        self,
+        *args: Any,
+        method: Any = "auto",
+        num_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> dict[str, td.Distribution]:
         """
         The predictive distribution of each observed site.
 
         :param args: arguments of the model; observations are not needed.
         :param str method: see :meth:`LinearizedOutputs.distribution`.
+        :param num_samples: draws of the linearised parameters where there is no closed form.
+        :param generator: source of random numbers for these draws.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution (see :meth:`LinearizedOutputs.distribution`).
         """
         return {
-            name: outputs.distribution(method)
+            name: outputs.distribution(method, num_samples=num_samples, generator=generator)
             for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
@@ -440,10 +521,10 @@ class LinearizedGuide(AutoContinuous):
         """
         offsets = self.packed.space.pack(draws) - self.loc.detach()
         return {
-            site.name: site.build(outputs) for site, outputs in self._moved_outputs(offsets, (args, kwargs))
+            site.name: site.build(outputs) for site, outputs in self.moved_outputs(offsets, (args, kwargs))
         }
 
-    def _moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The parameters of the observed sites at linearised offsets, shape (S,) + shape + (C,)."""
         latent = self.loc.detach().clone().requires_grad_(True)
         with torch.enable_grad():
@@ -478,10 +559,8 @@ class LinearizedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
-        posterior: Any = self.posterior
-        options = {} if generator is None else {"generator": generator}
-        offsets = posterior.rsample((num_samples,), **options) - self.loc.detach()
-        return {site.name: outputs for site, outputs in self._moved_outputs(offsets, (args, kwargs))}
+        offsets = self._draw(torch.Size((num_samples,)), generator) - self.loc.detach()
+        return {site.name: outputs for site, outputs in self.moved_outputs(offsets, (args, kwargs))}
 
     @torch.inference_mode(False)
     @torch.enable_grad()
