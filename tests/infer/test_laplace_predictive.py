@@ -109,7 +109,7 @@ def test_exact_predictives_of_gaussian_likelihoods():
     guide = fitted(positive, x, y[:, 0].exp())
     outputs = guide.linearized_outputs(x)["obs"]
     found, sampled = outputs.distribution(), outputs.distribution("monte_carlo", num_samples=20_000)
-    value = y[:, 0].exp()
+    value = outputs.mean[:, 0].exp()
     assert_close(found.log_prob(value), sampled.log_prob(value), atol=0.1, rtol=0)
 
 
@@ -169,10 +169,6 @@ def test_multiclass_probit(spread):
     # scaling each logit by its own variance, as is often done, is worse
     naive = (outputs.mean / (1 + torch.pi / 8 * outputs.variance).sqrt()).softmax(-1)
     assert (found - exact).abs().mean() < (naive - exact).abs().mean()
-    norm = outputs.distribution("bridge_norm").probs
-    if spread > 1:  # the bridge itself fails at large variances
-        plain = outputs.distribution("bridge").probs
-        assert (norm - exact).abs().mean() < (plain - exact).abs().mean()
 
 
 def test_equal_mixture_samples_what_its_density_says():

@@ -91,7 +91,7 @@ class LinearizedOutputs:
 
     def distribution(
         self,
-        method: Literal["auto", "probit", "bridge", "bridge_norm", "monte_carlo"] = "auto",
+        method: Literal["auto", "probit", "bridge", "monte_carlo"] = "auto",
         *,
         num_samples: int = 100,
         generator: torch.Generator | None = None,
@@ -110,9 +110,7 @@ class LinearizedOutputs:
         (Gibbs, 1997; Lu, Ie, Sha, 2020), which is the former for two classes, and like the softmax does not change when
         a random constant is added to all logits.
 
-        ``"bridge"``: Categorical at the mean of the Dirichlet that the Laplace bridge finds (Hobbhahn et al., 2022);
-        ``"bridge_norm"`` first divides the logits by :math:`\sqrt c` with :math:`c = \operatorname{tr}V/\sqrt{K/2}` where
-        that is above 1, which keeps the bridge away from variances at which it fails.
+        ``"bridge"``: Categorical at the mean of the Dirichlet that the Laplace bridge finds (Hobbhahn et al., 2022).
 
         ``"monte_carlo"``: any likelihood, an equal mixture over ``num_samples`` draws of the linearised parameters.
 
@@ -130,15 +128,15 @@ class LinearizedOutputs:
             method = "probit" if logits and self._is_classifier() else "monte_carlo"
         if method == "monte_carlo":
             return EqualMixture(self.site.build(self.sample((num_samples,), generator=generator)))
-        if method in ("bridge", "bridge_norm"):
+        if method == "bridge":
             if not logits or self.mean.shape[-1] < 2:
                 raise ValueError(
-                    f"method={method!r} needs a Categorical likelihood, found {type(self.site.base)}"
+                    f"method='bridge' needs a Categorical likelihood, found {type(self.site.base)}"
                 )
-            return self.site.build(self.bridge(normalize=method == "bridge_norm").mean.log())
+            return self.site.build(self.bridge().mean.log())
         if method != "probit":
             raise ValueError(
-                f"unknown method {method!r}, expected 'auto', 'probit', 'bridge', 'bridge_norm' or 'monte_carlo'"
+                f"unknown method {method!r}, expected 'auto', 'probit', 'bridge' or 'monte_carlo'"
             )
         if not logits or not self._is_classifier():
             raise ValueError(
@@ -173,22 +171,18 @@ class LinearizedOutputs:
         gaps = self.mean.unsqueeze(-2) - self.mean.unsqueeze(-1)
         return -(gaps / (1 + torch.pi / 8 * spread.clamp(min=0)).sqrt()).logsumexp(-1)
 
-    def bridge(self, *, normalize: bool = False) -> td.Dirichlet:
+    def bridge(self) -> td.Dirichlet:
         r"""
         The Dirichlet over class probabilities by the Laplace bridge (Hobbhahn et al., 2022, equation (5)), after
         centring the logits, which does not change the classes' probabilities:
         :math:`\alpha_k = \frac{1}{\Sigma_{kk}}\left(1 - \frac2K + \frac{e^{\mu_k}}{K^2}\sum_l e^{-\mu_l}\right)`.
 
-        :param normalize: shrink mean and variance first, see :meth:`distribution`.
         :return: a Dirichlet of batch shape ``shape``.
         """
         mean = self.mean - self.mean.mean(-1, keepdim=True)
         rows = self.covariance - self.covariance.mean(-1, keepdim=True)
         variance = (rows - rows.mean(-2, keepdim=True)).diagonal(dim1=-2, dim2=-1)
         K = mean.shape[-1]
-        if normalize:
-            excess = (variance.sum(-1, keepdim=True) / (K / 2) ** 0.5).clamp(min=1)
-            mean, variance = mean / excess.sqrt(), variance / excess
         rest = mean.exp() * (-mean).exp().sum(-1, keepdim=True) / K**2
         return td.Dirichlet((1 - 2 / K + rest) / variance)
 
