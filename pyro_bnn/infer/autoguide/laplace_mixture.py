@@ -238,23 +238,24 @@ class AutoLaplaceMixture(AutoContinuous):
         self,
         sample_shape: Sequence[int] = (),
         *args: Any,
+        by_component: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """
         :param sample_shape: leading shape of the draws.
+        :param bool by_component: take component k at position k of the first sample dimension, which must have size K.
         :param generator: source of random numbers; torch's default if ``None``.
         :return: by site name, draws of shape ``sample_shape + site_shape``.
         """
-        return self.packed.space.unpack(self.posterior.rsample(torch.Size(sample_shape), generator))
-
-    @torch.no_grad()
-    def component_draws(self, num_samples: int) -> dict[str, Tensor]:
-        """
-        :param num_samples: draws of each component, n.
-        :return: by site name, shape ``(K, n) + site_shape``.
-        """
-        parts = [guide.sample_posterior((num_samples,)) for guide in self.components]
+        shape = torch.Size(sample_shape)
+        if not by_component:
+            return self.packed.space.unpack(self.posterior.rsample(shape, generator))
+        if not shape or shape[0] != self.num_components:
+            raise ValueError(
+                f"by_component needs a first sample dimension of size {self.num_components}, found {tuple(shape)}"
+            )
+        parts = [guide.sample_posterior(shape[1:], generator=generator) for guide in self.components]
         return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
