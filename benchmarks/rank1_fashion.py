@@ -3,11 +3,21 @@
 """
 Rank-1 networks on Fashion-MNIST against a deterministic network, BatchEnsemble, mean-field VI and a deep ensemble.
 
-Every method trains the same multilayer perceptron (784-200-200-10) with the same optimiser, number of steps, fresh
-batch and prior N(0, 16 / fan-in) of the weights. That scale, and the priors and initial scales of the factors, were
-chosen with 10,000 images of the training set that are not among the first 50,000; nothing was chosen by a test set. Reported are NLL, accuracy, ECE (15
-bins), Brier score, the AUROC of the predictive entropy against MNIST and notMNIST, and the first three on corrupted
-test images (noise, blur, contrast, rotation, five severities each).
+Studies (``--studies``), each with its own number of seeds:
+
+    penalty    the paper's L2 penalty 1e-4 of the mean loss: here the deterministic network overfits
+    ablations  factors r, s or both; K = 1, 2, 4, 8; average or log-mixture likelihood; mean or sum of the KL
+    cauchy     what makes the Cauchy family underfit
+    prior      a prior N(0, 16 / fan-in) of the weights that was chosen on held-out images
+    large      the penalty with all 60,000 training images
+    cnn        the penalty with a convolutional network whose rank-1 overhead is under 3 %
+    choice     presets compared on held-out training images, never on the test set
+    presets    the presets on the test set
+
+Every method of a study has the same network, optimiser (Adam, warm-up and cosine), number of steps and fresh batch, and
+the KL is annealed over 80 % of the steps. Reported are NLL, accuracy, ECE (15 bins), Brier score, the AUROC of
+the predictive entropy against MNIST and notMNIST, and the first three on corrupted test images (noise, blur, contrast,
+rotation, five severities each). Rows are appended to ``--out`` as they finish; rows that are there are skipped.
 
     PYRO_BNN_DATA=../shared/data python benchmarks/rank1_fashion.py --out results.json
 """
@@ -16,11 +26,9 @@ import argparse
 import itertools
 import json
 import math
-import os
 import platform
-import sys
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,170 +36,206 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
+from rank1_images import Batches, Images, scores
 from torch import Tensor, nn
 
-from pyro_bnn.infer import Mixture_ELBO, fit
+from pyro_bnn.diagnostics import diversity
+from pyro_bnn.diagnostics.metrics import auroc
+from pyro_bnn.infer import Mixture_ELBO, Rank1Preset, default_preset, dusenberry2020, fit
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.schedules import LinearAnnealing
 from pyro_bnn.nn import FanInNormal, bayesian_, rank1_
 
-DATA = Path(os.environ.get("PYRO_BNN_DATA", Path(__file__).parents[1] / "../shared/data")) / "images"
 WIDTHS = (784, 200, 200, 10)
-GAIN = 4.0
-L2: float | None = None  # the paper's penalty of a mean loss, in place of the fan-in prior
+LEARNING_RATE = 2e-3
 
 
-def load(name: str) -> dict[str, np.ndarray]:
-    path = DATA / name
-    if not path.exists():
-        print(
-            f"{path} is missing: set PYRO_BNN_DATA to the folder that holds images/{name}.", file=sys.stderr
-        )
-        sys.exit(2)
-    return dict(np.load(path))
+def mlp() -> nn.Sequential:
+    """784-200-200-10."""
+    pairs = itertools.pairwise(WIDTHS)
+    return nn.Sequential(*itertools.chain.from_iterable((nn.Linear(a, b), nn.ReLU()) for a, b in pairs))[:-1]
 
 
-def scaled(images: np.ndarray) -> Tensor:
-    """Flattened images with the mean and standard deviation of the Fashion-MNIST training set removed."""
-    return (torch.from_numpy(images).float().flatten(1) / 255.0 - 0.2860) / 0.3530
-
-
-class Batches:
-    """Shuffled batches of tensors in memory."""
-
-    def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
-        self.x, self.y, self.size = x, y, size
-
-    def __len__(self) -> int:
-        return len(self.x) // self.size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.x))
-        for i in range(len(self)):
-            index = order[i * self.size : (i + 1) * self.size]
-            yield self.x[index], self.y[index]
-
-
-def corrupt(images: Tensor, kind: str, severity: int, generator: torch.Generator) -> Tensor:
-    """Corrupts images with values in [0, 1], shape (n, 28, 28); severities 1 to 5."""
-    level = severity - 1
-    if kind == "noise":
-        sd = (0.04, 0.08, 0.12, 0.18, 0.26)[level]
-        return (images + sd * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-    if kind == "contrast":
-        c = (0.75, 0.6, 0.45, 0.3, 0.15)[level]
-        mean = images.mean((1, 2), keepdim=True)
-        return mean + c * (images - mean)
-    if kind == "blur":
-        sd = (0.5, 0.8, 1.1, 1.5, 2.0)[level]
-        t = torch.arange(-6, 7).float()
-        kernel = torch.exp(-0.5 * (t / sd) ** 2)
-        kernel = kernel / kernel.sum()
-        y = F.conv2d(images[:, None], kernel.view(1, 1, 1, -1), padding=(0, 6))
-        return F.conv2d(y, kernel.view(1, 1, -1, 1), padding=(6, 0))[:, 0]
-    angle = math.radians((8, 16, 24, 35, 50)[level])
-    theta = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
-    grid = F.affine_grid(theta.expand(len(images), 2, 3), [len(images), 1, 28, 28], align_corners=False)
-    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
-
-
-CORRUPTIONS = ("noise", "blur", "contrast", "rotation")
-
-
-def ece(probs: Tensor, y: Tensor, bins: int = 15) -> float:
-    confidence, label = probs.max(-1)
-    correct = (label == y).double()
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    total = 0.0
-    for b in range(bins):
-        mine = index == b
-        if mine.any():
-            total += abs(float(correct[mine].mean() - confidence[mine].double().mean())) * float(
-                mine.double().mean()
-            )
-    return total
-
-
-def scores(log_probs: Tensor, y: Tensor) -> dict[str, float]:
-    probs = log_probs.exp()
-    return {
-        "nll": float(-log_probs.gather(1, y[:, None]).mean()),
-        "accuracy": float((probs.argmax(-1) == y).float().mean()),
-        "ece": ece(probs, y),
-        "brier": float((probs - F.one_hot(y, 10)).square().sum(-1).mean()),
-    }
+def cnn() -> nn.Sequential:
+    """Four convolutions with stride 2 and global average pooling."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 28, 28))]
+    for a, b, size in ((1, 16, 5), (16, 64, 3), (64, 128, 3), (128, 128, 3)):
+        layers += [nn.Conv2d(a, b, size, stride=2, padding=size // 2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
 def he_weights(site: Any) -> Tensor:
-    """Weights start at He et al.'s (2015) draws, whatever their prior; everything else at the default."""
+    """Full weights start at He et al.'s (2015) draws, whatever their prior; everything else at the default."""
     if site_hint(site).get("role") == "weight":
         value = site["fn"].sample()
-        return (
-            torch.randn_like(value) * math.sqrt(2 / value.shape[-1])
-            if value.dim() > 1
-            else torch.zeros_like(value)
-        )
+        if value.dim() == 1:
+            return torch.zeros_like(value)
+        return torch.randn_like(value) * math.sqrt(2 / value[0].numel())
     return init_component(site)
 
 
-def weight_prior(num_data: int) -> Any:
-    if L2 is None:
-        return FanInNormal(GAIN, bias_scale=0.3)
-    return dist.Normal(0.0, 1 / math.sqrt(2 * num_data * L2))
+@dataclass(frozen=True)
+class Posterior:
+    """
+    A method. ``factors`` is the prior of rank-1 factors, ``None`` for full weights.
+    """
+
+    component: str
+    num_components: int = 1
+    factors: Any = None
+    init_scale: float = 0.01
+    clip: float | None = None
+    noise: str = "shared"
+    likelihood: str = "average"
+    kl: str = "mean"
+    init: Any = he_weights
+    #: the KL is multiplied by this after annealing
+    temperature: float = 1.0
+    #: learning rate of the scales as a multiple of that of all else
+    scale_rate: float = 1.0
+
+    def convert_(self, net: nn.Module, weights: Any) -> Any:
+        """Makes the network random; ``weights`` is the prior of weights."""
+        if self.factors is None:
+            return bayesian_(net, prior=weights)
+        for layer in net.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.kaiming_normal_(layer.weight)
+        biases = weights if isinstance(weights, dist.Normal) else dist.Normal(0.0, 0.3)
+        return rank1_(net, prior=self.factors, weight_prior=weights, bias_prior=biases, clip=self.clip)
+
+    def guide(self, model: Any) -> AutoMixture:
+        """The guide of a model."""
+        return AutoMixture(model, self.num_components, self.component, init_scale=self.init_scale,
+                           init_loc_fn=self.init, noise=self.noise)  # fmt: skip
+
+    def elbo(self, num_steps: int) -> Mixture_ELBO:
+        """The bound, annealed."""
+        annealing = LinearAnnealing(int(0.8 * num_steps))
+        return Mixture_ELBO(
+            self.likelihood, self.kl, kl_scale=lambda step: self.temperature * annealing(step)
+        )
 
 
-class Method:
-    """A network, a model and a guide."""
+@dataclass(frozen=True)
+class FromPreset:
+    """A preset of the library with four components, as a user would take it."""
 
-    def __init__(self, name: str, num_steps: int, num_data: int, **settings: Any) -> None:
-        self.name, self.settings = name, settings
-        self.net: Any = nn.Sequential(
-            *itertools.chain.from_iterable(
-                (nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(WIDTHS)
-            )
-        )[:-1]
-        K = settings.get("num_components", 1)
-        factors = settings.get("factors")
-        kl = settings.get("kl", "mean")
-        if factors is None:
-            bayesian_(self.net, prior=weight_prior(num_data))
-            component: Any = settings["component"]
-            scale = settings.get("init_scale", 0.01)
-        else:
-            rank1_(
-                self.net,
-                prior=factors,
-                weight_prior=weight_prior(num_data),
-                bias_prior=dist.Normal(0.0, 0.3),
-            )
-            component, scale = settings["component"], settings.get("init_scale", 0.0316)
-        schedule = LinearAnnealing(int(0.8 * num_steps))
-        self.elbo = Mixture_ELBO(settings.get("likelihood", "average"), kl, kl_scale=schedule)
+    preset: Rank1Preset
 
-        def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-            logits = self.net(x)
-            with pyro.plate("data", num_data, subsample=torch.arange(len(x))):
-                return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+    def convert_(self, net: nn.Module, weights: Any) -> Any:
+        """The preset has its own prior of the weights."""
+        return self.preset.convert_(net)
 
-        self.model = model
-        for module in self.net.modules():
-            if isinstance(module, nn.Linear) and factors is not None:
-                nn.init.kaiming_normal_(module._sites["weight"].init)
-        self.guide = AutoMixture(model, K, component, init_scale=scale, init_loc_fn=he_weights)
-        self.stochastic = component != "delta"
-        self.num_components = K
+    def guide(self, model: Any) -> AutoMixture:
+        """The guide of a model."""
+        return self.preset.guide(model, 4)
 
-    def num_parameters(self) -> int:
-        """Trainable numbers of network and guide together."""
-        return sum(p.numel() for m in (self.net, self.guide) for p in m.parameters())
+    def elbo(self, num_steps: int) -> Mixture_ELBO:
+        """The bound, annealed."""
+        return self.preset.elbo(num_steps)
+
+
+GAUSS = Posterior("normal", 4, dist.Normal(1.0, 0.5), 0.1)
+CAUCHY = Posterior("cauchy", 4, dist.Cauchy(1.0, 0.1), 0.003)
+METHODS = {
+    "deterministic": Posterior("delta"),
+    "rank-1 Gaussian": GAUSS,
+    "deep ensemble": Posterior("delta", 4),
+    "batch ensemble": Posterior("delta", 4, dist.Normal(1.0, 0.5)),
+    "mean-field VI": Posterior("normal"),
+    "rank-1 Cauchy": replace(CAUCHY, noise="per_example"),
+}
+ABLATIONS = {
+    "log-mixture, mean KL": replace(GAUSS, likelihood="log_mixture"),
+    "r only": replace(GAUSS, factors={"r": dist.Normal(1.0, 0.5)}),
+    "s only": replace(GAUSS, factors={"s": dist.Normal(1.0, 0.5)}),
+    **{f"K = {k}": replace(GAUSS, num_components=k) for k in (1, 2, 8)},
+    "log-mixture, sum KL": replace(GAUSS, likelihood="log_mixture", kl="sum"),
+    "average, sum KL": replace(GAUSS, kl="sum"),
+}
+CAUCHYS = {
+    "Gaussian": GAUSS,
+    "Cauchy": CAUCHY,
+    "initial scale 3e-4": replace(CAUCHY, init_scale=3e-4),
+    "prior scale 0.01": replace(CAUCHY, factors=dist.Cauchy(1.0, 0.01)),
+    "noise per example": replace(CAUCHY, noise="per_example"),
+    "Gaussian, noise per example": replace(GAUSS, noise="per_example"),
+    "KL x 0.1": replace(CAUCHY, temperature=0.1),
+    "clip 2": replace(CAUCHY, clip=2.0),
+    "initial scale 3e-4, rate of scales x 10": replace(CAUCHY, init_scale=3e-4, scale_rate=10.0),
+    "Gaussian, rate of scales x 10": replace(GAUSS, scale_rate=10.0),
+}
+PAPER, DEFAULT = dusenberry2020(5000), default_preset()
+PRESETS = {"default preset": FromPreset(DEFAULT), "dusenberry2020": FromPreset(PAPER)}
+CANDIDATES = {
+    **PRESETS,
+    "default, noise per example": FromPreset(replace(DEFAULT, noise="per_example")),
+    "default, the paper's L2": FromPreset(
+        replace(DEFAULT, weight_prior=PAPER.weight_prior, bias_prior=PAPER.bias_prior)
+    ),
+    "default, factors N(1, 0.1)": FromPreset(
+        replace(DEFAULT, prior=PAPER.prior, init_scale=PAPER.init_scale)
+    ),
+    "default, sum KL": FromPreset(replace(DEFAULT, kl="sum")),
+    "dusenberry2020, mean KL": FromPreset(replace(PAPER, kl="mean")),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Data, training and methods. ``l2`` is the penalty of a mean loss; ``None`` the fan-in prior."""
+
+    methods: dict[str, Any]
+    seeds: int
+    l2: float | None = 1e-4
+    net: Any = mlp
+    train: int = 5000
+    test: int | None = None
+    small: int = 500
+    epochs: int = 12
+    batch: int = 128
+    validation: bool = False
+    learning_rate: float = LEARNING_RATE
+
+    def weight_prior(self) -> Any:
+        """The prior of weights and biases."""
+        if self.l2 is None:
+            return FanInNormal(4.0, bias_scale=0.3)
+        return dist.Normal(0.0, 1 / math.sqrt(2 * self.train * self.l2))
+
+    def smoke(self) -> "Study":
+        """The same study at a size that takes seconds."""
+        return replace(self, seeds=1, train=512, test=200, small=20, epochs=1)
+
+
+STUDIES = {
+    "penalty": Study(METHODS, 3),
+    "ablations": Study(ABLATIONS, 2),
+    "cauchy": Study(CAUCHYS, 1, train=10_000, validation=True),
+    "prior": Study(METHODS, 2, l2=None),
+    "large": Study(METHODS, 1, train=60_000, epochs=10, batch=256),
+    "choice": Study(CANDIDATES, 1, validation=True),
+    "presets": Study(PRESETS, 2),
+    "cnn": Study(METHODS, 1, net=cnn, train=4000, test=3000, small=200),
+}
+
+
+@dataclass
+class Trained:
+    """A trained network with its guide."""
+
+    net: Any
+    guide: AutoMixture
+    model: Any
+    info: dict[str, Any] = field(default_factory=dict)
 
     def draws(self, per_component: int) -> dict[str, Tensor]:
         """Draws with a singleton for the data plate."""
-        number = self.num_components * (per_component if self.stochastic else 1)
+        each = 1 if self.guide.component == "delta" else per_component
+        number = self.guide.num_components * each
         return {k: v.unsqueeze(1) for k, v in self.guide.sample_posterior((number,)).items()}
 
     @torch.no_grad()
@@ -212,146 +256,125 @@ def cosine(num_steps: int, lr: float) -> Any:
     def callback(state: Any) -> None:
         t = state.step / num_steps
         for group in state.optimizer.param_groups:
-            group["lr"] = lr * min(1.0, state.step / 200) * 0.5 * (1 + math.cos(math.pi * min(t, 1.0)))
+            group["lr"] = (
+                group.get("multiple", 1.0)
+                * lr
+                * min(1.0, state.step / 200)
+                * 0.5
+                * (1 + math.cos(math.pi * min(t, 1.0)))
+            )
 
     return callback
 
 
-CAUCHY, NORMAL = (dist.Cauchy(1.0, 0.1), dist.Normal(1.0, 0.5))
-METHODS: dict[str, dict[str, Any]] = {
-    "deterministic": {"component": "delta", "num_components": 1},
-    "batch ensemble": {"component": "delta", "num_components": 4, "factors": NORMAL},
-    "mean-field VI": {"component": "normal", "num_components": 1},
-    "rank-1 Gaussian": {"component": "normal", "num_components": 4, "factors": NORMAL, "init_scale": 0.1},
-    "rank-1 Cauchy": {"component": "cauchy", "num_components": 4, "factors": CAUCHY, "init_scale": 0.003},
-    "deep ensemble": {"component": "delta", "num_components": 4},
-}
-_GAUSS = METHODS["rank-1 Gaussian"]
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "r only": {**_GAUSS, "factors": {"r": NORMAL}},
-    "s only": {**_GAUSS, "factors": {"s": NORMAL}},
-    **{f"K = {k}": {**_GAUSS, "num_components": k} for k in (1, 2, 8)},
-    "log-mixture, mean KL": {**_GAUSS, "likelihood": "log_mixture"},
-    "log-mixture, sum KL": {**_GAUSS, "likelihood": "log_mixture", "kl": "sum"},
-    "average, sum KL": {**_GAUSS, "kl": "sum"},
-}
-
-
-def run(
-    name: str,
-    settings: dict[str, Any],
-    data: dict[str, Tensor],
-    seed: int,
-    epochs: int,
-    batch: int,
-    samples: int,
-) -> dict[str, Any]:
+def train(study: Study, method: Any, data: Images, seed: int) -> Trained:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    batches = Batches(data["x"], data["y"], batch)
-    num_steps = epochs * len(batches)
-    method = Method(name, num_steps, len(data["x"]), **settings)
-    method.guide.initialize(data["x"][:batch], data["y"][:batch])
-    lr = 2e-3
-    start = time.perf_counter()
-    result = fit(
-        method.model, method.guide, batches, num_steps=num_steps, optim=lr, elbo=method.elbo,
-        callbacks=cosine(num_steps, lr), progress_bar=False,
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
-    draws = method.draws(samples)
-    row: dict[str, Any] = {
-        "method": name, "seed": seed, "train": len(data["x"]), "l2": L2, "epochs": epochs, "batch": batch, "seconds": seconds,
-        "parameters": method.num_parameters(), "final_loss": float(result.losses[-20:].mean()),
-        "draws": next(iter(draws.values())).shape[0], **{f"part_{k}": v for k, v in method.elbo.parts.items()},
+    batches = Batches(data.x, data.y, study.batch)
+    num_steps = study.epochs * len(batches)
+    net = method.convert_(study.net(), study.weight_prior())
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        logits = net(x)
+        with pyro.plate("data", len(data.x), subsample=torch.arange(len(x))):
+            return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    guide = method.guide(model)
+    guide.initialize(data.x[: study.batch], data.y[: study.batch])
+    elbo = method.elbo(num_steps)
+    named = [(n, p) for module in (net, guide) for n, p in module.named_parameters()]
+    scales = [p for n, p in named if n.startswith("scale")]
+    groups = [{"params": [p for n, p in named if not n.startswith("scale")]}]
+    groups += [{"params": scales, "multiple": getattr(method, "scale_rate", 1.0)}] if scales else []
+    optimizer = torch.optim.Adam(groups, lr=study.learning_rate, fused=True)
+    start, cpu = time.perf_counter(), time.process_time()
+    result = fit(model, guide, batches, num_steps=num_steps, optim=optimizer, elbo=elbo,
+                 callbacks=cosine(num_steps, study.learning_rate), progress_bar=False)  # fmt: skip
+    info = {
+        "train": len(data.x), "l2": study.l2, "epochs": study.epochs, "batch": study.batch, "steps": num_steps,
+        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
+        "parameters": sum(p.numel() for m in (net, guide) for p in m.parameters()),
+        "final_loss": float(result.losses[-20:].mean()), **{f"part_{k}": v for k, v in elbo.parts.items()},
     }  # fmt: skip
-    test = method.log_probs(data["x_test"], draws)
-    row |= scores(test, data["y_test"])
-    members = [method.log_probs(data["x_test"][:2000], {k: v[i : i + 1] for k, v in draws.items()})
-               for i in range(min(8, row["draws"]))]  # fmt: skip
+    if scales:
+        quantiles = guide.scale.detach().flatten()[:100_000].quantile(torch.tensor([0.1, 0.5, 0.9]))
+        info["scales"] = quantiles.tolist()
+    return Trained(net, guide, model, info)
+
+
+def evaluate(trained: Trained, data: Images, per_component: int) -> dict[str, Any]:
+    draws = trained.draws(per_component)
+    number = next(iter(draws.values())).shape[0]
+    test = trained.log_probs(data.x_test, draws)
+    row: dict[str, Any] = {"draws": number, **scores(test, data.y_test)}
+    row["train_nll"] = scores(trained.log_probs(data.x[:2000], draws), data.y[:2000])["nll"]
+    n = min(2000, len(data.x_test))
+    members = [
+        trained.log_probs(data.x_test[:n], {k: v[i : i + 1] for k, v in draws.items()})
+        for i in range(min(8, number))
+    ]
     labels = torch.stack([m.argmax(-1) for m in members])
     pairs = list(itertools.combinations(range(len(labels)), 2))
-    row["disagreement"] = (
-        float(np.mean([(labels[i] != labels[j]).float().mean() for i, j in pairs])) if pairs else 0.0
-    )
-    row["member_nll"] = float(np.mean([scores(m, data["y_test"][:2000])["nll"] for m in members]))
-    entropy = {"test": -(test.exp() * test).sum(-1)}
-    for other in ("mnist", "notmnist"):
-        out = method.log_probs(data[other], draws)
-        entropy[other] = -(out.exp() * out).sum(-1)
-        target = np.r_[np.zeros(len(test)), np.ones(len(out))]
-        row[f"auroc_{other}"] = float(roc_auc_score(target, torch.cat([entropy["test"], entropy[other]])))
-    generator = torch.Generator().manual_seed(0)
-    corrupted: dict[str, list[float]] = {"nll": [], "accuracy": [], "ece": []}
-    n = len(data["corrupt"])
-    for kind, severity in itertools.product(CORRUPTIONS, range(1, 6)):
-        x = (corrupt(data["corrupt"], kind, severity, generator).flatten(1) - 0.2860) / 0.3530
-        s = scores(method.log_probs(x, draws), data["y_test"][:n])
-        for key, values in corrupted.items():
-            values.append(s[key])
-            row[f"{kind}_{severity}_{key}"] = s[key]
-    row |= {f"corrupted_{key}": float(np.mean(values)) for key, values in corrupted.items()}
-    return row
+    row["disagreement"] = float(np.mean([(labels[i] != labels[j]).float().mean() for i, j in pairs] or [0.0]))
+    row["member_nll"] = float(np.mean([scores(m, data.y_test[:n])["nll"] for m in members]))
+    inside = -(test.exp() * test).sum(-1)
+    for name, images in data.others.items():
+        out = trained.log_probs(images, draws)
+        row[f"auroc_{name}"] = auroc(inside, -(out.exp() * out).sum(-1))
+    found: dict[str, list[float]] = {"nll": [], "accuracy": [], "ece": []}
+    for (kind, severity), images in data.corrupted.items():
+        each = scores(trained.log_probs(images, draws), data.y_test[: len(images)])
+        for key, values in found.items():
+            values.append(each[key])
+            row[f"{kind}_{severity}_{key}"] = each[key]
+    return row | {f"corrupted_{key}": float(np.mean(v)) for key, v in found.items() if v}
+
+
+def report(trained: Trained, data: Images) -> dict[str, Any]:
+    """The diversity report of a mixture on 2,000 test images."""
+    if trained.guide.num_components == 1:
+        return {}
+    found = diversity(trained.model, trained.guide, (data.x_test[:2000], data.y_test[:2000]))
+    return {"report": str(found), "report_gain": found.gain, "report_mixture_nll": found.mixture_nll,
+            "report_member_nll": found.member_nll.tolist()}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="a subset, one epoch, one seed")
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
-    parser.add_argument("--only", nargs="*", help="names of methods; no ablations then")
-    parser.add_argument(
-        "--l2", type=float, help="penalty of the mean loss (the paper has 1e-4) in place of the prior"
-    )
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--train", type=int, default=20_000, help="number of training images")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ablation-seeds", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=8, help="draws per component at test time")
+    parser.add_argument("--smoke", action="store_true", help="512 images, one epoch, one seed")
+    parser.add_argument("--out", type=Path, help="append the rows to this JSON")
+    parser.add_argument("--studies", nargs="*", default=list(STUDIES), choices=list(STUDIES))
+    parser.add_argument("--only", nargs="*", help="names of methods")
+    parser.add_argument("--seeds", type=int, help="number of seeds in place of the study's")
+    parser.add_argument("--samples", type=int, default=4, help="draws per component at test time")
     args = parser.parse_args()
-    fashion, mnist, notmnist = (load(f"{n}.npz") for n in ("fashion_mnist", "mnist", "notmnist_test"))
-    limit, test = (2000, 500) if args.smoke else (args.train, None)
-    small = 200 if args.smoke else 2000
-    data = {
-        "x": scaled(fashion["x_train"][:limit]),
-        "y": torch.from_numpy(fashion["y_train"][:limit]).long(),
-        "x_test": scaled(fashion["x_test"][:test]),
-        "y_test": torch.from_numpy(fashion["y_test"][:test]).long(),
-        "mnist": scaled(mnist["x_test"][: 2 * small]),
-        "notmnist": scaled(notmnist["x_test"][: 2 * small]),
-        "corrupt": torch.from_numpy(fashion["x_test"][:small]).float() / 255.0,
-    }
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
     rows: list[dict[str, Any]] = []
-    epochs, seeds = (1, 1) if args.smoke else (args.epochs, args.seeds)
+    if args.out and args.out.exists():
+        rows = json.loads(args.out.read_text())
+    done = {(row["study"], row["method"], row["seed"]) for row in rows}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__}
+    studies = {name: STUDIES[name].smoke() if args.smoke else STUDIES[name] for name in args.studies}
+    seeds = {name: args.seeds or study.seeds for name, study in studies.items()}
     # the first seed of everything comes first, so that an interrupted run still has every row
-    jobs = [(n, s, 0) for n, s in METHODS.items()]
-    for seed in range(1 if args.smoke else args.ablation_seeds):
-        jobs += [(n, s, seed) for n, s in ABLATIONS.items()]
-    jobs += [(n, s, seed) for seed in range(1, seeds) for n, s in METHODS.items()]
-    if args.only:
-        jobs = [(n, METHODS[n], seed) for seed in range(seeds) for n in args.only]
-    globals()["L2"] = args.l2
-    for name, settings, seed in jobs:
-        row = run(name, settings, data, seed, epochs, args.batch, args.samples)
-        row |= {"threads": torch.get_num_threads(), **versions}
-        rows.append(row)
-        shown = (
-            "nll",
-            "accuracy",
-            "ece",
-            "brier",
-            "auroc_mnist",
-            "auroc_notmnist",
-            "corrupted_nll",
-            "disagreement",
-        )
-        print(f"{name:22s} seed {seed} {row['seconds']:6.0f} s " + " ".join(f"{k} {row[k]:.4f}" for k in shown),
-              flush=True)  # fmt: skip
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    for seed, name in itertools.product(range(max(seeds.values())), studies):
+        study = studies[name]
+        methods = {m: p for m, p in study.methods.items() if not args.only or m in args.only}
+        todo = [m for m in methods if seed < seeds[name] and (name, m, seed) not in done]
+        data = Images.read(study.train, study.test or 10_000, study.small, study.validation) if todo else None
+        for method in todo:
+            assert data is not None
+            trained = train(study, methods[method], data, seed)
+            row = {"study": name, "method": method, "seed": seed, **trained.info}
+            row |= evaluate(trained, data, args.samples)
+            row |= report(trained, data) if seed == 0 and not study.validation else {}
+            rows.append(row | {"threads": torch.get_num_threads(), **versions})
+            shown = ("nll", "accuracy", "ece", "brier", "corrupted_nll", "disagreement", "train_nll")
+            print(f"{name} {method:22s} seed {seed} {row['cpu_seconds']:6.0f} s "
+                  + " ".join(f"{k} {row[k]:.4f}" for k in shown if k in row), flush=True)  # fmt: skip
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from rank1_fashion import Batches, cosine, ece, he_weights
+from rank1_fashion import cosine, he_weights
+from rank1_images import Batches, scores
 from torch import Tensor, nn
 
 from pyro_bnn.infer import LinearAnnealing, Mixture_ELBO, fit
@@ -65,6 +66,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "rank-1 Gaussian": {"K": 4, "component": "normal", "factors": NORMAL},
     "rank-1 Cauchy": {"K": 4, "component": "cauchy", "factors": dist.Cauchy(1.0, 0.1)},
     "deep ensemble": {"K": 4, "component": "delta"},
+    "rank-1 Cauchy, noise per example": {
+        "K": 4,
+        "component": "cauchy",
+        "factors": dist.Cauchy(1.0, 0.1),
+        "init_scale": 0.003,
+        "noise": "per_example",
+    },
 }
 
 
@@ -86,7 +94,8 @@ def run(name: str, settings: dict[str, Any], seed: int, steps: int, train: int) 
             return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
     K = settings["K"]
-    guide = AutoMixture(model, K, settings["component"], init_scale=0.0316, init_loc_fn=he_weights)
+    guide = AutoMixture(model, K, settings["component"], init_scale=settings.get("init_scale", 0.0316),
+                        noise=settings.get("noise", "shared"), init_loc_fn=he_weights)  # fmt: skip
     guide.initialize(x[:100], y[:100])
     elbo = Mixture_ELBO(kl_scale=LinearAnnealing(int(0.8 * steps)))
     start = time.perf_counter()
@@ -98,11 +107,9 @@ def run(name: str, settings: dict[str, Any], seed: int, steps: int, train: int) 
     with torch.no_grad(), SubstituteMessenger(draws):
         log_p = net(x_test).log_softmax(-1)
     log_p = log_p.logsumexp(0) - math.log(number) if log_p.dim() == 3 else log_p
-    probs = log_p.exp()
     return {
         "method": name, "seed": seed, "train": train, "steps": steps, "seconds": seconds, "draws": number,
-        "nll": float(-log_p.gather(1, y_test[:, None]).mean()), "ece": ece(probs, y_test),
-        "accuracy": float((probs.argmax(-1) == y_test).float().mean()),
+        **scores(log_p, y_test),
         "parameters": sum(p.numel() for m in (net, guide) for p in m.parameters()),
     }  # fmt: skip
 
@@ -112,13 +119,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument(
+        "--out", type=Path, help="append the rows to this JSON; those that are there are skipped"
+    )
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    rows = []
+    rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    done = {(row["method"], row["seed"]) for row in rows}
     for seed in range(1 if args.smoke else args.seeds):
         for name, settings in METHODS.items():
+            if (name, seed) in done:
+                continue
             row = run(name, settings, seed, 5 if args.smoke else args.steps, 500 if args.smoke else 2000)
             rows.append(row | {"threads": torch.get_num_threads(), "torch": torch.__version__,
                                "pyro": pyro.__version__, "python": platform.python_version()})  # fmt: skip

@@ -24,7 +24,7 @@ def read(name: str) -> list[dict[str, Any]]:
 def spread(rows: list[dict[str, Any]], key: str, digits: int = 3) -> str:
     values = [row[key] for row in rows]
     text = f"{statistics.mean(values):.{digits}f}"
-    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else text
 
 
 def write(name: str, header: list[str], rows: list[list[str]]) -> None:
@@ -33,28 +33,131 @@ def write(name: str, header: list[str], rows: list[list[str]]) -> None:
         csv.writer(stream, lineterminator="\n").writerows([header, *rows])
 
 
-def by_method(name: str, columns: dict[str, tuple[str, int]]) -> None:
-    rows = read(name)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+def by_method(name: str, rows: list[dict[str, Any]], columns: dict[str, tuple[str, int]]) -> None:
+    """One line per method: number of seeds, mean and standard deviation over seeds."""
     table = []
-    for method in methods:
+    for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        table.append(
-            [method, str(len(mine)), *(spread(mine, key, digits) for key, digits in columns.values())]
-        )
-    write(name, ["", "seeds", *columns], table)
+        shown = [spread(mine, key, digits) if key in mine[0] else "" for key, digits in columns.values()]
+        table.append([method, str(len(mine)), *shown])
+    if table:
+        write(name, ["", "seeds", *columns], table)
 
 
-def main() -> None:
+def add_overhead(rows: list[dict[str, Any]]) -> None:
+    """The parameters that a method has beyond those of the deterministic network, in per cent of the latter."""
+    least = next((row["parameters"] for row in rows if row["method"] == "deterministic"), None)
+    for row in rows:
+        if least:
+            row["overhead"] = 100 * (row["parameters"] / least - 1)
+
+
+def paired(rows: list[dict[str, Any]], first: str, second: str, key: str) -> list[float]:
+    """Differences ``first`` − ``second`` of a score, seed by seed."""
+    found = {(row["method"], row["seed"]): row[key] for row in rows}
+    seeds = sorted({seed for _, seed in found})
+    return [found[first, s] - found[second, s] for s in seeds if (first, s) in found and (second, s) in found]
+
+
+def verdict(differences: list[float]) -> str:
+    """What differences that a claim expects to be negative say about it."""
+    if len(differences) < 2:
+        return "one seed: undecided"
+    mean, sd = statistics.mean(differences), statistics.stdev(differences)
+    if abs(mean) <= sd or len({d < 0 for d in differences}) > 1:
+        return "not separated"
+    return "reproduced" if mean < 0 else "not reproduced"
+
+
+def claims(rows: list[dict[str, Any]]) -> None:
+    """The claims of the paper, one line each, for every study that has the methods they compare."""
+    table = []
+    for study in dict.fromkeys(row["study"] for row in rows):
+        mine = [row for row in rows if row["study"] == study]
+        if all(row["method"] != "deterministic" for row in mine):
+            continue
+        for method in ("rank-1 Gaussian", "rank-1 Cauchy"):
+            for other in ("deterministic", "batch ensemble", "mean-field VI"):
+                for key, label in (("nll", "NLL"), ("ece", "ECE"), ("corrupted_nll", "corrupted NLL")):
+                    differences = paired(mine, method, other, key)
+                    if differences:
+                        shown = spread([{key: d} for d in differences], key, 4)
+                        table.append([study, f"{label}: {method} below {other}", str(len(differences)), shown,
+                                      verdict(differences)])  # fmt: skip
+            low, high = (
+                paired(mine, method, "deterministic", "nll"),
+                paired(mine, "deep ensemble", "deterministic", "nll"),
+            )
+            if low and len(low) == len(high):
+                closed = [100 * d / e for d, e in zip(low, high, strict=True)]
+                # negative where more than half of a gap is closed that is there
+                margin = [d - 0.5 * e for d, e in zip(low, high, strict=True)]
+                there = all(e < 0 for e in high)
+                table.append([study, f"{method} closes half of the gap to the deep ensemble in NLL", str(len(low)),
+                              "closes " + " / ".join(f"{c:.0f}" for c in closed) + " % by seed",
+                              verdict(margin) if there else "no gap"])  # fmt: skip
+    header = ["study", "claim", "seeds", "difference, mean ± sd over seeds", ""]
+    if table:
+        write("rank1_fashion_claims", header, table)
+
+
+def corruptions(rows: list[dict[str, Any]]) -> None:
+    """NLL by kind and severity, mean over seeds."""
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        for kind in ("noise", "blur", "contrast", "rotation"):
+            cells = [f"{statistics.mean(row[f'{kind}_{s}_nll'] for row in mine):.2f}" for s in range(1, 6)]
+            table.append([method, kind, *cells])
+    if table:
+        write("rank1_fashion_corruptions", ["", "", *(f"severity {s}" for s in range(1, 6))], table)
+
+
+def fashion() -> None:
+    rows = read("rank1_fashion")
     columns = {
         "NLL": ("nll", 4), "accuracy": ("accuracy", 4), "ECE": ("ece", 4), "Brier": ("brier", 4),
         "AUROC MNIST": ("auroc_mnist", 3), "AUROC notMNIST": ("auroc_notmnist", 3), "corrupted NLL": ("corrupted_nll", 3),
-        "corrupted ECE": ("corrupted_ece", 3), "disagreement": ("disagreement", 3), "parameters": ("parameters", 0),
+        "corrupted accuracy": ("corrupted_accuracy", 3), "corrupted ECE": ("corrupted_ece", 3),
+        "disagreement": ("disagreement", 3), "parameters": ("parameters", 0), "more than deterministic, %": ("overhead", 1),
     }  # fmt: skip
-    for name in ("rank1_fashion", "rank1_fashion_l2"):
-        by_method(name, columns)
-    by_method("rank1_sequences", {"NLL": ("nll", 4), "ECE": ("ece", 4), "accuracy": ("accuracy", 4),
-                                  "parameters": ("parameters", 0)})  # fmt: skip
+    choice = {"NLL": ("nll", 4), "accuracy": ("accuracy", 4), "ECE": ("ece", 4), "NLL, training": ("train_nll", 4),
+              "NLL of one draw": ("member_nll", 3), "disagreement": ("disagreement", 3),
+              "CPU seconds": ("cpu_seconds", 0)}  # fmt: skip
+    for study in dict.fromkeys(row["study"] for row in rows):
+        mine = [row for row in rows if row["study"] == study]
+        add_overhead(mine)
+        by_method(f"rank1_fashion_{study}", mine, choice if study in ("cauchy", "choice") else columns)
+    claims(rows)
+    old = read("rank1_fashion_20000")
+    for study in dict.fromkeys(row["study"] for row in old):
+        by_method(
+            f"rank1_fashion_20000_{study.split(',')[0]}",
+            [row for row in old if row["study"] == study],
+            columns,
+        )
+    corruptions([row for row in rows if row["study"] == "penalty"])
+    noise = read("rank1_noise")
+    if noise:
+        write("rank1_noise", ["factors", "noise", "median distance", "largest distance"],
+              [[row["factors"], row["noise"].replace("_", " "), f"{row['median']:.2f}", f"{row['max']:.2f}"]
+               for row in noise])  # fmt: skip
+    for row in rows:
+        if row["study"] == "penalty" and row["method"] == "rank-1 Gaussian" and "report" in row:
+            (TABLES / "rank1_diversity.txt").write_text(row["report"] + "\n")
+
+
+def main() -> None:
+    fashion()
+    by_method("rank1_sequences", read("rank1_sequences"), {
+        "NLL": ("nll", 4), "ECE": ("ece", 4), "accuracy": ("accuracy", 4), "parameters": ("parameters", 0)
+    })  # fmt: skip
+    small = read("rank1_presets")
+    for task in dict.fromkeys(row["task"] for row in small):
+        by_method(f"rank1_presets_{task}", [row for row in small if row["task"] == task], {
+            "NLL": ("nll", 3), **({"accuracy": ("accuracy", 3), "ECE": ("ece", 3)} if task == "digits" else
+                                  {"RMSE": ("rmse", 3)}),
+        })  # fmt: skip
     training, prediction, memory = [], [], []
     for row in read("rank1_speed"):
         if row["what"] == "training step":
