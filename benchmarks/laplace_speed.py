@@ -5,17 +5,26 @@ Cost of Laplace approximations, in epochs of forward + backward passes of the sa
 of 128 in the same process; beside laplace-torch where it is installed.
 
     python benchmarks/laplace_speed.py --out results.json
+    python benchmarks/laplace_speed.py --networks cnn --structures diagonal --out results.json
     python benchmarks/laplace_speed.py --smoke
 
 Each cost is the median over repetitions of (time / time of an epoch measured right before it), so that a machine
 whose load changes slowly changes little. ``--clock cpu`` counts processor seconds instead of seconds, for machines that
-are shared; with one thread the two agree where nothing else runs.
+are shared; with one thread the two agree where nothing else runs. laplace-torch's slow rows are run once, on fewer data
+where a row says so. Rows of an earlier run in the same file stay unless they are measured again.
+
+``--parts``: ``fit`` (the approximation), ``tune`` (100 evaluations of the evidence in one prior precision), ``predict``
+(linearised prediction of 1,000 points), ``memory`` (how far the resident memory of a process of its own rises during the
+fit and during the prediction, by the kernel's high-water mark, which is reset before), ``budget`` (the same for smaller
+budgets) and ``batch`` (the full structure's prediction by batch size).
 """
 
 import argparse
 import importlib.metadata
 import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -39,12 +48,21 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "last-layer kronecker": {"structure": "kronecker", "sites": "last_layer"},
     "kronecker, Monte-Carlo Fisher": {"structure": "kronecker", "curvature": "mc_fisher"},
 }
-PEER = {
-    "kronecker": ("all", "kron"),
-    "diagonal": ("all", "diag"),
-    "last-layer full": ("last_layer", "full"),
-    "last-layer kronecker": ("last_layer", "kron"),
+PEER: dict[str, dict[str, Any]] = {
+    "kronecker": {"subset_of_weights": "all", "hessian_structure": "kron"},
+    "diagonal": {"subset_of_weights": "all", "hessian_structure": "diag"},
+    "last-layer full": {"subset_of_weights": "last_layer", "hessian_structure": "full"},
+    "last-layer kronecker": {"subset_of_weights": "last_layer", "hessian_structure": "kron"},
+    "kronecker, Monte-Carlo Fisher": {
+        "subset_of_weights": "all",
+        "hessian_structure": "kron",
+        "backend_kwargs": {"stochastic": True},
+    },
 }
+LIBRARIES = ("pyro_bnn", "laplace-torch")
+PARTS = ("fit", "tune", "predict", "memory", "budget", "batch")
+#: In how large batches laplace-torch predicts: its Jacobians cost more per point in larger ones.
+PEER_BATCH = 16
 
 
 class Residual(nn.Module):
@@ -69,6 +87,10 @@ def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
             nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
         ), (1, 28, 28)  # fmt: skip
+    if name == "small":
+        return nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4)), (
+            16,
+        )
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
@@ -78,150 +100,246 @@ def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+class Problem:
+    """A network with Gaussian weights, and data for it."""
+
+    def __init__(self, name: str, n: int, n_new: int) -> None:
+        pyro.set_rng_seed(0)
+        self.net, shape = network(name)
+        outputs = self.net[-1].out_features  # type: ignore[index]
+        self.x, self.y = torch.randn(n, *shape), torch.randint(0, int(outputs), (n,))  # type: ignore[arg-type]
+        self.x_new = torch.randn(n_new, *shape)
+        self.shapes = {k: v.shape for k, v in self.net.named_parameters()}
+        self.trained = {k: v.detach().clone() for k, v in self.net.named_parameters()}
+
+    def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The network with standard normal weights, and one class per point."""
+        values = {
+            k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s)))
+            for k, s in self.shapes.items()
+        }
+        logits = functional_call(self.net, values, (x,))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    def epoch(self) -> None:
+        """The unit of time."""
+        for start in range(0, len(self.x), 128):
+            self.net.zero_grad()
+            part = slice(start, start + 128)
+            F.cross_entropy(self.net(self.x[part]), self.y[part]).backward()
+
+    def guide(self, **arguments: Any) -> AutoLaplace:
+        """A guide whose point estimate is the network as initialised: costs do not depend on its values."""
+        guide = AutoLaplace(self.model, **arguments).initialize(self.x[:4], self.y[:4])
+        guide.loc.data.copy_(guide.packed.space.pack(self.trained))
+        return guide
+
+    def works(self, library: str, structure: str, **options: Any) -> dict[str, Callable[[], Any]]:
+        """What is measured, by part; ``fit`` comes first."""
+        if library == "pyro_bnn":
+            guide = self.guide(**STRUCTURES[structure], **options)
+            data, candidates = (self.x, self.y), [10 ** (0.02 * i - 1) for i in range(100)]
+            return {
+                "fit": lambda: guide.laplace_approximation(data, map_tolerance=float("inf")),
+                "tune": lambda: guide.optimize_hyperparameters(method="grid", candidates=candidates),
+                "predict": lambda: guide.linearized_outputs(self.x_new),
+            }
+        from laplace import Laplace
+        from torch.utils.data import DataLoader, TensorDataset
+
+        loader = DataLoader(TensorDataset(self.x, self.y), batch_size=128)
+        fitted: list[Any] = []
+
+        def fit() -> None:
+            fitted[:] = [Laplace(self.net, "classification", **PEER[structure])]
+            fitted[0].fit(loader)
+
+        def predict() -> None:
+            for part in self.x_new.split(PEER_BATCH):
+                fitted[0]._glm_predictive_distribution(part)
+
+        return {
+            "fit": fit,
+            "tune": lambda: fitted[0].optimize_prior_precision(method="marglik", n_steps=100),
+            "predict": predict,
+        }
+
+
 def measure(
     unit: Callable[[], None], work: Callable[[], Any], repeat: int, clock: Callable[[], float]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Ratios of the work's time to that of a unit right before it."""
-    work()
-    ratios = []
+    if repeat > 1:
+        work()
+    unit()
+    ratios, seconds = [], []
     for _ in range(repeat):
         start = clock()
         unit()
         middle = clock()
         work()
-        ratios.append((clock() - middle) / (middle - start))
-    return {"median": statistics.median(ratios), "smallest": min(ratios), "largest": max(ratios)}
+        seconds.append(clock() - middle)
+        ratios.append(seconds[-1] / (middle - start))
+    return {
+        "median": statistics.median(ratios),
+        "smallest": min(ratios),
+        "largest": max(ratios),
+        "seconds": statistics.median(seconds),
+        "repetitions": repeat,
+    }
+
+
+def resident(field: str) -> float:
+    """``VmRSS`` or ``VmHWM`` of this process in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def rise(work: Callable[[], Any]) -> float:
+    """By how many MB the resident memory rises while work runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def memory_of(library: str, name: str, structure: str, n: int, n_new: int, budget: int | None) -> None:
+    """Prints the rises of fit and prediction; runs in a process of its own."""
+    options = {} if budget is None else {"budget": budget}
+    small = Problem(name, 32, 32).works(library, structure)
+    small["fit"]()  # loads code and libraries
+    small["predict"]()
+    works = Problem(name, n, n_new).works(library, structure, **options)
+    print(json.dumps({"fit": rise(works["fit"]), "predict": rise(works["predict"])}))
+
+
+def memory(library: str, name: str, structure: str, options: argparse.Namespace, budget: int | None) -> Any:
+    n, n_new = sizes(name, options)
+    arguments = [library, name, structure, str(n), str(n_new), str(budget or 0), str(options.threads)]
+    run = subprocess.run(
+        [sys.executable, __file__, "--memory-of", *arguments], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        print(run.stderr[-500:])
+        return None
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def sizes(name: str, options: argparse.Namespace) -> tuple[int, int]:
+    return (200, 50) if options.smoke else (SIZES[name], 1000)
+
+
+def compare(name: str, structure: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
+    n, n_new = sizes(name, options)
+    if library != "pyro_bnn" and options.peer_n:
+        n = min(n, options.peer_n)
+    problem = Problem(name, n, n_new)
+    works = problem.works(library, structure)
+    repeat = 1 if options.smoke else (options.repeat if library == "pyro_bnn" else options.peer_repeat)
+    row: dict[str, Any] = {"network": name, "structure": structure, "library": library, "n": n}
+    if {"fit", "tune", "predict"} & set(options.parts):
+        for part, work in works.items():
+            if part in options.parts:
+                row[part] = measure(problem.epoch, work, repeat, CLOCKS[options.clock])
+            elif part == "fit":
+                work()
+    if options.smoke and (name, structure) != ("mlp", "kronecker"):
+        return row  # starting a process takes longer than the rest
+    if "memory" in options.parts:
+        row["memory, MB"] = memory(library, name, structure, options, None)
+    if "budget" in options.parts and library == "pyro_bnn":
+        row["memory by budget, MB"] = {
+            str(2**k): memory(library, name, structure, options, 2**k)
+            for k in ((18,) if options.smoke else (18, 20, 22, 24, 27))
+        }
+    return row
+
+
+def by_batch_size(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per point of the full structure over all weights, by the number of points predicted at once."""
+    problem = Problem("small", 500, 4000)
+    guide = problem.guide(structure="full")
+    guide.laplace_approximation((problem.x, problem.y), map_tolerance=float("inf"))
+    clock, found = CLOCKS[options.clock], {}
+    for size in (50, 100) if options.smoke else (125, 250, 500, 1000, 2000, 4000):
+        x = problem.x_new[:size]
+        guide.linearized_outputs(x)
+        seconds = []
+        for _ in range(options.repeat):
+            start = clock()
+            guide.linearized_outputs(x)
+            seconds.append(clock() - start)
+        found[str(size)] = 1e6 * statistics.median(seconds) / size
+    parameters = len(guide.loc)
+    return {"network": "small", "structure": "full", "library": "pyro_bnn", "n": 500, "parameters": parameters,
+            "microseconds per point by batch size": found}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    if "--memory-of" in sys.argv:
+        library, name, structure, *numbers = sys.argv[sys.argv.index("--memory-of") + 1 :]
+        n, n_new, budget, threads = map(int, numbers)
+        torch.set_num_threads(threads)
+        warnings.simplefilter("ignore")
+        memory_of(library, name, structure, n, n_new, budget or None)
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="small data, to see that everything runs")
-    parser.add_argument("--networks", default="mlp,cnn,resnet")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", choices=tuple(SIZES), default=tuple(SIZES))
+    parser.add_argument("--structures", nargs="+", choices=tuple(STRUCTURES), default=tuple(STRUCTURES))
+    parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--peer-repeat", type=int, default=1)
+    parser.add_argument("--peer-n", type=int, help="largest number of data points for laplace-torch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
-    parser.add_argument("--peer", action="store_true", help="run laplace-torch too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    common = {
-        "versions": {k: importlib.metadata.version(k) for k in ("torch", "pyro-ppl")},
-        "threads": options.threads,
-        "clock": options.clock,
-        "seed": 0,
-    }
-    rows = []
-    for name in options.networks.split(","):
-        for row in compare(name, options):
-            rows.append({**row, **common})
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1))
+    libraries = list(options.libraries)
+    versions = {k: importlib.metadata.version(k) for k in ("torch", "pyro-ppl")}
+    if "laplace-torch" in libraries:
+        try:
+            import laplace  # noqa: F401
+
+            versions["laplace-torch"] = importlib.metadata.version("laplace-torch")
+        except (ImportError, RuntimeError) as error:
+            print(f"laplace-torch is left out: {error}")
+            libraries.remove("laplace-torch")
+    common = {"versions": versions, "threads": options.threads, "clock": options.clock, "seed": 0}
+    rows = [
+        (name, structure, library)
+        for name in options.networks
+        for structure in options.structures
+        for library in libraries
+    ]
+    for key in rows if set(options.parts) - {"batch"} else ():
+        store({**compare(*key, options), **common}, options.out)
+    if "batch" in options.parts:
+        store({**by_batch_size(options), **common}, options.out)
 
 
-def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    pyro.set_rng_seed(0)
-    net, shape = network(name)
-    n = 200 if options.smoke else SIZES[name]
-    x, y = torch.randn(n, *shape), torch.randint(0, 10, (n,))
-    x_new = torch.randn(50 if options.smoke else 1000, *shape)
-    shapes = {k: v.shape for k, v in net.named_parameters()}
-    trained = {k: v.detach().clone() for k, v in net.named_parameters()}
-
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        values = {
-            k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s))) for k, s in shapes.items()
-        }
-        logits = functional_call(net, values, (x,))
-        with pyro.plate("data", len(x)):
-            return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
-
-    def epoch() -> None:
-        for start in range(0, n, 128):
-            net.zero_grad()
-            F.cross_entropy(net(x[start : start + 128]), y[start : start + 128]).backward()
-
-    rows = []
-    clock = CLOCKS[options.clock]
-    for structure, arguments in STRUCTURES.items():
-        guide = AutoLaplace(model, **arguments).initialize(x[:4], y[:4])
-        guide.loc.data.copy_(guide.packed.space.pack(trained))
-        repeat = 1 if options.smoke else options.repeat
-        row: dict[str, Any] = {"network": name, "structure": structure, "library": "pyro_bnn", "n": n}
-
-        def fit(guide: AutoLaplace = guide) -> None:
-            guide.laplace_approximation((x, y), map_tolerance=float("inf"))
-
-        def predict(guide: AutoLaplace = guide) -> None:
-            guide.linearized_outputs(x_new)
-
-        def tune(guide: AutoLaplace = guide) -> None:
-            guide.optimize_hyperparameters(
-                method="grid", candidates=[10 ** (0.02 * i - 1) for i in range(100)]
-            )
-
-        row["fit"] = measure(epoch, fit, repeat, clock)
-        row["predict 1000"] = measure(epoch, predict, repeat, clock)
-        row["evidence at 100 prior precisions"] = measure(epoch, tune, repeat, clock)
+def store(row: dict[str, Any], out: Path | None) -> None:
+    """Prints a row and merges it into those of the file."""
+    print(json.dumps(row), flush=True)
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(out.read_text()) if out.exists() else []
+    for old in rows:
+        if all(old[k] == row[k] for k in ("network", "structure", "library")):
+            old.update(row)
+            break
+    else:
         rows.append(row)
-        print(json.dumps(row), flush=True)
-    if options.peer:
-        rows += peer(name, net, x, y, x_new, epoch, options)
-    return rows
-
-
-def peer(
-    name: str,
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    x_new: Tensor,
-    epoch: Callable[[], None],
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    try:
-        from laplace import Laplace
-    except (ImportError, RuntimeError) as error:
-        print(f"laplace-torch is left out: {error}")
-        return []
-    from torch.utils.data import DataLoader, TensorDataset
-
-    loader = DataLoader(TensorDataset(x, y), batch_size=128)
-    rows = []
-    for structure, (subset, hessian) in PEER.items():
-        fitted: list[Any] = []
-
-        def fit(subset: str = subset, hessian: str = hessian, fitted: list[Any] = fitted) -> None:
-            approximation = Laplace(
-                net, "classification", subset_of_weights=subset, hessian_structure=hessian
-            )
-            approximation.fit(loader)
-            fitted[:] = [approximation]
-
-        def predict(fitted: list[Any] = fitted) -> None:
-            for start in range(0, len(x_new), 16):
-                fitted[0]._glm_predictive_distribution(x_new[start : start + 16])
-
-        # one run each: these take minutes
-        row: dict[str, Any] = {
-            "network": name,
-            "structure": structure,
-            "library": "laplace-torch",
-            "n": len(x),
-        }
-        for key, work in (("fit", fit), ("predict 1000", predict)):
-            epoch()
-            clock = CLOCKS[options.clock]
-            start = clock()
-            epoch()
-            middle = clock()
-            work()
-            ratio = (clock() - middle) / (middle - start)
-            row[key] = {"median": ratio, "smallest": ratio, "largest": ratio}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+    out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -224,17 +224,22 @@ class _Spectrum:
         count = sum(len(values) for values, _, _ in self.groups)
         self.base = guide.log_joint + 0.5 * count * math.log(2 * math.pi)
 
-    def evidence(self, log_tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The log evidence and its first two derivatives in each log multiplier (they do not interact)."""
+    def value(self, log_tau: Tensor) -> Tensor:
+        """The log evidence."""
         total = self.base
-        slopes, bends = [], []
         for t, (values, distance, constant) in zip(log_tau.exp(), self.groups, strict=True):
-            shrunk = t / (t + values)
             total = total + 0.5 * (len(values) * t.log() - (t - 1) * distance - constant)
             total = total - 0.5 * torch.log(t + values).sum()
+        return total
+
+    def evidence(self, log_tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The log evidence and its first two derivatives in each log multiplier (they do not interact)."""
+        slopes, bends = [], []
+        for t, (values, distance, _) in zip(log_tau.exp(), self.groups, strict=True):
+            shrunk = t / (t + values)
             slopes.append(0.5 * (len(values) - t * distance - shrunk.sum()))
             bends.append(-0.5 * (t * distance + (shrunk * (1 - shrunk)).sum()))
-        return total, torch.stack(slopes), torch.stack(bends)
+        return self.value(log_tau), torch.stack(slopes), torch.stack(bends)
 
 
 def optimize_evidence(
@@ -281,7 +286,7 @@ def optimize_grid(guide: Any, candidates: Sequence[float]) -> HyperparameterRepo
         raise ValueError("candidates is empty: pass the multipliers to try")
     spectrum = _Spectrum(guide, [guide.part_store.get()])
     values = torch.tensor(list(candidates), dtype=guide.loc.dtype, device=guide.loc.device)
-    history = [float(spectrum.evidence(v.log().unsqueeze(0))[0]) for v in values]
+    history = [float(spectrum.value(v.log().unsqueeze(0))) for v in values]
     best = max(range(len(history)), key=history.__getitem__)
     _set_tau(guide, ["all"], values[best : best + 1])
     return HyperparameterReport({"all": float(values[best])}, history)

@@ -12,7 +12,8 @@ differentiated in another way.
 
 import copy
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if any(isinstance(r, Tensor) and r.requires_grad for r in tree_flatten(result)[0]):
+        if any(isinstance(r, Tensor) and r.requires_grad for r in _leaves(result)):
             self._give_up(indices)
         return result
 
@@ -247,7 +248,7 @@ class Capture(TorchFunctionMode):
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
         if name == "__get__":
             moved = getattr(self._index(args[0]), _name(func))
-        for value, index in zip(tree_flatten(result)[0], tree_flatten(moved)[0], strict=True):
+        for value, index in zip(_leaves(result), _leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)
         return True
@@ -473,6 +474,12 @@ def _name(func: Any) -> str:
     return name
 
 
+def _leaves(result: Any) -> Sequence[Any]:
+    # flattening one tensor would cost more than most functions of it
+    return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
+
+
+@cache
 def _without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
     """A copy of a function of torch that does not hand over to overrides, so that its body runs."""
     inert = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}

@@ -151,3 +151,13 @@ def test_a_distribution_without_arguments_is_refused_by_name():
 
     with pytest.raises(KeyError, match="No Fisher information is registered for Odd"):
         fisher_rule(Odd(validate_args=False))
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_softmax_root_has_one_column_less_than_classes(scale):
+    torch.manual_seed(0)
+    d = td.Categorical(logits=scale * torch.randn(7, 5, dtype=torch.float64))
+    rule = fisher_rule(d)
+    root = rule.root(d, ["logits"])
+    assert root.shape == (7, 5, 4)
+    torch.testing.assert_close(root @ root.mT, rule.information(d), rtol=1e-12, atol=1e-15)

@@ -263,8 +263,9 @@ class AutoLaplace(LinearizedGuide):
         return self.active.nonzero().squeeze(-1)
 
     def _select(self, data: Any, generator: torch.Generator | None) -> None:
-        # a few examples show which layer is the last
-        batch = next(ExampleStream(self.packed, self.loc).chunks(next(iter(iter_batches(data)))))
+        batch = next(iter(iter_batches(data)))
+        if self.sites is not None:  # a few examples show which layer is the last
+            batch = next(ExampleStream(self.packed, self.loc).chunks(batch))
         self.active = select(self.packed, self.sites, self.loc.detach(), batch)
         if self.subnetwork is None:
             return
