@@ -22,7 +22,7 @@ FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
 #: Floats that one chunk of a batch may keep (512 MiB in float32).
 DEFAULT_BUDGET = 2**27
 #: Floats of one tensor that the processor's caches hold.
-_CACHED = 2**20
+_CACHED = 3 * 2**19
 _FIRST_CHUNK = 64
 _SMALLEST_CHUNK = 32
 _LARGEST_CHUNK = 5000

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
+import weakref
 
 import pyro
 import pyro.distributions as dist
@@ -280,3 +281,29 @@ def test_float32(structure):
     guide.laplace_approximation((x.float(), y.float()), map_tolerance=float("inf"))
     assert guide.posterior.variance.dtype == torch.float32
     assert_close(guide.posterior.variance, double.posterior.variance, rtol=1e-3)
+
+
+def test_predictions_of_a_split_batch_keep_no_activations():
+    pyro.set_rng_seed(0)
+    x = torch.randn(600, 3)
+    kept = []
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(40, 3), 1.0).to_event(2))
+        v = pyro.sample("v", dist.Normal(torch.zeros(40), 1.0).to_event(1))
+        hidden = torch.tanh(x @ w.T)
+        kept.append((len(x), weakref.ref(hidden)))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(hidden @ v, 1.0), obs=y)
+
+    guide = AutoLaplace(model, structure="diagonal", budget=200_000).initialize(x, torch.zeros(600))
+    guide.laplace_approximation((x, torch.zeros(600)), map_tolerance=float("inf"))
+    kept.clear()
+    result = guide.linearized_outputs(x)["obs"]
+    largest = [size for size, ref in kept if ref() is not None]
+    assert result.mean.shape == (600, 1)
+    assert largest == [], "activations of the prediction are still alive"
+    whole = AutoLaplace(model, structure="diagonal").initialize(x, torch.zeros(600))
+    whole.loc.data.copy_(guide.loc)
+    whole.laplace_approximation((x, torch.zeros(600)), map_tolerance=float("inf"))
+    assert_close(result.covariance, whole.linearized_outputs(x)["obs"].covariance, rtol=1e-4)

@@ -187,6 +187,10 @@ class LinearizedOutputs:
         return td.Dirichlet((1 - 2 / K + rest) / variance)
 
 
+def _nothing(_: Any) -> None:
+    return None
+
+
 def _multiply_transposed(rows: Tensor, v: Tensor) -> Tensor:
     return v @ rows.mT
 
@@ -459,7 +463,9 @@ class LinearizedGuide(AutoContinuous):
                     blocks = blocks.reshape(shape + blocks.shape[-2:])
                 covariances.setdefault(site.name, []).append(blocks)
         if chunks != 1 or len(last) != len(self.packed.observed):
-            last = self.packed.outputs(stream.latent, (args, kwargs))
+            # means and distributions of the whole batch, without keeping its activations
+            with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+                last = self.packed.outputs(stream.latent, (args, kwargs))
         result = {}
         for site in last:
             mean = site.outputs.detach()
