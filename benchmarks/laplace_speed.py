@@ -10,13 +10,14 @@ of 128 in the same process; beside laplace-torch where it is installed.
 
 Each cost is the median over repetitions of (time / time of an epoch measured right before it), so that a machine
 whose load changes slowly changes little. ``--clock cpu`` counts processor seconds instead of seconds, for machines that
-are shared; with one thread the two agree where nothing else runs. laplace-torch's slow rows are run once, on fewer data
-where a row says so. Rows of an earlier run in the same file stay unless they are measured again.
+are shared; with one thread the two agree where nothing else runs. laplace-torch's slow rows are run once, and on
+a share of data and new points (``n`` and ``predicted`` of a row), which leaves the ratios as they are. Rows of an earlier run in the same file stay unless they are measured again.
 
 ``--parts``: ``fit`` (the approximation), ``tune`` (100 evaluations of the evidence in one prior precision), ``predict``
 (linearised prediction of 1,000 points), ``memory`` (how far the resident memory of a process of its own rises during the
 fit and during the prediction, by the kernel's high-water mark, which is reset before), ``budget`` (the same for smaller
-budgets) and ``batch`` (the full structure's prediction by batch size).
+budgets), ``batch`` (the full structure's prediction by batch size) and ``bound`` (a forward pass and nine backward passes
+to the outputs of the layers, written by hand: what the exact curvature of ten classes needs before any product is formed).
 """
 
 import argparse
@@ -60,7 +61,7 @@ PEER: dict[str, dict[str, Any]] = {
     },
 }
 LIBRARIES = ("pyro_bnn", "laplace-torch")
-PARTS = ("fit", "tune", "predict", "memory", "budget", "batch")
+PARTS = ("fit", "tune", "predict", "memory", "budget", "batch", "bound")
 #: In how large batches laplace-torch predicts: its Jacobians cost more per point in larger ones.
 PEER_BATCH = 16
 
@@ -107,7 +108,7 @@ class Problem:
         pyro.set_rng_seed(0)
         self.net, shape = network(name)
         outputs = self.net[-1].out_features  # type: ignore[index]
-        self.x, self.y = torch.randn(n, *shape), torch.randint(0, int(outputs), (n,))  # type: ignore[arg-type]
+        self.x, self.y = torch.randn(n, *shape), torch.randint(0, int(outputs), (n,))
         self.x_new = torch.randn(n_new, *shape)
         self.shapes = {k: v.shape for k, v in self.net.named_parameters()}
         self.trained = {k: v.detach().clone() for k, v in self.net.named_parameters()}
@@ -234,12 +235,18 @@ def sizes(name: str, options: argparse.Namespace) -> tuple[int, int]:
 
 def compare(name: str, structure: str, library: str, options: argparse.Namespace) -> dict[str, Any]:
     n, n_new = sizes(name, options)
-    if library != "pyro_bnn" and options.peer_n:
-        n = min(n, options.peer_n)
+    if library != "pyro_bnn":
+        n, n_new = round(n * options.peer_share), round(n_new * options.peer_share)
     problem = Problem(name, n, n_new)
     works = problem.works(library, structure)
     repeat = 1 if options.smoke else (options.repeat if library == "pyro_bnn" else options.peer_repeat)
-    row: dict[str, Any] = {"network": name, "structure": structure, "library": library, "n": n}
+    row: dict[str, Any] = {
+        "network": name,
+        "structure": structure,
+        "library": library,
+        "n": n,
+        "predicted": n_new,
+    }
     if {"fit", "tune", "predict"} & set(options.parts):
         for part, work in works.items():
             if part in options.parts:
@@ -256,6 +263,36 @@ def compare(name: str, structure: str, library: str, options: argparse.Namespace
             for k in ((18,) if options.smoke else (18, 20, 22, 24, 27))
         }
     return row
+
+
+def bound(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The fastest of several sizes of batches."""
+    problem = Problem(name, *sizes(name, options))
+    found: list[Tensor] = []
+    for module in problem.net.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.register_forward_hook(lambda module, inputs, output: found.append(output))
+
+    def passes(size: int) -> None:
+        for part in problem.x.split(size):
+            found.clear()
+            outputs = problem.net(part)
+            for cotangent in torch.randn(9, *outputs.shape):
+                torch.autograd.grad(outputs, found, cotangent, retain_graph=True)
+
+    def epoch() -> None:
+        problem.epoch()
+        found.clear()
+
+    repeat = 1 if options.smoke else options.repeat
+    results = {
+        size: measure(epoch, lambda size=size: passes(size), repeat, CLOCKS[options.clock])  # type: ignore[misc]
+        for size in ((64,) if options.smoke else (64, 256, 2000))
+        if size <= len(problem.x)
+    }
+    size = min(results, key=lambda size: results[size]["median"])
+    return {"network": name, "structure": "lower bound", "library": "by hand", "n": len(problem.x),
+            "batch": size, "fit": results[size]}  # fmt: skip
 
 
 def by_batch_size(options: argparse.Namespace) -> dict[str, Any]:
@@ -297,7 +334,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--peer-repeat", type=int, default=1)
-    parser.add_argument("--peer-n", type=int, help="largest number of data points for laplace-torch")
+    parser.add_argument(
+        "--peer-share", type=float, default=1.0, help="share of data and new points for laplace-torch"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     options = parser.parse_args()
@@ -320,8 +359,11 @@ def main() -> None:
         for structure in options.structures
         for library in libraries
     ]
-    for key in rows if set(options.parts) - {"batch"} else ():
+    for key in rows if set(options.parts) - {"batch", "bound"} else ():
         store({**compare(*key, options), **common}, options.out)
+    if "bound" in options.parts:
+        for name in options.networks:
+            store({**bound(name, options), **common}, options.out)
     if "batch" in options.parts:
         store({**by_batch_size(options), **common}, options.out)
 
