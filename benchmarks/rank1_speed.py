@@ -4,9 +4,10 @@
 Time and memory of rank-1 networks, as ratios to the deterministic network in the same process.
 
 For each network: a training step of the deterministic network in plain torch; of a hand-written rank-1 network in plain
-torch (no Pyro, closed-form divergence, shared noise); and through Pyro by what ``infer.fit`` runs. Then prediction with
-S draws in one vectorised pass against S deterministic passes. The measurements of one round are interleaved and the
-medians of the ratios over the rounds are reported, with their quartiles.
+torch (no Pyro, closed-form divergence, shared noise); and a step of ``infer.fit``, from one callback to the next. Then
+prediction by ``infer.posterior_predictive`` with S draws, and by the converted network alone under the same draws in
+chunks, against S deterministic passes. The measurements of one round are interleaved and the medians of the ratios
+over the rounds are reported, with their quartiles.
 
     python benchmarks/rank1_speed.py --out results.json
 """
@@ -29,10 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_bnn.infer import Mixture_ELBO
+from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.nn import rank1_
 
 
@@ -166,20 +166,26 @@ def pyro_parts(make: Callable[[], nn.Module], x: Tensor, y: Tensor, K: int, **op
     return net, model, guide
 
 
-def pyro_step(
-    make: Callable[[], nn.Module], x: Tensor, y: Tensor, K: int, **options: Any
-) -> Callable[[], None]:
-    net, model, guide = pyro_parts(make, x, y, K, **options)
-    module = Mixture_ELBO(max_plate_nesting=1)(model, guide)
-    optim = torch.optim.Adam([*net.parameters(), *guide.parameters()], lr=1e-4, fused=True)
+def fit_steps(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, K: int, base: Callable[[], None], rounds: int, warm: int,
+    **options: Any,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Times of steps of ``fit`` and of ``base``, which runs between them."""
+    _, model, guide = pyro_parts(make, x, y, K, **options)
+    times: list[tuple[float, float]] = []
+    last = [0.0]
 
-    def step() -> None:
-        with local_parameters(), pyro.validation_enabled(False):
-            optim.zero_grad()
-            module(x, y).backward()
-            optim.step()
+    def callback(state: Any) -> None:
+        now = TIMER()
+        times.append((now - last[0], clock(base)))
+        last[0] = TIMER()
 
-    return step
+    last[0] = TIMER()
+    fit(
+        model, guide, (x, y), num_steps=rounds + warm, optim=1e-4, elbo=Mixture_ELBO(max_plate_nesting=1),
+        callbacks=callback, progress_bar=False,
+    )  # fmt: skip
+    return times[warm:]
 
 
 #: the clock: wall time, or on a machine that others use the CPU time of this process
@@ -210,34 +216,56 @@ def ratios(
             times.append(after)
     out: dict[str, Any] = {"baseline_ms": 1e3 * statistics.median(times)}
     for name, values in collected.items():
-        low, mid, high = statistics.quantiles(values, n=4)
-        out |= {name: mid, f"{name}_low": low, f"{name}_high": high}
+        out |= summary(name, values)
     return out
+
+
+def summary(name: str, values: list[float]) -> dict[str, float]:
+    low, mid, high = statistics.quantiles(values, n=4)
+    return {name: mid, f"{name}_low": low, f"{name}_high": high}
+
+
+def training(make: Callable[[], nn.Module], x: Tensor, y: Tensor, K: int, rounds: int) -> dict[str, Any]:
+    base = deterministic_step(make, x, y)
+    row = ratios(base, {"hand": hand_step(make, x, y, K)}, rounds, warm=3)
+    for name, options in (("pyro", {}), ("pyro_scale", {"apply": "scale"}), ("pyro_materialise", {"apply": "materialise"})):  # fmt: skip
+        times = fit_steps(make, x, y, K, base, rounds, 3, **options)
+        # a step of the baseline lies on either side of each but the first
+        pairs = itertools.pairwise(times)
+        row |= summary(name, [2 * mine / (before + after) for (_, before), (mine, after) in pairs])
+    return row
 
 
 def prediction(
     make: Callable[[], nn.Module], x: Tensor, y: Tensor, S: int, rounds: int, **options: Any
 ) -> dict[str, Any]:
     plain = make().eval()
-    net, _, guide = pyro_parts(make, x, y, 4, **options)
+    net, model, guide = pyro_parts(make, x, y, 4, **options)
     net.eval()
     with torch.no_grad():
-        draws = {name: value.unsqueeze(1) for name, value in guide.sample_posterior((S,)).items()}
+        sampled = guide.sample_posterior((S,))
+        draws = {name: value.unsqueeze(1) for name, value in sampled.items()}
 
         def base() -> None:
             for _ in range(S):
                 plain(x)
 
-        def vectorised() -> None:
-            with SubstituteMessenger(draws):
-                net(x)
+        def chunks(size: int) -> Callable[[], None]:
+            def run() -> None:
+                for part in range(0, S, size):
+                    with SubstituteMessenger({n: v[part : part + size] for n, v in draws.items()}):
+                        net(x)
 
-        def chunked() -> None:
-            for part in range(0, S, 20):
-                with SubstituteMessenger({name: value[part : part + 20] for name, value in draws.items()}):
-                    net(x)
+            return run
 
-        return ratios(base, {"vectorised": vectorised, "chunks_of_20": chunked}, rounds, warm=1)
+        def predictive() -> None:
+            posterior_predictive(model, guide, (x,), draws=sampled)
+
+        others = {
+            "posterior_predictive": predictive,
+            **{f"chunks_of_{n}": chunks(n) for n in (1, 4, 20) if n <= S},
+        }
+        return ratios(base, others, rounds, warm=1)
 
 
 def peak_resident() -> float:
@@ -251,9 +279,12 @@ def peak_memory(which: str, name: str, K: int, steps: int = 3) -> None:
     make, shape, batch = NETWORKS[name]
     x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
     before = peak_resident()
-    step = hand_step(make, x, y, K) if which == "hand" else pyro_step(make, x, y, K)
-    for _ in range(steps):
-        step()
+    if which == "hand":
+        step = hand_step(make, x, y, K)
+        for _ in range(steps):
+            step()
+    else:
+        fit_steps(make, x, y, K, lambda: None, steps, 0)
     print(json.dumps([before, peak_resident()]))
 
 
@@ -268,6 +299,10 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu on a machine that is shared"
     )
+    parser.add_argument("--prediction-rounds", type=int, default=5)
+    parser.add_argument("--networks", nargs="*", help="parts of names; all by default")
+    parts = ("training", "prediction", "memory")
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -284,45 +319,30 @@ def main() -> None:
     def add(row: dict[str, Any]) -> None:
         rows.append(row | common)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        if args.out:  # rows of an earlier run stay unless this one measures them again
+            key = lambda r: (r["what"], r["network"], r.get("K"), r.get("which"))  # noqa: E731
+            old = json.loads(args.out.read_text()) if args.out.exists() else []
+            kept = [r for r in old if key(r) not in {key(r) for r in rows}]
+            args.out.write_text(json.dumps(kept + rows, indent=1) + "\n")
 
     for name, (make, shape, batch) in NETWORKS.items():
+        if args.networks and not any(part.lower() in name.lower() for part in args.networks):
+            continue
         batch = 8 if args.smoke else batch
         x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
-        for K in (1, 4):
-            steps = {
-                "hand": hand_step(make, x, y, K),
-                "pyro": pyro_step(make, x, y, K),
-                "pyro_scale": pyro_step(make, x, y, K, apply="scale"),
-                "pyro_materialise": pyro_step(make, x, y, K, apply="materialise"),
-            }
-            row = ratios(deterministic_step(make, x, y), steps, rounds)
-            add({"what": "training step", "network": name, "K": K, "batch": batch, **row,
-                 "pyro_over_hand": row["pyro"] / row["hand"]})  # fmt: skip
-        S = 8 if args.smoke else 100
-        add(
-            {
-                "what": f"prediction, S = {S}",
-                "network": name,
-                "batch": batch,
-                **prediction(make, x, y, S, min(rounds, 7)),
-            }
-        )
-        if not args.smoke:
+        if "training" in args.parts:
+            for K in (1, 4):
+                row = training(make, x, y, K, rounds)
+                add({"what": "training step", "network": name, "K": K, "batch": batch, **row,
+                     "pyro_over_hand": row["pyro"] / row["hand"]})  # fmt: skip
+        if "prediction" in args.parts:
+            S = 8 if args.smoke else 100
+            row = prediction(make, x, y, S, min(rounds, args.prediction_rounds))
+            add({"what": f"prediction, S = {S}", "network": name, "batch": batch, **row})
+        if "memory" in args.parts and not args.smoke:
             for which in ("hand", "pyro"):
-                command = [
-                    sys.executable,
-                    "-W",
-                    "ignore",
-                    __file__,
-                    "--memory",
-                    which,
-                    name,
-                    "4",
-                    "--threads",
-                    str(args.threads),
-                ]
+                command = [sys.executable, "-W", "ignore", __file__, "--memory", which, name, "4", "--threads",
+                           str(args.threads)]  # fmt: skip
                 before, after = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
                 add({"what": "peak memory, training, K = 4", "network": name, "which": which, "batch": batch,
                      "MiB": after, "MiB_above_start": after - before})  # fmt: skip

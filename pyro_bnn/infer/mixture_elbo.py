@@ -6,7 +6,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any
 
 import pyro
@@ -26,9 +25,10 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import CollectMessenger, Site, sample_sites
+from pyro_bnn.infer.joint_terms import JointTerms
 from pyro_bnn.nn.folding import split_batch
 from pyro_bnn.nn.hierarchical import closed_form_source
-from pyro_bnn.nn.sites import SITE_KEY
+from pyro_bnn.nn.sites import SITE_KEY, silent_sites
 
 _Elbo: Any = ELBO
 
@@ -139,6 +139,7 @@ class Mixture_ELBO(_Elbo):
         self.step = 0
         self._parts: dict[str, Any] = {}
         self._nestings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._joint_terms: weakref.WeakKeyDictionary[Any, JointTerms] = weakref.WeakKeyDictionary()
 
     @property
     def is_bound(self) -> bool:
@@ -187,16 +188,20 @@ class Mixture_ELBO(_Elbo):
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
         nesting = self._plate_nesting(model, guide, args, kwargs)
-        if self._is_direct(guide, mixtures):
-            model_sites, guide_sites = _direct_sites(model, guide, args, kwargs)
-        else:
-            model_trace, guide_trace = self._component_traces(
-                model, guide, mixtures, K, nesting, args, kwargs
-            )
-            model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-        likelihood = self._likelihood_term(model_sites, K, nesting)
         terms = _SiteTerms(self, mixtures, K, nesting)
-        terms.collect(model_sites, guide_sites)
+        if self._is_direct(guide, mixtures):
+            model_sites = self._direct_sites(model, guide, terms, nesting, args, kwargs)
+        else:
+            with silent_sites({}, {}) as silent:
+                model_trace, guide_trace = self._component_traces(
+                    model, guide, mixtures, K, nesting, args, kwargs
+                )
+            model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
+            joint = set()
+            if self._is_joint(guide, mixtures):
+                joint = self._add_joint(guide, terms, _constant_priors(model_sites, silent.seen))
+            terms.collect(model_sites, {n: s for n, s in guide_sites.items() if n not in joint})
+        likelihood = self._likelihood_term(model_sites, K, nesting)
         scale = self.current_kl_scale()
         loss = scale * terms.kl - likelihood - terms.log_prior - self.entropy_weight * terms.entropy
         self._parts = {
@@ -257,9 +262,10 @@ class Mixture_ELBO(_Elbo):
     ) -> tuple[Any, Any]:
         dim = -nesting - 1
         with ExitStack() as stack:
-            if not self._is_single(mixtures):
-                for mixture in mixtures:
-                    stack.enter_context(mixture.stratified(dim, self.num_particles))
+            single = self._is_single(mixtures)
+            for mixture in mixtures:
+                stack.enter_context(mixture.stratified(None if single else dim, self.num_particles))
+            if not single:
                 if self.batch == "split":
                     stack.enter_context(split_batch())
                 guide, model = self._in_plates(guide, K, dim), self._in_plates(model, K, dim)
@@ -284,7 +290,68 @@ class Mixture_ELBO(_Elbo):
         statements, which after the first step (with Pyro's validation) nobody needs to check either.
         """
         quiet = not am_i_wrapped() and not is_validation_enabled()
-        return quiet and mixtures == [guide] and self._is_single(mixtures) and guide.is_factorized()
+        return quiet and mixtures == [guide] and self.batch == "repeat" and guide.is_factorized()
+
+    def _direct_sites(
+        self, model: Any, guide: AutoMixture, terms: "_SiteTerms", nesting: int, args: Any, kwargs: Any
+    ) -> dict[str, Site]:
+        """
+        The sample sites of the model under a draw of a guide of independent sites. Their divergences go to ``terms``:
+        together for the sites with constant priors that layers of this package read, one by one for all others.
+        """
+        layout = None if self._is_single([guide]) else nesting
+        lead = (self.num_particles,) if self.num_particles > 1 else ()
+        cached = self._joint_terms.get(guide) if self._is_joint(guide, [guide]) else None
+        priors = cached.priors if cached is not None and cached.is_current(guide) else {}
+        values = guide.draw(layout, self.num_particles, args, kwargs)
+        blocks = {site.name: (site, loc, scale) for site, loc, scale in guide._blocks()}
+        for name, (site, loc, scale) in blocks.items():
+            if scale is None:
+                value = _unwrap(guide.site_distribution(site, loc, None, layout)).v
+                values[name] = value.expand(*lead, *value.shape) if lead else value
+        points = {site.name: (site, fn) for site, fn in guide.point_distributions()}
+        values |= {name: fn.v for name, (_, fn) in points.items()}
+        with CollectMessenger(values) as collected, silent_sites(values, priors) as silent:
+            model(*args, **kwargs)
+        model_sites = collected.sites
+        _check_latents(model_sites, values)
+        if cached is not None and priors and silent.taken == priors.keys():
+            terms.add(*cached.evaluate(guide))
+            done = silent.taken
+        else:
+            for name in silent.taken:
+                model_sites[name] = _site(priors[name], values[name], {})
+            done = set()
+            if self._is_joint(guide, [guide]):
+                done = self._add_joint(guide, terms, _constant_priors(model_sites, silent.seen))
+        guide_sites = {}
+        for name in (n for n in (*points, *blocks) if n not in done):  # the order of the guide
+            if name in points:
+                site, fn = points[name]
+            else:
+                site, loc, scale = blocks[name]
+                fn = guide.site_distribution(site, loc, scale, layout)
+                fn = fn.expand(torch.Size((*lead, *fn.batch_shape))) if lead else fn
+            guide_sites[name] = _site(fn, values[name], {"kind": site.kind, "role": site.role})
+        terms.collect(model_sites, guide_sites)
+        return model_sites
+
+    def _is_joint(self, guide: Any, mixtures: list[AutoMixture]) -> bool:
+        """Whether the terms of constant priors may be evaluated together."""
+        plain = self.kl != "exact" and self.entropy_weight == 0.0
+        return plain and mixtures == [guide] and guide.is_factorized()
+
+    def _add_joint(self, guide: AutoMixture, terms: "_SiteTerms", priors: dict[str, Any]) -> set[str]:
+        """Adds the terms of the sites with constant priors and returns their names."""
+        joint = self._joint_terms.get(guide)
+        if (
+            joint is None
+            or not joint.is_current(guide)
+            or any(priors.get(n) is not p for n, p in joint.priors.items())
+        ):
+            joint = self._joint_terms[guide] = JointTerms(guide, priors)
+        terms.add(*joint.evaluate(guide))
+        return set(joint.priors)
 
     def _in_plates(self, fn: Any, K: int, dim: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -337,26 +404,25 @@ class Mixture_ELBO(_Elbo):
         return total
 
 
-def _direct_sites(
-    model: Any, guide: AutoMixture, args: Any, kwargs: Any
-) -> tuple[dict[str, Site], dict[str, Site]]:
-    """The sample sites of the model under one draw of a guide of independent sites, and those of the guide."""
-    guide_sites: dict[str, Site] = {}
-    for site, fn in chain(guide.point_distributions(), guide.single_distributions()):
-        guide_sites[site.name] = {
-            "fn": fn,
-            "value": fn(),
-            "infer": {SITE_KEY: {"kind": site.kind, "role": site.role}},
-            "args": (),
-            "kwargs": {},
-        }
-    with CollectMessenger({name: site["value"] for name, site in guide_sites.items()}) as collected:
-        model(*args, **kwargs)
-    _check_latents(collected.sites, guide_sites)
-    return collected.sites, guide_sites
+def _constant_priors(model_sites: dict[str, Site], seen: dict[str, Any]) -> dict[str, Any]:
+    """The priors of the sites that layers of this package read outside of plates, scales and masks of the model."""
+    found = {}
+    for name, prior in seen.items():
+        site = model_sites[name]
+        frames = {frame.name for frame in site["cond_indep_stack"]}
+        unscaled = not isinstance(site["scale"], Tensor) and site["scale"] == 1.0 and site["mask"] is None
+        if unscaled and frames <= {COMPONENT_PLATE, PARTICLE_PLATE}:
+            found[name] = prior
+    return found
 
 
-def _check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
+def _site(fn: Any, value: Tensor, hint: dict[str, Any]) -> Site:
+    """A node as a trace would have it."""
+    return {"fn": fn, "value": value, "infer": {SITE_KEY: hint}, "args": (), "kwargs": {}, "scale": 1.0, "mask": None,
+            "is_observed": False, "cond_indep_stack": ()}  # fmt: skip
+
+
+def _check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Any]) -> None:
     for name, site in model_sites.items():
         if not site["is_observed"] and name not in guide_sites:
             raise ValueError(
@@ -383,6 +449,11 @@ class _SiteTerms:
         self.kl: Any = 0.0
         self.log_prior: Any = 0.0
         self.entropy: Any = 0.0
+
+    def add(self, kl: Any, log_prior: Any) -> None:
+        """Adds terms that are averages over the components."""
+        self.kl = self.kl + (self.K if self.elbo.kl == "sum" else 1) * kl
+        self.log_prior = self.log_prior + log_prior
 
     def collect(self, model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
         """Adds the terms of all latent and auxiliary sites."""

@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules whose attributes are sample sites that say what they are and where they start."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from pyro_bnn.nn.priors import map_distribution
@@ -35,6 +38,55 @@ class SiteSpec:
     role: str
     init: Tensor | None = None
     event_dim: int = 0
+
+
+class SilentSites:
+    """
+    Sites that layers take from here without a sample statement, which would cost more than their arithmetic.
+
+    :param values: values by site.
+    :param priors: by site, the prior that the layer must have for it.
+    :ivar taken: the sites that were taken.
+    :ivar seen: by site, the prior of every site that layers read.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], priors: Mapping[str, Any]) -> None:
+        self.values, self.priors = values, priors
+        self.taken: set[str] = set()
+        self.seen: dict[str, Any] = {}
+        self.depth = len(_PYRO_STACK)
+
+    def take(self, name: str, prior: Any) -> Tensor | None:
+        """
+        :param name: a site.
+        :param prior: its prior in the layer.
+        :return: its value, or ``None`` if there must be a sample statement: the prior is not the expected one, or a
+            handler of the model listens.
+        """
+        self.seen[name] = prior
+        if self.priors.get(name) is not prior or len(_PYRO_STACK) != self.depth:
+            return None
+        self.taken.add(name)
+        return self.values.get(name)
+
+
+_SILENT: ContextVar[SilentSites | None] = ContextVar("silent_sites", default=None)
+
+
+@contextmanager
+def silent_sites(values: Mapping[str, Tensor], priors: Mapping[str, Any]) -> Iterator[SilentSites]:
+    """
+    Within this context, and at the present depth of Pyro's handlers, layers take sites from ``values``.
+
+    :param values: see :class:`SilentSites`.
+    :param priors: see :class:`SilentSites`.
+    """
+    silent = SilentSites(values, priors)
+    token = _SILENT.set(silent)
+    try:
+        yield silent
+    finally:
+        _SILENT.reset(token)
 
 
 class SiteModule(_PyroModule):
@@ -98,6 +150,11 @@ class SiteModule(_PyroModule):
         if not context.active:
             return self._site_prior(name, spec).sample()
         fullname = self._pyro_get_fullname(name)
+        silent = _SILENT.get()
+        if silent is not None:
+            value = silent.take(fullname, spec.prior)
+            if value is not None:
+                return value
         value = context.get(fullname)
         if value is None:
             infer: Any = {SITE_KEY: {"role": spec.role, "init": spec.init}}

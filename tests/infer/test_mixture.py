@@ -77,7 +77,7 @@ def test_objectives_equal_hand_computed_values(likelihood, kl, prior, particles)
     pyro.set_rng_seed(3)
     actual = elbo.loss(model, guide, x, y)
     pyro.set_rng_seed(3)
-    with guide.stratified(-2), pyro.plate("s", S, dim=-3), pyro.plate("c", K, dim=-2):
+    with guide.stratified(-2, S), pyro.plate("s", S, dim=-3), pyro.plate("c", K, dim=-2):
         trace = poutine.trace(guide).get_trace(x, y)
     values = {
         n: s["value"].reshape(S, K, *guide.prototype_trace.nodes[n]["value"].shape)

@@ -88,8 +88,8 @@ def test_low_rank_kl_is_unbiased(kl):
 @pytest.mark.parametrize("kl", ["mean", "exact"])
 def test_noise_per_example_has_the_same_expectation(kl):
     _, model = rank1_model()
-    shared = AutoMixture(model, 2, rest="normal", init_scale=0.2).initialize(X, Y)
-    each = AutoMixture(model, 2, rest="normal", init_scale=0.2, noise="per_example").initialize(X, Y)
+    shared = AutoMixture(model, 2, init_scale=0.2).initialize(X, Y)
+    each = AutoMixture(model, 2, init_scale=0.2, noise="per_example").initialize(X, Y)
     each.load_state_dict(shared.state_dict())
     values = {}
     for name, guide in (("shared", shared), ("each", each)):

@@ -131,7 +131,9 @@ def test_closed_form_variance_is_the_minimiser():
             total = total + kl.min()
     assert_close(elbo.parts["kl"], total.detach(), rtol=1e-7)
     wrong = AutoMixture(model, 2, "cauchy").initialize(X, Y)
-    with pytest.raises(ValueError, match="ClosedFormPrior, which needs Normal components, found Cauchy"):
+    with pytest.raises(
+        ValueError, match="ClosedFormPrior, which needs Normal components, found TangentCauchy"
+    ):
         elbo.loss(model, wrong, X, Y)
 
 

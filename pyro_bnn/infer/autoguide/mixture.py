@@ -19,6 +19,7 @@ from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.nn.utils.rnn import PackedSequence
 
 from pyro_bnn.distributions.mixture import SharedIndexMixture, mixture_quantile
 from pyro_bnn.infer.autoguide.components import (
@@ -31,6 +32,7 @@ from pyro_bnn.infer.autoguide.components import (
     is_real,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
+from pyro_bnn.infer.autoguide.joint_draws import JointDraws
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.nn.sites import SITE_KEY
 
@@ -138,6 +140,7 @@ class AutoMixture(_Guide):
         self.scale_mode, self.rank, self.noise = scale, rank, noise
         self._index: LatentSite | None = None
         self._stratum: int | None = None
+        self._is_stratified = False
         self._lead: tuple[int, ...] = ()
 
     # ------------------------------------------------------------------ life cycle
@@ -163,6 +166,7 @@ class AutoMixture(_Guide):
         self.plate_names |= {
             f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]
         }
+        self._row_sources = _row_sources(trace, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         nodes = dict(self.prototype_trace.iter_stochastic_nodes())
         if not nodes:
@@ -175,6 +179,7 @@ class AutoMixture(_Guide):
         mixed = (s for s in self.sites if s.kind not in ("point", "index"))
         self._mixed = sorted(mixed, key=lambda s: (s.kind not in order, s.kind != "low_rank"))
         self._num_scaled = sum(s.kind in order for s in self._mixed)
+        self._joint = JointDraws(self._mixed, self._num_scaled, self.noise == "per_example")
         self._index = next((s for s in self.sites if s.kind == "index"), None)
         for key in list(pyro.get_param_store().keys()):
             # a guide that is initialised starts at its own values, not at those of an earlier guide of this name
@@ -306,21 +311,61 @@ class AutoMixture(_Guide):
 
     def is_factorized(self) -> bool:
         """
-        :return: whether a call is nothing but independent draws of the named sites, as :meth:`single_distributions`
-            gives them.
+        :return: whether a call is nothing but draws of the components of the named sites, which :meth:`draw` gives
+            too.
         """
         hooks = self._forward_hooks or self._forward_pre_hooks
         own = type(self).forward is AutoMixture.forward and self.create_plates is None
-        return self.is_single and own and not hooks and not any(s.kind == "low_rank" for s in self.sites)
+        return own and not hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
 
-    def single_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
+    def draw(
+        self, nesting: int | None, num_particles: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         """
-        :return: for a guide of one component, the sites that are no low-rank or shared ones, with their distributions.
+        Draws of every component for the sites that have a location per component, in one go.
+
+        :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
+        :param int num_particles: draws per component.
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: values by site, see :meth:`~pyro_bnn.infer.autoguide.joint_draws.JointDraws.draw`.
         """
-        for site, loc, scale in self._blocks():
-            if site.kind != "low_rank":
-                spread = None if scale is None else scale[0]
-                yield site, component_distribution(site, loc[0], spread, site.event_dim)
+        if not self._num_scaled:
+            return {}
+        particles = (num_particles,) if num_particles > 1 else ()
+        rows = self._num_rows(args, kwargs, nesting) if self.noise == "per_example" else None
+        return self._joint.draw(self.loc, self._full_scale(), particles, nesting, rows)
+
+    def site_distribution(
+        self, site: LatentSite, loc: Tensor, scale: Tensor | None, nesting: int | None
+    ) -> Any:
+        """
+        The components of one site, in the layout of :meth:`draw`.
+
+        :param site: the site.
+        :param loc: shape ``(K, *raw_shape)``.
+        :param scale: the same, or ``None``.
+        :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
+        :return: a distribution.
+        """
+        if nesting is None:
+            shape = site.raw_shape
+        else:  # the model's own plates fill the dimensions right of the components
+            ones = (1,) * (nesting - len(site.shape) + site.event_dim)
+            shape = torch.Size((self.num_components, *ones, *site.raw_shape))
+        spread = None if scale is None else scale.view(shape)
+        return component_distribution(site, loc.view(shape), spread, site.event_dim)
+
+    def _num_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: int | None) -> int:
+        """The number of examples in this call."""
+        for key, dim in self._row_sources if nesting else ():
+            value = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
+            size = _size(value, dim)
+            if size is not None:
+                return size
+        raise ValueError(
+            "noise='per_example' needs a model with a data plate and an argument with one row per example."
+        )
 
     def point_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
         """
@@ -339,13 +384,18 @@ class AutoMixture(_Guide):
         sizes = [site.size for site in self._mixed]
         locs = self.loc.split(sizes, -1)
         num = self._num_scaled
-        scale: Any = self.scale if num else None
-        if num and self.scale_mode == "shared":
-            scale = scale.repeat_interleave(torch.tensor(sizes[:num], device=scale.device), -1)
+        scale: Any = self._full_scale() if num else None
         scales = scale.split(sizes[:num], -1) if num else ()
         for i, site in enumerate(self._mixed):
             shape = (self.num_components, *site.raw_shape)
             yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
+
+    def _full_scale(self) -> Tensor:
+        """The scales of all scaled columns."""
+        if self.scale_mode != "shared":
+            return self.scale
+        sizes = [site.size for site in self._mixed[: self._num_scaled]]
+        return self.scale.repeat_interleave(torch.tensor(sizes, device=self.scale.device), -1)
 
     def _low_rank(self) -> Any:
         """The joint Gaussian of the low-rank sites in unconstrained space, batch shape ``(K,)``, or ``None``."""
@@ -405,20 +455,21 @@ class AutoMixture(_Guide):
     # ------------------------------------------------------------------ sampling
 
     @contextmanager
-    def stratified(self, dim: int, num_particles: int = 1) -> Iterator[None]:
+    def stratified(self, dim: int | None, num_particles: int = 1) -> Iterator[None]:
         """
         Within this context a call of the guide draws every component once, component k in slot k of batch
         dimension ``dim``. :class:`~pyro_bnn.infer.Mixture_ELBO` uses it.
 
-        :param int dim: the batch dimension, negative, left of all plates of the model.
+        :param dim: the batch dimension, negative, left of all plates of the model; ``None`` for one component without
+            a dimension.
         :param int num_particles: draws per component, in the dimension left of it, inside a plate of this size.
         """
-        self._stratum = dim
+        self._stratum, self._is_stratified = dim, True
         self._lead = (num_particles,) if num_particles > 1 else ()
         try:
             yield
         finally:
-            self._stratum = None
+            self._stratum, self._is_stratified = None, False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """
@@ -436,19 +487,7 @@ class AutoMixture(_Guide):
             if self._index is not None:
                 values[self._index.name] = self._sample_index(self._index)
             self._sample_low_rank(values, plates)
-            for site, loc, scale in self._blocks():
-                if site.kind == "low_rank":
-                    continue
-                # (K, 1, ..., 1, *raw_shape): the model's own plates fill the dimensions right of the components
-                ones = (1,) * (-self._stratum - 1 - len(site.shape) + site.event_dim)
-                shape = (self.num_components, *ones, *site.raw_shape)
-                fn = component_distribution(
-                    site, loc.view(shape), None if scale is None else scale.view(shape), site.event_dim
-                )
-                if site.role == "factor" and self.noise == "per_example":
-                    values[site.name] = self._sample_per_example(site, fn, args, kwargs)
-                else:
-                    values[site.name] = self._sample(site, fn, plates)
+            self._sample_all(values, plates, -self._stratum - 1, args, kwargs)
         elif self._index is not None:
             # the model knows the index, so that the density given the index is the right one
             probs = self.loc.new_full((self.num_components,), 1.0 / self.num_components)
@@ -462,8 +501,7 @@ class AutoMixture(_Guide):
                     values[site.name] = self._sample(site, fn, plates)
         elif self.num_components == 1:
             self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
-            for site, fn in self.single_distributions():
-                values[site.name] = self._sample(site, fn, plates)
+            self._sample_all(values, plates, None, args, kwargs)
         elif self._mixed:
             blocks = list(self.component_distributions().values())
             low_rank = self._low_rank()
@@ -483,6 +521,25 @@ class AutoMixture(_Guide):
             for frame in site.frames:
                 stack.enter_context(plates[frame.name])
             return pyro.sample(site.name, fn, infer=infer)
+
+    def _sample_all(
+        self,
+        values: dict[str, Tensor],
+        plates: Mapping[str, Any],
+        nesting: int | None,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
+        """Registers the components of the sites; inside the bound with the values that :meth:`draw` gives."""
+        drawn = self.draw(nesting, max(1, *self._lead, 1), args, kwargs) if self._is_stratified else {}
+        with SubstituteMessenger(drawn):
+            for site, loc, scale in self._blocks():
+                if site.kind != "low_rank":
+                    fn = self.site_distribution(site, loc, scale, nesting)
+                    if site.name in drawn and self._lead and nesting is not None:
+                        fn = fn.expand(torch.Size((*self._lead, *fn.batch_shape)))
+                    per_example = site.role == "factor" and self.noise == "per_example" and bool(drawn)
+                    values[site.name] = self._sample(site, fn, {} if per_example else plates)
 
     def _sample_index(self, site: LatentSite) -> Tensor:
         """Component k has index k."""
@@ -518,20 +575,6 @@ class AutoMixture(_Guide):
                 torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
             )
             values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
-
-    def _sample_per_example(self, site: LatentSite, fn: Any, args: Any, kwargs: Any) -> Tensor:
-        """Registers the site once per component, with a value for every example."""
-        rows = next(
-            (a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None
-        )
-        if rows is None or self._stratum is None or self._stratum > -2:
-            raise ValueError(
-                "noise='per_example' needs a model with a data plate and a tensor as first argument."
-            )
-        fn = fn.expand(torch.Size((*self._lead, *fn.batch_shape)))
-        value = fn.expand(torch.Size((*fn.batch_shape[:-1], rows))).rsample()
-        with SubstituteMessenger({site.name: value}):
-            return self._sample(site, fn, {})
 
     @torch.no_grad()
     def sample_posterior(
@@ -652,6 +695,23 @@ def _matching_pattern(patterns: Mapping[str, str], name: str) -> str | None:
     if last in patterns:
         return last
     return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+
+
+def _size(value: Any, dim: int) -> int | None:
+    """Rows of an argument, or sequences of a packed sequence."""
+    if isinstance(value, PackedSequence):
+        return int(value.batch_sizes[0]) if dim == 0 else None
+    return value.shape[dim] if isinstance(value, Tensor) and value.dim() > dim else None
+
+
+def _row_sources(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, int]]:
+    """
+    Arguments, by position or name, and dimensions that are as long as the data plate, the most telling ones first:
+    observations come last and have one row per example, while inputs may have the time in front.
+    """
+    sizes = {f.size for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"] if f.dim == -1}
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(key, dim) for dim in (0, 1) for key, value in reversed(named) if _size(value, dim) in sizes]
 
 
 def _require_observations(trace: Any, args: tuple[Any, ...]) -> None:
