@@ -131,7 +131,7 @@ class Folding:
         if not self.active:  # one sample: the layers read their sites themselves
             self._sample_shape, self.num_samples = torch.Size(), 1
             return
-        batch_shape = torch.broadcast_shapes(*shapes)
+        batch_shape = torch.broadcast_shapes(*set(shapes))
         slot = 1
         if batch_shape and (
             batch_shape[-1] == 1 or (len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
@@ -173,6 +173,8 @@ class Folding:
         :return: shape ``(F * B, ...)`` for a tensor of shape ``(B, ...)``; everything else unchanged.
         """
         dim = self.batch_dim
+        if self.num_samples == 1:
+            return value
         if isinstance(value, PackedSequence) and int(value.batch_sizes[0]) == self.batch_size:
             padded, lengths = pad_packed_sequence(value, batch_first=True)
             F = self.num_samples

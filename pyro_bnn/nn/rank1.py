@@ -236,7 +236,10 @@ class Rank1Mixin(SiteModule):
 
     def _affine(self, y: Tensor, r: Tensor, bias: Tensor) -> Tensor:
         """``y * r + bias`` in one pass over the activations."""
-        if not self._is_folded() or r.dim() != 3 or r.shape[1] > 1 or (bias.dim() == 3 and bias.shape[1] > 1):
+        if not self._is_folded():
+            tail = (1,) * self._post
+            return torch.addcmul(bias.view(*bias.shape, *tail), y, r.view(*r.shape, *tail))
+        if r.dim() != 3 or r.shape[1] > 1 or (bias.dim() == 3 and bias.shape[1] > 1):
             return self._combine(self._combine(y, r), bias, operator.add)
         samples, rows = r.shape[0], y.shape[0]
         ones = (1,) * (y.dim() - 2 - self._post)
@@ -336,7 +339,7 @@ class Rank1Mixin(SiteModule):
             self._plain(part, *args, weight=w, bias=b)
             for part, w, b in zip(x.chunk(F), weights.unbind(0), biases, strict=True)
         ]
-        return torch.cat(parts)
+        return parts[0] if F == 1 else torch.cat(parts)
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""
