@@ -364,7 +364,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--draws", type=int, default=2, help="draws of each component at test time")
-    parser.add_argument("--targets", type=int, default=100, help="images that Hessian-free Laplace solves for")
+    parser.add_argument(
+        "--targets", type=int, default=100, help="images that Hessian-free Laplace solves for"
+    )
     parser.add_argument("--probes", type=int, default=64, help="random solves of 'HFL, probe'")
     options = parser.parse_args()
     if options.smoke:

@@ -71,7 +71,15 @@ rows, factors = {}, {}
 for name, prior in PRIORS.items():
     model = Regression(prior())
     guide = AutoMixture(model, num_components=1, component="normal", rest="normal", init_scale=0.05)
-    fit(model, guide, train, num_steps=STEPS, optim=0.01, elbo=Mixture_ELBO(num_particles=2), progress_bar=False)
+    fit(
+        model,
+        guide,
+        train,
+        num_steps=STEPS,
+        optim=0.01,
+        elbo=Mixture_ELBO(num_particles=2),
+        progress_bar=False,
+    )
     rows[name] = evaluate(posterior_predictive(model, guide, test, num_samples=DRAWS))
     draws = guide.sample_posterior((DRAWS,))
     # the scale of a factor and of its column of the weight trade: their product is what acts

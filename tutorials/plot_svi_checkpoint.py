@@ -29,7 +29,6 @@ from pyro_bnn.nn import bayesian_
 SMOKE = "PYRO_BNN_SMOKE" in os.environ
 STEPS = 40 if SMOKE else 600
 torch.set_num_threads(1)
-pyro.settings.set(module_local_params=True)  # parameters live in their modules; before any module is built
 folder = Path(tempfile.mkdtemp())
 
 features, target = load_diabetes(return_X_y=True)
@@ -60,16 +59,18 @@ class Regression(PyroModule):
 # A loop of one's own
 # -------------------
 #
-# What a step depends on: the parameters of the guide, the state of the optimiser, and random numbers, which choose the
-# minibatch and the draws. All three go into the checkpoint. The guide is initialised before they are read, because an
-# uninitialised guide has no parameters to load.
+# What a step depends on: the parameters, which stock SVI keeps in Pyro's global store, the state of the optimiser, and
+# random numbers, which choose the minibatch and the draws. All three go into the checkpoint.
 
 
 def fresh():
     """Model, guide and optimiser as at the start of the script."""
+    pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = Regression()
-    guide = AutoMixture(model, num_components=1, component="normal", init_scale=0.05).initialize(x[:64], y[:64])
+    guide = AutoMixture(model, num_components=1, component="normal", init_scale=0.05).initialize(
+        x[:64], y[:64]
+    )
     return model, guide, pyro.optim.Adam({"lr": 0.01})
 
 
@@ -87,19 +88,24 @@ train(SVI(model, guide, optim, Mixture_ELBO()), whole, STEPS)
 model, guide, optim = fresh()
 losses = []
 train(SVI(model, guide, optim, Mixture_ELBO()), losses, STEPS // 3)
-save = {"guide": guide.state_dict(), "optim": optim.get_state(), "rng": torch.get_rng_state(), "losses": losses}
+save = {
+    "params": pyro.get_param_store().get_state(), "optim": optim.get_state(), "rng": torch.get_rng_state(),
+    "losses": losses,
+}  # fmt: skip
 torch.save(save, folder / "svi.pt")
 del model, guide, optim, losses  # the process ends here
 
 model, guide, optim = fresh()
 saved = torch.load(folder / "svi.pt", weights_only=False)
-guide.load_state_dict(saved["guide"])
+pyro.get_param_store().set_state(saved["params"])
 optim.set_state(saved["optim"])
 svi = SVI(model, guide, optim, Mixture_ELBO())
 torch.set_rng_state(saved["rng"])
 losses = list(saved["losses"])
 train(svi, losses, STEPS)
-print(f"stock SVI: largest difference of a loss after resuming {max(abs(a - b) for a, b in zip(losses, whole, strict=True)):.2e}")
+print(
+    f"stock SVI: largest difference of a loss after resuming {max(abs(a - b) for a, b in zip(losses, whole, strict=True)):.2e}"
+)
 
 # %%
 # fit
@@ -130,7 +136,9 @@ _, _, uninterrupted = run()
 _, _, first = run(stop_at=STEPS // 3, checkpoint=folder / "fit.ckpt")
 model, guide, second = run(checkpoint=folder / "fit.ckpt")
 print(f"fit: stopped at step {first.num_steps} ({first.stop_reason}), resumed to step {second.num_steps}")
-same = torch.equal(torch.as_tensor(second.losses), torch.as_tensor(uninterrupted.losses)[-len(second.losses) :])
+same = torch.equal(
+    torch.as_tensor(second.losses), torch.as_tensor(uninterrupted.losses)[-len(second.losses) :]
+)
 print("fit: the losses of the resumed run equal those of the uninterrupted run bit by bit:", same)
 
 # %%

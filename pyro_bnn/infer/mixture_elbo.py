@@ -19,7 +19,7 @@ from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match
+from pyro.util import check_model_guide_match, get_rng_state, set_rng_state
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -244,8 +244,11 @@ class Mixture_ELBO(_Elbo):
         if self.max_plate_nesting != float("inf"):
             return int(self.max_plate_nesting)
         if model not in self._nestings:
+            # the guess runs the model, which must not shift the random numbers of a run that was resumed
+            state = get_rng_state()
             with torch.no_grad():
                 self._guess_max_plate_nesting(model, guide, args, kwargs)
+            set_rng_state(state)
             self._nestings[model] = int(self.max_plate_nesting)
             self.max_plate_nesting = float("inf")
         return self._nestings[model]

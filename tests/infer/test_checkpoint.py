@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import Checkpoint, FitState, fit
+from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.checkpoint import atomic_save
 from tests.infer.models import linear_data, linear_model
 
@@ -56,7 +57,7 @@ def test_killed_at_random_points_and_resumed(tmp_path: Path) -> None:
         assert torch.equal(value, killed["guide"][name])
 
 
-@pytest.mark.parametrize("form", ["tensors", "loader", "loader with generator"])
+@pytest.mark.parametrize("form", ["tensors", "loader", "loader with generator", "mixture"])
 @pytest.mark.parametrize("stop", [1, 7, 10, 23])
 def test_stopped_and_resumed(tmp_path: Path, form: str, stop: int) -> None:
     """In one process: every source of random numbers, at and inside the ends of epochs (5 batches)."""
@@ -66,7 +67,8 @@ def test_stopped_and_resumed(tmp_path: Path, form: str, stop: int) -> None:
         pyro.set_rng_seed(5)
         generator = torch.Generator().manual_seed(3) if form == "loader with generator" else None
         loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=generator)
-        guide = AutoNormal(linear_model)
+        # the bound of a mixture runs the model once before its first step
+        guide: Any = AutoMixture(linear_model, 2) if form == "mixture" else AutoNormal(linear_model)
 
         def callback(state: FitState) -> bool:
             np.random.rand()  # noqa: NPY002
