@@ -165,6 +165,7 @@ class Runner:
     # ------------------------------------------------------------------ methods
 
     def map(self) -> tuple[Predictor, dict[str, Any]]:
+        """A point estimate."""
         return self._at_mode(self.mode(0)), {}
 
     def _at_mode(self, guide: AutoLaplace) -> Predictor:
@@ -180,6 +181,7 @@ class Runner:
         return predict
 
     def ensemble(self) -> tuple[Predictor, dict[str, Any]]:
+        """Several of them."""
         members = [self._at_mode(self.mode(m)) for m in range(self.options.members)]
 
         def predict(x: Tensor) -> Tensor:
@@ -188,6 +190,7 @@ class Runner:
         return predict, {"members": len(members)}
 
     def rank1(self) -> tuple[Predictor, dict[str, Any]]:
+        """A mixture of Gaussians over rank-1 factors."""
         task, batch = self.task, self.options.batch
         pyro.set_rng_seed(1000 * self.seed + 500)
         preset = default_preset()
@@ -207,6 +210,7 @@ class Runner:
         return predict, {"draws": 4 * self.options.draws, "parameters": weights}
 
     def laplace(self, tuned: bool, **settings: Any) -> tuple[Predictor, dict[str, Any]]:
+        """A Laplace approximation around the first point estimate."""
         guide = self.mode(0, **settings)
         start = clock()
         guide.laplace_approximation(self.task.batches(), map_tolerance=float("inf"))
@@ -225,6 +229,7 @@ class Runner:
         return predict, report
 
     def hfl_last_layer(self) -> tuple[Predictor, dict[str, Any]]:
+        """Solves for the last layer, checked against its dense curvature."""
         task = self.task
         mode = self.mode(0)
         values = mode.median()
@@ -265,6 +270,7 @@ class Runner:
         return predict, report
 
     def hfl_probe(self) -> tuple[Predictor, dict[str, Any]]:
+        """Random solves for all layers."""
         mode = self.mode(0)
         guide = AutoHessianFreeLaplace(
             mode.packed.model, method="probe", curvature="ggn", tolerance=1e-2, preconditioner="diagonal"
