@@ -11,6 +11,7 @@ from pyro_bnn.infer import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, UnconvergedMAPWarning
 from pyro_bnn.infer.hfl.functionals import output_functionals
 from tests.common import assert_close
+from tests.contracts.posterior import LinearGaussian
 from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
 
 TARGETS = torch.linspace(-2, 2, 12, dtype=torch.float64).unsqueeze(-1)
@@ -70,8 +71,8 @@ def test_linear_model_has_the_closed_form():
     for method in ("cg", "central"):
         guide = AutoHessianFreeLaplace(model, method=method).initialize(x, y).polish((x, y))
         guide.laplace_approximation([(x[:20], y[:20]), (x[20:], y[20:])], (x[:5],))
-        covariance = torch.linalg.inv(x.mT @ x / 0.3**2 + torch.eye(3) / 4)
-        assert_close(guide.result.covariance, x[:5] @ covariance @ x[:5].mT, rtol=1e-6)
+        exact = LinearGaussian(x, y, noise=0.3, prior_scale=2.0)
+        assert_close(guide.result.covariance, x[:5] @ exact.covariance @ x[:5].mT, rtol=1e-6)
 
 
 def test_logits_have_one_functional_per_class():

@@ -11,20 +11,14 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, init_to_sample, init_to_value
 from pyro.nn import PyroModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import NotAMinimumError, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, UnconvergedMAPWarning
 from pyro_bnn.ops.newton import newton_cg
 from tests.common import assert_close
+from tests.contracts.curvature import assert_batches_add_up, assert_equals_dense_hessian
+from tests.contracts.posterior import LinearGaussian, assert_exact
 from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network
-
-
-def negative_log_joint(model, guide, latent, *args):
-    """The definition, without the package: trace of the model at transformed values, plus the log Jacobian."""
-    values = guide.packed.space.unpack(latent)
-    trace = pyro.poutine.trace(pyro.condition(model, data=values)).get_trace(*args)
-    return -trace.log_prob_sum() - guide.packed.space.log_abs_det_jacobian(latent)
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
@@ -32,19 +26,14 @@ def test_linear_regression_closed_form(curvature):
     model, x, y = linear_regression()
     guide = AutoLaplace(model, curvature=curvature).initialize(x, y).polish((x, y))
     guide.laplace_approximation((x, y))
-    precision = x.mT @ x / 0.3**2 + torch.eye(3) / 2.0**2
-    assert_close(guide.loc, torch.linalg.solve(precision, x.mT @ y / 0.3**2), rtol=1e-9)
-    assert_close(guide.posterior.covariance_matrix, torch.linalg.inv(precision), rtol=1e-10, atol=1e-14)
-
-    evidence = torch.distributions.MultivariateNormal(
-        torch.zeros(len(x)), 0.3**2 * torch.eye(len(x)) + 2.0**2 * x @ x.mT
-    ).log_prob(y)
-    assert_close(guide.log_evidence(), evidence, rtol=1e-11)
+    exact = LinearGaussian(x, y, noise=0.3, prior_scale=2.0)
+    assert_exact(guide, exact)
+    assert_close(guide.log_evidence(), exact.log_evidence, rtol=1e-11)
 
     x_new = torch.randn(7, 3)
     predictive = guide.predictive(x_new)["obs"]
     assert_close(predictive.mean, x_new @ guide.loc, rtol=1e-9)
-    variance = (x_new @ torch.linalg.inv(precision) * x_new).sum(-1) + 0.3**2
+    variance = exact.variance(x_new) + 0.3**2
     assert_close(predictive.variance, variance, rtol=1e-9)
 
 
@@ -63,10 +52,7 @@ def test_logistic_regression_equals_dense_autograd(curvature):
     model, x, y = logistic_regression()
     guide = AutoLaplace(model, curvature=curvature).initialize(x, y).polish((x, y))
     guide.laplace_approximation((x, y))
-    expected = torch.autograd.functional.hessian(
-        lambda u: negative_log_joint(model, guide, u, x, y), guide.loc.detach()
-    )
-    assert_close(guide.precision, expected, rtol=1e-10, atol=1e-10)
+    assert_equals_dense_hessian(model, guide, x, y, rtol=1e-10, atol=1e-10)
 
 
 def test_ggn_of_a_network_equals_explicit_product():
@@ -98,10 +84,7 @@ def test_exact_hessian_of_a_network_equals_dense_autograd():
     model = tanh_network(hidden=5, noise=None)
     guide = AutoLaplace(model, curvature="hessian", init_loc_fn=init_to_sample).initialize(x, y)
     guide.polish((x, y)).laplace_approximation((x, y))
-    expected = torch.autograd.functional.hessian(
-        lambda u: negative_log_joint(model, guide, u, x, y), guide.loc.detach()
-    )
-    assert_close(guide.precision, expected, rtol=1e-7, atol=1e-6)
+    expected = assert_equals_dense_hessian(model, guide, x, y, rtol=1e-7, atol=1e-6)
     assert_close(guide.map_report.smallest_curvature, torch.linalg.eigvalsh(expected)[0], rtol=1e-2)
     diagonal = AutoLaplace(model, curvature="hessian", structure="diagonal").initialize(x, y)
     diagonal.loc.data.copy_(guide.loc.data)
@@ -114,9 +97,7 @@ def test_exact_hessian_of_a_network_equals_dense_autograd():
 def test_batches_add_up(structure, curvature):
     model, x, y = logistic_regression()
     guide = AutoLaplace(model, structure=structure, curvature=curvature).initialize(x, y).polish((x, y))
-    whole = guide.laplace_approximation((x, y)).precision
-    loader = DataLoader(TensorDataset(x, y), batch_size=7)
-    assert_close(guide.laplace_approximation(loader).precision, whole, rtol=1e-11, atol=1e-12)
+    assert_batches_add_up(guide, x, y)
 
 
 def test_subsampled_plate_is_not_counted_twice():
@@ -178,10 +159,7 @@ def test_hierarchical_prior_is_laplace_approximated_jointly():
 
     guide = AutoLaplace(hierarchical, curvature="hessian").initialize(x, y).polish((x, y))
     guide.laplace_approximation((x, y))
-    expected = torch.autograd.functional.hessian(
-        lambda u: negative_log_joint(hierarchical, guide, u, x, y), guide.loc.detach()
-    )
-    assert_close(guide.precision, expected, rtol=1e-9, atol=1e-9)
+    expected = assert_equals_dense_hessian(hierarchical, guide, x, y, rtol=1e-9, atol=1e-9)
     ggn = AutoLaplace(hierarchical).initialize(x, y).polish((x, y)).laplace_approximation((x, y))
     assert_close(ggn.precision, expected, rtol=1e-6, atol=1e-6)  # the likelihood is linear-Gaussian
 

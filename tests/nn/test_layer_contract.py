@@ -16,6 +16,7 @@ from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from pyro_bnn.nn.folding import split_batch
 from tests.common import assert_close
+from tests.contracts.layer import assert_components_equal_plain_layers, flat, values_of
 
 B = 3
 
@@ -66,11 +67,6 @@ CASES = {
 RECURRENT_OR_ATTENTION = ("rnn", "gru", "lstm", "attention")
 
 
-def values_of(net, args, batch_shape):
-    nodes = dict(poutine.trace(net).get_trace(*args).iter_stochastic_nodes())
-    return {name: torch.randn(*batch_shape, *site["value"].shape) for name, site in nodes.items()}
-
-
 def outer(layer, form, r, s):
     """``r s^T`` (or its residual form) in the layout of the layer's weight, by looping over its entries."""
     weight_shape = layer.weight.shape
@@ -116,12 +112,6 @@ def explicit(plain, values, form):
     return layer
 
 
-def flat(output):
-    if isinstance(output, torch.Tensor):
-        return [output]
-    return [] if output is None else [t for part in output for t in flat(part)]
-
-
 def batch_dim(name, index):
     """Hidden states are (layers, batch, units)."""
     return 1 if name in ("rnn", "gru", "lstm", "lstm-projected") and index > 0 else 0
@@ -133,36 +123,23 @@ def batch_dim(name, index):
 def test_components_equal_plain_layers(name, form, apply):
     plain, args = CASES[name]()
     net = rank1_(copy.deepcopy(plain), form=form, rank=2 if form == "residual" else 1, apply=apply)
-    K = 4
-    values = values_of(net, args, (K, 1))
-    with SubstituteMessenger(values):
-        actual = net(*args)
-    for k in range(K):
-        component = {site: value[k, 0] for site, value in values.items()}
-        expected = explicit(plain, component, form)(*args)
-        for a, e in zip(flat(actual), flat(expected), strict=True):
-            assert_close(a[k], e, rtol=1e-12, atol=1e-12)
-        # the loop over components, without sample dimensions
-        with SubstituteMessenger(component):
-            loop = net(*args)
-        for a, e in zip(flat(loop), flat(expected), strict=True):
-            assert_close(a, e, rtol=1e-12, atol=1e-12)
+    values = values_of(net, args, (4, 1))
+    assert_components_equal_plain_layers(
+        net, args, values, lambda component: explicit(plain, component, form)
+    )
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_full_weights_equal_plain_layers(name):
     plain, args = CASES[name]()
     net = bayesian_(copy.deepcopy(plain))
-    K = 4
-    values = values_of(net, args, (K, 1))
-    with SubstituteMessenger(values):
-        actual = net(*args)
-    for k in range(K):
+
+    def loaded(component):
         layer = copy.deepcopy(plain)
-        state = {n.replace("out_proj_", "out_proj."): v[k, 0] for n, v in values.items()}
-        layer.load_state_dict(state)
-        for a, e in zip(flat(actual), flat(layer(*args)), strict=True):
-            assert_close(a[k], e, rtol=1e-12, atol=1e-12)
+        layer.load_state_dict({n.replace("out_proj_", "out_proj."): v for n, v in component.items()})
+        return layer
+
+    assert_components_equal_plain_layers(net, args, values_of(net, args, (4, 1)), loaded)
 
 
 @pytest.mark.parametrize("name", list(CASES))
