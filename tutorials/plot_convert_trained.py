@@ -165,7 +165,8 @@ for name, value in log_probs.items():
 print(table(rows, digits=4))
 
 # %%
-# The confidence of wrong answers is what changes: at equal accuracy a lower curve is better here.
+# The confidence of wrong answers. Low values alone prove nothing (the precision that the evidence chose makes all answers
+# unsure, which the NLL above punishes); together with a good NLL they do.
 
 figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for name, value in log_probs.items():
