@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
-from pyro_bnn.infer.fit import FitResult
+from pyro_bnn.infer.fit_state import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

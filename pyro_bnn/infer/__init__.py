@@ -6,7 +6,8 @@
 from pyro_bnn.infer.checkpoint import Checkpoint
 from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
-from pyro_bnn.infer.fit import FitResult, FitState, NonFiniteLossError, fit
+from pyro_bnn.infer.fit import fit
+from pyro_bnn.infer.fit_state import FitResult, FitState, NonFiniteLossError
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
 from pyro_bnn.infer.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.nuts import NUTSResult, nuts

@@ -17,11 +17,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.data import is_single_batch, iter_batches
-from pyro_bnn.infer.distributed import all_reduce_sum, rank, world_size
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
 from pyro_bnn.infer.parts import NotAMinimumError
 from pyro_bnn.infer.structures import CurvatureSum, DenseSum, DiagonalSum
+from pyro_bnn.ops.distributed import all_reduce_sum, rank, world_size
 from pyro_bnn.ops.jacobian import LinearMap, dense, hvp_operator, jvp_operator, vjp
 from pyro_bnn.ops.newton import sum_images
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.curvature import diagonal_of_diagonal
 from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.distributed import all_reduce_sum, rank
 from pyro_bnn.infer.examples import FisherKind, SiteExamples
 from pyro_bnn.infer.low_rank import placed_rows
 from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, LowRankPart, Part
+from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.graph import FirstOrderSum
 from pyro_bnn.ops.jacobian import hvp_operator, vjp
 

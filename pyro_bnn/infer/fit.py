@@ -3,17 +3,13 @@
 """One training loop for any model, guide and bound."""
 
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from itertools import chain, islice
 from os import PathLike
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
@@ -23,129 +19,16 @@ from tqdm.auto import tqdm
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
 from pyro_bnn.infer.data import Batch, as_batch, check_finite, is_single_batch, iter_batches
-from pyro_bnn.infer.distributed import all_reduce_mean, broadcast, rank, share_random_state, world_size
+from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pyro_bnn.ops.distributed import all_reduce_mean, broadcast, rank, share_random_state, world_size
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
-
-
-@dataclass
-class FitResult:
-    """
-    What a run of :func:`fit` leaves behind.
-
-    :param losses: the loss of every step (negative ELBO, summed over the data), shape ``(num_steps,)``.
-    :param num_steps: the number of optimisation steps, those before a resumption included.
-    :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"interrupted"``, the ``stop_reason`` of the
-        callback that stopped the run (``"callback"`` if it has none), or the text of an error.
-    :param wall_time: seconds, those before a resumption included.
-    """
-
-    losses: Tensor
-    num_steps: int
-    stop_reason: str
-    wall_time: float
-
-    def plot(self, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
-        """
-        Draws the losses and their running mean.
-
-        :param int smooth: steps in the running mean.
-        :param ax: matplotlib axes to draw in.
-        :return: the axes.
-        """
-        from matplotlib import pyplot
-
-        if ax is None:
-            ax = pyplot.subplots()[1]
-        steps = torch.arange(1, len(self.losses) + 1)
-        ax.plot(steps, self.losses, color="C0", alpha=0.3, linewidth=0.8)
-        width = min(smooth, len(self.losses))
-        if width:
-            ax.plot(steps[width - 1 :], self.losses.unfold(0, width, 1).mean(-1), color="C0")
-        ax.set_xlabel("step")
-        ax.set_ylabel("loss")
-        return ax
-
-
-class NonFiniteLossError(ArithmeticError):
-    """
-    The loss became NaN or infinite; the parameters are back in their last good state.
-
-    :param str message: names the step, the site or argument, and what to do.
-    :param FitResult result: the run until then.
-    """
-
-    def __init__(self, message: str, result: FitResult) -> None:
-        super().__init__(message)
-        self.result = result
-
-
-@dataclass
-class FitState:
-    """
-    What a callback of :func:`fit` sees after each step.
-
-    :param step: the number of steps taken.
-    :param epoch: the number of the current pass over the data, from 0.
-    :param loss: the loss of this step.
-    :param losses: all losses so far.
-    :param model: the model.
-    :param guide: the guide.
-    :param elbo: the bound.
-    :param loss_fn: the loss as a function of the arguments of the model.
-    :param optimizer: the torch optimiser.
-    :param parameters: the parameters by name.
-    """
-
-    step: int
-    epoch: int
-    loss: float
-    losses: list[float]
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    elbo: Any
-    loss_fn: Callable[..., Tensor] = field(repr=False)
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, Tensor] = field(repr=False)
-
-
-#: Called after every step; a true return value stops the run. A callback may also have a ``stop_reason``, a method
-#: ``finish(state)`` that is called at the end, and ``state_dict`` and ``load_state_dict`` for checkpoints.
-Callback = Callable[[FitState], bool | None]
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """
-    Turns the first Ctrl-C into a flag, so that a step is never cut in half; the second one interrupts.
-
-    :return: a context manager that yields a function telling whether Ctrl-C was pressed.
-    """
-    pressed = False
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    old = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, old)
 
 
 def fit(
@@ -275,7 +158,7 @@ class _Run:
         if self.world > 1:
             self.check_scale(first)
             broadcast(self.tensors)
-            share_random_state(self.device)
+            share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
 

@@ -12,6 +12,8 @@ from pyro_bnn.infer.examples import SiteExamples
 from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.parts import LowRankPart, Part
 from pyro_bnn.infer.structures import CurvatureSum
+from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator
+from pyro_bnn.ops.distributed import rank as process_rank
 from pyro_bnn.ops.eigen import leading_eigenpairs
 from pyro_bnn.ops.jacobian import LinearMap
 
@@ -83,8 +85,13 @@ class LowRankSum(CurvatureSum):
             root = part.tensors["values"].clamp(min=0).sqrt()
             self._earlier.append((part.tensors["vectors"] * root).mT * scale)
 
+    def tensors(self) -> list[Tensor]:
+        """Nothing: eigenpairs come from products, which are summed over processes one by one."""
+        return [] if self.method == "low_rank" else super().tensors()
+
     def _all_rows(self) -> Iterator[Tensor]:
-        yield from self._earlier
+        if process_rank() == 0:  # the processes of a data-parallel run share what was there before
+            yield from self._earlier
         if self._rows is not None:
             yield from self._rows()
 
@@ -112,9 +119,11 @@ class LowRankSum(CurvatureSum):
             total = torch.zeros_like(v) if self._operator is None else self._operator(scaled)
             for rows in self._all_rows():
                 total = total + (scaled @ rows.mT) @ rows
+            all_reduce_sum([total])
             return total * scale
 
-        return leading_eigenpairs(multiply, self.latent[self.index], self.rank, generator=self._generator)
+        generator = self._generator or shared_generator(self.latent.device)
+        return leading_eigenpairs(multiply, self.latent[self.index], self.rank, generator=generator)
 
     def _require(self, rows: int) -> None:
         itemsize = self.latent.element_size()

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, check_finite, iter_batches, map_tensors
-from pyro_bnn.infer.distributed import all_reduce_sum, rank
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
@@ -41,6 +40,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
+from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, fisher_rule
 
 

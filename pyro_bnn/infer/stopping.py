@@ -12,7 +12,7 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.fit import FitState
+from pyro_bnn.infer.fit_state import FitState
 from pyro_bnn.infer.predictive import posterior_predictive
 
 
@@ -21,7 +21,9 @@ class ConvergenceTest:
     Tells from the noise of the losses whether a run has converged, is still falling, or diverges.
 
     After every ``window`` steps the means of two halves of the last ``window`` losses are compared by one-sided
-    Welch tests on 2 x 10 batch means, which removes short-range correlation. Check j uses the level
+    Welch tests on 2 x 10 batch means. The losses are whitened before, :math:`e_t = x_t - \hat\varphi x_{t-1}` with the
+    lag-one correlation of the halves without their linear trends (corrected for its bias in short series), and the
+    batches remove what correlation is left. Check j uses the level
     :math:`6 \alpha / (\pi^2 j^2)`, so that over a whole run of any length the chance to call a stationary loss
     falling, or to call it rising, is at most :math:`\alpha` each (up to the normality of the batch means).
 
@@ -59,7 +61,7 @@ class ConvergenceTest:
         :return: ``"converged"`` (flat), ``"falling"`` or ``"diverging"``.
         """
         size = len(losses) // (2 * self.num_batches)
-        values = np.asarray(losses[-2 * self.num_batches * size :], dtype=float)
+        values = whiten(np.asarray(losses[-2 * self.num_batches * size :], dtype=float))
         means = values.reshape(2, self.num_batches, size).mean(-1)
         if np.ptp(means) == 0:
             return "converged"
@@ -98,6 +100,39 @@ class ConvergenceTest:
         }
         self.stop_reason = next(iter(found))
         return found in ({"converged"}, {"diverging"})
+
+
+def whiten(values: np.ndarray) -> np.ndarray:
+    r"""
+    Removes the autoregressive part of order one from the noise of a series.
+
+    :param values: a series of even length n; its halves may have different means and linear trends.
+    :return: :math:`x_t - \hat\varphi x_{t-1}`, shape ``(n,)``; the first entry repeats the second.
+
+    **References**
+
+    Andrews and Monahan, *An improved heteroskedasticity and autocorrelation consistent covariance matrix estimator*,
+    Econometrica 1992 (whitening before averaging); Marriott and Pope, *Bias in the estimation of autocorrelations*,
+    Biometrika 1954.
+
+    Example::
+
+        >>> whiten(np.array([1.0, 1.0, 1.0, 1.0])).tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+    halves = values.reshape(2, -1)
+    size = halves.shape[1]
+    time = np.arange(size) - (size - 1) / 2
+    rest = halves - halves.mean(1, keepdims=True)
+    if size > 2:
+        rest = rest - (rest @ time / (time @ time))[:, None] * time
+    total = float((rest**2).sum())
+    if total == 0:
+        return values
+    correlation = float((rest[:, 1:] * rest[:, :-1]).sum()) / total
+    correlation = min(max(correlation + (1 + 3 * correlation) / size, 0.0), 0.97)
+    white = values[1:] - correlation * values[:-1]
+    return np.concatenate([white[:1], white])
 
 
 class EarlyStopping:

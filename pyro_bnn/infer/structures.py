@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums the likelihood's curvature over data in one of several structures."""
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.examples import SiteExamples
 from pyro_bnn.infer.parts import DensePart, DiagonalPart, KroneckerPart, Part
+from pyro_bnn.ops.distributed import is_same
 from pyro_bnn.ops.examples import DenseBlock, ExampleJacobian, LinearBlock
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.kronecker import MapBlock, Sharing, pair_block, squared_rows
@@ -74,7 +76,7 @@ class CurvatureSum:
         """
         raise ValueError(
             f"{type(self).__name__} does not add up over processes; with torch.distributed use structure='full', "
-            "'diagonal' or 'block'."
+            "'block', 'kronecker', 'diagonal' or 'low_rank'."
         )
 
     def _columns(self, operator: LinearMap, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -333,6 +335,21 @@ class KroneckerSum(CurvatureSum):
             entry = self._linear_entry(block)
             entry["inputs"] += A
             entry["count"] += count
+
+    def tensors(self) -> list[Tensor]:
+        """
+        The factors, the numbers of rows behind them, and the other blocks.
+
+        :raises ValueError: if processes met different maps.
+        """
+        entries = sorted([*self._linear.items(), *self._other.items()], key=lambda item: str(item[0]))
+        if not is_same(zlib.crc32(str([key for key, _ in entries]).encode())):
+            raise ValueError(
+                "the processes met different linear maps, so that their Kronecker factors do not add up: give every "
+                "process batches of the same kind, or use structure='block'."
+            )
+        names = ("outputs", "inputs", "count", "curvature")
+        return [entry[name] for _, entry in entries for name in names if name in entry]
 
     def _linear_entry(self, block: LinearBlock) -> dict[str, Tensor]:
         key = (tuple(block.index.shape), int(block.index[0, 0]), int(block.index[-1, -1]))

@@ -1,6 +1,11 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Minimisation of a sum of terms, each with a graph of its own: L-BFGS, and Newton's method with CG."""
+"""
+Minimisation of a sum of terms, each with a graph of its own: L-BFGS, and Newton's method with CG.
+
+Where :mod:`torch.distributed` is initialised the sum goes over the terms of all processes, which then take the same
+steps.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.jacobian import LinearMap, hvp_operator
 
 #: A function of a vector of shape ``(p,)`` as an iterable of scalars to be summed.
@@ -42,6 +48,7 @@ def value_and_gradient(terms: Terms, point: Tensor) -> tuple[Tensor, Tensor]:
         value = value + term.detach()
         if term.requires_grad:
             gradient = gradient + torch.autograd.grad(term, leaf, materialize_grads=True)[0]
+    all_reduce_sum([value, gradient])
     return value, gradient
 
 
@@ -69,8 +76,13 @@ def hessian_operator(terms: Terms, point: Tensor, *, keep_graphs: bool) -> Linea
     leaf = point.detach().clone().requires_grad_(True)
     if keep_graphs:
         kept = [hvp_operator(term, leaf) for term in terms(leaf)]
-        return lambda v: sum_images(kept, v)
-    return lambda v: sum_images((hvp_operator(term, leaf) for term in terms(leaf)), v)
+        return lambda v: _over_processes(sum_images(kept, v))
+    return lambda v: _over_processes(sum_images((hvp_operator(term, leaf) for term in terms(leaf)), v))
+
+
+def _over_processes(image: Tensor) -> Tensor:
+    all_reduce_sum([image])
+    return image
 
 
 def lbfgs(terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 
-from benchmarks.arviz_matrix import attempt, new_checks, old_checks
+from benchmarks.arviz_matrix import arviz_generation, attempt, new_checks, old_checks
 from pyro_bnn.diagnostics import datatree_to_inference_data, to_datatree
 from pyro_bnn.infer import fit, nuts
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
@@ -62,12 +62,11 @@ def test_functions_run(name: str, tmp_path: Path) -> None:
     tree = to_datatree(two_sites, posterior(name, x, y), (x, y), num_samples=200, prior_samples=20)
     path = tmp_path / "tree.nc"
     tree.to_netcdf(path)
-    data = az.from_netcdf(path)
-    failed = {
-        check: text for check, function in old_checks().items() if (text := attempt(function, data)) != "ok"
-    }
-    assert not failed
-    assert isinstance(datatree_to_inference_data(tree), az.InferenceData)
+    if arviz_generation() == 0:
+        data = az.from_netcdf(path)
+        failed = {c: text for c, f in old_checks().items() if (text := attempt(f, data)) != "ok"}
+        assert not failed
+        assert isinstance(datatree_to_inference_data(tree), az.InferenceData)
     with xr.open_datatree(path) as loaded:
         failed = {c: t for c, f in new_checks(plots=False).items() if (t := attempt(f, loaded)) != "ok"}
     assert set(failed) == IMPOSSIBLE.get(name, set()), failed

@@ -3,6 +3,8 @@
 """A data-parallel run for test_distributed.py: ``python distributed_script.py RANK WORLD STORE RESULT``."""
 
 import sys
+from datetime import timedelta
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,9 +13,10 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_bnn.infer import Mixture_ELBO, fit
-from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
+from pyro_bnn.infer import Mixture_ELBO, fit, hfl
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
 from pyro_bnn.infer.curvature import CurvatureAccumulator
+from pyro_bnn.infer.initialize import initialize_guide
 from tests.infer.models import NOISE, linear_data, linear_posterior
 
 
@@ -24,12 +27,17 @@ def model(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("obs", dist.Normal((x * weight).sum(-1), NOISE), obs=y)
 
 
-def train(rank: int, world: int) -> dict[str, Tensor]:
-    """Fits on batches of 20 points, of which every process passes its part."""
+def training_part(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """The part of this process in two global batches of 20 points."""
     pyro.set_rng_seed(0)
     x, y = linear_data(40)
     parts = [(x[i : i + 20], y[i : i + 20]) for i in (0, 20)]
-    loader = [(a.chunk(world)[rank], b.chunk(world)[rank]) for a, b in parts]
+    return [(a.chunk(world)[rank], b.chunk(world)[rank]) for a, b in parts]
+
+
+def train(rank: int, world: int) -> dict[str, Tensor]:
+    """Fits on batches of 20 points, of which every process passes its part."""
+    loader = training_part(rank, world)
 
     def seed(step: int) -> float:
         """Called before every loss: the same draws in runs with any number of processes."""
@@ -76,12 +84,104 @@ def curvature(rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
+def network(x: Tensor, y: Tensor | None = None) -> None:
+    """A small tanh network over 40 points, of which any part may be passed."""
+    first = pyro.sample("first", dist.Normal(torch.zeros(4, 3), 1.0).to_event(2))
+    bias = pyro.sample("bias", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+    second = pyro.sample("second", dist.Normal(torch.zeros(1, 4), 0.5).to_event(2))
+    f = torch.nn.functional.linear(torch.tanh(torch.nn.functional.linear(x, first, bias)), second).squeeze(-1)
+    with pyro.plate("data", 40, subsample_size=len(x)):
+        pyro.sample("obs", dist.Normal(f, NOISE), obs=y)
+
+
+def network_part(rank: int, world: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Inputs of which all are targets, and two batches of this process."""
+    pyro.set_rng_seed(0)
+    x, y = torch.randn(40, 3), torch.randn(40)
+    mine = x.chunk(world)[rank], y.chunk(world)[rank]
+    return x[:5], mine[0], list(zip(mine[0].chunk(2), mine[1].chunk(2), strict=True))
+
+
+def laplace(rank: int, world: int) -> dict[str, Tensor]:
+    """Polishing, every structure that adds up, and their evidence."""
+    targets, _, batches = network_part(rank, world)
+    found = {}
+    for structure in ("full", "block", "kronecker", "diagonal", "low_rank"):
+        pyro.set_rng_seed(1)
+        guide = AutoLaplace(network, structure=structure, rank=6)
+        guide.initialize(*batches[0])
+        with torch.no_grad():
+            guide.loc.copy_(0.5 * torch.sin(torch.arange(20.0)))
+        guide.polish(batches).laplace_approximation(batches)
+        found[f"{structure} loc"] = guide.loc.detach()
+        found[f"{structure} variances"] = guide.posterior.variance
+        found[f"{structure} evidence"] = guide.log_evidence().detach()
+        found[f"{structure} loss"] = guide.negative_log_joint(batches)[0]
+        found[f"{structure} variance"] = guide.linearized_outputs(targets)["obs"].covariance
+    return found
+
+
+def hessian_free(rank: int, world: int) -> dict[str, Tensor]:
+    """Hessian-free Laplace with either curvature, by solves and by perturbation, its guide, the sandwich and the score."""
+    targets, _, batches = network_part(rank, world)
+    pyro.set_rng_seed(1)
+    guide = AutoHessianFreeLaplace(network, tolerance=1e-10).initialize(*batches[0])
+    with torch.no_grad():
+        guide.loc.copy_(0.5 * torch.sin(torch.arange(20.0)))
+    guide.polish(batches)
+    found = {}
+    for name, options in {
+        "cg": {"robust": True},
+        "cg, ggn": {"curvature": "ggn", "preconditioner": "nystrom"},
+        "one-sided, ggn": {"method": "one_sided", "curvature": "ggn", "check": False},
+    }.items():
+        result = hfl.solve(guide, batches, (targets,), tolerance=1e-10, **options)
+        found[f"{name} variances"] = result.variances
+        if result.sandwich is not None:
+            found[f"{name} sandwich"] = result.sandwich
+    found["score"] = hfl.regvar(guide, batches, (targets,), calibrate=0, num_epochs=None).score
+    guide.laplace_approximation(batches, (targets,))
+    found["guide covariance"] = guide.covariance
+    return found
+
+
+def wrapped(rank: int, world: int) -> dict[str, Tensor]:
+    """torch's DistributedDataParallel around the bound as a module, in a loop of one's own."""
+    batches = training_part(rank, world)
+    found = {}
+    for name, guide, elbo in (
+        ("normal", AutoNormal(model), Trace_ELBO()),
+        ("mixture", AutoMixture(model, 2), Mixture_ELBO()),
+    ):
+        pyro.set_rng_seed(1)
+        initialize_guide(model, guide, (batches[0], {}))
+        module: Any = elbo(model, guide)
+        if world > 1:
+            module = torch.nn.parallel.DistributedDataParallel(module)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+        for step in range(20):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            module(*batches[step % 2]).backward()
+            optimizer.step()
+        for key, value in guide.named_parameters():
+            found[f"wrapped {name} {key}"] = value.detach()
+    return found
+
+
+def everything(rank: int, world: int) -> dict[str, Tensor]:
+    """All of the above."""
+    parts = (train, curvature, laplace, hessian_free, wrapped)
+    return {name: value for part in parts for name, value in part(rank, world).items()}
+
+
 def main(rank: int, world: int, store: str, result: str) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    found = train(rank, world) | curvature(rank, world)
-    torch.save(found, f"{result}.{rank}")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    torch.save(everything(rank, world), f"{result}.{rank}")
     torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ import pyro
 import torch
 
 from tests.common import assert_close
-from tests.infer.distributed_script import curvature, train
+from tests.infer.distributed_script import everything
 from tests.infer.models import linear_data, linear_posterior
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
@@ -31,9 +31,9 @@ def run_world(folder: Path, size: int) -> list[dict[str, Any]]:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Training steps, curvature, its products, the Laplace posterior and its evidence."""
+    """Training steps, curvature in every structure, Laplace posteriors, evidence, Hessian-free solves."""
     first, second = run_world(tmp_path, 2)
-    single = train(0, 1) | curvature(0, 1)
+    single = everything(0, 1)
     for name, value in single.items():
         assert torch.equal(first[name], second[name]), name  # the processes never drift apart
         if not name.startswith("shared"):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from pyro_bnn.distributions.equal_mixture import EqualMixture
 from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batches
-from pyro_bnn.infer.distributed import all_reduce_sum
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linear_covariance import element_covariance
@@ -412,9 +411,7 @@ class LinearizedGuide(AutoContinuous):
         :param data: one batch or an iterable of batches, with observations.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
-        value, gradient = value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
-        all_reduce_sum([value, gradient])
-        return value, gradient
+        return value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
 
     def _warn_unconverged(self, limit: float) -> None:
         report = self.map_report

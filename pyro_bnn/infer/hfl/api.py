@@ -24,6 +24,7 @@ from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.score import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
 from pyro_bnn.infer.packed import PackedModel, check_data
+from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.krylov import smallest_eigenvalue
 
 Method = Literal["cg", "one_sided", "central", "paired", "probe"]
@@ -153,6 +154,7 @@ def solve(
     if robust:
         scores = score_responses(problem.model, problem.latent, data, D)
         sandwich = scores.mT @ scores
+        all_reduce_sum([sandwich])
     result = HFLResult(
         method=method,
         curvature=curvature,

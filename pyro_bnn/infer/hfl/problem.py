@@ -20,6 +20,7 @@ from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator
 from pyro_bnn.infer.data import Batch, is_single_batch, iter_batches
 from pyro_bnn.infer.handlers import Site
 from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.jacobian import LinearMap, jvp_operator, vjp
 from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
 
@@ -118,7 +119,8 @@ class Problem:
 
             def terms(u: Tensor) -> Iterator[Tensor]:
                 trace = self.model.trace(u, batch)
-                yield -scale * self.model.log_likelihood(trace) - self.model.log_prior(u, trace)
+                loss = -scale * self.model.log_likelihood(trace)
+                yield loss - self.model.log_prior(u, trace) if rank() == 0 else loss
 
             gradients = torch.stack([value_and_gradient(terms, self.latent + o)[1] for o in offsets])
         return gradients + self._extra(offsets)
@@ -152,11 +154,13 @@ class Problem:
                     strict=True,
                 ):
                     rows += vjp(flat, leaf, part).detach()
+        all_reduce_sum([total])
         return total
 
     def _prior_gradients(self, offsets: Tensor, batch: Batch) -> Tensor:
         def terms(u: Tensor) -> Iterator[Tensor]:
-            yield -self.model.log_prior(u, self.model.trace(u, batch))
+            if rank() == 0:  # the processes of a data-parallel run share one prior
+                yield -self.model.log_prior(u, self.model.trace(u, batch))
 
         return torch.stack([value_and_gradient(terms, self.latent + offset)[1] for offset in offsets])
 
@@ -180,6 +184,8 @@ class PerturbedLoss:
         problem = self.problem
         u = problem.latent + offset
         yield from problem._terms(u)
+        if rank() > 0:
+            return
         extra = 0.5 * problem.proximal * offset.square().sum() - self.shift * self.functional(u)
         yield extra - problem.gradient @ offset if problem.correct_gradient else extra
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variation due to regularisation: an uncertainty score for all inputs from one fine-tuning run."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.paired import fine_tune
 from pyro_bnn.infer.hfl.problem import Problem
 from pyro_bnn.infer.hfl.solver import Solver
+from pyro_bnn.ops.distributed import all_reduce_sum
 
 
 @dataclass
@@ -85,7 +87,7 @@ def regvar_score(
     Source: McInerney and Kallus (2025), "Variation due to regularization tractably recovers Bayesian deep learning",
     algorithm listing.
     """
-    gradient = _mean_slope(problem)
+    gradient = _mean_slope(problem, problem.latent, iter_batches(problem.data))
     direction = solver(gradient[None])[0]
     if num_epochs is None:
         score = functionals.responses(direction[None])[0].abs()
@@ -93,7 +95,7 @@ def regvar_score(
         shift = epsilon / float((gradient @ direction).clamp(min=torch.finfo(gradient.dtype).tiny).sqrt())
 
         def push(offsets: Tensor, batch: Batch) -> Tensor:
-            slope = _batch_slope(problem, problem.latent + offsets[0], batch)[0]
+            slope = _mean_slope(problem, problem.latent + offsets[0], [batch])
             return torch.cat([shift * slope[None], torch.zeros_like(offsets[1:])])
 
         offsets = fine_tune(problem, solver, 2 if twin else 1, push, num_epochs=num_epochs)
@@ -123,9 +125,11 @@ def _batch_slope(problem: Problem, u: Tensor, batch: Batch) -> tuple[Tensor, int
     return slope, outputs.numel()
 
 
-def _mean_slope(problem: Problem) -> Tensor:
-    total, count = torch.zeros_like(problem.latent), 0
-    for batch in iter_batches(problem.data):
-        slope, number = _batch_slope(problem, problem.latent, batch)
+def _mean_slope(problem: Problem, u: Tensor, batches: Iterable[Batch]) -> Tensor:
+    """The gradient of the mean absolute output over batches, those of all processes."""
+    total, count = torch.zeros_like(problem.latent), problem.latent.new_zeros(())
+    for batch in batches:
+        slope, number = _batch_slope(problem, u, batch)
         total, count = total + number * slope, count + number
+    all_reduce_sum([total, count])
     return total / count

@@ -30,10 +30,54 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for dtype in {t.dtype for t in tensors}:
             group = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in group])
+            flat = torch.cat([t.reshape(-1) for t in group]).to(message_device(group[0].device))
             td.all_reduce(flat)
             for target, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 target.copy_(part.view_as(target))
+
+
+def message_device(device: torch.device) -> torch.device:
+    """
+    Where the backend can send a tensor from: NCCL sends from GPUs only.
+
+    :param device: where the tensor is.
+    :return: that device, or the present GPU.
+    """
+    if td.get_backend() == "nccl" and device.type != "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def is_same(value: int) -> bool:
+    """
+    Compares a number between processes.
+
+    :param value: an integer.
+    :return: whether all processes pass the same.
+    """
+    if world_size() == 1:
+        return True
+    pair = torch.tensor([value, -value], device=message_device(torch.device("cpu")))
+    td.all_reduce(pair, op=td.ReduceOp.MAX)
+    return int(pair[0]) == -int(pair[1])
+
+
+def shared_generator(device: torch.device) -> torch.Generator | None:
+    """
+    A source of random numbers that gives all processes the same ones.
+
+    :param device: where the numbers are drawn.
+    :return: a generator seeded by process 0; ``None``, torch's own, if there is one process only.
+    """
+    if world_size() == 1:
+        return None
+    return torch.Generator(device=device).manual_seed(_shared_seed())
+
+
+def _shared_seed() -> int:
+    seed = torch.randint(2**62, (1,)).to(message_device(torch.device("cpu")))
+    td.broadcast(seed, 0)
+    return int(seed)
 
 
 def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
@@ -57,18 +101,12 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
     if world_size() > 1:
         with torch.no_grad():
             for tensor in tensors:
-                value = tensor.detach().clone()
+                value = tensor.detach().to(message_device(tensor.device), copy=True)
                 td.broadcast(value, 0)
                 tensor.copy_(value)
 
 
-def share_random_state(device: torch.device) -> None:
-    """
-    Gives all processes the random numbers of process 0, so that they draw the same latents.
-
-    :param device: a device that the backend can send from.
-    """
+def share_random_state() -> None:
+    """Gives all processes the random numbers of process 0, so that they draw the same latents."""
     if world_size() > 1:
-        seed = torch.randint(2**62, (1,)).to(device)
-        td.broadcast(seed, 0)
-        torch.manual_seed(int(seed))
+        torch.manual_seed(_shared_seed())

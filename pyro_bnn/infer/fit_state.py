@@ -1,0 +1,128 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of fit shows to callbacks and leaves behind, and how Ctrl-C reaches it."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass
+class FitResult:
+    """
+    What a run of :func:`fit` leaves behind.
+
+    :param losses: the loss of every step (negative ELBO, summed over the data), shape ``(num_steps,)``.
+    :param num_steps: the number of optimisation steps, those before a resumption included.
+    :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"interrupted"``, the ``stop_reason`` of the
+        callback that stopped the run (``"callback"`` if it has none), or the text of an error.
+    :param wall_time: seconds, those before a resumption included.
+    """
+
+    losses: Tensor
+    num_steps: int
+    stop_reason: str
+    wall_time: float
+
+    def plot(self, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
+        """
+        Draws the losses and their running mean.
+
+        :param int smooth: steps in the running mean.
+        :param ax: matplotlib axes to draw in.
+        :return: the axes.
+        """
+        from matplotlib import pyplot
+
+        if ax is None:
+            ax = pyplot.subplots()[1]
+        steps = torch.arange(1, len(self.losses) + 1)
+        ax.plot(steps, self.losses, color="C0", alpha=0.3, linewidth=0.8)
+        width = min(smooth, len(self.losses))
+        if width:
+            ax.plot(steps[width - 1 :], self.losses.unfold(0, width, 1).mean(-1), color="C0")
+        ax.set_xlabel("step")
+        ax.set_ylabel("loss")
+        return ax
+
+
+class NonFiniteLossError(ArithmeticError):
+    """
+    The loss became NaN or infinite; the parameters are back in their last good state.
+
+    :param str message: names the step, the site or argument, and what to do.
+    :param FitResult result: the run until then.
+    """
+
+    def __init__(self, message: str, result: FitResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass
+class FitState:
+    """
+    What a callback of :func:`fit` sees after each step.
+
+    :param step: the number of steps taken.
+    :param epoch: the number of the current pass over the data, from 0.
+    :param loss: the loss of this step.
+    :param losses: all losses so far.
+    :param model: the model.
+    :param guide: the guide.
+    :param elbo: the bound.
+    :param loss_fn: the loss as a function of the arguments of the model.
+    :param optimizer: the torch optimiser.
+    :param parameters: the parameters by name.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    losses: list[float]
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    elbo: Any
+    loss_fn: Callable[..., Tensor] = field(repr=False)
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, Tensor] = field(repr=False)
+
+
+#: Called after every step; a true return value stops the run. A callback may also have a ``stop_reason``, a method
+#: ``finish(state)`` that is called at the end, and ``state_dict`` and ``load_state_dict`` for checkpoints.
+Callback = Callable[[FitState], bool | None]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """
+    Turns the first Ctrl-C into a flag, so that a step is never cut in half; the second one interrupts.
+
+    :return: a context manager that yields a function telling whether Ctrl-C was pressed.
+    """
+    pressed = False
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    old = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, old)
