@@ -116,14 +116,16 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="names of methods")
+    parser.add_argument("--tasks", nargs="*", default=list(TRAIN), choices=list(TRAIN))
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
-    done = {(row["task"], row["method"], row["seed"]) for row in rows}
+    done = {(row["task"], row["method"], row["seed"], row["steps"]) for row in rows}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
                 "scikit-learn": sklearn.__version__}  # fmt: skip
-    for seed, task in itertools.product(range(1 if args.smoke else args.seeds), TRAIN):
+    for seed, task in itertools.product(range(1 if args.smoke else args.seeds), args.tasks):
         for name, method in methods(task).items():
-            if (task, name, seed) in done:
+            if (task, name, seed, args.steps) in done or (args.only and name not in args.only):
                 continue
             row = {"task": task, "method": name, "seed": seed}
             row |= run(task, method, seed, 10 if args.smoke else args.steps)

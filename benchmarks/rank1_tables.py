@@ -144,7 +144,7 @@ def fashion() -> None:
                for row in noise])  # fmt: skip
     for row in rows:
         if row["study"] == "penalty" and row["method"] == "rank-1 Gaussian" and "report" in row:
-            (TABLES / "rank1_diversity.txt").write_text(row["report"] + "\n")
+            (TABLES / "rank1_diversity_fashion.txt").write_text(row["report"] + "\n")
 
 
 def main() -> None:
@@ -153,11 +153,20 @@ def main() -> None:
         "NLL": ("nll", 4), "ECE": ("ece", 4), "accuracy": ("accuracy", 4), "parameters": ("parameters", 0)
     })  # fmt: skip
     small = read("rank1_presets")
+    for row in small:
+        if row["steps"] != 400:
+            row["method"] += f", {row['steps']} steps"
     for task in dict.fromkeys(row["task"] for row in small):
         by_method(f"rank1_presets_{task}", [row for row in small if row["task"] == task], {
             "NLL": ("nll", 3), **({"accuracy": ("accuracy", 3), "ECE": ("ece", 3)} if task == "digits" else
                                   {"RMSE": ("rmse", 3)}),
         })  # fmt: skip
+    for row in small:
+        if row["task"] == "digits" and "report" in row:
+            end = {"default preset": "default", "dusenberry2020, weights N(0, 1/fan-in)": "collapsed"}
+            if row["method"] in end:
+                path = TABLES / f"rank1_diversity_{end[row['method']]}.txt"
+                path.write_text(row["report"] + "\n")
     training, prediction, memory = [], [], []
     for row in read("rank1_speed"):
         if row["what"] == "training step":

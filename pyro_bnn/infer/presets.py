@@ -140,7 +140,8 @@ def default_preset() -> Rank1Preset:
     They differ from those of the paper in the prior of the factors, N(1, 0.5) instead of N(1, 0.1), under which members
     hardly differ; in the initial factors (draws of the prior instead of random signs, which a prior centred at 1 pulls
     back); in the divergence (the mean over components, which bounds the evidence of the mixture more tightly than the
-    sum); and in weights with the prior N(0, 16/fan-in). For small data sets take ``weight_prior=FanInNormal()``.
+    sum); and in weights with the prior N(0, 16/fan-in). That prior is wide: on scikit-learn's digits it was better than
+    ``weight_prior=FanInNormal()``, on the 221 rows of its diabetes data worse.
 
     :return: the preset.
 
