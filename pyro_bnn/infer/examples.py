@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bnn.infer.data import Batch, iter_batches, map_tensors
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
@@ -143,6 +144,8 @@ class ExampleStream:
         self._chunk: int | None = None
         self._layouts: dict[str, Layouts] = {}
         self._can_split: bool | None = None
+        #: numbers per example in each of the tensors that the model's graph keeps
+        self._kept: list[int] = []
 
     def chunks(self, batch: Batch) -> Iterator[Batch]:
         """
@@ -169,9 +172,20 @@ class ExampleStream:
         sizes = (3, 5)
         seen = []
         for n in sizes:
+            part = slice_batch(batch, size, slice(0, n))
+            given = {x.data_ptr() for x in (*part[0], *part[1].values()) if isinstance(x, Tensor)}
+            kept: list[int] = []
+
+            def note(x: Tensor, n: int = n, given: set[int] = given, kept: list[int] = kept) -> Tensor:
+                if x.dim() and x.shape[0] == n and x.data_ptr() not in given:
+                    kept.append(x.numel() // n)
+                return x.new_empty(0)
+
             try:
-                with torch.no_grad():
-                    trace = self.model.trace(self.latent, slice_batch(batch, size, slice(0, n)))
+                # what the graph of a run keeps is noted and thrown away
+                with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
+                    trace = self.model.trace(self.latent, part)
+                self._kept = kept
             except (RuntimeError, ValueError, IndexError, AssertionError):
                 return False
             seen.append({k: {f.name: f.size for f in s["cond_indep_stack"]} for k, s in trace.nodes.items()
@@ -220,7 +234,8 @@ class ExampleStream:
                     sites.append(SiteExamples(site, jacobian, node["value"] if node["is_observed"] else None))
             if self._chunk is None:
                 floats = sum(s.jacobian.floats_per_example(max(self.passes, s.jacobian.M)) for s in sites)
-                largest = max((s.jacobian.largest_output() for s in sites), default=0)
+                floats += sum(self._kept)
+                largest = max([*self._kept, *(s.jacobian.largest_output() for s in sites)], default=0)
                 # many passes over few examples whose tensors stay in the cache beat few over many
                 fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
                 self._chunk = max(1, min(fast, self.budget // max(1, floats)))

@@ -307,3 +307,25 @@ def test_predictions_of_a_split_batch_keep_no_activations():
     whole.loc.data.copy_(guide.loc)
     whole.laplace_approximation((x, torch.zeros(600)), map_tolerance=float("inf"))
     assert_close(result.covariance, whole.linearized_outputs(x)["obs"].covariance, rtol=1e-4)
+
+
+def test_the_budget_counts_activations_before_the_last_layer():
+    pyro.set_rng_seed(0)
+    x, y = torch.randn(400, 3), torch.zeros(400)
+    sizes = []
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(500, 3), 1.0).to_event(2))
+        v = pyro.sample("v", dist.Normal(torch.zeros(500), 1.0).to_event(1))
+        sizes.append(len(x))
+        hidden = torch.tanh(torch.relu(x @ w.T) @ torch.eye(500))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(hidden @ v / 500, 1.0), obs=y)
+
+    guide = AutoLaplace(model, structure="diagonal", sites=["v"], budget=50_000).initialize(x, y)
+    sizes.clear()
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    # the outputs of two activations are kept per example, and a few numbers more
+    chunks = [size for size in sizes if size not in (3, 5, 64)]
+    assert sum(chunks) + 64 == 400
+    assert max(chunks) * 1000 <= 50_000
