@@ -5,7 +5,7 @@ Fashion-MNIST and MNIST with a network of LeNet's size: MAP, deep ensemble, rank
 Hessian-free Laplace.
 
 Every posterior sees the same training images and has the same number of steps, batch size and optimiser; the prior of
-the weights is N(0, 16 / fan-in), which ``rank1_fashion.py`` chose on held-out training images. Laplace approximations
+the weights is N(0, 16 / fan-in), as in the study ``prior`` of ``rank1_fashion.py``. Laplace approximations
 are around the first member of the ensemble, with the GGN over all training images, and the closed-form probit
 predictive; "tuned" ones multiply the prior precision by the value that the evidence prefers. Hessian-free Laplace
 solves for the last layer at the features of 100 training images, which span the features of all of them, so that its
@@ -36,7 +36,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from rank1_fashion import Batches, cosine, load
+from rank1_fashion import cosine
+from rank1_images import Batches, load
 from torch import Tensor, nn
 
 from pyro_bnn.diagnostics import metrics
