@@ -317,7 +317,7 @@ def main() -> None:
               "python": platform.python_version(), "rounds": rounds}  # fmt: skip
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row | common)
+        rows.append(common | row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         if args.out:  # rows of an earlier run stay unless this one measures them again
             key = lambda r: (r["what"], r["network"], r.get("K"), r.get("which"))  # noqa: E731
@@ -337,7 +337,8 @@ def main() -> None:
                      "pyro_over_hand": row["pyro"] / row["hand"]})  # fmt: skip
         if "prediction" in args.parts:
             S = 8 if args.smoke else 100
-            row = prediction(make, x, y, S, min(rounds, args.prediction_rounds))
+            times = min(rounds, args.prediction_rounds)
+            row = {"rounds": times, **prediction(make, x, y, S, times)}
             add({"what": f"prediction, S = {S}", "network": name, "batch": batch, **row})
         if "memory" in args.parts and not args.smoke:
             for which in ("hand", "pyro"):

@@ -174,7 +174,14 @@ def main() -> None:
                              *(f"{row[k]:.2f}" for k in ("hand", "pyro", "pyro_over_hand"))])  # fmt: skip
         elif row["what"].startswith("prediction"):
             prediction.append(
-                [row["network"], str(row["batch"]), f"{row['vectorised']:.2f}", f"{row['chunks_of_20']:.2f}"]
+                [
+                    row["network"],
+                    str(row["batch"]),
+                    *(
+                        f"{row[key]:.2f}" if key in row else "not measured"
+                        for key in ("posterior_predictive", "chunks_of_1", "chunks_of_4", "chunks_of_20")
+                    ),
+                ]
             )
         else:
             memory.append(
@@ -182,9 +189,15 @@ def main() -> None:
             )
     write("rank1_speed_training", ["network", "K", "batch", "deterministic, ms", "by hand, x", "through Pyro, x",
                                    "Pyro / by hand"], training)  # fmt: skip
-    write(
-        "rank1_speed_prediction", ["network", "batch", "all draws at once, x", "20 at a time, x"], prediction
-    )
+    header = [
+        "network",
+        "batch",
+        "posterior_predictive, x",
+        "1 draw at a time, x",
+        "4 at a time, x",
+        "20 at a time, x",
+    ]
+    write("rank1_speed_prediction", header, prediction)
     write("rank1_speed_memory", ["network", "", "peak, MiB", "above the start, MiB"], memory)
 
 

@@ -138,6 +138,27 @@ class JointTerms:
         return kl, log_prior
 
 
+def constant_priors(
+    model_sites: Mapping[str, Any], seen: Mapping[str, Any], plates: set[str]
+) -> dict[str, Any]:
+    """
+    The priors of the sites that layers of this package read outside of plates, scales and masks of the model.
+
+    :param model_sites: the sites of the model.
+    :param seen: by site, the prior that a layer gave it.
+    :param plates: plates that do not count.
+    :return: priors by site.
+    """
+    found = {}
+    for name, prior in seen.items():
+        site = model_sites[name]
+        frames = {frame.name for frame in site["cond_indep_stack"]}
+        unscaled = not isinstance(site["scale"], Tensor) and site["scale"] == 1.0 and site["mask"] is None
+        if unscaled and frames <= plates:
+            found[name] = prior
+    return found
+
+
 def _base(prior: Any) -> Any:
     while isinstance(prior, torch.distributions.Independent):
         prior = prior.base_dist

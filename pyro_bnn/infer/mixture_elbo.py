@@ -25,7 +25,7 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import CollectMessenger, Site, sample_sites
-from pyro_bnn.infer.joint_terms import JointTerms
+from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.nn.folding import split_batch
 from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.sites import SITE_KEY, silent_sites
@@ -34,6 +34,7 @@ _Elbo: Any = ELBO
 
 COMPONENT_PLATE = "_components"
 PARTICLE_PLATE = "_mixture_particles"
+PLATES = {COMPONENT_PLATE, PARTICLE_PLATE}
 
 
 class Mixture_ELBO(_Elbo):
@@ -183,7 +184,7 @@ class Mixture_ELBO(_Elbo):
         mixtures = list(_mixtures(guide))
         K = _common_num_components(mixtures)
         for mixture in mixtures:
-            for name in {COMPONENT_PLATE, PARTICLE_PLATE} & mixture.plate_names:
+            for name in PLATES & mixture.plate_names:
                 raise ValueError(
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
@@ -199,7 +200,7 @@ class Mixture_ELBO(_Elbo):
             model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
             joint = set()
             if self._is_joint(guide, mixtures):
-                joint = self._add_joint(guide, terms, _constant_priors(model_sites, silent.seen))
+                joint = self._add_joint(guide, terms, constant_priors(model_sites, silent.seen, PLATES))
             terms.collect(model_sites, {n: s for n, s in guide_sites.items() if n not in joint})
         likelihood = self._likelihood_term(model_sites, K, nesting)
         scale = self.current_kl_scale()
@@ -326,7 +327,7 @@ class Mixture_ELBO(_Elbo):
                 model_sites[name] = _site(priors[name], values[name], {})
             done = set()
             if self._is_joint(guide, [guide]):
-                done = self._add_joint(guide, terms, _constant_priors(model_sites, silent.seen))
+                done = self._add_joint(guide, terms, constant_priors(model_sites, silent.seen, PLATES))
         guide_sites = {}
         for name in (n for n in (*points, *blocks) if n not in done):  # the order of the guide
             if name in points:
@@ -405,18 +406,6 @@ class Mixture_ELBO(_Elbo):
             mixed = log_prob.logsumexp(-nesting - 1) - math.log(K)
             total = total + scale * mixed.sum() / self.num_particles
         return total
-
-
-def _constant_priors(model_sites: dict[str, Site], seen: dict[str, Any]) -> dict[str, Any]:
-    """The priors of the sites that layers of this package read outside of plates, scales and masks of the model."""
-    found = {}
-    for name, prior in seen.items():
-        site = model_sites[name]
-        frames = {frame.name for frame in site["cond_indep_stack"]}
-        unscaled = not isinstance(site["scale"], Tensor) and site["scale"] == 1.0 and site["mask"] is None
-        if unscaled and frames <= {COMPONENT_PLATE, PARTICLE_PLATE}:
-            found[name] = prior
-    return found
 
 
 def _site(fn: Any, value: Tensor, hint: dict[str, Any]) -> Site:

@@ -236,6 +236,14 @@ def _convertible(net: nn.Module, only: Any, skip: Any, table: dict[type, type]) 
                     f"{argument} names {selector!r}, which is no module of the network; the modules are "
                     f"{sorted(paths - {''})[:20]}."
                 )
+    for selector in admitted:
+        if isinstance(selector, str):
+            module = net.get_submodule(selector)
+            if not any(_torch_class(part) in table for part in module.modules()):
+                raise ValueError(
+                    f"only names {describe_module(module, selector)}, which neither is nor holds a layer that can be "
+                    f"converted; those are {sorted(c.__name__ for c in table)}."
+                )
     for name, module in net.named_modules():
         if _torch_class(module) not in table:
             continue

@@ -103,6 +103,8 @@ def test_prior_errors_name_the_parameter():
         bayesian_(nn.Sequential(nn.Linear(2, 2)), prior={"wieght": dist.Normal(0.0, 1.0)})
     with pytest.raises(ValueError, match="skip names '5'"):
         rank1_(nn.Sequential(nn.Linear(2, 2)), skip="5")
+    with pytest.raises(ValueError, match=r"only names 1\.0 \(Tanh\), which neither is nor holds a layer"):
+        rank1_(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Tanh())), only=["0", "1.0"])
     with pytest.raises(ValueError, match=r"nothing to convert.*ReLU"):
         rank1_(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match=r"0 \(Linear\) holds 'weight' in torch.float16"):
