@@ -51,7 +51,7 @@ class Settings:
     rounds: int = 8
     iterations: int = 100
     members: int = 5
-    steps: int = 2000
+    steps: int = 1000
     batch: int = 1000
     targets: int = 256
     draws: int = 100
@@ -226,7 +226,7 @@ def mean_field(member: Member, data: tuple[Tensor, Tensor]) -> tuple[Regression,
     net = bayesian_(network(data[0].shape[1], s), prior=member.priors())
     model = Regression(net, member.model.noise)
     guide = AutoMixture(model, 1, init_loc_fn=lambda site: start[site["name"]].clone(), init_scale=0.01)
-    return model, variational(model, guide, data, s, 0.005)
+    return model, variational(model, guide, data, s, 0.01)
 
 
 def rank1(
@@ -252,4 +252,4 @@ def rank1(
     kind = "cauchy" if family == "cauchy" else "normal"
     scale = 0.003 if family == "cauchy" else 0.03
     guide = AutoMixture(model, components, kind, rest="normal", noise="per_example", init_scale=scale)
-    return model, variational(model, guide, data, s, 0.005)
+    return model, variational(model, guide, data, s, 0.01)

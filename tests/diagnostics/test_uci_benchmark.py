@@ -10,6 +10,7 @@ import torch
 from scipy import integrate, stats
 
 from benchmarks import uci_data
+from benchmarks.gold_distances import distances
 from benchmarks.uci_models import Member, Settings
 
 
@@ -86,3 +87,18 @@ def test_updates_converge_to_the_maximum_of_the_evidence(ard):
     finally:
         torch.set_default_dtype(before)
     assert max(slopes) < 1e-3
+
+
+def test_distances_of_predictives_have_their_closed_forms():
+    mean, sd, shift = 1.0, 0.5, 0.3
+    p = torch.full((3, 2), mean, dtype=torch.float64), torch.full((3, 2), sd**2, dtype=torch.float64)
+    q = p[0] + torch.tensor([0.0, shift]), p[1]
+    found = distances(p, q)
+    normal = stats.norm()
+    total_variation = 2 * normal.cdf(shift / (2 * sd)) - 1
+    mass = normal.cdf(1.96 - shift / sd) - normal.cdf(-1.96 - shift / sd)
+    width = 2 * 1.96 * sd
+    np.testing.assert_allclose(found["total_variation"], [0.0, total_variation], atol=1e-4)
+    np.testing.assert_allclose(found["wasserstein"], [0.0, shift / sd], atol=1e-6)
+    np.testing.assert_allclose(found["mass"], [0.95, mass], atol=5e-3)
+    np.testing.assert_allclose(found["overlap"], [1.0, (width - shift) / (width + shift)], atol=1e-3)
