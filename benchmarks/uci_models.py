@@ -48,10 +48,10 @@ class Settings:
     activation: str = "tanh"
     ard: bool = False
     epochs: int = 0
-    rounds: int = 8
+    rounds: int = 10
     iterations: int = 100
     members: int = 5
-    steps: int = 1000
+    steps: int = 800
     batch: int = 1000
     targets: int = 256
     draws: int = 100
@@ -158,10 +158,31 @@ class Member:
             self._adam(guide, data)
         loc = guide.loc.detach().clone()
         while True:
-            loc = lbfgs(lambda u: guide.packed.losses(u, data), loc, max_iter=s.iterations)
+            energy = self.potential(data)
+            loc = lbfgs(lambda u, energy=energy: [energy(u)], loc, max_iter=s.iterations)
             found = self.at(loc, data).laplace_approximation(data, map_tolerance=math.inf)
             yield found
             self._update(found, data)
+
+    def potential(self, data: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+        """
+        The negative log joint density up to a constant, at the hyperparameters in use, as a plain function of the
+        packed vector: on small data an evaluation of the model costs several times as much.
+        """
+        x, y = data
+        hidden, inputs = self.settings.hidden, x.shape[1]
+        sizes = {"0.weight": hidden * inputs, "0.bias": hidden, "2.weight": hidden, "2.bias": 1}
+        precision = torch.cat(
+            [s.pow(-2).expand(sizes[n] // len(s), len(s)).reshape(-1) for n, s in self.scales.items()]
+        )
+        scale, activation = self.model.noise**-2, self.model.net[1]
+
+        def function(u: Tensor) -> Tensor:
+            w1, b1, w2, b2 = u.split(list(sizes.values()))
+            f = activation(torch.addmm(b1, x, w1.view(hidden, inputs).T)) @ w2 + b2
+            return 0.5 * (scale * (y - f).square().sum() + (precision * u.square()).sum())
+
+        return function
 
     def _adam(self, guide: AutoLaplace, data: tuple[Tensor, Tensor]) -> None:
         self.model.size = len(data[0])

@@ -163,7 +163,7 @@ def write(name: str, rows: list[list[str]]) -> None:
 
 
 def main() -> None:
-    cells = read(sorted(RESULTS.glob("uci*.jsonl")))
+    cells = read([RESULTS / "uci.jsonl"])
     write("uci_goal", goal(cells))
     write("uci_standard_ll", by_method(cells, "standard", "log_likelihood", 3, SINGLE_LAYER | DEEPER))
     write("uci_gap_ll", by_method(cells, "gap", "log_likelihood", 3, GAP))

@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_mixture_in_original_units():
 
 
 @pytest.mark.parametrize("ard", [False, True])
-def test_updates_converge_to_the_maximum_of_the_evidence(ard):
+def test_potential_is_the_model_and_updates_converge_to_the_maximum_of_the_evidence(ard):
     torch.manual_seed(0)
     x = torch.randn(60, 2, dtype=torch.float64)
     y = torch.sin(2 * x[:, 0]) + 0.2 * torch.randn(60, dtype=torch.float64)
@@ -75,6 +75,12 @@ def test_updates_converge_to_the_maximum_of_the_evidence(ard):
         settings = Settings(hidden=4, ard=ard, rounds=1, iterations=200)
         member = Member(2, settings).fit((x, y), seed=0)
         loc = member.guide.loc.detach()
+        plain = member.potential((x, y))
+        values = [
+            torch.stack([plain(u), member.at(u, (x, y)).negative_log_joint((x, y))[0]])
+            for u in (loc, 0.5 * loc)
+        ]
+        torch.testing.assert_close(*(values[0] - values[1]))
         for _ in range(100):
             guide = member.at(loc, (x, y)).laplace_approximation((x, y), map_tolerance=math.inf)
             member._update(guide, (x, y))
