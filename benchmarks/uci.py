@@ -229,16 +229,26 @@ METHODS: dict[str, Callable[[Fits], Prediction]] = {
 USES_ALL_MEMBERS = ("deep ensemble", "mixture of Laplace")
 
 
-def choose(name: str, overrides: dict[str, Any], rounds: int = 10) -> Iterator[dict[str, Any]]:
-    """Scores of the full Laplace approximation on a fifth of the training part of split 0, round by round."""
+def choose(
+    name: str, kind: str, number: int, overrides: dict[str, Any], rounds: int = 10
+) -> Iterator[dict[str, Any]]:
+    """Scores of the full Laplace approximation on held-out rows of the training part, round by round."""
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    split = load(name, "standard", 0, validate=True)
+    split = load(name, kind, number, validate=True)
     member = Member(split.x.shape[1], replace(SETTINGS.get(name, SMALL), **overrides))
     start = time.process_time()
-    for number, guide in enumerate(islice(member.alternate((split.x, split.y), 0), rounds), 1):
+    for done, guide in enumerate(islice(member.alternate((split.x, split.y), 0), rounds), 1):
         found = guide.predictive(split.x_test)["obs"]
-        row = {"set": name, "rounds": number, "validation": True, "noise": member.model.noise, **overrides}
+        row = {
+            "set": name,
+            "kind": kind,
+            "split": number,
+            "rounds": done,
+            "validation": True,
+            "noise": member.model.noise,
+            **overrides,
+        }
         row |= scores(found.mean.detach()[None], found.variance.detach()[None], split.y_test, split.scale)
         row |= {"evidence": float(guide.log_evidence()), "seconds": round(time.process_time() - start, 2)}
         yield row
@@ -359,8 +369,9 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.choose:
-        for name in args.sets:
-            for row in choose(name, overrides_of(args)):
+        cases = [(n, k, s) for n in args.sets for k in args.kinds for s in args.splits or [0]]
+        for case in cases:
+            for row in choose(*case, overrides_of(args)):
                 print(json.dumps(row), flush=True)
                 if args.out:
                     with args.out.open("a") as stream:

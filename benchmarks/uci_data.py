@@ -56,8 +56,8 @@ def load(name: str, kind: str, split: int, *, validate: bool = False) -> Split:
     :param name: data set.
     :param kind: ``"standard"`` or ``"gap"``.
     :param split: its number.
-    :param validate: whether a random fifth of the training part takes the place of the test part, which is then not
-        read.
+    :param validate: whether rows of the training part take the place of the test part, which is then not used: a
+        random fifth, or for gap splits the middle third along the next feature.
     """
     raw = _read(name)
     x, y = torch.from_numpy(raw["x"]).double(), torch.from_numpy(raw["y"]).double()
@@ -66,9 +66,13 @@ def load(name: str, kind: str, split: int, *, validate: bool = False) -> Split:
     test[index[index >= 0]] = True
     if validate:
         x, y = x[~test], y[~test]
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+        third = len(x) // 3
+        if kind == "gap":
+            held_out = x[:, (split + 1) % x.shape[1]].argsort(stable=True)[third : 2 * third]
+        else:
+            held_out = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))[: len(x) // 5]
         test = torch.zeros(len(x), dtype=torch.bool)
-        test[order[: len(x) // 5]] = True
+        test[held_out] = True
     mean, sd = x[~test].mean(0), x[~test].std(0)
     x = (x - mean) / torch.where(sd > 0, sd, torch.ones_like(sd))
     y_mean, y_sd = y[~test].mean(), y[~test].std()

@@ -166,9 +166,10 @@ def main() -> None:
     cells = read([RESULTS / "uci.jsonl"])
     write("uci_goal", goal(cells))
     write("uci_standard_ll", by_method(cells, "standard", "log_likelihood", 3, SINGLE_LAYER | DEEPER))
-    write("uci_gap_ll", by_method(cells, "gap", "log_likelihood", 3, GAP))
-    write("uci_gap_worst", worst(cells))
-    for kind in ("standard", "gap"):
+    if any(kind == "gap" for kind, _, _ in cells):
+        write("uci_gap_ll", by_method(cells, "gap", "log_likelihood", 3, GAP))
+        write("uci_gap_worst", worst(cells))
+    for kind in dict.fromkeys(kind for kind, _, _ in cells):
         for key, digits in (("rmse", 4), ("crps", 4), ("coverage", 3), ("seconds", 0)):
             write(f"uci_{kind}_{key}", by_method(cells, kind, key, digits))
 
