@@ -140,7 +140,7 @@ def part(prediction: Prediction, rows: slice) -> Prediction:
 
 def run(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     split = load(name, "standard", 0)
-    settings = replace(SMALL, draws=400, targets=10_000, members=args.chains)
+    settings = replace(SMALL, draws=400, targets=10_000)
     chains, steps = args.chains, (args.warmup, args.draws)
     if args.smoke:
         settings, chains, steps = replace(SMALL, **SMOKE), 2, (10, 20)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 """
-Turns the results of the UCI benchmark into the tables of the documentation, beside published ones.
+Turns the results of the UCI benchmarks into the tables of the documentation, beside published ones.
 
     python benchmarks/uci_tables.py
 """
@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,25 @@ def worst(cells: Cells) -> list[list[str]]:
     return table
 
 
+def against_nuts(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
+    """One table per data set of the comparison with NUTS."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    columns = {
+        "total variation": "total_variation", "Wasserstein": "wasserstein", "mass in 95 %": "mass",
+        "overlap": "overlap", "sd ratio": "sd_ratio", "rank correlation": "rank_correlation",
+        "log likelihood": "log_likelihood",
+    }  # fmt: skip
+    for name in dict.fromkeys(row["set"] for row in rows):
+        table = [["", *columns]]
+        for row in rows:
+            if row["set"] == name:
+                values = (row.get(key) for key in columns.values())
+                table.append(
+                    [row["method"], *("—" if v is None else f"{v:.3f}".replace("-", "−") for v in values)]
+                )
+        yield f"gold_{name}", table
+
+
 def write(name: str, rows: list[list[str]]) -> None:
     TABLES.mkdir(parents=True, exist_ok=True)
     with (TABLES / f"{name}.csv").open("w", newline="") as stream:
@@ -172,6 +192,8 @@ def main() -> None:
     for kind in dict.fromkeys(kind for kind, _, _ in cells):
         for key, digits in (("rmse", 4), ("crps", 4), ("coverage", 3), ("seconds", 0)):
             write(f"uci_{kind}_{key}", by_method(cells, kind, key, digits))
+    for name, table in against_nuts(RESULTS / "gold.jsonl"):
+        write(name, table)
 
 
 if __name__ == "__main__":
