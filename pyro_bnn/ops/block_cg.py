@@ -57,6 +57,7 @@ def block_conjugate_gradient(
     :param max_iter: largest number of block iterations; default ``10 p + 20``.
     :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
     :return: a :class:`BlockCGResult`.
+    :raises ValueError: if a product is not finite.
 
     Source: O'Leary (1980); the treatment of dependent directions follows Ji and Li (2017), "A breakdown-free block
     conjugate gradient method".
@@ -84,6 +85,8 @@ def block_conjugate_gradient(
     q = orthonormal_rows(r if preconditioner is None else preconditioner(r))
     while q.shape[0] and iterations < max_iter and residual.max() > tolerance:
         image = operator(q)
+        if not torch.isfinite(image).all():  # comparisons with NaN would end the loop as if it had converged
+            raise ValueError("a product with the operator is not finite")
         iterations += 1
         products += q.shape[0]
         values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))

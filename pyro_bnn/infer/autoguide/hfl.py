@@ -88,6 +88,10 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         init_loc_fn: Callable[..., Any] = init_to_median,
         chunk_size: int = 256,
     ) -> None:
+        if method == "regvar":
+            raise ValueError(
+                "method='regvar' is a score, which makes no guide: use method='probe', or hfl.regvar"
+            )
         check_option("method", method, Method)
         check_option("curvature", curvature, Curvature)
         if remainder is not None:
@@ -136,7 +140,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
 
     def add_targets(self, data: Any, targets: Any, **options: Any) -> Self:
         """
-        Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact.
+        Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact. With
+        probes, ``result`` then describes the added targets, the guide all of them.
 
         :param data: the data of :meth:`laplace_approximation`.
         :param targets: one batch of arguments of the model.
@@ -161,7 +166,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 antisymmetry=max(old.antisymmetry, result.antisymmetry),
                 residual=max(old.residual, result.residual),
                 smallest_curvature=min(old.smallest_curvature, result.smallest_curvature),
-                mean=torch.cat([old.mean, result.mean]),
+                mean=result.mean if self.method == "probe" else torch.cat([old.mean, result.mean]),
                 products=old.products + result.products,
                 gradient_evaluations=old.gradient_evaluations + result.gradient_evaluations,
                 iterations=old.iterations + result.iterations,
@@ -181,6 +186,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             proximal=self.proximal,
             preconditioner=self.preconditioner,
             chunk_size=self.chunk_size,
+            map_tolerance=float("inf"),  # the guide has a warning of its own
             **options,
         )
 
@@ -210,7 +216,9 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             half=result.half if self.method == "probe" else J @ factor,
             sandwich=sandwich,
             variances=result.variances if self.method == "probe" else K.diagonal().clone(),
-            shape=result.shape if len(result.variances) == len(J) else torch.Size([len(J)]),
+            shape=result.shape
+            if self.method == "probe" or len(result.variances) == len(J)
+            else torch.Size([len(J)]),
         )
         self._posterior = None
 

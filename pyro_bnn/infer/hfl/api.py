@@ -44,11 +44,13 @@ def solve(
     correct_gradient: bool = True,
     proximal: float | Literal["auto"] = 0.0,
     preconditioner: Preconditioner | None = None,
+    rank: int = 64,
     block_size: int = 64,
     robust: bool = False,
     check: bool = True,
     num_probes: int = 32,
     num_epochs: int = 200,
+    map_tolerance: float = 0.1,
     chunk_size: int = 256,
 ) -> HFLResult:
     r"""
@@ -87,17 +89,24 @@ def solve(
         approximation at that point also when it is not quite a minimum.
     :param proximal: δ of a term :math:`\frac\delta2|u-\hat u|^2`; ``"auto"`` takes twice the most negative curvature
         if there is one. It makes an indefinite problem solvable and biases variances down; the result reports it.
-    :param preconditioner: ``"nystrom"``, ``"diagonal"``, a fitted Laplace guide of the same model, or a map.
+    :param preconditioner: ``"nystrom"`` (the most useful one: ``2 * rank`` products, once), ``"prior"`` (free; for many
+        more latents than data), ``"diagonal"`` (of the GGN), a fitted Laplace guide of the same model (``"block"`` and
+        ``"full"`` GGNs help most where they fit), or a map. Blocks of many targets seldom need one.
+    :param int rank: directions of the ``"nystrom"`` preconditioner.
     :param int block_size: how many right-hand sides share a Krylov space.
     :param bool robust: also compute the infinitesimal-jackknife (sandwich) covariance.
     :param bool check: compare ε with ε/3 on at most 8 functionals.
     :param int num_probes: solves of ``"probe"``.
-    :param int num_epochs: passes of ``"paired"``.
+    :param int num_epochs: passes of ``"paired"``; from 20 on, in two to four rounds of variance reduction.
+    :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says that the
+        point estimate has not converged.
     :param int chunk_size: how many reverse passes run at once.
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
     """
+    if method == "regvar":
+        raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
     check_option("method", method, Method)
     check_option("curvature", curvature, Curvature)
     if robust and method == "probe":
@@ -124,6 +133,7 @@ def solve(
         tolerance=tolerance,
         max_iter=max_iter,
         preconditioner=preconditioner,
+        rank=rank,
         block_size=block_size,
     )
     m = len(functionals)
@@ -180,7 +190,7 @@ def solve(
         gradient_evaluations=problem.gradient_evaluations,
         warnings=notes,
     )
-    _warn(result, tolerance, solver.largest_curvature)
+    _warn(result, tolerance, solver.largest_curvature, map_tolerance)
     return result
 
 
@@ -322,7 +332,13 @@ def _setup(
     batch = None
     if targets is not None:
         check_data(targets)
-        (batch,) = iter_batches(targets)
+        batches = list(iter_batches(targets))
+        if len(batches) != 1:
+            raise ValueError(
+                f"targets hold {len(batches)} batches, expected one: concatenate the inputs, or solve for one batch at a "
+                "time (AutoHessianFreeLaplace.add_targets keeps them together)"
+            )
+        (batch,) = batches
     model, latent = point_estimate(guide, data)
     problem = Problem(
         model, latent, data, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
@@ -417,8 +433,14 @@ def _from_probes(probes: Probes) -> Parts:
     )
 
 
-def _warn(result: HFLResult, tolerance: float, largest_curvature: float) -> None:
+def _warn(result: HFLResult, tolerance: float, largest_curvature: float, map_tolerance: float) -> None:
     notes: list[str] = []
+    if not result.newton_decrement <= map_tolerance:
+        notes.append(
+            f"the point estimate is {result.newton_decrement:.3g} posterior standard deviations away from the minimum "
+            "(Newton decrement). Variances are those of the Laplace approximation at the point it is at: train longer "
+            "or call guide.polish(data) first"
+        )
     eps = torch.finfo(result.variances.dtype).eps
     if eps * largest_curvature > 1e-2 * result.smallest_curvature:
         notes.append(
@@ -431,10 +453,10 @@ def _warn(result: HFLResult, tolerance: float, largest_curvature: float) -> None
                 f"the solves stopped at a relative residual of {result.residual:.2g}, not {tolerance:.2g}: variances are "
                 "lower bounds. Use a preconditioner, a larger max_iter, or float64"
             )
-    elif result.residual > 0.1:
+    elif result.residual > (0.02 if result.method == "paired" else 0.1):
         notes.append(
-            f"the perturbed minimisations stopped {result.residual:.2g} epsilon short of their minima: use method='cg', "
-            "float64, a preconditioner, or more epochs"
+            f"the perturbed minimisations stopped {result.residual:.2g} epsilon short of their minima, so that variances "
+            "may be wrong by as large a fraction: use method='cg', float64, a preconditioner, or more epochs"
         )
     if result.agreement is not None and result.agreement > 0.01:
         notes.append(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator
+from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.infer.data import Batch, is_single_batch, iter_batches
 from pyro_bnn.infer.handlers import Site
 from pyro_bnn.infer.packed import PackedModel
@@ -53,6 +53,7 @@ class Problem:
     :param int chunk_size: how many vectors are multiplied at once.
     :ivar Tensor gradient: of the uncorrected loss at the point estimate, shape ``(p,)``.
     :ivar int gradient_evaluations: gradients over all the data so far.
+    :raises ValueError: if the loss is not a function of the latents, or its gradient is not finite.
     """
 
     def __init__(
@@ -73,9 +74,31 @@ class Problem:
         self.proximal = proximal
         self.correct_gradient = correct_gradient
         self.chunk_size = chunk_size
+        self._check_deterministic()
         self.value, self.gradient = value_and_gradient(self._terms, self.latent)
         self.gradient_evaluations = 1
+        if not torch.isfinite(self.gradient).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(self.gradient)).sum())} of {len(self.latent)} entries of the gradient of the loss "
+                f"are not finite at the point estimate (the loss is {float(self.value):.3g}): check the data, and whether "
+                "the model can be differentiated there."
+            )
         self._base = by_chunks(CurvatureAccumulator(model, self.latent, curvature).operator(data), chunk_size)
+
+    def _check_deterministic(self) -> None:
+        batch = next(iter_batches(self.data))
+        with torch.no_grad():
+            first, second = (
+                float(self.model.log_likelihood(self.model.trace(self.latent, batch), require_finite=False))
+                for _ in range(2)
+            )
+        if abs(first - second) > 1e3 * torch.finfo(self.latent.dtype).eps * abs(first):
+            raise ValueError(
+                f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
+                "Sites that poutine.block hides are drawn anew in every run: condition them on values first, as in "
+                "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
+                "random layers do the same."
+            )
 
     def operator(self, v: Tensor) -> Tensor:
         """
@@ -83,8 +106,14 @@ class Problem:
 
         :param v: shape ``(S, p)``.
         :return: shape ``(S, p)``.
+        :raises NotAMinimumError: if they are not finite.
         """
         product = self._base(v)
+        if not torch.isfinite(product).all():
+            raise NotAMinimumError(
+                f"products with the {self.curvature} are not finite: the model has no second derivative at the point "
+                "estimate, or the data are not finite"
+            )
         return product + self.proximal * v if self.proximal else product
 
     def gradients(self, offsets: Tensor) -> Tensor:
@@ -119,7 +148,7 @@ class Problem:
 
             def terms(u: Tensor) -> Iterator[Tensor]:
                 trace = self.model.trace(u, batch)
-                loss = -scale * self.model.log_likelihood(trace)
+                loss = -scale * self.model.log_likelihood(trace, require_finite=False)
                 yield loss - self.model.log_prior(u, trace) if rank() == 0 else loss
 
             gradients = torch.stack([value_and_gradient(terms, self.latent + o)[1] for o in offsets])

@@ -7,14 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.infer.curvature import CurvatureAccumulator, NotAMinimumError, prior_curvature
+from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.hfl.problem import Problem
 from pyro_bnn.ops.block_cg import block_conjugate_gradient
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.preconditioner import nystrom_preconditioner
 
-#: ``"nystrom"``, ``"diagonal"``, a fitted Laplace guide, or a map r -> M^-1 r.
-Preconditioner = Literal["nystrom", "diagonal"] | LinearMap | Any
+#: ``"nystrom"``, ``"prior"``, ``"diagonal"``, a fitted Laplace guide, or a map r -> M^-1 r.
+Preconditioner = Literal["nystrom", "prior", "diagonal"] | LinearMap | Any
 
 
 class Solver:
@@ -24,8 +25,9 @@ class Solver:
     :param Problem problem: gives the products.
     :param float tolerance: relative residual.
     :param max_iter: largest number of iterations per block; default ``10 p``.
-    :param preconditioner: ``None``, ``"diagonal"`` (of the GGN), ``"nystrom"``, a Laplace guide after
-        ``laplace_approximation`` (its covariance is the preconditioner), or a map of shape ``(S, p)`` tensors.
+    :param preconditioner: ``None``, ``"nystrom"``, ``"prior"`` (the diagonal of its curvature), ``"diagonal"`` (of the
+        GGN), a Laplace guide after ``laplace_approximation`` (its covariance is the preconditioner), or a map of
+        shape ``(S, p)`` tensors.
     :param int block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks.
     :param int rank: directions of the ``"nystrom"`` preconditioner.
     """
@@ -49,7 +51,7 @@ class Solver:
         self.smallest_curvature = float("inf")
         self.largest_curvature = 0.0
         self.residual = 0.0
-        self.preconditioner = self._resolve(preconditioner, rank)
+        self.preconditioner = self.resolve(preconditioner, rank)
 
     def __call__(self, rhs: Tensor, *, tolerance: float | None = None) -> Tensor:
         """
@@ -57,7 +59,14 @@ class Solver:
         :param tolerance: relative residual, if not that of the solver; such solves do not count in ``residual``.
         :return: shape ``(S, p)``.
         :raises NotAMinimumError: if a direction of negative curvature is met.
+        :raises ValueError: for right-hand sides that are not finite.
         """
+        if not torch.isfinite(rhs).all():
+            rows = (~torch.isfinite(rhs)).any(-1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{len(rows)} of {len(rhs)} gradients to solve for are not finite: check that the functionals can be "
+                "differentiated at the point estimate"
+            )
         parts = []
         for block in rhs.split(self.block_size):
             result = block_conjugate_gradient(
@@ -77,30 +86,35 @@ class Solver:
                     "point estimate is not a minimum and has no Laplace approximation. Call guide.polish(data) in "
                     "float64, train longer, use curvature='ggn', or set proximal='auto' and report its delta."
                 )
-            if not torch.isfinite(result.solution).all():
-                raise NotAMinimumError(
-                    f"products with the {self.problem.curvature} are not finite: check the data and the point estimate"
-                )
             if tolerance is None:
                 self.residual = max(self.residual, float(result.residual.max()))
             parts.append(result.solution)
         return torch.cat(parts) if parts else torch.zeros_like(rhs)
 
-    def _resolve(self, preconditioner: Preconditioner | None, rank: int) -> LinearMap | None:
+    def resolve(self, preconditioner: Preconditioner | None, rank: int) -> LinearMap | None:
+        r"""
+        :param preconditioner: see :class:`Solver`.
+        :param rank: directions of ``"nystrom"``.
+        :return: the map :math:`r \mapsto M^{-1} r`, or ``None``.
+        """
         problem = self.problem
         if preconditioner is None:
             return None
         if isinstance(preconditioner, str):
             if preconditioner == "nystrom":
                 self.products += 2 * min(rank, problem.latent.shape[0])
-                return nystrom_preconditioner(problem.operator, problem.latent, rank)
+                diagonal = self._prior_diagonal()
+                return nystrom_preconditioner(problem.operator, problem.latent, rank, diagonal=diagonal)
+            if preconditioner == "prior":
+                diagonal = self._prior_diagonal()
+                return lambda r: r / diagonal
             if preconditioner == "diagonal":
                 accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
                 diagonal = accumulator.diagonal(problem.data) + problem.proximal
                 return lambda r: r / diagonal
             raise ValueError(
-                f"unknown preconditioner {preconditioner!r}, expected 'nystrom', 'diagonal', a fitted Laplace guide "
-                "or a map of tensors of shape (S, p)"
+                f"unknown preconditioner {preconditioner!r}, expected 'nystrom', 'prior', 'diagonal', a fitted Laplace "
+                "guide or a map of tensors of shape (S, p)"
             )
         if hasattr(preconditioner, "posterior"):
             posterior = preconditioner.posterior
@@ -111,3 +125,15 @@ class Solver:
                 )
             return lambda r: posterior.half_solve(posterior.half_solve_transposed(r))
         return preconditioner
+
+    def _prior_diagonal(self) -> Tensor:
+        """The diagonal of the prior's curvature, kept positive where the prior is flat or not log-concave."""
+        problem = self.problem
+        leaf = problem.latent.clone().requires_grad_(True)
+        trace = problem.model.trace(leaf, next(iter_batches(problem.data)))
+        prior = prior_curvature(problem.model, leaf, trace, chunk_size=problem.chunk_size)
+        diagonal = prior.diagonal(torch.arange(len(leaf), device=leaf.device)) + problem.proximal
+        largest = diagonal.max()
+        if not largest > 0:
+            return torch.ones_like(diagonal)
+        return diagonal.clamp(min=1e-4 * largest)
