@@ -300,7 +300,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     right.loglog(p, [row["megabytes_dense"] for row in rows], "s--", label="dense")
     right.axhline(DENSE_LIMIT / 1e6, color="grey", lw=0.8, label="4 GB")
     right.set(xlabel="parameters", ylabel="megabytes")
-    left.legend()
+    left.set_ylim(top=5e3)
+    left.legend(loc="upper left")
     right.legend()
     plt.savefig(path)
 
