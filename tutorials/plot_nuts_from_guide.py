@@ -62,8 +62,8 @@ print(guide.map_report)
 # depths and divergences of every draw; the export takes them to ArviZ.
 
 settings = {
-    "num_samples": 10 if SMOKE else 200, "warmup_steps": 10 if SMOKE else 100, "num_chains": 2, "progress_bar": False,
-    "max_tree_depth": 3 if SMOKE else 7, "jit_compile": True, "ignore_jit_warnings": True,
+    "num_samples": 10 if SMOKE else 100, "warmup_steps": 10 if SMOKE else 80, "num_chains": 2, "progress_bar": False,
+    "max_tree_depth": 3 if SMOKE else 6, "jit_compile": True, "ignore_jit_warnings": True,
 }  # fmt: skip
 runs = {}
 for name, start_from in (("from the prior", None), ("from the guide", guide)):
