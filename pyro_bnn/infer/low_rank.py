@@ -36,7 +36,7 @@ def placed_rows(site: SiteExamples, cotangents: Iterable[Tensor], index: Tensor)
     place = torch.full((len(latent),), -1, dtype=torch.long, device=index.device)
     place[index] = torch.arange(len(index), device=index.device)
     for chunk in cotangents:
-        rows = latent.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
+        rows = chunk.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
         for positions, part in site.jacobian.rows(chunk):
             keep = place[positions] >= 0
             rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]

@@ -42,6 +42,7 @@ from pyro_bnn.infer.handlers import (
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, fisher_rule
+from pyro_bnn.ops.jacobian import wide
 
 
 @dataclass
@@ -264,7 +265,7 @@ class PackedModel:
                         f"{tuple(site['fn'].shape())}, the shape of its distribution: reshape the observations "
                         "(squeeze a trailing dimension of size 1, say)."
                     )
-                term = (log_prob * scale).sum()
+                term = (wide(log_prob) * scale).sum()
                 if require_finite and not torch.isfinite(term.detach()):
                     raise ValueError(
                         f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
@@ -282,7 +283,7 @@ class PackedModel:
         :return: :math:`\log p(\theta(u)) + \log|\det\partial\theta/\partial u|`, a scalar.
         :raises ValueError: if a latent site lies in a subsampled plate.
         """
-        total = self.space.log_abs_det_jacobian(latent)
+        total = wide(self.space.log_abs_det_jacobian(latent))
         for name in self._latents:
             site = trace.nodes[name]
             if subsample_scale(site) != 1.0:
@@ -290,7 +291,7 @@ class PackedModel:
                     f"latent site {name!r} lies in a subsampled plate: its values for the other elements of the "
                     "plate are not part of the packed vector. Use the full plate."
                 )
-            total = total + (unscaled_log_prob(site) * site["scale"]).sum()
+            total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum()
         return total
 
     def losses(self, latent: Tensor, data: Any) -> Iterator[Tensor]:
@@ -347,10 +348,14 @@ class PackedModel:
             rule = fisher_rule(base)
         except KeyError as error:
             raise KeyError(f"observed site {name!r}: {error.args[0]}") from None
-        parameters = {k: v for k, v in rule.parameters(base).items() if depends_on(v, latent)}
+        everything = rule.parameters(base)
+        if any(wide(v) is not v for v in everything.values()):  # a network in half precision
+            base = rule.build(base, {k: wide(v) for k, v in everything.items()})
+            everything = rule.parameters(base)
+        parameters = {k: v for k, v in everything.items() if depends_on(v, latent)}
         shape = base.batch_shape
         outputs = [v.expand(shape + v.shape[-1:]) for v in parameters.values()]
-        like = next(iter(rule.parameters(base).values()))
+        like = next(iter(everything.values()))
         weight = torch.full(shape, 1.0, dtype=like.dtype, device=like.device)
         for factor in (site["scale"] / subsample_scale(site), mask, site["mask"]):
             if isinstance(factor, Tensor) and factor.dim() and factor is not mask:

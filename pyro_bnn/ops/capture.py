@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, sizes
 from pyro_bnn.ops.uses import ElementwiseUse, LinearUse, Use
 
@@ -254,7 +255,7 @@ class Capture(TorchFunctionMode):
         return True
 
     def _kept(self, x: Tensor) -> Tensor:
-        return x if self.differentiable else x.detach()
+        return wide(x if self.differentiable else x.detach())
 
     # ------------------------------------------------------------------ linear maps
 
@@ -378,7 +379,7 @@ class Capture(TorchFunctionMode):
         y = func(weight, indices, padding_idx, *args)
         if index is None:
             return y
-        x = F.one_hot(indices, weight.shape[0]).to(y.dtype)
+        x = wide(F.one_hot(indices, weight.shape[0]).to(y.dtype))
         if padding_idx >= 0:
             x[..., padding_idx] = 0.0
         return self._record(y, LinearUse(index.mT, x, _same))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp, wide
 from pyro_bnn.ops.kronecker import Sharing, kronecker_inputs, kronecker_outputs
 from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Use, find_layout
 
@@ -249,7 +249,10 @@ class ExampleJacobian:
                     if torch.equal(weighted[i], weighted[j]):
                         self._slots[j] = i
                     break
-        return [find_layout(use, plain[use.slot], weighted[use.slot], weights) for use in uses]
+        eps = max(
+            (torch.finfo(y.dtype).eps for y in self._capture.outputs if y.is_floating_point()), default=0.0
+        )
+        return [find_layout(use, plain[use.slot], weighted[use.slot], weights, eps=eps) for use in uses]
 
     def _drop_unplaced(self) -> None:
         capture = self._capture
@@ -341,7 +344,7 @@ class ExampleJacobian:
             allow_unused=True,
             materialize_grads=True,
         )
-        return found if self.differentiable else tuple(g.detach() for g in found)
+        return tuple(wide(g if self.differentiable else g.detach()) for g in found)
 
     @property
     def columns(self) -> Tensor:
@@ -366,7 +369,7 @@ class ExampleJacobian:
                 else jacobian(flat, self.latent)
             )
             columns = rows.index_select(1, self.generic).mT
-        return (columns if self.differentiable else columns.detach()).reshape(q, self.B, self.M)
+        return wide(columns if self.differentiable else columns.detach()).reshape(q, self.B, self.M)
 
     def _forward_columns(self, flat: Tensor) -> Tensor | None:
         try:

@@ -17,6 +17,14 @@ from torch.autograd import grad
 LinearMap = Callable[[Tensor], Tensor]
 
 
+def wide(x: Tensor) -> Tensor:
+    """
+    :param x: any tensor.
+    :return: the same in float32 if it is float16 or bfloat16: sums and decompositions need more digits than those have.
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _chunks(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -34,7 +42,7 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
     (product,) = grad(
         outputs,
         inputs,
-        cotangents,
+        cotangents.to(outputs.dtype),
         retain_graph=True,
         create_graph=create_graph,
         is_grads_batched=True,

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn as nn
+from pyro.infer import Trace_ELBO
 from torch.func import functional_call
 
 from pyro_bnn.distributions.equal_mixture import EqualMixture
@@ -250,6 +251,44 @@ def test_memory_is_estimated_before_it_is_allocated():
         match=r"structure='full' over 13 entries needs about .* GB but .* Use structure='kronecker'",
     ):
         fitted(tanh_network(hidden=4), x, y, memory_limit=1000.0)
+
+
+def half_network(dtype):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4, 3, dtype=dtype), 1.0).to_event(2))
+        b = pyro.sample("b", dist.Normal(torch.zeros(4, dtype=dtype), 1.0).to_event(1))
+        v = pyro.sample("v", dist.Normal(torch.zeros(3, 4, dtype=dtype), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Categorical(logits=torch.tanh(x @ w.mT + b) @ v.mT), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "diagonal", "low_rank", "nystrom"])
+def test_networks_in_half_precision(structure, dtype):
+    torch.set_default_dtype(torch.float32)
+    x, y = torch.randn(40, 3).to(dtype), torch.randint(0, 3, (40,))
+    point = torch.linspace(-1.0, 1.0, 28).to(dtype)
+    found = []
+    for kind in (dtype, torch.float32):
+        model, data = half_network(kind), x.to(kind)
+        guide = AutoLaplace(model, structure=structure, rank=20).initialize(data, y)
+        guide.loc.data = point.to(kind)
+        guide.laplace_approximation((data, y), map_tolerance=float("inf"))
+        found.append((guide, guide.linearized_outputs(data)["obs"]))
+        assert guide.posterior.variance.dtype == torch.float32
+        assert guide.sample_posterior((2,))["w"].dtype == kind
+        assert torch.isfinite(torch.tensor(Trace_ELBO().loss(model, guide, data, y)))
+        assert guide.quantiles([0.1])["w"].dtype == kind
+        assert torch.isfinite(guide.log_evidence(data=(data, y)))
+    # the digits of the network's own arithmetic: 8 bits in bfloat16, 11 in float16
+    digits = 30 * torch.finfo(dtype).eps
+    (half, outputs), (exact, expected) = found
+    assert_close(half.log_evidence(), exact.log_evidence(), rtol=digits / 10)
+    if structure != "nystrom":  # whose landmarks are drawn at random
+        assert_close(half.posterior.variance, exact.posterior.variance, rtol=digits)
+        assert_close(outputs.variance, expected.variance, rtol=digits, atol=digits * 0.1)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

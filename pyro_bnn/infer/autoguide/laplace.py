@@ -40,7 +40,7 @@ from pyro_bnn.infer.part_store import PartStore
 from pyro_bnn.infer.parts import NotAMinimumError, Part
 from pyro_bnn.infer.selection import Selection, largest, select
 from pyro_bnn.infer.structures import BlockSum, CurvatureSum, DenseSum, DiagonalSum, KroneckerSum
-from pyro_bnn.ops.jacobian import hvp_operator
+from pyro_bnn.ops.jacobian import hvp_operator, wide
 from pyro_bnn.ops.kronecker import Sharing
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
@@ -275,7 +275,7 @@ class AutoLaplace(LinearizedGuide):
         elif self.subnetwork == "random":
             values = torch.rand(len(self.loc), generator=generator).to(self.loc)
         else:
-            total = DiagonalSum(self._index(), self.loc.detach())
+            total = DiagonalSum(self._index(), wide(self.loc.detach()))
             stream = ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
             found = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn"))
             (part,) = total.parts(found.prior)
@@ -284,7 +284,7 @@ class AutoLaplace(LinearizedGuide):
         self.active = largest(values.detach(), self.subnetwork_size, self.active)
 
     def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
-        index, latent = self._index(), self.loc.detach()
+        index, latent = self._index(), wide(self.loc.detach())
         self._require_memory(index)
         if self.structure in ("full", "diagonal", "kronecker", "block"):
             return self.empty_sum()
@@ -304,7 +304,7 @@ class AutoLaplace(LinearizedGuide):
         """
         :return: a sum of curvatures over data, still zero, in the structures "full", "diagonal", "kronecker", "block".
         """
-        index, latent = self._index(), self.loc.detach()
+        index, latent = self._index(), wide(self.loc.detach())
         if self.structure == "full":
             return DenseSum(index, latent)
         if self.structure == "diagonal":
@@ -391,7 +391,7 @@ class AutoLaplace(LinearizedGuide):
     # ------------------------------------------------------------------ posterior
 
     def _assemble(self, parts: list[Part], tau: Tensor | None) -> PrecisionNormal:
-        loc = self.loc.detach().clone()
+        loc = wide(self.loc.detach()).clone()
         try:
             pieces = [
                 (part.index, part.posterior(loc, None if tau is None else tau_of(part, tau)))
@@ -464,7 +464,7 @@ class AutoLaplace(LinearizedGuide):
         total = log_joint
         for part in parts:
             scale = None if tau is None else tau_of(part, tau)
-            log_det = part.posterior(self.loc.detach(), scale).log_det_precision
+            log_det = part.posterior(wide(self.loc.detach()), scale).log_det_precision
             total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
             if scale is not None:
                 assert self.prior_gradient is not None

@@ -25,7 +25,7 @@ from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
 from pyro_bnn.ops.fisher import matrix_square_root
-from pyro_bnn.ops.jacobian import jacobian, jvp_operator
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
 
@@ -355,9 +355,14 @@ class LinearizedGuide(AutoContinuous):
         :param quantiles: probabilities between 0 and 1.
         :return: by site name, shape ``(len(quantiles),) + site_shape``.
         """
-        q = torch.as_tensor(quantiles, dtype=self.loc.dtype, device=self.loc.device)
         scale = self.posterior.variance.clamp(min=0).sqrt()
-        return self.packed.space.unpack(self.loc + td.Normal(0.0, 1.0).icdf(q).unsqueeze(-1) * scale)
+        q = torch.as_tensor(quantiles).to(scale)
+        rows = self.loc + td.Normal(0.0, 1.0).icdf(q).unsqueeze(-1) * scale
+        return self.packed.space.unpack(rows.to(self.loc))
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        # the Gaussian of a network in half precision is in float32
+        return super()._unpack_latent(latent.to(self.loc.dtype))
 
     # ------------------------------------------------------------------ point estimate
 
@@ -575,7 +580,7 @@ class LinearizedGuide(AutoContinuous):
         latent = self.loc.detach().clone().requires_grad_(True)
         for site in self.packed.outputs(latent, (args, kwargs)):
             shape = site.outputs.shape
-            J = jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size)
+            J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size))
             result[site.name] = posterior.quadratic_form(J).reshape(shape + shape)
         return result
 
