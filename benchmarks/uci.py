@@ -126,7 +126,7 @@ class Fits:
         """Another structure at the first member's MAP, its prior precision by its own evidence per site."""
         guide = self.first.at(self.first.guide.loc.detach(), self.data, **options)
         guide.laplace_approximation(self.data, map_tolerance=float("inf"))
-        report = guide.optimize_hyperparameters(per_site=True)
+        report = guide.optimize_hyperparameters(per="site")
         self.extra = {"tau": {k: round(v, 6) for k, v in report.tau.items()}}
         return self.linearized(guide)
 

@@ -156,7 +156,7 @@ for depth in (1, 2):
                 return pyro.sample("obs", dist.Normal(f[..., 0], (f[..., 1] - 1.0).exp()), obs=y)
 
         guide = fitted(model, x, y)
-        guide.optimize_hyperparameters(per_site=True)
+        guide.optimize_hyperparameters(per="site")
         results[depth, hidden] = float(guide.log_evidence())
 for (depth, hidden), value in results.items():
     print(f"depth {depth}, width {hidden:2d}: log evidence {value:8.1f}")

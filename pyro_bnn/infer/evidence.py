@@ -9,9 +9,9 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, LowRankPart, Part
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.graph import FirstOrderSum
 from pyro_bnn.ops.jacobian import hvp_operator, vjp
+
+#: What a multiplier of the prior precision is shared by: everything, the sites of one module, or one site.
+Per = Literal["global", "layer", "site"]
 
 
 def tau_of(part: Part, tau: Tensor) -> Tensor:
@@ -243,23 +246,23 @@ class _Spectrum:
 
 
 def optimize_evidence(
-    guide: Any, *, per_site: bool, tolerance: float = 1e-6, max_steps: int = 100
+    guide: Any, *, per: Per = "global", tolerance: float = 1e-6, max_steps: int = 100
 ) -> HyperparameterReport:
     r"""
     Maximises the evidence in multipliers of the prior precision, by Newton's method in their logarithms, in which it
     is concave, with the point estimate held fixed.
 
     :param guide: a fitted guide.
-    :param per_site: one multiplier per site instead of one for all.
+    :param per: one multiplier for all entries, per layer or per site.
     :param tolerance: the gradient at which to stop.
     :param max_steps: largest number of steps.
     :return: a :class:`HyperparameterReport`; ``guide.tau`` is set.
     """
-    parts = guide.part_store.get()
-    names, groups = _groups(guide, parts, per_site)
+    masks = _masks(guide, per)
+    groups = _groups(guide.part_store.get(), masks)
     history: list[float] = []
     if groups is None:
-        return _optimize_joint(guide, names, history, max_steps)
+        return _optimize_joint(guide, masks, history, max_steps)
     spectrum = _Spectrum(guide, groups)
     log_tau = torch.zeros(len(groups), dtype=guide.loc.dtype, device=guide.loc.device)
     for _ in range(max_steps):
@@ -268,118 +271,157 @@ def optimize_evidence(
         if bool((slope.abs() <= tolerance * (1 + bend.abs())).all()):
             break
         log_tau = (log_tau - slope / bend).clamp(log_tau - 2.0, log_tau + 2.0)
-    _set_tau(guide, names, log_tau.exp())
-    return HyperparameterReport(
-        {name: float(v) for name, v in zip(names, log_tau.exp(), strict=True)}, history
-    )
+    return _finish(guide, masks, log_tau.exp(), history)
 
 
-def optimize_grid(guide: Any, candidates: Sequence[float]) -> HyperparameterReport:
+def optimize_grid(guide: Any, candidates: Sequence[float], *, per: Per = "global") -> HyperparameterReport:
     """
-    Chooses one multiplier of the prior precision by the evidence.
+    Chooses multipliers of the prior precision by the evidence.
 
     :param guide: a fitted guide.
     :param candidates: the multipliers to try.
+    :param per: one multiplier for all entries, per layer or per site.
     :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
     """
+    masks = _masks(guide, per)
+    groups = _groups(guide.part_store.get(), masks)
+    spectrum = None if groups is None else _Spectrum(guide, groups)
+
+    def score(tau: Tensor) -> float:
+        if spectrum is None:
+            return float(guide.log_evidence(_expand_tau(guide, masks, tau)))
+        return float(spectrum.value(tau.log()))
+
+    return _search(guide, masks, candidates, score)
+
+
+def optimize_validation(
+    guide: Any,
+    data: Any,
+    candidates: Sequence[float],
+    *,
+    per: Per = "global",
+    num_samples: int = 100,
+    seed: int = 0,
+) -> HyperparameterReport:
+    """
+    Chooses multipliers of the prior precision by the log predictive density of held-out data: in closed form
+    where the linearised predictive has one, by draws from the linearised parameters otherwise.
+
+    :param guide: a fitted guide.
+    :param data: validation data: one batch or an iterable of batches, with observations.
+    :param candidates: the multipliers to try.
+    :param per: one multiplier for all entries, per layer or per site.
+    :param num_samples: draws where there is no closed form.
+    :param seed: of these draws, the same for all candidates.
+    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
+    """
+    masks = _masks(guide, per)
+
+    def score(tau: Tensor) -> float:
+        _set_tau(guide, _expand_tau(guide, masks, tau))
+        return validation_score(guide, data, num_samples=num_samples, seed=seed)
+
+    return _search(guide, masks, candidates, score)
+
+
+def _search(
+    guide: Any,
+    masks: dict[str, Tensor | None],
+    candidates: Sequence[float],
+    score: Callable[[Tensor], float],
+) -> HyperparameterReport:
+    """The best candidate of each group in turn, the others held fixed, until nothing changes."""
     if not candidates:
         raise ValueError("candidates is empty: pass the multipliers to try")
-    spectrum = _Spectrum(guide, [guide.part_store.get()])
-    values = torch.tensor(list(candidates), dtype=guide.loc.dtype, device=guide.loc.device)
-    history = [float(spectrum.value(v.log().unsqueeze(0))) for v in values]
-    best = max(range(len(history)), key=history.__getitem__)
-    _set_tau(guide, ["all"], values[best : best + 1])
-    return HyperparameterReport({"all": float(values[best])}, history)
+    tau = torch.ones(len(masks), dtype=guide.loc.dtype, device=guide.loc.device)
+    history: list[float] = []
+    for _ in range(5):
+        before = tau.clone()
+        for group in range(len(masks)):
+            scores = []
+            for value in candidates:
+                tau[group] = value
+                scores.append(score(tau))
+            tau[group] = candidates[max(range(len(scores)), key=scores.__getitem__)]
+            history += scores
+        if len(masks) == 1 or torch.equal(before, tau):
+            break
+    return _finish(guide, masks, tau, history)
 
 
-def _groups(guide: Any, parts: list[Part], per_site: bool) -> tuple[list[str], list[list[Part]] | None]:
-    """The multipliers' names and, unless a part spans several of them, the parts of each."""
-    if not per_site:
-        return ["all"], [parts]
-    found: dict[str, list[Part]] = {}
-    names = [name for name, mask in _site_masks(guide).items() if bool(mask.any())]
-    for part in parts:
-        for name, mask in _site_masks(guide).items():
-            inside = mask[part.index]
-            if bool(inside.all()):
-                found.setdefault(name, []).append(part)
-            elif bool(inside.any()) and isinstance(part, DiagonalPart):
-                tensors = {k: v[inside] for k, v in part.tensors.items()}
-                found.setdefault(name, []).append(DiagonalPart(**tensors))
-            elif bool(inside.any()):
-                return names, None
-    return list(found), list(found.values())
-
-
-def _site_masks(guide: Any) -> dict[str, Tensor]:
-    masks = {}
-    for name, where in guide.packed.space.slices.items():
+def _masks(guide: Any, per: Per) -> dict[str, Tensor | None]:
+    """The random entries of each group: everything, a layer (sites of one module) or a site."""
+    if per == "global":
+        return {"all": None}
+    found: dict[str, Tensor | None] = {}
+    for site, where in guide.packed.space.slices.items():
+        name = site.rpartition(".")[0] or site if per == "layer" else site
         mask = torch.zeros(len(guide.loc), dtype=torch.bool, device=guide.loc.device)
         mask[where] = True
-        masks[name] = mask if guide.active is None else mask & guide.active
-    return masks
+        if guide.active is not None:
+            mask &= guide.active
+        old = found.get(name)
+        if bool(mask.any()):
+            found[name] = mask if old is None else mask | old
+    return found
 
 
-def _expand_tau(guide: Any, names: list[str], tau: Tensor) -> Tensor:
-    if names == ["all"]:
-        return tau[0]
+def _groups(parts: list[Part], masks: dict[str, Tensor | None]) -> list[list[Part]] | None:
+    """The parts of each group, or ``None`` if a part spans several of them."""
+    found: dict[str, list[Part]] = {name: [] for name in masks}
+    for part in parts:
+        for name, mask in masks.items():
+            inside = None if mask is None else mask[part.index]
+            if inside is None or bool(inside.all()):
+                found[name].append(part)
+            elif bool(inside.any()) and isinstance(part, DiagonalPart):
+                tensors = {k: v[inside] for k, v in part.tensors.items()}
+                found[name].append(DiagonalPart(**tensors))
+            elif bool(inside.any()):
+                return None
+    return list(found.values())
+
+
+def _expand_tau(guide: Any, masks: dict[str, Tensor | None], tau: Tensor) -> Tensor:
     full = torch.ones_like(guide.loc.detach())
-    for name, value in zip(names, tau, strict=True):
-        full = torch.where(_site_masks(guide)[name], value, full)
+    for mask, value in zip(masks.values(), tau, strict=True):
+        if mask is None:
+            return value
+        full = torch.where(mask, value, full)
     return full
 
 
-def _set_tau(guide: Any, names: list[str], tau: Tensor) -> None:
-    guide.tau = _expand_tau(guide, names, tau).detach()
+def _set_tau(guide: Any, tau: Tensor) -> None:
+    guide.tau = tau.detach().clone()
     guide._posterior = None
 
 
-def _optimize_joint(
-    guide: Any, names: list[str], history: list[float], max_steps: int
+def _finish(
+    guide: Any, masks: dict[str, Tensor | None], tau: Tensor, history: list[float]
 ) -> HyperparameterReport:
-    """One multiplier per site where parts span several sites: L-BFGS on the log evidence itself."""
-    log_tau = torch.zeros(len(names), dtype=guide.loc.dtype, device=guide.loc.device, requires_grad=True)
+    _set_tau(guide, _expand_tau(guide, masks, tau))
+    return HyperparameterReport({name: float(v) for name, v in zip(masks, tau, strict=True)}, history)
+
+
+def _optimize_joint(
+    guide: Any, masks: dict[str, Tensor | None], history: list[float], max_steps: int
+) -> HyperparameterReport:
+    """Multipliers of groups that parts span several of: L-BFGS on the log evidence itself."""
+    log_tau = torch.zeros(len(masks), dtype=guide.loc.dtype, device=guide.loc.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = -guide.log_evidence(_expand_tau(guide, names, log_tau.exp()))
+        value = -guide.log_evidence(_expand_tau(guide, masks, log_tau.exp()))
         value.backward()
         history.append(-float(value.detach()))
         return value.detach()
 
     optimizer.step(loss)
-    tau = log_tau.detach().exp()
-    _set_tau(guide, names, tau)
-    return HyperparameterReport({name: float(v) for name, v in zip(names, tau, strict=True)}, history)
-
-
-def optimize_validation(
-    guide: Any, data: Any, candidates: Sequence[float], *, num_samples: int = 100, seed: int = 0
-) -> HyperparameterReport:
-    """
-    Chooses one multiplier of the prior precision by the log predictive density of held-out data: in closed form
-    where the linearised predictive has one, by draws from the linearised parameters otherwise.
-
-    :param guide: a fitted guide.
-    :param data: validation data: one batch or an iterable of batches, with observations.
-    :param candidates: the multipliers to try.
-    :param num_samples: draws where there is no closed form.
-    :param seed: of these draws, the same for all candidates.
-    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
-    """
-    if not candidates:
-        raise ValueError("candidates is empty: pass the multipliers to try")
-    scores = []
-    for value in candidates:
-        _set_tau(guide, ["all"], torch.tensor([value], dtype=guide.loc.dtype, device=guide.loc.device))
-        scores.append(validation_score(guide, data, num_samples=num_samples, seed=seed))
-    best = max(range(len(scores)), key=scores.__getitem__)
-    tau = torch.tensor([candidates[best]], dtype=guide.loc.dtype, device=guide.loc.device)
-    _set_tau(guide, ["all"], tau)
-    return HyperparameterReport({"all": float(candidates[best])}, scores)
+    return _finish(guide, masks, log_tau.detach().exp(), history)
 
 
 @torch.no_grad()
@@ -401,12 +443,8 @@ def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int
         for name, found in outputs.items():
             value, weight = trace.nodes[name]["value"], found.site.weight
             assert isinstance(value, Tensor)
-            try:
-                density = found.distribution().log_prob(value)
-            except ValueError:
-                generator = torch.Generator(device=found.mean.device).manual_seed(seed)
-                draws = found.sample((num_samples,), generator=generator)
-                density = found.site.build(draws).log_prob(value).logsumexp(0) - math.log(num_samples)
+            generator = torch.Generator(device=found.mean.device).manual_seed(seed)
+            density = found.distribution(num_samples=num_samples, generator=generator).log_prob(value)
             for _ in range(found.site.event_dim):
                 weight = weight.amax(-1)
             total += float(torch.where(weight > 0, density, density.new_zeros(())).sum())

@@ -82,7 +82,10 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
                 continue
         part_is_plain = isinstance(part, FullNormal) and bool((owner[block.index] == first).all())
         offset = jacobian.offsets.get(id(block))
-        if isinstance(block, LinearBlock) and part_is_plain and K > 2 and block.uses[0].rows_per_example:
+        single = (
+            isinstance(block, LinearBlock) and len(block.uses) == 1 and block.uses[0].rows_per_example == 1
+        )
+        if isinstance(block, LinearBlock) and single and part_is_plain and K > 2:
             mine = [b for b in jacobian.blocks if bool((owner[b.index] == first).any())]
             whole = not bool((owner[jacobian.generic] == first).any()) and (
                 offset is None or bool((owner[offset.index] == first).all())

@@ -52,8 +52,21 @@ def require_memory(
     limit = available_bytes(device) if limit is None else limit
     if needed > limit:
         raise MemoryError(
-            f"{what} needs about {needed / 1e9:,.3g} GB but {limit / 1e9:,.3g} GB are available on {device}. {advice}"
-            if needed < 1e12
-            else f"{what} needs about {needed / 1e9:,.0f} GB but {limit / 1e9:,.3g} GB are available on {device}. "
-            f"{advice}"
+            f"{what} needs about {readable(needed)} but {readable(limit)} are available on {device}. {advice}"
         )
+
+
+def readable(size: float) -> str:
+    """
+    :param size: bytes.
+    :return: the size with a unit.
+
+    Example::
+
+        >>> readable(8e12), readable(1500.0)
+        ('8,000 GB', '1.5 kB')
+    """
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.3g} {unit}" if size < 1e12 else f"{size / factor:,.0f} {unit}"
+    return f"{size:.0f} bytes"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.nn.sites import SITE_KEY
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.uses import ElementwiseUse, LinearUse
 
@@ -65,7 +66,8 @@ def _names(model: PackedModel, selection: Any) -> list[str]:
 
 def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
     """
-    The weights of the last linear map that the model applies, and the offsets and scales that follow it.
+    The weights of the last linear map that the model applies, and the offsets and scales that follow it. Where the last
+    latents that are used are factors of a rank-1 layer, all the latents of that layer.
 
     :param model: the packed model.
     :param latent: the packed vector, shape ``(p,)``.
@@ -75,7 +77,17 @@ def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
     """
     leaf = latent.detach().clone().requires_grad_(True)
     with Capture(leaf) as capture:
-        model.trace(leaf, batch)
+        trace = model.trace(leaf, batch)
+    if capture.uses:
+        last = int(capture.uses[-1].index.reshape(-1)[0])
+        (site,) = [name for name, where in model.space.slices.items() if where.start <= last < where.stop]
+        layer = site.rpartition(".")[0] + "."
+        mine = [name for name in model.space.slices if name.startswith(layer)]
+        if any(trace.nodes[name]["infer"].get(SITE_KEY, {}).get("role") == "factor" for name in mine):
+            mask = torch.zeros_like(latent, dtype=torch.bool)
+            for name in mine:
+                mask[model.space.slices[name]] = True
+            return mask
     places = [i for i, use in enumerate(capture.uses) if isinstance(use, LinearUse)]
     if not places:
         raise ValueError(

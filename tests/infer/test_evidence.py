@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import train_with_evidence
+from pyro_bnn.nn import bayesian_
 from tests.common import assert_close
 from tests.models import linear_regression
 
@@ -176,13 +177,57 @@ def test_optimised_multiplier_is_the_best_of_the_evidence(structure):
 @pytest.mark.parametrize("structure", ["full", "block", "kronecker", "diagonal"])
 def test_one_multiplier_per_site(structure):
     guide, _, _ = fitted(structure)
-    report = guide.optimize_hyperparameters(per_site=True)
+    report = guide.optimize_hyperparameters(per="site")
     assert set(report.tau) == {"w", "v"}
     best = guide.log_evidence().detach()
     guide.tau = None
     guide._posterior = None
     guide.optimize_hyperparameters()
     assert best > guide.log_evidence()
+
+
+class Layers(PyroModule):
+    """Two linear layers by the names that modules give their sites."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = bayesian_(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))
+
+    def forward(self, x, y=None):
+        f = self.net(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(f, 0.3), obs=y)
+
+
+@pytest.mark.parametrize("structure", ["full", "block", "kronecker", "diagonal"])
+def test_one_multiplier_per_layer(structure):
+    x = torch.randn(30, 2)
+    y = torch.tanh(x).sum(-1)
+    guide = AutoLaplace(Layers(), structure=structure).initialize(x, y)
+    guide.loc.data = torch.linspace(-1.0, 1.2, len(guide.loc))
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+
+    def evidence(first, second):
+        tau = torch.where(torch.arange(len(guide.loc)) < 9, first, second)
+        return float(guide.log_evidence(tau.double()))
+
+    report = guide.optimize_hyperparameters(per="layer")
+    assert list(report.tau) == ["net.0", "net.2"]
+    first, second = report.tau.values()
+    best = float(guide.log_evidence())
+    assert best == pytest.approx(evidence(first, second), rel=1e-9)
+    for a, b in ((1.1, 1.0), (0.9, 1.0), (1.0, 1.1), (1.0, 0.9)):
+        assert evidence(a * first, b * second) < best
+    # the best of a grid in each coordinate; the two interact in the full structure only
+    candidates = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+    grid = guide.optimize_hyperparameters(method="grid", per="layer", candidates=candidates)
+    table = {(a, b): evidence(a, b) for a in candidates for b in candidates}
+    assert tuple(grid.tau.values()) == max(table, key=table.__getitem__)
+    held_out = (x + 0.1, torch.tanh(x + 0.1).sum(-1))
+    found = guide.optimize_hyperparameters(held_out, method="validation", per="layer", candidates=[0.3, 3.0])
+    assert_close(
+        max(found.objective), guide.predictive(held_out[0])["obs"].log_prob(held_out[1]).sum(), rtol=1e-9
+    )
 
 
 def test_type_two_maximum_likelihood_of_linear_regression():

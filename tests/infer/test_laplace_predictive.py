@@ -246,11 +246,27 @@ def test_data_can_be_added_saved_and_split(structure, tmp_path):
 
 def test_memory_is_estimated_before_it_is_allocated():
     x, y = in_between_data()
+    message = (
+        r"structure='full' over 121 entries needs about 469 kB but 50 kB are available on cpu. These would fit: "
+        r"structure='diagonal' \(2.9 kB\); or take fewer latents"
+    )
+    with pytest.raises(MemoryError, match=message):
+        fitted(tanh_network(hidden=40), x, y, memory_limit=5e4)
+    with pytest.raises(MemoryError, match="No structure over all of these fits"):
+        fitted(tanh_network(hidden=40), x, y, memory_limit=1000.0)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(100, 41), 1.0).to_event(2))
+        b = pyro.sample("b", dist.Normal(torch.zeros(100), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal((x @ w.mT + b).sum(-1), 1.0), obs=y)
+
     with pytest.raises(
-        MemoryError,
-        match=r"structure='full' over 13 entries needs about .* GB but .* Use structure='kronecker'",
+        MemoryError, match=r"structure='kronecker' over 4,200 entries needs about .*'diagonal'"
     ):
-        fitted(tanh_network(hidden=4), x, y, memory_limit=1000.0)
+        fitted(model, torch.randn(30, 41), y, structure="kronecker", memory_limit=2e5)
+    with pytest.raises(MemoryError, match=r"structure='function_space' with 3.* rows"):
+        fitted(tanh_network(hidden=40), x, y, structure="function_space", memory_limit=2e4)
 
 
 def half_network(dtype):

@@ -20,12 +20,78 @@ class Regression(PyroModule):
 
     def forward(self, x, y=None):
         f = self.net(x).squeeze(-1)
-        with pyro.plate("data", x.shape[-2]):
+        with pyro.plate("data", len(f)):
             return pyro.sample("obs", dist.Normal(f, 0.3), obs=y)
 
 
 def network():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        return x[0][:, -1]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0].mean(1)
+
+
+#: name -> (network, shape of an example; None for tokens)
+LAYERS = {
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1)), (2, 4, 4)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 1)), (2, 3, 3, 3)),
+    "conv_transpose2d": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(32, 1)), (2, 3, 3)),
+    "lstm": (lambda: nn.Sequential(nn.LSTM(4, 3, batch_first=True), Last(), nn.Linear(3, 1)), (5, 4)),
+    "gru": (lambda: nn.Sequential(nn.GRU(4, 3, batch_first=True), Last(), nn.Linear(3, 1)), (5, 4)),
+    "attention": (lambda: nn.Sequential(Attention(), nn.Linear(4, 1)), (5, 4)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 1)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [None, dist.Normal(0.0, 0.5)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rank1_layers_of_every_kind(name, weights):
+    build, shape = LAYERS[name]
+    x = torch.randint(0, 7, (6, 5)) if shape is None else torch.randn(6, *shape)
+    y = torch.randn(6)
+    net = rank1_(build()) if weights is None else rank1_(build(), weight_prior=weights)
+    guides = {}
+    model = Regression(net)
+    for structure in ("full", "diagonal", "kronecker"):
+        guide = AutoLaplace(model, structure=structure, init_loc_fn=init_to_trained).initialize(x, y)
+        torch.manual_seed(1)
+        guide.loc.data += 0.1 * torch.randn_like(guide.loc)
+        guides[structure] = guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    latent = guides["full"].loc.detach()
+
+    def location(u):
+        return guides["full"].packed.trace(u, ((x, y), {})).nodes["obs"]["fn"].loc
+
+    J = torch.autograd.functional.jacobian(location, latent)
+    prior = torch.autograd.functional.hessian(
+        lambda u: -guides["full"].packed.log_prior(u, guides["full"].packed.trace(u, ((x, y), {}))), latent
+    )
+    dense = J.mT @ J / 0.3**2 + prior
+    assert_close(guides["full"].precision, dense, rtol=1e-8, atol=1e-9)
+    assert_close(guides["diagonal"].precision, dense.diagonal(), rtol=1e-8, atol=1e-9)
+    for guide in guides.values():
+        covariance = guide.posterior.quadratic_form(torch.eye(len(latent)))
+        found = guide.linearized_outputs(x)["obs"].variance[:, 0]
+        assert_close(found, (J @ covariance * J).sum(-1), rtol=1e-8)
+    last = AutoLaplace.last_layer(model, init_loc_fn=init_to_trained).initialize(x, y)
+    last.laplace_approximation((x, y), map_tolerance=float("inf"))
+    sites = [k for k, where in last.packed.space.slices.items() if bool(last.active[where].all())]
+    layer = sites[0].rpartition(".")[0]
+    assert {"r", "s", "bias"} <= {site.removeprefix(layer + ".") for site in sites}
+    assert int(last.active.sum()) == sum(
+        where.stop - where.start for k, where in last.packed.space.slices.items() if k.startswith(layer + ".")
+    )
 
 
 @pytest.mark.parametrize("convert", [rank1_, bayesian_, lambda net: bayesian_(net, packed=True)])

@@ -25,6 +25,7 @@ from pyro_bnn.infer.curvature import (
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.evidence import (
     HyperparameterReport,
+    Per,
     differentiable_evidence,
     optimize_evidence,
     optimize_grid,
@@ -32,16 +33,25 @@ from pyro_bnn.infer.evidence import (
     prior_change,
     tau_of,
 )
-from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream, batch_size, slice_batch
 from pyro_bnn.infer.low_rank import LowRankSum, placed_rows
-from pyro_bnn.infer.memory import require_memory
+from pyro_bnn.infer.memory import available_bytes, readable, require_memory
 from pyro_bnn.infer.packed import check_data
 from pyro_bnn.infer.part_store import PartStore
 from pyro_bnn.infer.parts import NotAMinimumError, Part
 from pyro_bnn.infer.selection import Selection, largest, select
-from pyro_bnn.infer.structures import BlockSum, CurvatureSum, DenseSum, DiagonalSum, KroneckerSum
+from pyro_bnn.infer.structures import (
+    DENSE_LIMIT,
+    BlockSum,
+    CurvatureSum,
+    DenseSum,
+    DiagonalSum,
+    KroneckerSum,
+)
+from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.jacobian import hvp_operator, wide
 from pyro_bnn.ops.kronecker import Sharing
+from pyro_bnn.ops.uses import LinearUse
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
@@ -285,7 +295,7 @@ class AutoLaplace(LinearizedGuide):
 
     def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
         index, latent = self._index(), wide(self.loc.detach())
-        self._require_memory(index)
+        self._require_memory(index, data)
         if self.structure in ("full", "diagonal", "kronecker", "block"):
             return self.empty_sum()
         options: dict[str, Any] = {
@@ -321,25 +331,66 @@ class AutoLaplace(LinearizedGuide):
         groups = [places[s][mask[s]] for s in self.packed.space.slices.values()]
         return [group for group in groups if len(group)]
 
-    def _require_memory(self, index: Tensor) -> None:
-        q = len(index)
-        sizes = {
-            "full": 4 * q**2,
-            "block": 4 * sum(len(g) ** 2 for g in self._groups(index)) if self.structure == "block" else 0,
-            "low_rank": 6 * q * (self.rank + 10),
-            "nystrom": 10 * q * self.rank,
-        }
-        advice = {
-            "full": "Use structure='kronecker' or 'low_rank', sites='last_layer' or a subnetwork.",
-            "block": "Use structure='kronecker' or 'diagonal'.",
-        }.get(self.structure, "Use a smaller rank, or structure='kronecker' or 'diagonal'.")
+    def _require_memory(self, index: Tensor, data: Any) -> None:
+        """Raises before anything is allocated, and names the structures that would fit."""
+        limit = available_bytes(self.loc.device) if self.memory_limit is None else self.memory_limit
+        sizes = self._memory(index, data)
+        if sizes[self.structure] <= limit:
+            return
+        order = ("full", "block", "kronecker", "low_rank", "diagonal")
+        fitting = [f"structure={name!r} ({readable(sizes[name])})" for name in order if sizes[name] <= limit]
+        advice = (
+            f"These would fit: {', '.join(fitting)}; or take fewer latents: sites='last_layer', a subnetwork."
+            if fitting
+            else "No structure over all of these fits: take fewer latents with sites='last_layer' or a subnetwork."
+        )
         require_memory(
-            float(sizes.get(self.structure, 3 * q) * self.loc.element_size()),
-            f"structure={self.structure!r} over {q:,} entries",
+            sizes[self.structure],
+            f"structure={self.structure!r} over {len(index):,} entries",
             self.loc.device,
             advice,
-            self.memory_limit,
+            limit,
         )
+
+    def _memory(self, index: Tensor, data: Any) -> dict[str, float]:
+        """Peak bytes of each structure: the sum, its decomposition, and what both need to be computed."""
+        q = len(index)
+        factors = q
+        if self.structure in ("kronecker", "full", "block"):
+            kept = self._linear_shapes(data)
+            covered = sum(out * into for out, into in kept)
+            # offsets and the like are dense blocks of at most DENSE_LIMIT entries
+            factors = sum(out**2 + into**2 for out, into in kept) + (q - covered) * min(
+                q - covered, DENSE_LIMIT
+            )
+        numbers = {
+            "full": 4 * q**2,
+            "block": 4 * sum(len(group) ** 2 for group in self._groups(index)),
+            "kronecker": 3 * factors + 2 * q,
+            "diagonal": 3 * q,
+            "low_rank": 6 * q * (self.rank + 10),
+            "nystrom": 10 * q * self.rank,
+            "function_space": 3 * q,  # what follows is checked row by row
+        }
+        itemsize = wide(self.loc.detach()).element_size()
+        return {name: float(number * itemsize) for name, number in numbers.items()}
+
+    def _linear_shapes(self, data: Any) -> list[tuple[int, int]]:
+        """Shapes of the weights of linear maps, by one pass over two data points."""
+        batch = next(iter(iter_batches(data)))
+        size = batch_size(batch)
+        latent = self.loc.detach().clone().requires_grad_(True)
+        try:
+            with Capture(latent, self.active) as capture:
+                self.packed.trace(latent, batch if size is None else slice_batch(batch, size, slice(0, 2)))
+        except (RuntimeError, ValueError, IndexError):  # a model that takes only whole batches
+            with Capture(latent, self.active) as capture:
+                self.packed.trace(latent, batch)
+        found = {}
+        for use in capture.uses:
+            if isinstance(use, LinearUse):
+                found[int(use.index.reshape(-1)[0])] = (use.index.shape[0], use.index.shape[1])
+        return list(found.values())
 
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
         return ExampleStream(
@@ -478,7 +529,7 @@ class AutoLaplace(LinearizedGuide):
         data: Any = None,
         *,
         method: Literal["evidence", "validation", "grid"] = "evidence",
-        per_site: bool = False,
+        per: Per = "global",
         candidates: Sequence[float] | None = None,
         num_samples: int = 100,
     ) -> HyperparameterReport:
@@ -488,22 +539,22 @@ class AutoLaplace(LinearizedGuide):
         :param data: for ``"validation"``, held-out data with observations.
         :param str method: ``"evidence"`` (Newton's method), ``"grid"`` (the best evidence among ``candidates``) or
             ``"validation"`` (the best log predictive density of held-out data among ``candidates``).
-        :param bool per_site: one multiplier per site instead of one for all; ``"evidence"`` only.
+        :param str per: ``"global"``, one multiplier for all; ``"layer"``, one for the sites of each module (their names up
+            to the last dot); ``"site"``. ``"grid"`` and ``"validation"`` then search one after the other, repeatedly.
         :param candidates: multipliers; 21 values from 1e-4 to 1e4 by default.
         :param int num_samples: draws where the predictive has no closed form.
         :return: the multipliers, which are in use from now on, and the objective of each evaluation.
         :raises ValueError: for an unknown method or missing data.
         """
         check_option("method", method, Literal["evidence", "validation", "grid"])
+        check_option("per", per, Per)
         self.posterior  # noqa: B018  raises before laplace_approximation
         grid = [10.0 ** (0.4 * i - 4) for i in range(21)] if candidates is None else list(candidates)
-        if per_site and method != "evidence":
-            raise ValueError("per_site=True needs method='evidence'")
         if method == "validation":
             if data is None:
                 raise ValueError("method='validation' needs held-out data, e.g. data=(x_val, y_val)")
             check_data(data)
-            return optimize_validation(self, data, grid, num_samples=num_samples)
+            return optimize_validation(self, data, grid, per=per, num_samples=num_samples)
         if method == "grid":
-            return optimize_grid(self, grid)
-        return optimize_evidence(self, per_site=per_site)
+            return optimize_grid(self, grid, per=per)
+        return optimize_evidence(self, per=per)
