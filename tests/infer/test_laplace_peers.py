@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agreement with other libraries; each test is skipped by name where its library is missing."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,10 +19,17 @@ PRECISION = 2.5
 SIGMA = 0.4
 
 
-def problem(kind):
-    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 3 if kind == "classification" else 1))
+def problem(kind, network="mlp"):
+    outputs = 3 if kind == "classification" else 1
+    if network == "mlp":
+        net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, outputs))
+        x = torch.randn(30, 3)
+    else:
+        net = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, outputs)
+        )
+        x = torch.randn(30, 2, 4, 4)
     shapes = {k: v.shape for k, v in net.named_parameters()}
-    x = torch.randn(30, 3)
     y = torch.randint(0, 3, (30,)) if kind == "classification" else torch.randn(30, 1)
 
     def model(x, y=None):
@@ -42,6 +51,7 @@ def ours(net, model, x, y, **options):
     return guide.laplace_approximation((x, y), map_tolerance=float("inf"))
 
 
+@pytest.mark.parametrize("network", ["mlp", "cnn"])
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 @pytest.mark.parametrize(
     ("subset", "theirs", "options"),
@@ -55,16 +65,22 @@ def ours(net, model, x, y, **options):
     ],
 )
 @pytest.mark.filterwarnings("default")
-def test_laplace_torch(kind, subset, theirs, options):
+def test_laplace_torch(network, kind, subset, theirs, options):
     laplace = pytest.importorskip("laplace", exc_type=(ImportError, RuntimeError))
-    net, model, x, y = problem(kind)
+    net, model, x, y = problem(kind, network)
+    reduce = network == "cnn" and (subset, theirs) == ("all", "kron")
+    if reduce:
+        # "expand" treats the offsets of a convolution as a factor there and exactly here; "reduce" is exact in both
+        options = {**options, "sharing": "reduce"}
     guide = ours(net, model, x, y, **options)
     noise = {"sigma_noise": SIGMA} if kind == "regression" else {}
     peer = laplace.Laplace(
         net, kind, subset_of_weights=subset, hessian_structure=theirs, prior_precision=PRECISION, **noise
     )
+    if reduce:
+        peer.backend.kron = partial(peer.backend.kron, kfac_approx="reduce")
     peer.fit(DataLoader(TensorDataset(x, y), batch_size=30))
-    x_new = torch.randn(7, 3)
+    x_new = torch.randn(7, *x.shape[1:])
     mean, variance = peer._glm_predictive_distribution(x_new)
     outputs = guide.linearized_outputs(x_new)["obs"]
     covariance = outputs.covariance
