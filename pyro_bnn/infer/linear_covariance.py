@@ -82,10 +82,7 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
                 continue
         part_is_plain = isinstance(part, FullNormal) and bool((owner[block.index] == first).all())
         offset = jacobian.offsets.get(id(block))
-        single = (
-            isinstance(block, LinearBlock) and len(block.uses) == 1 and block.uses[0].rows_per_example == 1
-        )
-        if isinstance(block, LinearBlock) and single and part_is_plain and K > 2:
+        if isinstance(block, LinearBlock) and part_is_plain and K > 2 and _one_row(block):
             mine = [b for b in jacobian.blocks if bool((owner[b.index] == first).any())]
             whole = not bool((owner[jacobian.generic] == first).any()) and (
                 offset is None or bool((owner[offset.index] == first).all())
@@ -107,6 +104,11 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
     for i, values in rows.items():
         total += parts[i][1].quadratic_form(values.movedim(0, 1))
     return total
+
+
+def _one_row(block: LinearBlock) -> bool:
+    """Whether a weight is used once, with one row per example; recurrent networks use it at every step."""
+    return len(block.uses) == 1 and block.uses[0].rows_per_example == 1
 
 
 def _places(positions: Tensor, index: Tensor) -> Tensor:

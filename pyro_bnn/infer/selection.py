@@ -83,7 +83,8 @@ def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
         (site,) = [name for name, where in model.space.slices.items() if where.start <= last < where.stop]
         layer = site.rpartition(".")[0] + "."
         mine = [name for name in model.space.slices if name.startswith(layer)]
-        if any(trace.nodes[name]["infer"].get(SITE_KEY, {}).get("role") == "factor" for name in mine):
+        hints: list[Any] = [trace.nodes[name]["infer"] for name in mine]
+        if any(hint.get(SITE_KEY, {}).get("role") == "factor" for hint in hints):
             mask = torch.zeros_like(latent, dtype=torch.bool)
             for name in mine:
                 mask[model.space.slices[name]] = True
