@@ -405,6 +405,14 @@ class Capture(TorchFunctionMode):
         sign = -1.0 if (name == "sub" and ib is not None) or (name == "__rsub__" and ia is not None) else 1.0
         return self._record(func(a, b), ElementwiseUse(index, None, sign))
 
+    def _do_addcmul(
+        self, name: str, func: Any, input: Tensor, a: Tensor, b: Tensor, *, value: Any = 1
+    ) -> Any:
+        if value != 1:
+            return NotImplemented
+        with self:
+            return a * b + input
+
     def _affine(self, y: Tensor, weight: Any, bias: Any, shape: tuple[int, ...]) -> Tensor:
         """The affine part of a normalisation layer, as watched operations."""
         with self:
