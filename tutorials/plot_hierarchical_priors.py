@@ -92,7 +92,9 @@ learned = torch.nn.functional.softplus(model.hidden.s_prior_scale_raw.detach()) 
 print("learned scales:", [round(v, 2) for v in learned.tolist()])
 
 # %%
-# Scores on data that were not seen.
+# Scores on data that were not seen. In the run of this page a learned scale for each factor has the best NLL and gives its
+# three largest scales to the three relevant inputs, but does not shut off all others; one half-Cauchy scale for the whole
+# layer cannot tell inputs apart, ends wide, and is worse than the fixed prior.
 
 print(table(rows))
 
