@@ -87,13 +87,18 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
     :param data: the data of the approximation: one batch or an iterable of batches, with observations.
     :param generator: source of random numbers for random curvatures.
     :return: a scalar, in nats.
-    :raises ValueError: if multipliers of the prior precision are in use.
+    :raises ValueError: if multipliers of the prior precision are in use, or the curvature is that of a subset of data.
     """
     if guide.tau is not None:
         raise ValueError(
             "multipliers of the prior precision are in use (optimize_hyperparameters), in which the model's own "
             "parameters are not all there is: call laplace_approximation again, or differentiate "
             "log_evidence(tau) in tau."
+        )
+    if guide.subset_size is not None:
+        raise ValueError(
+            "the evidence of a subset of data is not differentiable in the model's parameters: leave subset_size out, "
+            "or use another structure."
         )
     with torch.enable_grad():
         found, parts = guide.curvature_parts(data, generator)

@@ -156,9 +156,7 @@ class ExampleStream:
         if size is None or size <= _FIRST_CHUNK:
             yield batch
             return
-        if self._can_split is None:
-            self._can_split = self._splits(batch, size)
-        if not self._can_split:
+        if not self.can_split(batch):
             yield batch
             return
         start = 0
@@ -166,6 +164,16 @@ class ExampleStream:
             stop = min(start + (self._chunk or _FIRST_CHUNK), size)
             yield slice_batch(batch, size, slice(start, stop))
             start = stop
+
+    def can_split(self, batch: Batch) -> bool:
+        """
+        :param batch: arguments of the model, at least five examples.
+        :return: whether the model treats its examples separately.
+        """
+        if self._can_split is None:
+            size = batch_size(batch)
+            self._can_split = size is not None and self._splits(batch, size)
+        return self._can_split
 
     def _splits(self, batch: Batch, size: int) -> bool:
         """Whether a plate of the model has the batch's size, also for a part of it, and holds no latent site."""
@@ -254,11 +262,16 @@ def batch_size(batch: Batch) -> int | None:
     return None
 
 
-def slice_batch(batch: Batch, size: int, part: slice) -> Batch:
+def slice_batch(batch: Batch, size: int, part: slice | Tensor) -> Batch:
     """
     :param batch: arguments of a model.
     :param size: the number of examples.
-    :param part: which of them.
+    :param part: which of them, a slice or positions.
     :return: the batch with every tensor of that length sliced.
     """
-    return map_tensors(batch, lambda x: x[part] if x.dim() and x.shape[0] == size else x)
+    def take(x: Tensor) -> Tensor:
+        if not x.dim() or x.shape[0] != size:
+            return x
+        return x[part.to(x.device) if isinstance(part, Tensor) else part]
+
+    return map_tensors(batch, take)

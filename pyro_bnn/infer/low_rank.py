@@ -3,7 +3,7 @@
 """Curvatures of low rank relative to the prior: leading eigenpairs, Nyström features, the function-space form."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,28 +19,62 @@ from pyro_bnn.ops.jacobian import LinearMap
 
 LowRankMethod = Literal["low_rank", "nystrom", "function_space"]
 
+#: Told, before rows are formed, how many come and from how many separate examples (None if they are coupled).
+Reserve = Callable[[int, int | None], None]
+
 #: Yields rows R of shape (n, q) with curvature R^T R, the same ones in every pass.
-RowStream = Callable[[], Iterator[Tensor]]
+RowStream = Callable[[Reserve], Iterator[Tensor]]
 
 
-def placed_rows(site: SiteExamples, cotangents: Iterable[Tensor], index: Tensor) -> Iterator[Tensor]:
+def _reserve_nothing(rows: int, examples: int | None) -> None:
+    """For passes that keep no rows."""
+
+
+def placed_rows(
+    site: SiteExamples, cotangents: Iterable[Tensor], index: Tensor, reserve: Reserve = _reserve_nothing
+) -> Iterator[Tensor]:
     r"""
     The rows R of a site's curvature :math:`R^\top R` on one chunk of data.
 
     :param site: the site.
     :param cotangents: see :meth:`~pyro_bnn.infer.examples.SiteExamples.cotangents`.
     :param index: the entries that are wanted, shape ``(q,)``.
+    :param reserve: called before rows are allocated.
     :return: an iterator over tensors of shape ``(K * B, q)``, all rows of one cotangent together.
     """
     latent = site.jacobian.latent
     place = torch.full((len(latent),), -1, dtype=torch.long, device=index.device)
     place[index] = torch.arange(len(index), device=index.device)
     for chunk in cotangents:
+        reserve(chunk.shape[0] * chunk.shape[1], site.jacobian.B if site.jacobian.dim >= 0 else None)
         rows = chunk.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
         for positions, part in site.jacobian.rows(chunk):
             keep = place[positions] >= 0
             rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]
         yield rows
+
+
+def curvature_rows(
+    chunks: Iterable[tuple[Any, list[SiteExamples]]],
+    cotangents: Callable[[SiteExamples], Iterable[Tensor]],
+    index: Tensor,
+    reserve: Reserve,
+    weight: float = 1.0,
+) -> Iterator[Tensor]:
+    """
+    The rows of all sites on all chunks of data.
+
+    :param chunks: see :meth:`~pyro_bnn.infer.examples.ExampleStream.run`.
+    :param cotangents: see :meth:`~pyro_bnn.infer.examples.SiteExamples.cotangents`.
+    :param index: the entries that are wanted, shape ``(q,)``.
+    :param reserve: called before rows are allocated.
+    :param weight: how many times the curvature counts.
+    :return: an iterator over tensors of shape ``(n, q)``.
+    """
+    for _, sites in chunks:
+        for site in sites:
+            for rows in placed_rows(site, cotangents(site), index, reserve):
+                yield rows.detach() * weight**0.5
 
 
 class LowRankSum(CurvatureSum):
@@ -53,6 +87,7 @@ class LowRankSum(CurvatureSum):
     :param rank: how many eigenpairs or features.
     :param rows: yields R in chunks; ``None`` if ``operator`` is given.
     :param operator: products with the curvature on the entries, from ``(S, q)`` to ``(S, q)``.
+    :param num_examples: how many examples ``rows`` comes from, if that is known.
     :param generator: source of random numbers.
     :param memory_limit: bytes that may be used.
     """
@@ -66,6 +101,7 @@ class LowRankSum(CurvatureSum):
         rank: int,
         rows: RowStream | None = None,
         operator: LinearMap | None = None,
+        num_examples: int | None = None,
         generator: torch.Generator | None = None,
         memory_limit: float | None = None,
     ) -> None:
@@ -74,6 +110,7 @@ class LowRankSum(CurvatureSum):
         self.rank = rank
         self._rows = rows
         self._operator = operator
+        self._num_examples = num_examples
         self._generator = generator
         self._limit = memory_limit
         self._earlier: list[Tensor] = []
@@ -89,11 +126,11 @@ class LowRankSum(CurvatureSum):
         """Nothing: eigenpairs come from products, which are summed over processes one by one."""
         return [] if self.method == "low_rank" else super().tensors()
 
-    def _all_rows(self) -> Iterator[Tensor]:
+    def _all_rows(self, reserve: Reserve = _reserve_nothing) -> Iterator[Tensor]:
         if process_rank() == 0:  # the processes of a data-parallel run share what was there before
             yield from self._earlier
         if self._rows is not None:
-            yield from self._rows()
+            yield from self._rows(reserve)
 
     def parts(self, prior: Callable[[Tensor], Tensor]) -> list[Part]:
         """See :meth:`CurvatureSum.parts`."""
@@ -127,18 +164,29 @@ class LowRankSum(CurvatureSum):
 
     def _require(self, rows: int) -> None:
         itemsize = self.latent.element_size()
-        needed = (2 * rows * len(self.index) + 3 * rows**2) * itemsize
+        q = len(self.index)
+        needed = 3 * (rows * q + min(rows, q) ** 2) * itemsize
         advice = "Use structure='nystrom' or 'low_rank' with a smaller rank, or 'kronecker'."
+        if self.method == "function_space":
+            advice = f"Pass a smaller subset_size. {advice}"
         require_memory(
             needed, f"structure={self.method!r} with {rows} rows", self.latent.device, advice, self._limit
         )
 
     def _all(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         collected: list[Tensor] = []
-        count = 0
-        for rows in self._all_rows():
-            count += len(rows)
-            self._require(count)
+        count = sum(len(rows) for rows in self._earlier)
+        first = True
+
+        def reserve(rows: int, examples: int | None) -> None:
+            nonlocal count, first
+            expected = rows
+            if first and examples and self._num_examples:  # fail at once rather than after most of the data
+                expected = rows * self._num_examples // examples
+            self._require(count + max(rows, expected))
+            count, first = count + rows, False
+
+        for rows in self._all_rows(reserve):
             collected.append(rows * scale)
         values, vectors = _from_rows(torch.cat(collected))
         return values, vectors

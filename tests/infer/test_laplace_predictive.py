@@ -384,3 +384,58 @@ def test_the_budget_counts_activations_before_the_last_layer():
     chunks = [size for size in sizes if size not in (3, 5, 64)]
     assert sum(chunks) + 64 == 400
     assert max(chunks) * 1000 <= 50_000
+
+
+def test_a_subset_of_data_stands_for_all_of_them():
+    model, x, y = linear_regression(prior_scale=2.0, noise=0.3, n=50)
+    # all the data in the subset: exact
+    exact = fitted(model, x, y, structure="full")
+    everything = fitted(model, x, y, structure="function_space", subset_size=50)
+    assert_close(everything.posterior.variance, exact.posterior.variance, rtol=1e-10)
+    assert_close(everything.log_evidence(), exact.log_evidence(), rtol=1e-10)
+    # M points of 50, in batches: the Gaussian process with kernel s^2 x x' given these points with noise M / N
+    guide = AutoLaplace(model, structure="function_space", subset_size=12).initialize(x, y)
+    guide.loc.data = torch.linspace(-1.0, 1.0, 3)
+    loader = [(x[:20], y[:20]), (x[20:], y[20:])]
+    generator = torch.Generator().manual_seed(3)
+    guide.laplace_approximation(loader, generator=generator, map_tolerance=float("inf"))
+    chosen = x[torch.randperm(50, generator=torch.Generator().manual_seed(3))[:12]]
+    new = torch.randn(7, 3)
+    inner = 4.0 * chosen @ chosen.mT + 0.09 * 12 / 50 * torch.eye(12)
+    cross = 4.0 * new @ chosen.mT
+    expected = 4.0 * new @ new.mT - cross @ torch.linalg.solve(inner, cross.mT)
+    assert_close(guide.joint_covariance(new)["obs"][:, 0, :, 0], expected, rtol=1e-8)
+    assert_close(guide.linearized_outputs(new)["obs"].variance[:, 0], expected.diagonal(), rtol=1e-8)
+    # a proper distribution over the weights, and an evidence of its own precision
+    precision = torch.eye(3) / 4.0 + chosen.mT @ chosen / 0.09 * 50 / 12
+    posterior = torch.distributions.MultivariateNormal(guide.loc.detach(), precision_matrix=precision)
+    w = torch.randn(5, 3)
+    assert_close(guide.posterior.log_prob(w), posterior.log_prob(w), rtol=1e-8)
+    assert_close(guide.posterior.entropy(), posterior.entropy(), rtol=1e-8)
+    assert_close(
+        guide.log_evidence(),
+        exact.log_evidence() + posterior.entropy() - exact.posterior.entropy(),
+        rtol=1e-8,
+    )
+
+
+def test_a_subset_needs_only_its_own_memory_and_separate_examples():
+    x, y = in_between_data(n=200)
+    model = tanh_network(hidden=40)
+    limit = 3.1 * 8 * (20 * 121 + 20**2)
+    message = r"structure='function_space' with 200 rows needs about .* Pass a smaller subset_size"
+    with pytest.raises(MemoryError, match=message):
+        fitted(model, x, y, structure="function_space", memory_limit=limit)
+    fitted(model, x, y, structure="function_space", subset_size=20, memory_limit=limit)
+    with pytest.raises(ValueError, match="goes with structure='function_space' only"):
+        AutoLaplace(model, structure="full", subset_size=3)
+    guide = fitted(model, x, y, structure="function_space", subset_size=20)
+    with pytest.raises(ValueError, match="subset of data is not differentiable"):
+        guide.log_evidence(data=(x, y))
+
+    def coupled(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        return pyro.sample("obs", dist.Normal(x @ w, 1.0).to_event(1), obs=y)
+
+    with pytest.raises(ValueError, match="treats its examples separately"):
+        fitted(coupled, x, y, structure="function_space", subset_size=20)

@@ -34,7 +34,7 @@ from pyro_bnn.infer.evidence import (
     tau_of,
 )
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream, batch_size, slice_batch
-from pyro_bnn.infer.low_rank import LowRankSum, placed_rows
+from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
 from pyro_bnn.infer.packed import check_data
 from pyro_bnn.infer.part_store import PartStore
@@ -48,6 +48,7 @@ from pyro_bnn.infer.structures import (
     DiagonalSum,
     KroneckerSum,
 )
+from pyro_bnn.infer.subset import count_examples, random_subset
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.jacobian import hvp_operator, wide
 from pyro_bnn.ops.kronecker import Sharing
@@ -78,7 +79,8 @@ class AutoLaplace(LinearizedGuide):
     low_rank       the ``rank`` leading eigenpairs relative to the prior                    :math:`p r`
     nystrom        its projection on ``rank`` features of a random subset of the data       :math:`p r`
                    (Deng et al., 2022) [6]
-    function_space everything, through the outputs: exact where N C is less than p          :math:`p N C`
+    function_space everything, through the outputs: exact where N C is less than p; with    :math:`p N C` or
+                   ``subset_size=M``, of a random subset of M points times N / M [2]        :math:`p M C`
     ============== ======================================================================== =====================
 
     The prior is added exactly in all of them.
@@ -94,6 +96,10 @@ class AutoLaplace(LinearizedGuide):
         ``"largest_magnitude"`` or at ``"random"``.
     :param int subnetwork_size: how many entries.
     :param int rank: of ``"low_rank"`` and ``"nystrom"``.
+    :param int subset_size: for ``"function_space"``, how many data points, drawn at random without replacement, stand
+        for all of them: the Gaussian process is conditioned on these alone, each counted N / M times. Predictions cost
+        O(M C) kernel rows; with M = N the posterior is exact. By default all. The value and gradient of the log
+        joint, in the evidence and the convergence check, are those of all the data.
     :param str sharing: how Kronecker factors treat weights that are used several times per example, ``"expand"`` or
         ``"reduce"`` (Eschenhagen et al., 2023).
     :param int num_samples: draws per data point for ``"mc_fisher"``.
@@ -148,6 +154,7 @@ class AutoLaplace(LinearizedGuide):
         subnetwork: Subnetwork | None = None,
         subnetwork_size: int | None = None,
         rank: int = 50,
+        subset_size: int | None = None,
         sharing: Sharing = "expand",
         num_samples: int = 1,
         init_loc_fn: Callable[..., Any] = init_to_median,
@@ -167,6 +174,11 @@ class AutoLaplace(LinearizedGuide):
                 f"structure={structure!r} needs a Gauss-Newton or Fisher matrix; for the exact Hessian use "
                 "structure='full', 'block', 'diagonal' or 'low_rank'."
             )
+        if subset_size is not None and (structure != "function_space" or subset_size < 1):
+            raise ValueError(
+                f"subset_size={subset_size} with structure={structure!r}: it is a positive number of data points and "
+                "goes with structure='function_space' only."
+            )
         super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size, budget=budget)
         self.structure = structure
         self.curvature = curvature
@@ -174,6 +186,7 @@ class AutoLaplace(LinearizedGuide):
         self.subnetwork = subnetwork
         self.subnetwork_size = subnetwork_size
         self.rank = rank
+        self.subset_size = subset_size
         self.sharing = sharing
         self.num_samples = num_samples
         self.memory_limit = memory_limit
@@ -306,9 +319,21 @@ class AutoLaplace(LinearizedGuide):
         }
         if self.curvature == "hessian":
             return LowRankSum(index, latent, operator=self._hessian(index, data), **options)
+        subset = None
+        if self.subset_size is not None:
+            subset = random_subset(self._stream(), data, self.subset_size, generator)
+        elif self.structure == "function_space":
+            options["num_examples"] = count_examples(data)
         # every pass over the data must give the same rows
         seed = int(torch.randint(2**62, (), generator=generator))
-        return LowRankSum(index, latent, rows=lambda: self._rows(index, data, seed), **options)
+
+        def rows(reserve: Reserve) -> Iterator[Tensor]:
+            stream = self._stream()
+            chunks = stream.run(data) if subset is None else subset.run(stream)
+            cotangents = self._cotangents(torch.Generator().manual_seed(seed))
+            return curvature_rows(chunks, cotangents, index, reserve, subset.weight if subset else 1.0)
+
+        return LowRankSum(index, latent, rows=rows, **options)
 
     def empty_sum(self) -> CurvatureSum:
         """
@@ -417,13 +442,6 @@ class AutoLaplace(LinearizedGuide):
                 accumulate_operators(total, accumulator, data)
             return Accumulated(prior, log_prior, -value - log_prior, gradient - prior.gradient)
         return accumulate_examples(total, self._stream(), data, self._cotangents(generator))
-
-    def _rows(self, index: Tensor, data: Any, seed: int) -> Iterator[Tensor]:
-        cotangents = self._cotangents(torch.Generator().manual_seed(seed))
-        for _, sites in self._stream().run(data):
-            for site in sites:
-                for rows in placed_rows(site, cotangents(site), index):
-                    yield rows.detach()
 
     def _hessian(self, index: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
         accumulator = CurvatureAccumulator(self.packed, self.loc, "hessian", chunk_size=self.chunk_size)
