@@ -269,6 +269,7 @@ def slice_batch(batch: Batch, size: int, part: slice | Tensor) -> Batch:
     :param part: which of them, a slice or positions.
     :return: the batch with every tensor of that length sliced.
     """
+
     def take(x: Tensor) -> Tensor:
         if not x.dim() or x.shape[0] != size:
             return x

@@ -21,7 +21,7 @@ class BayesianPerSampleMixin(PerSampleMixin, BayesianMixin):
         names = [*self._site_names(), *self.__dict__.get("_redirects", {})]
         for name in names:
             value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
-            if self._is_folded() and value.dim() > self._parameter_templates()[name].dim():
+            if self._is_folded() and value.dim() > self._event_dim(name):
                 if value.shape[1] > 1:
                     raise ValueError(
                         f"{name!r} of {self._pyro_name} has a value per example, which full weights do not support."

@@ -123,9 +123,7 @@ class Folding:
                 drawn.append((layer, name, layer.read(name), spec.event_dim))
             for name, (owner, _) in layer.__dict__.get("_redirects", {}).items():
                 if not isinstance(owner, nn.Module):  # tied parameters are drawn where they live
-                    drawn.append(
-                        (layer, name, value := layer.read(name), owner.event_dim(layer, name, value))
-                    )
+                    drawn.append((layer, name, layer.read(name), layer._event_dim(name)))
         shapes = [value.shape[: value.dim() - event_dim] for _, _, value, event_dim in drawn]
         self.active = any(shapes)
         if not self.active:  # one sample: the layers read their sites themselves
@@ -225,9 +223,7 @@ class Folding:
             if redirect is not None:
                 owner, owner_key = redirect
                 return (
-                    self.value(owner, owner_key)
-                    if owner_key in owner._site_names()
-                    else owner.read(owner_key)
+                    self.value(owner, owner_key) if isinstance(owner, SiteModule) else owner.read(owner_key)
                 )
             return layer.read(name)
         return self._values[key]

@@ -68,14 +68,12 @@ class PackedSite:
             context.set(site_name, views)
         return views[full]
 
-    def event_dim(self, layer: Any, name: str, value: Tensor) -> int:
+    def event_dim(self, full: str) -> int:
         """
-        :param layer: a layer whose parameter is packed.
-        :param str name: name of the parameter.
-        :param value: its value.
+        :param str full: full name of a parameter.
         :return: number of dimensions of the parameter itself.
         """
-        return len(self.layout[layer._redirects[name][1]])
+        return len(self.layout[full])
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         """

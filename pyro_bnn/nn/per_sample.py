@@ -50,8 +50,8 @@ class PerSampleMixin(SiteModule):
         :param kwargs: as for the torch layer.
         :return: as for the torch layer.
         """
-        event_dims = {name: value.dim() for name, value in self._parameter_templates().items()}
         parameters = self._sample_parameters()
+        event_dims = {name: self._event_dim(name) for name in parameters}
         random = {name for name, value in parameters.items() if value.dim() > event_dims[name]}
         if not self._is_folded():
             for name in random:

@@ -131,6 +131,17 @@ class SiteModule(_PyroModule):
         folding = self.__dict__.get("_folding")
         return folding is not None and folding.active
 
+    def _event_dim(self, name: str) -> int:
+        """The number of dimensions of a parameter itself: random, tied, packed or ordinary."""
+        spec = self.__dict__.get("_sites", {}).get(name)
+        if spec is not None:
+            return spec.event_dim
+        redirect = self.__dict__.get("_redirects", {}).get(name)
+        if redirect is None:
+            return self._parameters[name].dim()
+        owner, key = redirect
+        return owner._event_dim(key) if isinstance(owner, SiteModule) else owner.event_dim(key)
+
     def _site_names(self) -> list[str]:
         return list(self.__dict__.get("_sites", ()))
 
