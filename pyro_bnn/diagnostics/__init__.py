@@ -8,7 +8,6 @@ from pyro_bnn.diagnostics.arviz import (
     datatree_to_inference_data,
     to_datatree,
     to_inference_data,
-    write_tree,
 )
 from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
@@ -21,6 +20,7 @@ from pyro_bnn.diagnostics.quality import (
     pareto_k,
     simulation_based_calibration,
 )
+from pyro_bnn.diagnostics.storage import write_tree
 
 __all__ = [
     "DiversityReport",

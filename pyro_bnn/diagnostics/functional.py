@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pyro_bnn.diagnostics.arviz import chain_draws
+from pyro_bnn.diagnostics.export import chain_draws
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.draws import Posterior
 from pyro_bnn.infer.predictive import posterior_predictive, split_batch

@@ -66,13 +66,17 @@ class ModelRunner:
         max_memory: float = 2**24,
     ) -> None:
         self.model = model
-        self.draws = draws
-        self.num_draws = len(next(iter(draws.values()))) if draws else 1
+        self.replace_draws(draws)
         self.vectorize = vectorize
         self.max_memory = max_memory
         self.chunk_size = 1
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
         self.prototype: Trace | None = None
+
+    def replace_draws(self, draws: Draws) -> None:
+        """Goes on with other draws of the same sites; what was found out about the model stays."""
+        self.draws = draws
+        self.num_draws = len(next(iter(draws.values()))) if draws else 1
 
     def single(self, batch: Batch, index: int) -> Trace:
         """A trace of the model under one draw."""

@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.arviz_matrix import arviz_generation
-from pyro_bnn.diagnostics.arviz import to_datatree, to_inference_data, write_tree
+from pyro_bnn.diagnostics import to_datatree, to_inference_data, write_tree
 from pyro_bnn.infer import fit
 from tests.common import assert_close
 from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior

@@ -1,0 +1,483 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the groups of an ArviZ tree from a posterior, block by block of draws."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.poutine as poutine
+import torch
+import xarray as xr
+from pyro.infer import MCMC
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn._version import __version__
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.density import guide_log_prob
+from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.handlers import observed_names, sample_sites, subsample_scale, unscaled_log_prob
+from pyro_bnn.infer.nuts import NUTSResult
+from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch
+from pyro_bnn.infer.vectorize import ModelRunner, Reading, predicted_names
+
+#: Largest number of values per draw that a weight site may have to be exported when nothing else is.
+MAX_WEIGHT_SIZE = 1000
+
+_WEIGHT = re.compile(r"\.([a-z_]*_)?(weight|bias)(_[a-z0-9_]+)?$")
+
+Groups = dict[str, xr.Dataset]
+
+
+def chain_draws(
+    posterior: Any, num_samples: int | None, num_chains: int = 1, batch: Batch = ((), {})
+) -> tuple[Draws, tuple[int, int]]:
+    """
+    Draws of all chains, one after the other.
+
+    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
+    :param int num_chains: chains in a mapping of draws.
+    :param batch: arguments of the guide, for guides that need them.
+    :return: draws by site, each of shape ``(chains * draws,) + site shape``, and ``(chains, draws)``.
+    :raises ValueError: if the draws do not divide into the chains.
+    """
+    chains, size = shape = chain_shape(posterior, num_samples, num_chains)
+    if hasattr(posterior, "get_samples"):
+        grouped: Draws = posterior.get_samples(group_by_chain=True)
+        held = next(iter(grouped.values())).shape[1]
+        index = torch.linspace(0, held - 1, size, dtype=torch.float64).long()
+        return {n: v[:, index].flatten(0, 1) for n, v in grouped.items()}, shape
+    if isinstance(posterior, (list, tuple)):
+        members = [posterior_draws(member, size, batch) for member in posterior]
+        return {n: torch.cat([m[n] for m in members]) for n in members[0]}, shape
+    if chains > 1 and not isinstance(posterior, Mapping):
+        return {n: v.flatten(0, 1) for n, v in component_draws(posterior, size).items()}, shape
+    return posterior_draws(posterior, chains * size, batch), shape
+
+
+def chain_shape(posterior: Any, num_samples: int | None, num_chains: int = 1) -> tuple[int, int]:
+    """
+    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
+    :param int num_chains: chains in a mapping of draws.
+    :return: the numbers of chains and of draws in each.
+    :raises ValueError: if the draws do not divide into the chains.
+    """
+    if hasattr(posterior, "get_samples"):
+        chains, size = next(iter(posterior.get_samples(group_by_chain=True).values())).shape[:2]
+        return chains, size if num_samples is None else min(size, max(1, num_samples // chains))
+    if isinstance(posterior, Mapping):
+        size = len(next(iter(posterior.values()))) if num_samples is None else num_samples
+        if size % num_chains:
+            raise ValueError(f"num_chains={num_chains} does not divide the number of draws, {size}.")
+        return num_chains, size // num_chains
+    total = 1000 if num_samples is None else num_samples
+    if isinstance(posterior, (list, tuple)):
+        return len(posterior), max(1, total // len(posterior))
+    if getattr(posterior, "num_components", 1) > 1 and getattr(posterior, "equal_weights", True):
+        return posterior.num_components, max(1, total // posterior.num_components)
+    return 1, total
+
+
+def draw_blocks(
+    posterior: Any, num_samples: int | None, num_chains: int, batch: Batch, block_size: int | None
+) -> Iterator[tuple[Draws, tuple[int, int]]]:
+    """
+    The draws of :func:`chain_draws` in blocks, of which a guide draws one at a time.
+
+    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
+    :param int num_chains: chains in a mapping of draws.
+    :param batch: arguments of the guide, for guides that need them.
+    :param int block_size: draws of each chain in a block; ``None`` for all.
+    :return: an iterator over draws by site and ``(chains, draws)``.
+    """
+    chains, size = chain_shape(posterior, num_samples, num_chains)
+    if block_size is None or block_size >= size:
+        yield chain_draws(posterior, num_samples, num_chains, batch)
+        return
+    given = isinstance(posterior, Mapping) or hasattr(posterior, "get_samples")
+    held = chain_draws(posterior, num_samples, num_chains, batch)[0] if given else {}
+    for start in range(0, size, block_size):
+        length = min(block_size, size - start)
+        if given:
+            part = {n: v.unflatten(0, (chains, size))[:, start : start + length] for n, v in held.items()}
+            yield {n: v.flatten(0, 1) for n, v in part.items()}, (chains, length)
+        else:
+            yield chain_draws(posterior, chains * length, num_chains, batch)
+
+
+class Exporter:
+    """
+    Builds the groups of one tree.
+
+    :ivar rest: the groups that do not grow with the blocks of draws, once :meth:`blocks` is exhausted.
+    :ivar names: the latent sites in the posterior group.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        posterior: Any,
+        data: Any,
+        *,
+        batch_size: int | None,
+        coords: Mapping[str, Any] | None,
+        dims: Mapping[str, Sequence[str]] | None,
+    ) -> None:
+        if isinstance(data, Iterator):
+            raise ValueError(
+                "data is an iterator, which can be run through once only; pass tensors, a list or a loader."
+            )
+        self.model = model
+        self.posterior = posterior
+        self.data = data
+        self.batch_size = batch_size
+        self.coords = dict(coords or {})
+        self.user_dims = dict(dims or {})
+        self.site_dims: dict[str, tuple[str, ...]] = {}
+        self.shape = (1, 1)
+        self.rest: Groups = {}
+        self.names: list[str] = []
+        self.left_out: list[str] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """The data as arguments of the model."""
+        return split_batch(self.data, self.batch_size)
+
+    def first_batch(self) -> Batch:
+        """The arguments that show the structure of the model; none without data."""
+        return ((), {}) if self.data is None else next(iter(self.batches()))
+
+    def bytes_per_draw(self, chains: int, num_chains: int, predictions: bool) -> int:
+        """Bytes of one draw of each chain: of all latent sites, the pointwise likelihoods and the predictions."""
+        with torch.random.fork_rng():
+            batch = self.first_batch()
+            draws, shape = chain_draws(self.posterior, chains, num_chains, batch)
+            rows = math.prod(shape)
+            total = sum(v.numel() * v.element_size() for v in draws.values()) / rows
+            runner = ModelRunner(self.model, draws)
+            for batch in self.batches() if self.data is not None else ():
+                for name, site in sample_sites(runner.single(batch, 0)).items():
+                    if name not in draws:
+                        value = site["value"]
+                        terms = math.prod(site["fn"].batch_shape)
+                        total += (terms + predictions * value.numel()) * value.element_size()
+        return int(chains * total)
+
+    def blocks(
+        self,
+        num_samples: int | None,
+        num_chains: int,
+        block_size: int | None,
+        *,
+        var_names: Sequence[str] | None,
+        weights: bool,
+        thin: int,
+        predictions: bool,
+        constant_data: Mapping[str, Any] | None,
+        prior_samples: int,
+        vectorize: bool | None,
+        max_memory: float,
+    ) -> Iterator[Groups]:
+        """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
+        batch, runner, observed = self.first_batch(), None, None
+        start, total = 0, chain_shape(self.posterior, num_samples, num_chains)
+        lp: list[Tensor] = []
+        log_q: list[Tensor | None] = []
+        for draws, shape in draw_blocks(self.posterior, num_samples, num_chains, batch, block_size):
+            if not self.names:
+                self.inspect(draws, batch if self.data is not None else None)
+                self.names = self.select(draws, var_names, weights)
+                self.left_out = sorted(set(draws) - set(self.names))
+            self.shape = shape
+            skip = -start % thin
+            kept = {n: self.chained(draws[n])[:, skip::thin] for n in self.names}
+            block: Groups = {"posterior": self.dataset({n: (v, self.site_dims[n]) for n, v in kept.items()})}
+            if self.data is not None:
+                if runner is None:
+                    runner = ModelRunner(self.model, draws, vectorize=vectorize, max_memory=max_memory)
+                runner.replace_draws(draws)
+                found, density = self.data_groups(runner, predictions)
+                lp.append(self.chained(density))
+                log_q.append(self.guide_density(draws, batch))
+                block |= found
+                if observed is not None and not observed.identical(block["observed_data"]):
+                    raise ValueError(
+                        "The observations came in another order the second time: export in blocks of draws needs "
+                        "a loader that does not shuffle."
+                    )
+                observed = block.pop("observed_data")
+            for name, group in block.items():
+                if "draw" in group.dims:
+                    first = (start + skip) // thin if name == "posterior" else start
+                    block[name] = group.assign_coords(draw=np.arange(first, first + group.sizes["draw"]))
+            start += shape[1]
+            yield block
+        self.shape = total
+        if observed is not None:
+            stats = (
+                None if any(q is None for q in log_q) else torch.cat([q for q in log_q if q is not None], 1)
+            )
+            self.rest["sample_stats"] = self.sample_stats(torch.cat(lp, 1), stats)
+            self.rest["observed_data"] = observed
+            self.rest["constant_data"] = self.constants(batch, constant_data, observed)
+        if prior_samples:
+            self.rest |= self.prior_groups(batch, prior_samples)
+        if isinstance(self.posterior, NUTSResult) and self.posterior.warmup:
+            self.rest["warmup_posterior"] = self.dataset(
+                {n: (self.posterior.warmup[n], self.site_dims[n]) for n in self.names}
+            )
+            self.rest["warmup_sample_stats"] = self.dataset(
+                {n: (v, ()) for n, v in self.posterior.warmup_stats.items()}
+            )
+
+    def guide_density(self, draws: Draws, batch: Batch) -> Tensor | None:
+        """The log density of the guide, ``(chains, draws)``; ``None`` where there is none."""
+        posterior = self.posterior
+        if isinstance(posterior, (Mapping, list, tuple)) or hasattr(posterior, "get_samples"):
+            return None
+        log_q = guide_log_prob(posterior, draws, batch)
+        return None if log_q is None else self.chained(log_q)
+
+    def inspect(self, draws: Draws, batch: Batch | None) -> None:
+        """Finds the names of dims from the plates of the model."""
+        sites: dict[str, Any] = {}
+        if batch is not None:
+            trace = ModelRunner(self.model, draws).single(batch, 0)
+            sites = sample_sites(trace)
+        for name, value in draws.items():
+            if name in sites:
+                dims = site_dims(sites[name], len(sites[name]["fn"].batch_shape))
+            else:
+                dims = tuple(f"{name}_dim_{i}" for i in range(value.dim() - 1))
+            self.site_dims[name] = dims
+        for name, site in sites.items():
+            self.site_dims.setdefault(name, site_dims(site, len(site["fn"].batch_shape)))
+        names = set(self.site_dims)
+        for name, dims in self.site_dims.items():
+            # a variable may not share its name with a dim
+            dims = tuple(f"{d}_dim" if d in names else d for d in dims)
+            self.site_dims[name] = tuple(self.user_dims.get(name, dims))
+
+    def chained(self, value: Tensor) -> Tensor:
+        """Splits the first dimension, of all draws, into chains and draws."""
+        return value.reshape(*self.shape, *value.shape[1:])
+
+    def dataset(
+        self, variables: Mapping[str, tuple[Tensor, Sequence[str]]], sampled: bool = True
+    ) -> xr.Dataset:
+        """A dataset from tensors (with chain and draw first if ``sampled``) and the names of their dims."""
+        lead = ("chain", "draw") if sampled else ()
+        sizes: dict[str, int] = {}
+        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+        for name, (value, dims) in variables.items():
+            key = name.replace("/", ".")  # slashes are paths in a DataTree
+            own = list(dims)[: value.dim() - len(lead)]
+            if len(own) < value.dim() - len(lead):
+                raise ValueError(f"dims of {name!r}: {value.dim() - len(lead)} names expected, got {own}.")
+            for i, dim in enumerate(own):
+                size = value.shape[len(lead) + i]
+                if sizes.setdefault(dim, size) != size:  # two plates of one name with different sizes
+                    own[i] = f"{key}_dim_{i}"
+                    sizes[own[i]] = size
+            arrays[key] = (*lead, *own), value.detach().cpu().numpy()
+        coords: dict[str, Any] = {d: self.coords.get(d, np.arange(n)) for d, n in sizes.items()}
+        if sampled and arrays:
+            first = next(iter(arrays.values()))[1]
+            coords |= {"chain": np.arange(first.shape[0]), "draw": np.arange(first.shape[1])}
+        used = {d for dims, _ in arrays.values() for d in dims}
+        return xr.Dataset(arrays, coords={d: c for d, c in coords.items() if d in used})
+
+    def data_groups(self, runner: ModelRunner, predictions: bool) -> tuple[Groups, Tensor]:
+        """Runs the model over the data: densities, predictions and observations, and the log joint density."""
+        linearized = hasattr(self.posterior, "observed_distributions")
+        log_prior: dict[str, Tensor] = {}
+        found: dict[str, list[tuple[Tensor, Tensor | None, Tensor]]] = {}
+        lp_terms: dict[str, Tensor] = {}
+        seen: dict[str, int] = {}
+        full: dict[str, float] = {}
+        for batch in self.batches():
+            observed: dict[str, Tensor] = {}
+
+            def read(trace: Trace, observed: dict[str, Tensor] = observed) -> dict[tuple[str, str], Reading]:
+                readings: dict[tuple[str, str], Reading] = {}
+                sites = sample_sites(trace)
+                for name in runner.draws:
+                    if name in sites:
+                        site = sites[name]
+                        readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
+                for name in predicted_names(trace, runner.draws):
+                    site = sites[name]
+                    if site["is_observed"]:
+                        observed[name] = site["value"]
+                        full[name] = subsample_scale(site)
+                        readings["likelihood", name] = name, unscaled_log_prob(site), 0
+                        if predictions and not linearized:
+                            value = site["fn"].sample()
+                            readings["sample", name] = name, value, value.dim() - len(site["fn"].batch_shape)
+                return readings
+
+            readings = runner.run(batch, read)
+            size = runner.num_draws
+            log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
+            guided = (
+                posterior_predictive(self.model, self.posterior, batch[0] or batch[1], draws=runner.draws)
+                if linearized
+                else {}
+            )
+            for name, value in observed.items():
+                likelihood: Tensor | None = readings["likelihood", name]
+                assert likelihood is not None
+                lp_terms[name] = lp_terms.get(name, 0) + likelihood.reshape(size, -1).sum(-1)
+                seen[name] = seen.get(name, 0) + math.prod(value.shape[:1])
+                full[name] = full[name] * math.prod(value.shape[:1])
+                sample = readings.get(("sample", name))
+                if name in guided:
+                    likelihood, sample = guided[name].log_likelihood, guided[name].samples
+                assert likelihood is not None
+                found.setdefault(name, []).append((likelihood, sample, value))
+        if not found:
+            raise ValueError(
+                "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
+            )
+        # a subsampled plate stands for all of its N points, of which the data hold ``seen``
+        lp = sum(log_prior.values()) + sum(lp_terms[n] * (full[n] / seen[n]) for n in found)
+        likelihoods, samples, observations = {}, {}, {}
+        for name, parts in found.items():
+            dims = self.site_dims[name]
+            axis = _differing_axis([part[2] for part in parts])
+            value = torch.cat([part[2] for part in parts], axis) if parts[0][2].dim() else parts[0][2]
+            observations[name] = value, dims
+            terms = [part[0] for part in parts]
+            joined = torch.cat(terms, axis + 1) if terms[0].dim() > axis + 1 else sum(terms)
+            likelihoods[name] = self.chained(torch.as_tensor(joined)), dims
+            drawn = [part[1] for part in parts if part[1] is not None]
+            if drawn:
+                samples[name] = (
+                    self.chained(torch.cat(drawn, axis + 1) if drawn[0].dim() > 1 else drawn[0]),
+                    dims,
+                )
+        groups = {
+            "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in log_prior.items()}),
+            "log_likelihood": self.dataset(likelihoods),
+            "posterior_predictive": self.dataset(samples),
+            "observed_data": self.dataset(observations, sampled=False),
+        }
+        return groups, torch.as_tensor(lp)
+
+    def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
+        """Log joint density, density of the guide, importance weights, divergences."""
+        posterior = self.posterior
+        stats = {"lp": lp}
+        if log_q is not None and bool(torch.isfinite(log_q).all()):
+            log_weight = lp.cpu() - log_q.cpu()
+            stats |= {"log_q": log_q, "log_weight": log_weight - torch.logsumexp(log_weight, (0, 1))}
+        if isinstance(posterior, NUTSResult):
+            stats |= {n: v for n, v in posterior.sample_stats.items() if v.shape == self.shape}
+        if isinstance(posterior, MCMC):
+            divergences = posterior.diagnostics().get("divergences", {})
+            diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
+            for chain, indices in enumerate(divergences.values()):
+                diverging[chain, indices] = True
+            if diverging.shape == self.shape:
+                stats["diverging"] = diverging
+        return self.dataset({n: (v, ()) for n, v in stats.items()})
+
+    def constants(self, batch: Batch, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
+        """The inputs: given ones, or the tensors of a single batch that are not observations."""
+        values: dict[str, Any] = dict(given or {})
+        if given is None:
+            args, kwargs = next(iter(split_batch(self.data, None)))
+            if not _same_batch((args, kwargs), batch):
+                return xr.Dataset()  # a loader: its inputs are not held in memory at once
+            function = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+            try:
+                values = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+            except (TypeError, ValueError):
+                values = {f"argument_{i}": a for i, a in enumerate(args)} | kwargs
+        variables = {}
+        sizes = {int(size): str(dim) for dim, size in reversed(list(observed.sizes.items()))}
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(np.asarray(value)) if given is not None else None
+            if value is None or (
+                given is None
+                and any(np.array_equal(value.cpu().numpy(), o.values) for o in observed.values())
+            ):
+                continue
+            dims = [
+                sizes.get(n, f"{name}_dim_{i}") if i == 0 else f"{name}_dim_{i}"
+                for i, n in enumerate(value.shape)
+            ]
+            variables[name] = value, self.user_dims.get(name, dims)
+        return self.dataset(variables, sampled=False)
+
+    def prior_groups(self, batch: Batch, num_samples: int) -> Groups:
+        """Draws from the model with its observations taken away."""
+        args, kwargs = batch
+        rows: list[dict[str, Tensor]] = []
+        with poutine.block():
+            observed = observed_names(poutine.trace(self.model).get_trace(*args, **kwargs))
+            for _ in range(num_samples):
+                trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
+                rows.append({n: s["value"] for n, s in sample_sites(trace).items() if n in self.site_dims})
+        stacked = {n: torch.stack([row[n] for row in rows])[None] for n in rows[0]}
+
+        def pick(wanted: bool) -> xr.Dataset:
+            return self.dataset(
+                {n: (v, self.site_dims[n]) for n, v in stacked.items() if (n in observed) == wanted}
+            )
+
+        return {"prior": pick(False), "prior_predictive": pick(True)}
+
+    @staticmethod
+    def select(draws: Draws, var_names: Sequence[str] | None, weights: bool) -> list[str]:
+        """The latent sites to export."""
+        if var_names is not None:
+            unknown = sorted(set(var_names) - set(draws))
+            if unknown:
+                raise ValueError(f"var_names: {unknown} are not latent sites; there are {sorted(draws)}.")
+            return list(var_names)
+        if weights:
+            return list(draws)
+        return [n for n in draws if not _WEIGHT.search(n)] or [
+            n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE
+        ]
+
+
+def _differing_axis(values: list[Tensor]) -> int:
+    """The dimension in which the batches of a loader differ in size; the first if they do not."""
+    return next((i for i in range(values[0].dim()) if len({v.shape[i] for v in values}) > 1), 0)
+
+
+def _same_batch(a: Batch, b: Batch) -> bool:
+    shapes = [
+        [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        for args, kwargs in (a, b)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def attributes(posterior: Any) -> dict[str, Any]:
+    """
+    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :return: the attributes of ArviZ's schema.
+    """
+    kind = type(posterior[0] if isinstance(posterior, (list, tuple)) else posterior)
+    return {
+        "created_at": datetime.now(UTC).isoformat(),
+        "creation_library": "pyro_bnn",
+        "creation_library_version": __version__,
+        "creation_library_language": "Python",
+        "inference_library": "pyro",
+        "inference_library_version": pyro.__version__,
+        "posterior_class": kind.__name__,
+    }

@@ -1,0 +1,126 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Trees on disk, written group by group and draws by draws."""
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import xarray as xr
+
+#: Bytes of a chunk of a netCDF variable, at least one draw.
+CHUNK_BYTES = 2**20
+#: HDF5 does not take chunks of 4 GiB; larger ones are left to its own choice.
+_LARGEST_CHUNK = 2**31
+
+
+class TreeWriter:
+    """
+    Writes datasets to the groups of a file, each in one piece or in blocks along ``draw``.
+
+    :param path: a netCDF file, or a Zarr store if the name ends in ``.zarr``; what is there is replaced.
+
+    Example::
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = TreeWriter(Path(folder) / "tree.nc")
+        ...     for start in (0, 3):
+        ...         draws = {"z": (("chain", "draw"), [[1.0, 2.0, 3.0]])}
+        ...         writer.append("posterior", xr.Dataset(draws, {"draw": range(start, start + 3)}))
+        ...     with writer.open() as tree:
+        ...         tree["posterior"]["z"].values
+        array([[1., 2., 3., 1., 2., 3.]])
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.zarr = self.path.suffix == ".zarr"
+        self._written: set[str] = set()
+        self._write_root("w", {})
+
+    def _write_root(self, mode: Literal["w", "a"], attrs: Mapping[Any, Any]) -> None:
+        root = xr.Dataset(attrs=attrs)
+        if self.zarr:
+            root.to_zarr(self.path, mode=mode, consolidated=False)
+        else:
+            root.to_netcdf(self.path, mode=mode, engine="h5netcdf")
+
+    def set_attrs(self, attrs: Mapping[Any, Any]) -> None:
+        """Sets the attributes of the file."""
+        self._write_root("a", attrs)
+
+    def append(self, name: str, group: xr.Dataset) -> None:
+        """Writes a group, or appends to it along ``draw`` if it has been written before; empty ones are left out."""
+        if not group.data_vars:
+            return
+        first = name not in self._written
+        self._written.add(name)
+        if self.zarr:
+            along = None if first else "draw"
+            group.to_zarr(self.path, mode="a", group=name, consolidated=False, append_dim=along)
+        elif first:
+            unlimited = ["draw"] if "draw" in group.dims else []
+            group.to_netcdf(
+                self.path,
+                mode="a",
+                group=name,
+                engine="h5netcdf",
+                unlimited_dims=unlimited,
+                encoding=_chunks(group) if unlimited else {},
+            )
+        else:
+            self._extend(name, group)
+
+    def _extend(self, name: str, group: xr.Dataset) -> None:
+        import h5netcdf
+
+        with h5netcdf.File(self.path, "a") as file:
+            target = file[name]
+            start = target.dimensions["draw"].size
+            stop = start + group.sizes["draw"]
+            target.resize_dimension("draw", stop)
+            for key, variable in group.variables.items():
+                if "draw" in variable.dims:
+                    index = tuple(slice(start, stop) if d == "draw" else slice(None) for d in variable.dims)
+                    target.variables[key][index] = variable.values
+
+    def open(self) -> xr.DataTree:
+        """The tree in the file, read when its values are used."""
+        if self.zarr:
+            return xr.open_datatree(self.path, engine="zarr", consolidated=False)
+        return xr.open_datatree(self.path, engine="h5netcdf")
+
+
+def _chunks(group: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Chunks of whole draws of a chain."""
+    encoding = {}
+    for name, variable in group.data_vars.items():
+        if variable.dims[:2] == ("chain", "draw"):
+            rest = variable.shape[2:]
+            size = max(1, math.prod(rest) * variable.dtype.itemsize)
+            if 0 < size < _LARGEST_CHUNK and all(rest):
+                draws = max(1, min(group.sizes["draw"], CHUNK_BYTES // size))
+                encoding[str(name)] = {"chunksizes": (1, draws, *rest)}
+    return encoding
+
+
+def write_tree(tree: xr.DataTree, path: str | PathLike[str]) -> None:
+    """
+    Writes a tree group by group to netCDF (with h5netcdf), or to Zarr if the name ends in ``.zarr``.
+
+    Groups leave the tree as they are written, so that memory shrinks while the file grows. To write a posterior that
+    does not fit into memory at all, see ``path`` of :func:`~pyro_bnn.diagnostics.to_datatree`.
+
+    :param tree: a tree made by :func:`~pyro_bnn.diagnostics.to_datatree`; it is empty afterwards.
+    :param path: the file.
+    """
+    writer = TreeWriter(path)
+    writer.set_attrs(tree.attrs)
+    for name in list(tree.children):
+        group = tree[name].to_dataset()
+        del tree[name]
+        writer.append(name, group)
+        del group
