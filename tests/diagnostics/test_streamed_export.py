@@ -56,7 +56,9 @@ def identical(found: xr.DataTree, expected: xr.DataTree) -> None:
             assert left[key].dims == right[key].dims, (name, key)
 
 
-@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")  # twenty draws far from the posterior
+@pytest.mark.filterwarnings(
+    "ignore:Estimated shape parameter of Pareto"
+)  # twenty draws far from the posterior
 @pytest.mark.parametrize("suffix", [".nc", ".zarr"])
 @pytest.mark.parametrize("name", ["normal", "mixture", "ensemble", "nuts", "draws"])
 def test_equal_to_the_export_in_memory(name: str, suffix: str, tmp_path: Path) -> None:
