@@ -104,7 +104,7 @@ class SiteExamples:
             )
             with torch.random.fork_rng(), torch.no_grad():
                 torch.manual_seed(int(seed))
-                values = base.sample(torch.Size((num_samples,)))
+                values = self.site.rule.sample(base, num_samples)
         else:
             assert self.value is not None
             values = self.value.expand(base.batch_shape + base.event_shape).unsqueeze(0)

@@ -28,6 +28,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, check_finite, iter_batches, map_tensors
 from pyro_bnn.infer.handlers import (
@@ -41,7 +42,7 @@ from pyro_bnn.infer.handlers import (
 )
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
-from pyro_bnn.ops.fisher import FisherRule, fisher_rule
+from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
 from pyro_bnn.ops.jacobian import wide
 
 
@@ -353,6 +354,14 @@ class PackedModel:
             base = rule.build(base, {k: wide(v) for k, v in everything.items()})
             everything = rule.parameters(base)
         parameters = {k: v for k, v in everything.items() if depends_on(v, latent)}
+        if isinstance(rule, MonteCarloFisher):
+            rest = rule.build(base, {k: v.detach() for k, v in everything.items()})
+            if depends_on(rest.log_prob(site["value"].detach()), latent):
+                raise ValueError(
+                    f"observed site {name!r}: {type(base).__name__} depends on latents through more than its parameters "
+                    f"{', '.join(everything)}, e.g. through a transform: use curvature='hessian', or register a "
+                    "FisherRule with pyro_bnn.ops.fisher.register_fisher."
+                )
         shape = base.batch_shape
         outputs = [v.expand(shape + v.shape[-1:]) for v in parameters.values()]
         like = next(iter(everything.values()))

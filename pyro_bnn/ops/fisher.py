@@ -10,6 +10,7 @@ A :class:`FisherRule` says which real-valued parameters a distribution has, what
 and how to build the distribution again from parameters that have moved.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 _RULES: dict[type[Distribution], "FisherRule"] = {}
+#: Rules that subclasses do not inherit.
+_OWN_RULES: dict[type[Distribution], "FisherRule"] = {}
 
 
 class FisherRule:
@@ -86,14 +89,24 @@ class FisherRule:
         """
         raise NotImplementedError
 
+    def sample(self, d: Distribution, num_samples: int) -> Tensor:
+        """
+        :param d: a distribution of the family.
+        :param num_samples: how many draws.
+        :return: draws without a graph, shape ``(num_samples,) + d.batch_shape + d.event_shape``.
+        """
+        return d.sample(torch.Size((num_samples,)))
+
 
 def register_fisher(
     *families: type[Distribution],
+    subclasses: bool = True,
 ) -> Callable[[type[FisherRule]], type[FisherRule]]:
     """
     Class decorator that registers a :class:`FisherRule` for families of distributions and their subclasses.
 
     :param families: distribution classes.
+    :param bool subclasses: ``False`` for the classes themselves only.
     :return: the decorator.
 
     Example::
@@ -115,7 +128,7 @@ def register_fisher(
 
     def decorate(rule: type[FisherRule]) -> type[FisherRule]:
         for family in families:
-            _RULES[family] = rule()
+            (_RULES if subclasses else _OWN_RULES)[family] = rule()
         return rule
 
     return decorate
@@ -131,6 +144,8 @@ def fisher_rule(d: Distribution) -> FisherRule:
     :raises KeyError: if no class of ``d`` is registered and ``d`` cannot be rebuilt from its arguments; the message
         says what to do.
     """
+    if type(d) in _OWN_RULES:
+        return _OWN_RULES[type(d)]
     for family in type(d).__mro__:
         if family in _RULES:
             return _RULES[family]
@@ -188,6 +203,10 @@ def score(
     return torch.cat(scores, -1)
 
 
+#: Arguments that stand for the same thing as another one.
+_ALTERNATIVES = {"logits": ("probs",), "scale_tril": ("covariance_matrix", "precision_matrix")}
+
+
 class MonteCarloFisher(FisherRule):
     r"""
     Any distribution that can be rebuilt from its own tensor arguments, taken to unconstrained space:
@@ -204,8 +223,9 @@ class MonteCarloFisher(FisherRule):
 
     def _constraints(self, d: Distribution) -> dict[str, td.constraints.Constraint]:
         found = dict(d.arg_constraints)
-        if "logits" in found:
-            found.pop("probs", None)
+        for chosen, others in _ALTERNATIVES.items():
+            if chosen in found:
+                found = {k: v for k, v in found.items() if k not in others}
         return {
             k: v for k, v in found.items() if isinstance(getattr(d, k, None), Tensor) and not v.is_discrete
         }
@@ -230,30 +250,47 @@ class MonteCarloFisher(FisherRule):
         create_graph = torch.is_grad_enabled()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            value = d.rsample((self.num_samples,)) if d.has_rsample else d.sample((self.num_samples,))
+            source = self.build(d, self.parameters(d))
+            shape = torch.Size((self.num_samples,))
+            value = source.rsample(shape) if source.has_rsample else source.sample(shape)
         scores = score(self, d, names, value, create_graph=create_graph)
-        if create_graph and not d.has_rsample:
+        if create_graph and not source.has_rsample:
             # draws that do not move with the parameters count by their density ratio, 1 with a gradient
             log_prob = d.log_prob(value)
             scores = scores * (0.5 * (log_prob - log_prob.detach())).exp().unsqueeze(-1)
         return torch.einsum("s...i,s...j->...ij", scores, scores) / self.num_samples
 
+    def sample(self, d: Distribution, num_samples: int) -> Tensor:
+        """See :meth:`FisherRule.sample`."""
+        with torch.no_grad():
+            return self.build(d, self.parameters(d)).sample(torch.Size((num_samples,)))
+
+    def complete(self, d: Distribution, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        :param d: a distribution of the family.
+        :param parameters: some of its parameters, shapes ``sample_shape + d.batch_shape + (C_name,)``.
+        :return: all of them; the others are those of ``d`` for every sample.
+        """
+        like = next(iter(parameters.values()), None)
+        shape = d.batch_shape if like is None else like.shape[:-1]
+        return {k: parameters.get(k, v.expand(shape + v.shape[-1:])) for k, v in self.parameters(d).items()}
+
     def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
         """See :meth:`FisherRule.build`."""
         arguments = {}
+        parameters = self.complete(d, parameters)
         for name, constraint in self._constraints(d).items():
             transform = td.biject_to(constraint)
-            old = getattr(d, name)
-            if name in parameters:
-                event = transform.inv(old).shape[len(d.batch_shape) :]
-                new = parameters[name]
-                old = transform(new.reshape(new.shape[:-1] + event) if event else new.squeeze(-1))
-            arguments[name] = old
-        for name in d.arg_constraints:
-            if name not in arguments and name not in ("probs", "logits") and hasattr(d, name):
+            event = transform.inv(getattr(d, name)).shape[len(d.batch_shape) :]
+            new = parameters[name]
+            arguments[name] = transform(new.reshape(new.shape[:-1] + event) if event else new.squeeze(-1))
+        derived = {"validate_args", *_ALTERNATIVES, *(k for others in _ALTERNATIVES.values() for k in others)}
+        for name in (*d.arg_constraints, *inspect.signature(type(d)).parameters):
+            if name not in arguments and name not in derived and hasattr(d, name):
                 arguments[name] = getattr(d, name)
         return type(d)(**arguments)
 
 
 # the rules register themselves on import
+from pyro_bnn.ops import fisher_composite as fisher_composite  # noqa: E402
 from pyro_bnn.ops import fisher_rules as fisher_rules  # noqa: E402
