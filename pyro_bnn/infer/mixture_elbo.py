@@ -10,9 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import distributions as dist
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
@@ -21,13 +19,12 @@ from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_model_guide_match, get_rng_state, set_rng_state
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import CollectMessenger, Site, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
+from pyro_bnn.infer.mixture_terms import SiteTerms, per_component, unwrap
 from pyro_bnn.nn.folding import split_batch
-from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.sites import SITE_KEY, silent_sites
 
 _Elbo: Any = ELBO
@@ -189,7 +186,7 @@ class Mixture_ELBO(_Elbo):
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
         nesting = self._plate_nesting(model, guide, args, kwargs)
-        terms = _SiteTerms(self, mixtures, K, nesting)
+        terms = SiteTerms(self.kl, self.entropy_weight != 0.0, self.num_particles, mixtures, K, nesting)
         if self._is_direct(guide, mixtures):
             model_sites = self._direct_sites(model, guide, terms, nesting, args, kwargs)
         else:
@@ -297,7 +294,7 @@ class Mixture_ELBO(_Elbo):
         return quiet and mixtures == [guide] and self.batch == "repeat" and guide.is_factorized()
 
     def _direct_sites(
-        self, model: Any, guide: AutoMixture, terms: "_SiteTerms", nesting: int, args: Any, kwargs: Any
+        self, model: Any, guide: AutoMixture, terms: "SiteTerms", nesting: int, args: Any, kwargs: Any
     ) -> dict[str, Site]:
         """
         The sample sites of the model under a draw of a guide of independent sites. Their divergences go to ``terms``:
@@ -311,7 +308,7 @@ class Mixture_ELBO(_Elbo):
         blocks = {site.name: (site, loc, scale) for site, loc, scale in guide._blocks()}
         for name, (site, loc, scale) in blocks.items():
             if scale is None:
-                value = _unwrap(guide.site_distribution(site, loc, None, layout)).v
+                value = unwrap(guide.site_distribution(site, loc, None, layout)).v
                 values[name] = value.expand(*lead, *value.shape) if lead else value
         points = {site.name: (site, fn) for site, fn in guide.point_distributions()}
         values |= {name: fn.v for name, (_, fn) in points.items()}
@@ -345,7 +342,7 @@ class Mixture_ELBO(_Elbo):
         plain = self.kl != "exact" and self.entropy_weight == 0.0
         return plain and mixtures == [guide] and guide.is_factorized()
 
-    def _add_joint(self, guide: AutoMixture, terms: "_SiteTerms", priors: dict[str, Any]) -> set[str]:
+    def _add_joint(self, guide: AutoMixture, terms: "SiteTerms", priors: dict[str, Any]) -> set[str]:
         """Adds the terms of the sites with constant priors and returns their names."""
         joint = self._joint_terms.get(guide)
         if (
@@ -369,16 +366,6 @@ class Mixture_ELBO(_Elbo):
 
     # ------------------------------------------------------------------ terms
 
-    def _per_component(self, value: Tensor, K: int, nesting: int) -> Tensor:
-        """Sums a tensor of batch shape ``(S, K, *plates)`` over the plates: shape ``(S, K)``."""
-        if K == self.num_particles == 1:
-            return value.sum().view(1, 1)
-        shape = (self.num_particles, K) if value.dim() > nesting + 1 else (K,)
-        if value.dim() < nesting + 1:
-            value = value.expand(K, *(1,) * (nesting - value.dim()), *value.shape)
-        total = value.flatten(value.dim() - nesting).sum(-1) if nesting else value
-        return total.expand(shape).reshape(-1, K)
-
     def _likelihood_term(self, model_sites: dict[str, Site], K: int, nesting: int) -> Any:
         total: Any = 0.0
         pointwise: dict[Any, Tensor] = {}
@@ -388,7 +375,7 @@ class Mixture_ELBO(_Elbo):
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             if self.likelihood == "average" or K == 1:  # with one component they are the same
                 log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
-                total = total + self._per_component(log_prob, K, nesting).mean()
+                total = total + per_component(log_prob, self.num_particles, K, nesting).mean()
                 continue
             log_prob = scale_and_mask(log_prob, 1.0, site["mask"])
             if log_prob.dim() < nesting + 1:
@@ -431,144 +418,6 @@ def default_elbo(guide: Any) -> Any:
     :return: :class:`Mixture_ELBO` if it holds a mixture, else :class:`~pyro.infer.Trace_ELBO`.
     """
     return Mixture_ELBO() if any(True for _ in _mixtures(guide)) else Trace_ELBO()
-
-
-class _SiteTerms:
-    """The KL, log prior and entropy terms of one evaluation."""
-
-    def __init__(self, elbo: Mixture_ELBO, mixtures: list[AutoMixture], K: int, nesting: int) -> None:
-        self.elbo, self.mixtures, self.K, self.nesting = elbo, mixtures, K, nesting
-        self.kl: Any = 0.0
-        self.log_prior: Any = 0.0
-        self.entropy: Any = 0.0
-
-    def add(self, kl: Any, log_prior: Any) -> None:
-        """Adds terms that are averages over the components."""
-        self.kl = self.kl + (self.K if self.elbo.kl == "sum" else 1) * kl
-        self.log_prior = self.log_prior + log_prior
-
-    def collect(self, model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
-        """Adds the terms of all latent and auxiliary sites."""
-        elbo = self.elbo
-        want_entropy = elbo.entropy_weight != 0.0
-        auxiliary = {n: s for n, s in guide_sites.items() if n not in model_sites}
-        for name, site in guide_sites.items():
-            if name in auxiliary:
-                log_q = self._per_component(scale_and_mask(_log_prob(site), site["scale"], site["mask"]))
-                self._add_kl(log_q)
-                if want_entropy:
-                    self.entropy = self.entropy - log_q.mean()
-                continue
-            prior = model_sites[name]
-            scale, mask = prior["scale"], prior["mask"]
-            kind = site["infer"].get(SITE_KEY, {}).get("kind")
-            if kind == "index":  # uniform in the model and in the guide
-                continue
-            if isinstance(_unwrap(site["fn"]), Delta) and (kind in ("delta", "point") or not auxiliary):
-                shared = _shared_log_prob(prior) if kind == "point" and mask is None else None
-                if shared is None:
-                    log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask)).mean()
-                else:
-                    log_p = shared * scale
-                self.log_prior = self.log_prior + log_p
-                continue
-            self._add_kl(self._per_component(scale_and_mask(_divergence(site, prior), scale, mask)))
-            if want_entropy:
-                self.entropy = (
-                    self.entropy + self._per_component(scale_and_mask(_entropy(site), scale, mask)).mean()
-                )
-        if elbo.kl == "exact" and self.K > 1:
-            information = self._information(guide_sites)
-            self.kl = self.kl - information
-            if want_entropy:
-                self.entropy = self.entropy + information
-
-    def _per_component(self, value: Tensor) -> Tensor:
-        return self.elbo._per_component(value, self.K, self.nesting)
-
-    def _add_kl(self, per_component: Tensor) -> None:
-        factor = self.K if self.elbo.kl == "sum" else 1
-        self.kl = self.kl + factor * per_component.mean()
-
-    def _information(self, guide_sites: dict[str, Any]) -> Any:
-        r""":math:`\log K + \frac1K\sum_k \log \mathrm{softmax}_{k'}(\log q_{k'}(z_k))_k`, from 0 to log K."""
-        lead = (self.elbo.num_particles, self.K)
-        log_q: Any = 0.0  # summed over all sites of all mixtures before the softmax: one index for all
-        for mixture in self.mixtures:
-            values = {
-                site.name: _one_draw(guide_sites[site.name], site, self.nesting).reshape(lead + site.shape)
-                for site, _, scale in mixture._blocks()
-                if scale is not None
-            }
-            log_q = log_q + mixture.component_log_prob(values)  # (S, K, K')
-        if not isinstance(log_q, Tensor):
-            return 0.0
-        return math.log(self.K) + log_q.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
-
-
-def _divergence(site: Any, prior: Any) -> Tensor:
-    """KL of a guide site from the model site, analytic if torch knows it, else one Monte Carlo term."""
-    source = closed_form_source(prior["fn"])
-    if source is not None:
-        base = _unwrap(site["fn"])
-        if not isinstance(base, Normal):
-            raise ValueError(
-                f"site {prior['name']!r} has a ClosedFormPrior, which needs Normal components, found "
-                f"{type(base).__name__}: choose component='normal' or another prior."
-            )
-        return source.divergence(base.loc, base.scale.square())
-    try:
-        return kl_divergence(site["fn"], prior["fn"])
-    except NotImplementedError:
-        sample = _log_prob(site) - _log_prob(prior)
-        # values per example are draws of one site: average over them
-        once = site["fn"].batch_shape
-        extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
-        return sample.mean(extra, keepdim=True) if extra else sample
-
-
-def _one_draw(node: Any, site: Any, nesting: int) -> Tensor:
-    """The value of a site; with a value per example, that of the first example."""
-    value = node["value"]
-    if nesting and not site.frames:
-        dim = value.dim() - site.event_dim - 1
-        if dim >= 0 and node["fn"].batch_shape[-1:] == (1,) and value.shape[dim] > 1:
-            return value.narrow(dim, 0, 1)
-    return value
-
-
-def _entropy(site: Any) -> Tensor:
-    try:
-        return site["fn"].entropy()
-    except NotImplementedError:
-        return -_log_prob(site)
-
-
-def _log_prob(site: Any) -> Tensor:
-    return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-
-
-def _shared_log_prob(site: Any) -> Tensor | None:
-    """
-    The log density of a Normal site whose value all samples share, without repeating it per sample: shared weights are
-    by far the largest sites.
-    """
-    fn, value = site["fn"], site["value"]
-    base = _unwrap(fn)
-    batch = len(fn.batch_shape)
-    if type(base) not in (Normal, dist.Normal):
-        return None
-    tensors = (value, base.loc, base.scale)
-    if any(n > 1 and t.stride(i) for t in tensors for i, n in enumerate(t.shape[:batch])):
-        return None
-    value, loc, scale = (t[(0,) * batch] for t in tensors)
-    return Normal(loc, scale, validate_args=False).log_prob(value).sum()
-
-
-def _unwrap(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def _detach(value: Any) -> Any:

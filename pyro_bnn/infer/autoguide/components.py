@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_bnn.distributions.cauchy import TangentCauchy
+from pyro_bnn.distributions.mixture import mixture_quantile
 
 #: Families with a location and a scale per latent element.
 SCALED_KINDS = ("normal", "cauchy", "lognormal")
@@ -177,3 +178,23 @@ def is_positive(support: Any) -> bool:
         isinstance(support, constraints.greater_than | constraints.greater_than_eq)
         and support.lower_bound == 0
     )
+
+
+def raw_quantile(site: LatentSite, loc: Tensor, scale: Tensor | None, q: float) -> Tensor:
+    """
+    A quantile of the marginal mixtures in unconstrained space, where the bijections are elementwise and increasing.
+
+    :param site: a site.
+    :param loc: its locations, shape ``(K, *raw_shape)``.
+    :param scale: its scales, the same shape, or ``None``.
+    :param q: a level between 0 and 1.
+    :return: shape ``raw_shape``.
+    """
+    if scale is None:
+        index = max(0, min(loc.shape[0] - 1, int(-(-q * loc.shape[0] // 1)) - 1))
+        return loc.sort(0).values[index]
+    base: Any = dist.Cauchy(loc, scale) if site.kind == "cauchy" else dist.Normal(loc, scale)
+    each = base.icdf(torch.full_like(loc, q))
+    if loc.shape[0] == 1:
+        return each[0]
+    return mixture_quantile(lambda v: base.cdf(v).mean(0), each.amin(0), each.amax(0), q)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture guides whose components are shared by all latent sites."""
 
-import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import attrgetter
@@ -12,37 +11,35 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import constraints
-from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.infer.autoguide.utils import deep_setattr, helpful_support_errors
-from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import biject_to
-from torch.nn.utils.rnn import PackedSequence
 
-from pyro_bnn.distributions.mixture import SharedIndexMixture, mixture_quantile
+from pyro_bnn.distributions.mixture import SharedIndexMixture
+from pyro_bnn.infer.autoguide.component_parameters import ComponentParameters
 from pyro_bnn.infer.autoguide.components import (
-    KINDS,
     SCALED_KINDS,
     LatentSite,
     component_distribution,
     draw_components,
     draw_low_rank,
-    is_real,
+    raw_quantile,
 )
-from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
+from pyro_bnn.infer.autoguide.data_rows import num_rows, require_observations, row_sources
+from pyro_bnn.infer.autoguide.families import (
+    ComponentLike,
+    check_component_keys,
+    check_kind,
+    choose_kind,
+    describe_site,
+    site_role,
+)
+from pyro_bnn.infer.autoguide.initialization import init_component
 from pyro_bnn.infer.autoguide.joint_draws import JointDraws
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.nn.sites import SITE_KEY
 
-#: A family for all sites, a mapping from site names (or patterns) to families, or a callable of name and site.
-ComponentLike = str | Mapping[str, str] | Callable[[str, Any], str | None]
 
-_Guide: Any = AutoGuide
-
-
-class AutoMixture(_Guide):
+class AutoMixture(ComponentParameters):
     r"""
     A mixture of :math:`K` components whose index is shared by all sites,
 
@@ -98,12 +95,6 @@ class AutoMixture(_Guide):
         torch.Size([10, 3])
     """
 
-    scale_constraint = constraints.softplus_positive
-    # parameters, made by initialize
-    loc: Any
-    scale: Any
-    cov_factor: Any
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -130,7 +121,7 @@ class AutoMixture(_Guide):
             raise ValueError(f"rank must be an integer of at least 1, found {rank!r}.")
         named = [rest, *([component] if isinstance(component, str) else [])]
         for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
-            _check_kind(kind)
+            check_kind(kind)
         self.init_loc_fn = init_loc_fn
         super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
         self.num_components = num_components
@@ -161,19 +152,22 @@ class AutoMixture(_Guide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with poutine.block():
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        _require_observations(trace, args)
+        require_observations(trace, args)
         self.plate_names = {f.name for _, s in trace.iter_stochastic_nodes() for f in s["cond_indep_stack"]}
         self.plate_names |= {
             f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]
         }
-        self._row_sources = _row_sources(trace, args, kwargs)
+        self._row_sources = row_sources(trace, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         nodes = dict(self.prototype_trace.iter_stochastic_nodes())
         if not nodes:
             raise ValueError("AutoMixture found no latent site in the model.")
-        self._check_component_keys(nodes)
-        has_factors = any(_role(site) == "factor" for site in nodes.values())
-        self.sites = [self._describe(name, site, has_factors) for name, site in nodes.items()]
+        check_component_keys(self.component, nodes)
+        has_factors = any(site_role(site) == "factor" for site in nodes.values())
+        self.sites = []
+        for name, site in nodes.items():
+            kind = choose_kind(self.component, self.rest, name, site, has_factors)
+            self.sites.append(describe_site(name, site, kind, self.num_components))
         # scaled sites first, so that the scales align with the first columns of the locations
         order = ("low_rank", *SCALED_KINDS)
         mixed = (s for s in self.sites if s.kind not in ("point", "index"))
@@ -186,113 +180,6 @@ class AutoMixture(_Guide):
             if key.startswith(self._pyro_name + "."):
                 del pyro.get_param_store()[key]
         self._make_parameters(nodes)
-
-    def _describe(self, name: str, site: Any, has_factors: bool) -> LatentSite:
-        fn = site["fn"]
-        kind = self._kind(name, site, has_factors)
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"site {name!r} is latent inside the subsampled plate {frame.name!r}, which AutoMixture does not "
-                    "support: give it its own guide in an AutoGuideList."
-                )
-        support = fn.support
-        if _role(site) == "index":
-            size = fn.enumerate_support(expand=False).shape[0]
-            if size != self.num_components:
-                raise ValueError(
-                    f"site {name!r} distinguishes {size} components, but the guide has {self.num_components}: convert "
-                    "the network with the same num_components."
-                )
-            shape = site["value"].shape
-            return LatentSite(name, "index", support, 0, shape, shape, site["cond_indep_stack"], "index")
-        if support.is_discrete:
-            raise ValueError(f"site {name!r} is discrete ({fn}); AutoMixture takes continuous sites.")
-        if kind == "cauchy" and not is_real(support):
-            raise ValueError(
-                f"site {name!r} has support {support}, but Cauchy components need the real line."
-            )
-        if kind == "low_rank" and (not is_real(support) or site["cond_indep_stack"]):
-            raise ValueError(
-                f"site {name!r} is constrained or in a plate; low-rank components allow neither."
-            )
-        value = site["value"]
-        with helpful_support_errors(site):
-            raw_shape = biject_to(support).inv(value).shape
-        frames = site["cond_indep_stack"]
-        return LatentSite(name, kind, support, fn.event_dim, value.shape, raw_shape, frames, _role(site))
-
-    def _kind(self, name: str, site: Any, has_factors: bool) -> str:
-        default: str | None = None
-        if isinstance(self.component, str):
-            default = self.component
-        elif isinstance(self.component, Mapping):
-            key = _matching_pattern(self.component, name)
-            if key is not None:
-                return self.component[key]
-        else:
-            kind = self.component(name, site)
-            if kind is not None:
-                return _check_kind(kind)
-        role = _role(site)
-        if role == "base":
-            return "point"
-        if has_factors and role != "factor":
-            return self.rest
-        return default or "normal"
-
-    def _check_component_keys(self, nodes: Mapping[str, Any]) -> None:
-        if isinstance(self.component, Mapping):
-            used = {_matching_pattern(self.component, name) for name in nodes}
-            unused = sorted(set(self.component) - used)
-            if unused:
-                raise ValueError(
-                    f"component has keys {unused} that match no site; the sites are {sorted(nodes)[:20]}."
-                )
-
-    def _make_parameters(self, nodes: Mapping[str, Any]) -> None:
-        rows = []
-        for k in range(self.num_components):
-            row = []
-            for site in self._mixed:
-                node = nodes[site.name]
-                value = node["value"] if k == 0 else self.init_loc_fn(node)
-                row.append(self._unconstrain(site, value.detach()).reshape(-1))
-            rows.append(torch.cat(row) if row else torch.zeros(0))
-        if self._mixed:
-            self.loc = PyroParam(torch.stack(rows), constraints.real)
-        sizes = [site.size for site in self._mixed[: self._num_scaled]]
-        if sizes:
-            width = len(sizes) if self.scale_mode == "shared" else sum(sizes)
-            scale = torch.full((self.num_components, width), self.init_scale, dtype=rows[0].dtype).to(
-                rows[0].device
-            )
-            if self.scale_mode == "fixed":
-                self.register_buffer("scale", scale)
-            else:
-                self.scale = PyroParam(scale, self.scale_constraint)
-        low_rank = sum(site.size for site in self._mixed if site.kind == "low_rank")
-        if low_rank:
-            factor = rows[0].new_empty(self.num_components, low_rank, self.rank).normal_()
-            self.cov_factor = PyroParam(factor * self.init_scale / self.rank**0.5, constraints.real)
-        self.points = PyroModule()
-        for site in self.sites:
-            if site.kind == "point":
-                value = nodes[site.name]["value"].detach().clone()
-                deep_setattr(self.points, site.name, PyroParam(value, site.support, site.event_dim))
-
-    def _unconstrain(self, site: LatentSite, value: Tensor) -> Tensor:
-        if value.shape != site.shape:
-            raise ValueError(
-                f"init_loc_fn returned shape {tuple(value.shape)} for site {site.name!r}; expected {tuple(site.shape)}."
-            )
-        raw = site.transform.inv(value)
-        if not bool(torch.isfinite(raw).all()):
-            raise ValueError(
-                f"the initial value of site {site.name!r} lies outside the support of its {site.kind} component: "
-                "pass another init_loc_fn."
-            )
-        return raw
 
     @property
     def has_density(self) -> bool:
@@ -333,124 +220,12 @@ class AutoMixture(_Guide):
         if not self._num_scaled:
             return {}
         particles = (num_particles,) if num_particles > 1 else ()
-        rows = self._num_rows(args, kwargs, nesting) if self.noise == "per_example" else None
+        rows = (
+            num_rows(self._row_sources if nesting else (), args, kwargs)
+            if self.noise == "per_example"
+            else None
+        )
         return self._joint.draw(self.loc, self._full_scale(), particles, nesting, rows)
-
-    def site_distribution(
-        self, site: LatentSite, loc: Tensor, scale: Tensor | None, nesting: int | None
-    ) -> Any:
-        """
-        The components of one site, in the layout of :meth:`draw`.
-
-        :param site: the site.
-        :param loc: shape ``(K, *raw_shape)``.
-        :param scale: the same, or ``None``.
-        :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
-        :return: a distribution.
-        """
-        if nesting is None:
-            shape = site.raw_shape
-        else:  # the model's own plates fill the dimensions right of the components
-            ones = (1,) * (nesting - len(site.shape) + site.event_dim)
-            shape = torch.Size((self.num_components, *ones, *site.raw_shape))
-        spread = None if scale is None else scale.view(shape)
-        return component_distribution(site, loc.view(shape), spread, site.event_dim)
-
-    def _num_rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: int | None) -> int:
-        """The number of examples in this call."""
-        for key, dim in self._row_sources if nesting else ():
-            value = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
-            size = _size(value, dim)
-            if size is not None:
-                return size
-        raise ValueError(
-            "noise='per_example' needs a model with a data plate and an argument with one row per example."
-        )
-
-    def point_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
-        """
-        :return: the sites that all components share, with their point masses.
-        """
-        for site in self.sites:
-            if site.kind == "point":
-                yield site, dist.Delta(attrgetter(site.name)(self.points), event_dim=site.event_dim)
-
-    # ------------------------------------------------------------------ distributions
-
-    def _blocks(self) -> Iterator[tuple[LatentSite, Tensor, Tensor | None]]:
-        """Sites with their locations and scales, shape ``(K, *raw_shape)``."""
-        if not self._mixed:
-            return
-        sizes = [site.size for site in self._mixed]
-        locs = self.loc.split(sizes, -1)
-        num = self._num_scaled
-        scale: Any = self._full_scale() if num else None
-        scales = scale.split(sizes[:num], -1) if num else ()
-        for i, site in enumerate(self._mixed):
-            shape = (self.num_components, *site.raw_shape)
-            yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
-
-    def _full_scale(self) -> Tensor:
-        """The scales of all scaled columns."""
-        if self.scale_mode != "shared":
-            return self.scale
-        sizes = [site.size for site in self._mixed[: self._num_scaled]]
-        return self.scale.repeat_interleave(torch.tensor(sizes, device=self.scale.device), -1)
-
-    def _low_rank(self) -> Any:
-        """The joint Gaussian of the low-rank sites in unconstrained space, batch shape ``(K,)``, or ``None``."""
-        total = sum(site.size for site in self._mixed if site.kind == "low_rank")
-        if not total:
-            return None
-        loc, scale = [], []
-        for site, mean, spread in self._blocks():
-            if site.kind == "low_rank":
-                assert spread is not None
-                loc.append(mean.flatten(1))
-                scale.append(spread.flatten(1))
-        return dist.LowRankMultivariateNormal(
-            torch.cat(loc, -1), self.cov_factor, torch.cat(scale, -1).square()
-        )
-
-    def _low_rank_sites(self) -> list[LatentSite]:
-        return [site for site in self._mixed if site.kind == "low_rank"]
-
-    def component_distributions(self) -> dict[str, Any]:
-        """
-        The components of each site, without the sites that all components share.
-
-        :return: a dictionary from site names to distributions of batch shape ``(K,)`` whose event shape is the
-            whole shape of the site; low-rank sites have no distribution of their own and are left out.
-        """
-        return {
-            site.name: component_distribution(site, loc, scale, len(site.shape))
-            for site, loc, scale in self._blocks()
-            if site.kind != "low_rank"
-        }
-
-    def component_log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """
-        Log densities of the components over all sites with a density; point masses are left out.
-
-        :param values: values of the sites, shape ``(*lead, *site_shape)``.
-        :return: shape ``(*lead, K)``.
-        """
-        total: Any = 0.0
-        low_rank = self._low_rank()
-        if low_rank is not None:
-            parts = [
-                values[site.name].flatten(-len(site.shape) or values[site.name].dim())
-                if site.shape
-                else values[site.name].unsqueeze(-1)
-                for site in self._low_rank_sites()
-            ]
-            total = total + low_rank.log_prob(torch.cat(parts, -1).unsqueeze(-2))
-        for site, loc, scale in self._blocks():
-            if scale is not None and site.kind != "low_rank":
-                value = values[site.name]
-                value = value.unsqueeze(value.dim() - len(site.shape))
-                total = total + component_distribution(site, loc, scale, len(site.shape)).log_prob(value)
-        return total
 
     # ------------------------------------------------------------------ sampling
 
@@ -655,7 +430,7 @@ class AutoMixture(_Guide):
         for site, loc, scale in self._blocks():
             if site.kind == "low_rank" and spread is not None:
                 scale, spread = spread[:, : site.size].view_as(loc), spread[:, site.size :]
-            rows = [site.transform(_raw_quantile(site, loc, scale, q)) for q in levels]
+            rows = [site.transform(raw_quantile(site, loc, scale, q)) for q in levels]
             result[site.name] = torch.stack(rows)
         for site in self.sites:
             if site.kind == "point":
@@ -664,64 +439,3 @@ class AutoMixture(_Guide):
             elif site.kind == "index":
                 result[site.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
         return {site.name: result[site.name] for site in self.sites}
-
-
-def _raw_quantile(site: LatentSite, loc: Tensor, scale: Tensor | None, q: float) -> Tensor:
-    """Quantile in unconstrained space, where the bijections are elementwise and increasing."""
-    if scale is None:
-        index = max(0, min(loc.shape[0] - 1, int(-(-q * loc.shape[0] // 1)) - 1))
-        return loc.sort(0).values[index]
-    base: Any = dist.Cauchy(loc, scale) if site.kind == "cauchy" else dist.Normal(loc, scale)
-    each = base.icdf(torch.full_like(loc, q))
-    if loc.shape[0] == 1:
-        return each[0]
-    return mixture_quantile(lambda v: base.cdf(v).mean(0), each.amin(0), each.amax(0), q)
-
-
-def _role(site: Any) -> str | None:
-    return site_hint(site).get("role")
-
-
-def _check_kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"unknown component family {kind!r}; choose from {list(KINDS)}.")
-    return kind
-
-
-def _matching_pattern(patterns: Mapping[str, str], name: str) -> str | None:
-    if name in patterns:
-        return name
-    last = name.rpartition(".")[2]
-    if last in patterns:
-        return last
-    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
-
-
-def _size(value: Any, dim: int) -> int | None:
-    """Rows of an argument, or sequences of a packed sequence."""
-    if isinstance(value, PackedSequence):
-        return int(value.batch_sizes[0]) if dim == 0 else None
-    return value.shape[dim] if isinstance(value, Tensor) and value.dim() > dim else None
-
-
-def _row_sources(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, int]]:
-    """
-    Arguments, by position or name, and dimensions that are as long as the data plate, the most telling ones first:
-    observations come last and have one row per example, while inputs may have the time in front.
-    """
-    sizes = {f.size for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"] if f.dim == -1}
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return [(key, dim) for dim in (0, 1) for key, value in reversed(named) if _size(value, dim) in sizes]
-
-
-def _require_observations(trace: Any, args: tuple[Any, ...]) -> None:
-    """An observed site without data looks like a latent one; catch it before parameters are made for it."""
-    if observed_names(trace):
-        return
-    lengths = {len(a) for a in args if isinstance(a, Tensor) and a.dim()}
-    for name, site in trace.iter_stochastic_nodes():
-        if any(frame.size in lengths for frame in site["cond_indep_stack"]):
-            raise ValueError(
-                f"site {name!r} is latent inside a plate over the data, and the model has no observed site: call "
-                "initialize with the observations, e.g. guide.initialize(x, y)."
-            )
