@@ -185,15 +185,21 @@ def map_distribution(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
         if hasattr(value, "map"):
             value.map(fn)
         return value
+    return _map(value, fn, {})
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
+    """The copies made so far end the cycle of a transform and its inverse, which each keep the other."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(map_distribution(item, fn) for item in value)
+        return type(value)(_map(item, fn, done) for item in value)
     if isinstance(value, (Distribution, Transform)):
-        new = copy.copy(value)
-        for key, item in vars(value).items():
-            new.__dict__[key] = map_distribution(item, fn)
-        return new
+        if id(value) not in done:
+            new = done[id(value)] = copy.copy(value)
+            for key, item in vars(value).items():
+                new.__dict__[key] = _map(item, fn, done)
+        return done[id(value)]
     return value
 
 

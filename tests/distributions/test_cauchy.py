@@ -43,3 +43,16 @@ def test_it_is_a_cauchy_distribution_otherwise():
     assert scale.grad is not None
     torch.testing.assert_close(loc.grad, torch.tensor([4.0]))
     torch.testing.assert_close(scale.grad, ((value - loc) / scale).sum().detach().reshape(1))
+
+
+def test_divergence_agrees_with_numerical_integration():
+    q, p = (
+        TangentCauchy(torch.tensor(0.7), torch.tensor(0.2)),
+        dist.Cauchy(torch.tensor(1.0), torch.tensor(0.1)),
+    )
+    level = (
+        torch.arange(200_000, dtype=torch.float64) + 0.5
+    ) / 200_000  # the midpoint rule over quantiles of q
+    z = q.icdf(level)
+    numeric = (q.log_prob(z) - p.log_prob(z)).mean()
+    torch.testing.assert_close(kl_divergence(q, p).double(), numeric, rtol=1e-5, atol=1e-7)

@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
+import itertools
 import math
 
 import pyro
@@ -14,10 +16,10 @@ from pyro.optim import Adam
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_bnn.infer import Mixture_ELBO
+from pyro_bnn.infer import Mixture_ELBO, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.nn import Rank1Linear, rank1_
+from pyro_bnn.nn import Rank1Linear, init_to_trained, rank1_
 from tests.common import assert_close
 from tests.contracts.posterior import LinearGaussian, assert_below_the_evidence
 
@@ -162,6 +164,100 @@ def test_bounds_stay_below_the_exact_evidence(kl):
     value = assert_below_the_evidence(elbo, linear_model, guide, evidence, X, Y)
     # mean-field Gaussian components lose the posterior correlations only, the sum KL two KLs more
     assert value > evidence - (2.0 if kl != "sum" else 40.0)
+
+
+def test_log_mixture_bounds_the_evidence_of_a_model_of_experts():
+    """Every example picks its component: the evidence is a sum over all assignments of products of Gaussian ones."""
+    n, K, noise = 8, 2, 0.2
+    x = torch.linspace(0.5, 2.0, n)
+    y = 2.0 * x * torch.tensor([1.0, -1.0]).repeat(n // 2)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", n):
+            return pyro.sample("obs", dist.Normal(w * x, noise), obs=y)
+
+    def exact(part):
+        return LinearGaussian(x[part, None], y[part], noise, prior_scale=1.0)
+
+    own = exact(slice(None)).log_evidence
+    total = []
+    for assignment in itertools.product(range(K), repeat=n):
+        parts = [torch.tensor(assignment) == k for k in range(K)]
+        total.append(sum(exact(part).log_evidence for part in parts if part.any()))
+    experts = torch.stack(total).logsumexp(0) - n * math.log(K)
+    assert experts > own + 10
+    guide = AutoMixture(model, K).initialize(x, y)
+    halves = [exact(y > 0), exact(y < 0)]
+    with torch.no_grad():
+        guide.loc.copy_(torch.stack([half.mean for half in halves]))
+    guide.scale = torch.stack([half.covariance.diagonal().sqrt() for half in halves])
+    found = {}
+    for kl in ("sum", "mean", "exact"):
+        elbo = Mixture_ELBO("log_mixture", kl, num_particles=20_000)
+        found[kl] = -elbo.loss(model, guide, x, y)
+        assert elbo.is_bound == (kl == "sum")
+    # the components are the posteriors of the experts: only their order, log 2, is lost
+    assert_close(found["sum"], experts - math.log(2), rtol=0, atol=0.02)
+    # the other two are no bound of either model
+    assert min(found["mean"], found["exact"]) > max(own, experts) + 1
+
+
+def test_narrow_unit_factors_are_the_deterministic_network():
+    plain = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 1))
+    net = rank1_(copy.deepcopy(plain))
+
+    def model(x, y=None):
+        f = net(x).squeeze(-1)
+        with pyro.plate("data", N, subsample_size=len(x)):
+            return pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
+
+    initial = init_to_trained(fallback=lambda site: torch.ones(site["fn"].shape()))
+    biases = [plain[0].bias, plain[2].bias]
+    log_prior = sum(dist.Normal(0.0, 1.0).log_prob(bias).sum() for bias in biases)
+    expected = N / 12 * dist.Normal(plain(X[:12]).squeeze(-1), 0.5).log_prob(Y[:12]).sum() + log_prior
+    expected.backward()
+    for scale in (1e-4, 1e-10):
+        guide = AutoMixture(model, 1, scale="fixed", init_scale=scale, init_loc_fn=initial)
+        guide.initialize(X[:12], Y[:12])
+        prediction = posterior_predictive(model, guide, (X,), num_samples=5)
+        assert_close(prediction.mean, plain(X).squeeze(-1).expand(5, N), rtol=0, atol=100 * scale)
+    net.zero_grad()
+    elbo = Mixture_ELBO(kl_scale=0.0)
+    loss = elbo.differentiable_loss(model, guide, X[:12], Y[:12])
+    loss.backward()
+    assert_close(loss, -expected, rtol=1e-8)
+    for mine, theirs in ((net[0].weight, plain[0].weight), (net[2].weight, plain[2].weight)):
+        assert_close(mine.grad, -theirs.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_delta_components_are_batch_ensemble():
+    """The mean of the members' losses, and its gradients, by a loop over members written out."""
+    K = 3
+    net, model = rank1_model()
+    guide = AutoMixture(model, K, lambda name, site: "point" if name == "sigma" else "delta").initialize(X, Y)
+    loss = Mixture_ELBO().differentiable_loss(model, guide, X, Y)
+    loss.backward()
+    at = {site.name: loc.detach().clone().requires_grad_() for site, loc, _ in guide._blocks()}
+    weights = [net[i].weight.detach().clone().requires_grad_() for i in (0, 2)]
+    sigma = guide.points.sigma.detach()
+    total = 0.0
+    for k in range(K):
+        v = {name: value[k] for name, value in at.items()}
+        h = torch.tanh(((X * v["0.s"]) @ weights[0].mT) * v["0.r"] + v["0.bias"])
+        f = ((h * v["2.s"]) @ weights[1].mT) * v["2.r"] + v["2.bias"]
+        total = total + dist.Normal(f.squeeze(-1), sigma).log_prob(Y).sum()
+        for name, value in v.items():
+            prior = dist.Normal(0.0, 1.0) if name.endswith("bias") else dist.Normal(1.0, 0.1)
+            total = total + prior.log_prob(value).sum()
+    expected = -total / K - dist.LogNormal(-1.0, 0.5).log_prob(sigma)
+    expected.backward()
+    assert_close(loss, expected, rtol=1e-10)
+    order = [site.name for site, _, _ in guide._blocks()]
+    (mine,) = (p.grad for n, p in guide.named_parameters() if n.startswith("loc"))
+    assert_close(mine, torch.cat([at[n].grad.flatten(1) for n in order], -1), rtol=1e-9, atol=1e-12)
+    for layer, weight in zip((net[0], net[2]), weights, strict=True):
+        assert_close(layer.weight.grad, weight.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_one_component_reaches_the_evidence_of_a_factorised_posterior():

@@ -26,11 +26,14 @@ FAMILIES = {
 K = 2
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [*((f, "multiplicative") for f in FAMILIES), ("normal", "residual"), ("normal", "additive")],
+)
 @pytest.mark.parametrize("name", list(CASES))
-def test_six_objectives(name, family):
+def test_six_objectives(name, family, form):
     plain, args = CASES[name]()
-    net = rank1_(plain, prior=FAMILIES[family])
+    net = rank1_(plain, prior=FAMILIES[family], form=form, rank=3 if form == "residual" else 1)
     inner = flat(net(*args))[0].dim() - 1
 
     def model(*args, y=None):

@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.nn import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior, bayesian_, rank1_
 from tests.common import assert_close
 from tests.infer.test_mixture import D, X, Y, run
@@ -77,6 +78,68 @@ def test_density_and_inference(hyperprior, variance, family):
     tau = guide_trace.nodes[quantity]["value"]
     tau = (tau.sqrt() if variance else tau).reshape(3)
     assert_close(model_trace.nodes["0.r"]["fn"].base_dist.scale[:, 0, 0], tau)
+
+
+@pytest.mark.parametrize("kl", ["mean", "sum"])
+@pytest.mark.parametrize("component", ["normal", "cauchy", "low_rank", "delta"])
+@pytest.mark.parametrize("level", ["global", "layer", "site"])
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [(dist.HalfCauchy, (0.2,)), (dist.HalfNormal, (0.2,)), (dist.InverseGamma, (3.0, 0.1))],
+)
+def test_bound_of_hierarchies(family, arguments, level, component, kl):
+    """The divergence of a component is that from the prior with its own scale, plus that of the scale."""
+    K, hyperprior, variance = 2, family(*map(torch.tensor, arguments)), family is dist.InverseGamma
+    net, model = make_model(HierarchicalPrior(hyperprior, variance=variance, level=level))
+    families = lambda name, site: component if name.endswith((".r", ".s")) else None  # noqa: E731
+    rest = "delta" if component == "delta" else "lognormal"
+    kinds = lambda name, site: families(name, site) or ("delta" if "bias" in name else rest)  # noqa: E731
+    guide = AutoMixture(model, K, kinds, init_scale=0.1).initialize(X, Y)
+    elbo = Mixture_ELBO(kl=kl, max_plate_nesting=1)
+    pyro.set_rng_seed(5)
+    loss = elbo.loss(model, guide, X, Y)
+    pyro.set_rng_seed(5)
+    _, trace = elbo._get_trace(model, guide, (X, Y), {})
+    q = guide.component_distributions()
+    shapes = {site.name: site.shape for site in guide.sites}
+    values = {n: trace.nodes[n]["value"].reshape(K, *shapes[n]) for n in shapes}
+    divergence, log_prior, fit = 0.0, 0.0, 0.0
+    for k in range(K):
+        v = {n: value[k] for n, value in values.items()}
+        with SubstituteMessenger(v):
+            fit = fit + dist.Normal(net(X).squeeze(-1), 0.5).log_prob(Y).sum()
+        for n, value in v.items():
+            if "factor" in n or n.endswith(("_scale", "_variance")):
+                prior = hyperprior
+            elif n.endswith("bias"):
+                prior = dist.Normal(0.0, 1.0)
+            else:
+                name = "_variance" if variance else "_scale"
+                key = {"global": "factor" + name, "layer": n[0] + ".factor" + name, "site": n + name}[level]
+                prior = dist.Normal(1.0, v[key].sqrt() if variance else v[key])
+            log_p = prior.log_prob(value).sum()
+            if guide_kind(guide, n) == "delta":
+                log_prior = log_prior + log_p
+            elif guide_kind(guide, n) == "low_rank":
+                divergence = divergence - log_p
+            elif component == "normal" and isinstance(prior, dist.Normal):
+                each = q[n].base_dist
+                divergence = divergence + kl_divergence(dist.Normal(each.loc[k], each.scale[k]), prior).sum()
+            elif isinstance(prior, dist.InverseGamma) or component == "cauchy" or prior is hyperprior:
+                base = q[n].base_dist if hasattr(q[n], "base_dist") and n[-2:] in (".r", ".s") else q[n]
+                made = type(base)(base.loc[k], base.scale[k])
+                divergence = divergence + made.log_prob(value).sum() - log_p
+        if component == "low_rank":
+            joint = guide._low_rank()
+            flat = torch.cat([v[s.name].reshape(-1) for s in guide._low_rank_sites()])
+            each = dist.LowRankMultivariateNormal(joint.loc[k], joint.cov_factor[k], joint.cov_diag[k])
+            divergence = divergence + each.log_prob(flat)
+    factor = 1.0 if kl == "sum" else 1.0 / K
+    assert_close(loss, factor * divergence - (fit + log_prior) / K, rtol=1e-9)
+
+
+def guide_kind(guide, name):
+    return next(site.kind for site in guide.sites if site.name == name)
 
 
 def test_horseshoe_of_full_weights():

@@ -186,3 +186,14 @@ def test_guides_start_at_trained_weights():
     guide = AutoMixture(model, 1, "delta", init_loc_fn=init_to_trained).initialize(x, y)
     with SubstituteMessenger(guide.sample_posterior()):
         assert_close(net(x), plain(x), rtol=1e-12)
+
+
+def test_priors_may_have_been_evaluated_before():
+    # a transform keeps its inverse, and the inverse the transform
+    prior = dist.InverseGamma(torch.tensor(3.0), torch.tensor(0.1)).expand([2]).to_event(1)
+    value = torch.tensor([0.2, 0.4])
+    before = prior.log_prob(value)
+    net = rank1_(nn.Linear(2, 2), prior={"s": prior}).float()
+    after = net._sites["s"].prior.log_prob(value.float())
+    assert after.dtype == torch.float32
+    assert_close(after, before, rtol=1e-5)
