@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import nn
 from torch.distributions import kl_divergence
 
-from pyro_bnn.infer import Mixture_ELBO
+from pyro_bnn.infer import Mixture_ELBO, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture, dropout_scale, init_to_normal, init_to_random_sign
 from pyro_bnn.infer.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
 from pyro_bnn.nn import init_to_trained, rank1_
@@ -197,12 +197,18 @@ def test_component_index_reaches_the_normalisation():
     bias = guide.component_distributions()["0.bias"].sample()
     assert_close(draws["0.bias"], bias[index])
     net.eval()
-    a = elbo.loss(model, guide, X, Y)
+    pyro.set_rng_seed(1)
+    loss = elbo.loss(model, guide, X, Y)
+    before = posterior_predictive(model, guide, (X,), draws=draws).mean
     with torch.no_grad():
         for module in net.modules():
             if hasattr(module, "running_mean"):
                 module.running_mean[1] += 5.0  # component 1 alone sees this
-    assert abs(elbo.loss(model, guide, X, Y) - a) > 1.0
+    after = posterior_predictive(model, guide, (X,), draws=draws).mean
+    assert_close(after[index != 1], before[index != 1], rtol=1e-12)
+    assert (after[index == 1] - before[index == 1]).abs().amax(-1).min() > 0.01
+    pyro.set_rng_seed(1)
+    assert abs(elbo.loss(model, guide, X, Y) - loss) > 0.01
     trace = poutine.trace(guide).get_trace(X, Y)
     k = trace.nodes["1.component"]["value"]
     assert_close(trace.nodes["0.bias"]["value"], bias[k])
