@@ -24,7 +24,7 @@ def fitted(model, *data, **options):
     return guide.laplace_approximation(data, map_tolerance=float("inf"))
 
 
-@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank"])
+@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "low_rank", "function_space"])
 def test_joint_covariance_and_coherent_functions(structure):
     x, y = in_between_data()
     guide = fitted(tanh_network(hidden=4), x, y, structure=structure)
@@ -43,7 +43,14 @@ def test_joint_covariance_and_coherent_functions(structure):
         for _ in range(2)
     ]
     assert_close(*again, rtol=0)
-    batches = list(guide.linearized_batches([(x_new[:3],), (x_new[3:],)]))
+    loader = [(x_new[:3],), (x_new[3:],)]
+    assembled = torch.zeros(4, 4)
+    for i, j, blocks in guide.joint_covariance_batches(loader):
+        rows, columns = ([slice(0, 3), slice(3, 4)][k] for k in (i, j))
+        assembled[rows, columns] = blocks["obs"][:, 0, :, 0]
+        assembled[columns, rows] = blocks["obs"][:, 0, :, 0].mT
+    assert_close(assembled, joint, rtol=1e-9, atol=1e-13)
+    batches = list(guide.linearized_batches(loader))
     assert [len(b["obs"].mean) for b in batches] == [3, 1]
 
 

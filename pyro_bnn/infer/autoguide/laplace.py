@@ -34,6 +34,7 @@ from pyro_bnn.infer.evidence import (
     tau_of,
 )
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream, batch_size, slice_batch
+from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
 from pyro_bnn.infer.packed import check_data
@@ -504,6 +505,16 @@ class AutoLaplace(LinearizedGuide):
                 f"structure={self.structure!r} forms no precision matrix of all latents: use posterior.multiply"
             )
         return posterior.precision
+
+    def joint_covariance_batches(self, data: Any) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        r"""
+        :meth:`joint_covariance` over a loader, block by block, so that memory stays that of two batches' Jacobians:
+        :math:`J_i P^{-1} J_j^\top` for :math:`j \le i`. Jacobians are formed again for each block.
+
+        :param data: an iterable of batches in a fixed order (``shuffle=False``); observations are not needed.
+        :return: an iterator over i, j and the block by observed site, shape ``shape_i + (C,) + shape_j + (C,)``.
+        """
+        return joint_covariance_blocks(self, data)
 
     # ------------------------------------------------------------------ evidence
 
