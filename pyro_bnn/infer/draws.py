@@ -34,7 +34,7 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         given draws an evenly spaced subset is taken.
     :param batch: arguments of the guide, for guides that need them.
     :return: by site, a tensor of shape ``(S,) + site shape``.
-    :raises ValueError: if more draws are asked for than there are.
+    :raises ValueError: if more draws are asked for than there are, or less than one.
 
     Example::
 
@@ -42,6 +42,8 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         >>> draws["w"]
         tensor([0., 2., 5.])
     """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
     if hasattr(posterior, "get_samples"):  # MCMC and NUTSResult
         posterior = posterior.get_samples()
     if isinstance(posterior, Mapping):

@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
@@ -139,3 +140,22 @@ def unscaled_log_prob(site: Site) -> Tensor:
     if mask is not None:
         log_prob = log_prob * mask if isinstance(mask, bool) else log_prob.where(mask, log_prob.new_zeros(()))
     return log_prob
+
+
+def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:
+    """
+    Checks that a model whose latents have a leading dimension did not let it grow into others.
+
+    :param name: an observed site.
+    :param shape: the batch shape that it has.
+    :param int ndim: the largest number of dimensions that it may have.
+    :param what: what the leading dimension holds.
+    :raises ValueError: if there are more.
+    """
+    if len(shape) > ndim:
+        raise ValueError(
+            f"observed site {name!r} has batch shape {tuple(shape)}, of more than {ndim} dimensions: the model does not "
+            f"broadcast over {what}. Latents have them to the left of the plates, as in (K, 1, *event) under one plate of "
+            "data: write products so that leading dimensions stay in place, e.g. (x.unsqueeze(-2) @ weight).squeeze(-2), "
+            "or use the layers of pyro_bnn.nn."
+        )

@@ -21,7 +21,7 @@ from pyro.util import check_model_guide_match, get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.handlers import CollectMessenger, Site, sample_sites
+from pyro_bnn.infer.handlers import CollectMessenger, Site, check_broadcast, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture_terms import SiteTerms, per_component, unwrap
 from pyro_bnn.nn.folding import split_batch
@@ -373,6 +373,7 @@ class Mixture_ELBO(_Elbo):
             if not site["is_observed"]:
                 continue
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            check_broadcast(name, log_prob.shape, nesting + 1 + (self.num_particles > 1), "components")
             if self.likelihood == "average" or K == 1:  # with one component they are the same
                 log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
                 total = total + per_component(log_prob, self.num_particles, K, nesting).mean()

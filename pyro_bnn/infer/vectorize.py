@@ -100,6 +100,7 @@ class ModelRunner:
         """Runs the model once for its structure and finds out whether it broadcasts."""
         self.prototype = self.single(batch, 0)
         nodes = sample_sites(self.prototype)
+        self.check_names()
         self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
         frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
         self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
@@ -111,6 +112,20 @@ class ModelRunner:
         if error and self.vectorize:
             raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
         self.vectorize = not error
+
+    def check_names(self) -> None:
+        """Draws of other sites than the model's would be ignored, and the model's drawn from their prior."""
+        assert self.prototype is not None
+        sites = sample_sites(self.prototype)
+        unknown = sorted(set(self.draws) - set(sites))
+        free = list(predicted_names(self.prototype, self.draws))
+        latent = [name for name in free if not sites[name]["is_observed"]]
+        # without observations some of the free sites are those to predict
+        if unknown and (len(unknown) == len(self.draws) or (latent and len(latent) < len(free))):
+            raise ValueError(
+                f"There are draws of {unknown}, which the model does not sample, and none of {latent}, which it "
+                "does. Give the draws the names of the model's sites."
+            )
 
     def check(self, batch: Batch) -> str:
         """Compares a joint run with single runs; the text of the difference, empty if there is none."""

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import os
 import random
 import subprocess
@@ -119,6 +120,32 @@ def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monkey
     assert result.num_steps == 8
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint .* could not be written:RuntimeWarning")
+def test_really_full_disk(tmp_path: Path) -> None:
+    """A file system of 64 kB, filled while the run goes on: the checkpoint of before is there, whole, and is resumed."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        guide, path = AutoNormal(linear_model), tmp_path / "run"
+        quiet(guide, linear_data(), num_steps=5, checkpoint=path)
+        good = torch.load(path, weights_only=True)
+        with (tmp_path / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(512))
+        with pytest.warns(RuntimeWarning, match="could not be written"):
+            quiet(guide, linear_data(), num_steps=8, checkpoint=Checkpoint(path, every_steps=1))
+        after = torch.load(path, weights_only=True)
+        assert after["step"] == 5
+        assert all(torch.equal(value, after["tensors"][n]) for n, value in good["tensors"].items())
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["ballast", "run"]
+        (tmp_path / "ballast").unlink()
+        assert quiet(AutoNormal(linear_model), linear_data(), num_steps=8, checkpoint=path).num_steps == 8
+        assert torch.load(path, weights_only=True)["step"] == 8
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_interrupted_write_leaves_no_trace(tmp_path: Path) -> None:

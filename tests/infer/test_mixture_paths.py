@@ -121,3 +121,36 @@ def test_fit_finds_the_same_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((result.losses, guide.loc.detach()))
     assert_close(found[0][0], found[1][0], rtol=1e-9)
     assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
+
+
+def test_model_that_does_not_broadcast_over_components_is_named() -> None:
+    """``x @ weight`` gives a batch shape of three dimensions; the bound needs (K, N) and says so, and how."""
+    x, y = torch.randn(6, 3), torch.randint(0, 2, (6,))
+
+    def make(product: Any) -> Any:
+        def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            weight = pyro.sample("weight", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Categorical(logits=product(x, weight)), obs=y)
+
+        return model
+
+    wrong = make(lambda x, weight: x @ weight)
+    guide = AutoMixture(wrong, 4)
+    guide.initialize(x, y)
+    with pytest.raises(ValueError, match=r"'obs' has batch shape \(4, 4, 6\).*over components"):
+        Mixture_ELBO().differentiable_loss(wrong, guide, x, y)
+
+    # as the message advises; points have no randomness, so the bound is the mean of the members' log joint densities
+    right = make(lambda x, weight: (x.unsqueeze(-2) @ weight).squeeze(-2))
+    guide = AutoMixture(right, 4, component="delta")
+    guide.initialize(x, y)
+    loss = Mixture_ELBO().differentiable_loss(right, guide, x, y)
+    members = guide.sample_posterior((4, 1), by_component=True)["weight"][:, 0]
+    expected = -torch.stack(
+        [
+            dist.Categorical(logits=x @ w).log_prob(y).sum() + dist.Normal(0.0, 1.0).log_prob(w).sum()
+            for w in members
+        ]
+    ).mean()
+    assert_close(loss.detach(), expected.detach(), rtol=1e-5)

@@ -1,13 +1,15 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyro
 import pytest
@@ -17,15 +19,20 @@ from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoGuideList,
+    AutoHierarchicalNormalMessenger,
     AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalMessenger,
+    AutoRegressiveMessenger,
+    AutoStructured,
 )
 
 from pyro_bnn.infer import fit, load_guide, posterior_draws, save_guide
-from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
+from pyro_bnn.infer.autoguide.laplace import Structure
 from tests.infer.models import linear_data, linear_model
 
 
@@ -35,19 +42,29 @@ def guide_list(model: Any) -> AutoGuideList:
     return guide
 
 
+def positive(site: Any) -> torch.Tensor:
+    return torch.ones(site["fn"].shape())
+
+
+COMPONENTS = ("normal", "cauchy", "delta", "point", "low_rank")
 BUILDERS: dict[str, Callable[[Any], Any]] = {
     "AutoDelta": AutoDelta,
     "AutoDiagonalNormal": AutoDiagonalNormal,
     "AutoGuideList": guide_list,
+    "AutoHierarchicalNormalMessenger": AutoHierarchicalNormalMessenger,
     "AutoIAFNormal": lambda model: AutoIAFNormal(model, hidden_dim=[8]),
+    "AutoLaplaceApproximation": AutoLaplaceApproximation,
     "AutoLowRankMultivariateNormal": AutoLowRankMultivariateNormal,
     "AutoMultivariateNormal": AutoMultivariateNormal,
     "AutoNormal": AutoNormal,
     "AutoNormalMessenger": AutoNormalMessenger,
-    "mixture": lambda model: AutoMixture(model, 3),
-    "ensemble": lambda model: AutoMixture(model, 3, component="delta"),
-    "laplace": AutoLaplace,
-    "laplace diagonal": lambda model: AutoLaplace(model, structure="diagonal"),
+    "AutoRegressiveMessenger": AutoRegressiveMessenger,
+    "AutoStructured": AutoStructured,
+    **{f"mixture {c}": partial(AutoMixture, num_components=3, component=c) for c in COMPONENTS},
+    "mixture lognormal": lambda model: AutoMixture(model, 3, component="lognormal", init_loc_fn=positive),
+    **{f"mixture {s} scale": partial(AutoMixture, num_components=3, scale=s) for s in ("shared", "fixed")},
+    **{f"laplace {s}": partial(AutoLaplace, structure=s) for s in get_args(Structure)},
+    "laplace mixture": lambda model: AutoLaplaceMixture(model, 2, weights="evidence"),
     "hfl": AutoHessianFreeLaplace,
 }
 
@@ -55,6 +72,10 @@ BUILDERS: dict[str, Callable[[Any], Any]] = {
 def trained(name: str) -> Any:
     x, y = linear_data(12)
     guide = BUILDERS[name](linear_model)
+    if name == "laplace mixture":
+        guide.initialize(x, y)
+        guide.set_modes([{"weight": torch.randn(3)} for _ in range(2)])
+        return guide.laplace_approximation((x, y), map_tolerance=math.inf)
     fit(linear_model, guide, (x, y), num_steps=20, optim=0.1, progress_bar=False)
     if name.startswith("laplace"):
         guide.polish((x, y))
@@ -73,7 +94,8 @@ def draws(guide: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", BUILDERS)
 def test_loads_into_a_fresh_guide(name: str, tmp_path: Path) -> None:
     guide = trained(name)
-    save_guide(guide, tmp_path / "guide")
+    # fit remembers the shapes of the data; a guide that never passed through it is told
+    save_guide(guide, tmp_path / "guide", linear_data(12) if name == "laplace mixture" else None)
     fresh = load_guide(BUILDERS[name](linear_model), tmp_path / "guide")
     assert torch.equal(draws(fresh), draws(guide))
     assert not list(pyro.get_param_store().keys())
@@ -83,7 +105,7 @@ def test_loads_into_a_fresh_process(tmp_path: Path) -> None:
     expected = {}
     for name in BUILDERS:
         guide = trained(name)
-        save_guide(guide, tmp_path / name)
+        save_guide(guide, tmp_path / name, linear_data(12))
         expected[name] = draws(guide)
     code = f"""
 import torch

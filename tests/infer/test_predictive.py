@@ -240,3 +240,17 @@ def test_draws_are_spread_evenly() -> None:
         posterior_draws(draws, 11)
     with pytest.raises(ValueError, match="same number of draws"):
         posterior_draws({"a": torch.zeros(2), "b": torch.zeros(3)})
+
+
+def test_draws_of_other_sites_are_refused() -> None:
+    """They would be ignored in silence, and the predictions be those of the prior."""
+    x, y = linear_data(5)
+    draws = torch.randn(4, 3)
+    for data in ((x, y), (x,)):
+        with pytest.raises(ValueError, match=r"draws of \['weights'\].*none of \['weight'"):
+            posterior_predictive(linear_model, {"weights": draws}, data)
+    # what a guide draws beside the sites of the model does no harm
+    extra = posterior_predictive(linear_model, {"weight": draws, "unused": torch.zeros(4)}, (x, y))
+    assert_close(extra.mean, draws @ x.T)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        posterior_predictive(linear_model, AutoNormal(linear_model), (x, y), num_samples=0)
