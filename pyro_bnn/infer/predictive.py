@@ -234,6 +234,7 @@ def posterior_predictive(
     vectorize: bool | None = None,
     max_memory: float = 2**24,
     draws: Draws | None = None,
+    generator: torch.Generator | None = None,
 ) -> PosteriorPredictive:
     r"""
     Predicts the observed sites of a model under posterior draws :math:`z_1, \dots, z_S`.
@@ -258,6 +259,7 @@ def posterior_predictive(
     :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 16 MiB by default. More is not faster: draws
         that run together should stay near the processor's caches.
     :param draws: posterior draws to use instead of fresh ones (e.g. ``prediction.draws`` of another call).
+    :param generator: source of all random numbers; the global state then stays as it is.
     :return: a mapping from observed sites to predictions.
 
     Where the model is called with observations, sites that depend on other observed sites are predicted given
@@ -277,13 +279,30 @@ def posterior_predictive(
         >>> prediction.to_dataset()["obs_mean"].dims
         ('draw', 'data')
     """
-    batches = list(
-        predict_batches(model, posterior, data, num_samples, batch_size, vectorize, max_memory, draws)
-    )
+    with seeded_by(generator):
+        batches = list(
+            predict_batches(model, posterior, data, num_samples, batch_size, vectorize, max_memory, draws)
+        )
     runner = batches[0][1]
     sites = {name: _join([part[name] for part, _ in batches]) for name in batches[0][0]}
     vectorized = hasattr(posterior, "observed_distributions") or bool(runner.vectorize)
     return PosteriorPredictive(sites, runner.draws, vectorized)
+
+
+@contextmanager
+def seeded_by(generator: torch.Generator | None) -> Iterator[None]:
+    """
+    Draws inside come from a generator, and the global state is as it was afterwards.
+
+    :param generator: the generator, which moves on by one draw; ``None`` leaves everything as it is.
+    """
+    if generator is None:
+        yield
+        return
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed))
+        yield
 
 
 def predict_batches(

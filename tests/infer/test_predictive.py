@@ -93,6 +93,21 @@ def test_values_by_hand() -> None:
     assert_close(found.draws["weight"], weights)
 
 
+def test_a_generator_decides_all_draws() -> None:
+    x = torch.randn(6, 3)
+    weights = {"weight": torch.randn(5, 3)}
+    state = torch.get_rng_state()
+    first, again, other = (
+        posterior_predictive(
+            linear_model, weights, (x,), generator=torch.Generator().manual_seed(seed)
+        ).samples
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_predictive_distribution_of_linear_regression() -> None:
     x, y = linear_data()
     mean, covariance = linear_posterior(x, y)
