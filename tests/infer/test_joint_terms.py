@@ -12,6 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.infer.autoguide.data_rows import num_rows
 from pyro_bnn.infer.joint_terms import cauchy_divergence, normal_divergence
 from pyro_bnn.nn import HierarchicalPrior, rank1_
 from tests.common import assert_close
@@ -159,9 +160,9 @@ def test_noise_per_example_finds_the_examples():
 
     x, y = torch.randn(T, B, 3), torch.randn(B)
     guide = AutoMixture(model, 2, noise="per_example").initialize(x, y)
-    assert guide._num_rows((x, y), {}, 1) == B
+    assert num_rows(guide._row_sources, (x, y), {}) == B
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 3, 2, 5]), enforce_sorted=False)
     guide._row_sources = [(0, 0)]
-    assert guide._num_rows((packed,), {}, 1) == B
+    assert num_rows(guide._row_sources, (packed,), {}) == B
     with pytest.raises(ValueError, match="one row per example"):
-        guide._num_rows((None,), {}, 1)
+        num_rows(guide._row_sources, (None,), {})
