@@ -313,6 +313,7 @@ def gap(
     splits: int = SPLITS,
     sets: Sequence[str] = tuple(GAPS),
     done: frozenset[tuple[str, int]] = frozenset(),
+    fixed_noise: float | None = None,
 ) -> Rows:
     order = [(name, split) for split in range(splits) for name in sets if split < GAPS[name]]
     for name, split in [("yacht", 0)] if smoke else order:
@@ -322,7 +323,11 @@ def gap(
         if name == "naval":  # every eighth row: a dense Hessian polished on all of them takes hours
             x, y, x_test, y_test = x[::8], y[::8], x_test[::8], y_test[::8]
         start = time.process_time()
-        guide, noise = trained(x, y, 8 if smoke else 50, 100 if smoke else 1500, split)
+        hidden = 8 if smoke else 50
+        if fixed_noise is None:
+            guide, noise = trained(x, y, hidden, 100 if smoke else 1500, split)
+        else:
+            guide, noise = fitted(network(x.shape[1], hidden, fixed_noise), (x, y), split), fixed_noise
         mean = guide.packed.outputs(guide.loc, ((x,), {}))[0].outputs.detach().flatten()
         row = {
             "data": name,
@@ -399,6 +404,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--splits", type=int, default=SPLITS, help="gap splits of each data set, at most")
     parser.add_argument("--sets", nargs="+", choices=list(GAPS), default=list(GAPS), help="of the gap splits")
+    parser.add_argument("--noise", type=float, help="of the gap splits, fixed; default its joint MAP")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true", help="keep the rows of --out, skip its gap splits")
@@ -416,7 +422,11 @@ def main() -> None:
         ]
     done = frozenset((row["data"], row["split"]) for row in rows if row["part"] == "gap")
     for part in args.parts:
-        options = {"splits": args.splits, "sets": args.sets, "done": done} if part == "gap" else {}
+        options = (
+            {"splits": args.splits, "sets": args.sets, "done": done, "fixed_noise": args.noise}
+            if part == "gap"
+            else {}
+        )
         for row in parts[part](args.smoke, **options):
             rows.append({"part": part, **row, **versions})
             print({k: v for k, v in rows[-1].items() if k not in versions}, flush=True)

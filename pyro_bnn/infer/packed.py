@@ -275,6 +275,27 @@ class PackedModel:
                 total = total + term
         return torch.as_tensor(total)
 
+    def require_function(self, latent: Tensor, data: Any) -> None:
+        """
+        Raises if two runs of the model at the same latents differ.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: one batch or an iterable of batches, with observations; the first is used.
+        :raises ValueError: if the log likelihoods differ by more than rounding errors.
+        """
+        batch = next(iter_batches(data))
+        with torch.no_grad():
+            first, second = (
+                float(self.log_likelihood(self.trace(latent, batch), require_finite=False)) for _ in range(2)
+            )
+        if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
+            raise ValueError(
+                f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
+                "Sites that poutine.block hides are drawn anew in every run: condition them on values first, as in "
+                "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
+                "random layers do the same."
+            )
+
     def log_prior(self, latent: Tensor, trace: Trace) -> Tensor:
         r"""
         The log density of the latent sites at a packed vector, in unconstrained space.

@@ -169,6 +169,7 @@ def newton_cg(
     max_steps: int = 1000,
     cg_tolerance: float = 1e-3,
     keep_graphs: bool = True,
+    dense_limit: int = 0,
 ) -> NewtonResult:
     r"""
     :func:`minimize_newton` for a sum of terms.
@@ -179,6 +180,7 @@ def newton_cg(
     :param max_steps: largest number of Newton steps.
     :param cg_tolerance: relative residual of each solve.
     :param keep_graphs: see :func:`hessian_operator`.
+    :param dense_limit: see :func:`minimize_newton`.
     :return: a :class:`NewtonResult`.
 
     Example::
@@ -189,7 +191,12 @@ def newton_cg(
     """
     objective = SumOfTerms(terms, keep_graphs)
     return minimize_newton(
-        objective, start, tolerance=tolerance, max_steps=max_steps, cg_tolerance=cg_tolerance
+        objective,
+        start,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        cg_tolerance=cg_tolerance,
+        dense_limit=dense_limit,
     )
 
 
@@ -200,61 +207,85 @@ def minimize_newton(
     tolerance: float,
     max_steps: int = 1000,
     cg_tolerance: float = 1e-3,
+    dense_limit: int = 0,
 ) -> NewtonResult:
     r"""
     Minimises a function by Newton's method in a trust region; steps are solved by conjugate gradients, which
     leave saddle points along the directions of negative curvature that they meet.
+
+    Conjugate gradients do not resolve small curvatures, negative ones among them, beside curvatures that are many
+    orders of magnitude larger. Functions of at most ``dense_limit`` arguments therefore get a dense matrix and exact steps
+    from its eigendecomposition once the products have cost more than one, and before a minimum is accepted.
 
     :param objective: the function.
     :param start: shape ``(p,)``.
     :param tolerance: the decrement :math:`\sqrt{g^\top H^{-1} g}` at which to stop.
     :param max_steps: largest number of Newton steps.
     :param cg_tolerance: relative residual of each solve.
+    :param dense_limit: largest number of arguments with a dense matrix.
     :return: a :class:`NewtonResult`.
 
-    Source: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization".
+    Source: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization"; Moré and
+    Sorensen (1983), "Computing a trust region step".
     """
     point = start.detach().clone()
     value, gradient = objective.value_and_gradient(point)
     radius = max(1.0, 0.1 * float(point.norm()))
     decrement, indefinite = float("inf"), False
+    products, exact = 0, False
+    spectrum: tuple[Tensor, Tensor] | None = (
+        None  # of the dense matrix at the point, kept while steps are rejected
+    )
     for _ in range(max_steps):
-        step, image, indefinite = _steihaug(objective.operator(point), gradient, radius, cg_tolerance)
+        exact = exact or (len(point) <= dense_limit and products > len(point))
+        if exact:
+            if spectrum is None:
+                spectrum = _spectrum(objective.operator(point), point)
+            step, image, indefinite = _exact_step(*spectrum, gradient, radius)
+        else:
+            step, image, indefinite, count = _steihaug(
+                objective.operator(point), gradient, radius, cg_tolerance
+            )
+            products += count
         slope = float(gradient @ step)
         predicted = -(slope + 0.5 * float(step @ image))
         decrement = max(-slope, 0.0) ** 0.5
         length = float(step.norm())
-        if length == 0.0:
+        done = length == 0.0
+        if not done:
+            new_value, new_gradient = objective.value_and_gradient(point + step)
+            # close to the minimum the value no longer changes in floating point: accept what does not increase it
+            rounding = 4 * torch.finfo(value.dtype).eps * float(value.abs())
+            ratio = float(value - new_value + rounding) / (predicted + rounding)
+            if ratio > 0.1:
+                if ratio > 0.75 and length > 0.9 * radius:
+                    radius *= 2.5
+                point, value, gradient, spectrum = point + step, new_value, new_gradient, None
+                done = decrement <= tolerance and not indefinite
+            else:  # also where the value is not a number
+                radius = 0.25 * length
+                done = radius <= torch.finfo(value.dtype).eps * float(point.norm())
+        if done and (exact or len(point) > dense_limit):
             break
-        new_value, new_gradient = objective.value_and_gradient(point + step)
-        # close to the minimum the value no longer changes in floating point: accept what does not increase it
-        rounding = 4 * torch.finfo(value.dtype).eps * float(value.abs())
-        ratio = float(value - new_value + rounding) / (predicted + rounding)
-        if not ratio > 0.1:  # also where the value is not a number
-            radius = 0.25 * length
-            if radius <= torch.finfo(value.dtype).eps * float(point.norm()):
-                break
-            continue
-        if ratio > 0.75 and length > 0.9 * radius:
-            radius *= 2.5
-        point, value, gradient = point + step, new_value, new_gradient
-        if decrement <= tolerance and not indefinite:
-            break
+        if done:  # what conjugate gradients take for a minimum
+            exact, radius = True, max(radius, 1e-3 * float(point.norm()))
     return NewtonResult(point, decrement, indefinite)
 
 
 def _steihaug(
     operator: LinearMap, gradient: Tensor, radius: float, tolerance: float
-) -> tuple[Tensor, Tensor, bool]:
-    """A step, its image, and whether it follows negative curvature to the edge of the trust region."""
+) -> tuple[Tensor, Tensor, bool, int]:
+    """
+    A step, its image, whether it follows negative curvature to the edge of the trust region, and the number of products.
+    """
     step, image = torch.zeros_like(gradient), torch.zeros_like(gradient)
     residual = -gradient
     direction = residual.clone()
     square = float(residual @ residual)
     goal = tolerance**2 * square
-    for _ in range(4 * gradient.shape[0]):
-        if square <= goal:
-            break
+    products = 0
+    while products < 4 * gradient.shape[0] and square > goal:
+        products += 1
         product = operator(direction.unsqueeze(0))[0]
         curvature = float(direction @ product)
         scale = square / curvature if curvature > 0 else float("inf")
@@ -262,10 +293,52 @@ def _steihaug(
             a, b = float(direction @ direction), float(step @ direction)
             room = max(radius**2 - float(step @ step), 0.0)
             scale = (-b + (b * b + a * room) ** 0.5) / a
-            return step + scale * direction, image + scale * product, curvature <= 0
+            return step + scale * direction, image + scale * product, curvature <= 0, products
         step, image = step + scale * direction, image + scale * product
         residual = residual - scale * product
         new_square = float(residual @ residual)
         direction = residual + (new_square / square) * direction
         square = new_square
-    return step, image, False
+    return step, image, False, products
+
+
+def _spectrum(operator: LinearMap, like: Tensor, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric operator."""
+    identity = torch.eye(len(like), dtype=like.dtype, device=like.device)
+    matrix = torch.cat([operator(rows) for rows in identity.split(chunk)])
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return values, vectors
+
+
+def _exact_step(
+    values: Tensor, vectors: Tensor, gradient: Tensor, radius: float
+) -> tuple[Tensor, Tensor, bool]:
+    """
+    The minimum of the quadratic model in the trust region, its image, and whether the model is indefinite.
+
+    It solves (H + shift) step = -gradient with the smallest shift that makes H + shift positive semidefinite and the step
+    no longer than the radius; the length falls with the shift, which bisection finds.
+    """
+    slopes = vectors.mT @ gradient
+    lowest, scale = float(values[0]), float(values.abs().max())
+    indefinite = lowest <= 0
+    floor = torch.finfo(values.dtype).eps * scale
+
+    def coordinates(shift: float) -> Tensor:
+        return -slopes / (values + shift).clamp(min=floor)
+
+    low = max(0.0, -lowest)
+    if float(coordinates(low).norm()) > radius:
+        high = low + float(gradient.norm()) / radius
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            if not low < middle < high:
+                break
+            low, high = (low, middle) if float(coordinates(middle).norm()) < radius else (middle, high)
+        step = coordinates(high)
+    else:
+        step = coordinates(low)
+        if indefinite:  # the gradient is blind to the lowest curvature: go along it to the edge
+            room = max(radius**2 - float(step[1:].square().sum()), 0.0)
+            step[0] = room**0.5 * (-1.0 if float(slopes[0]) > 0 else 1.0)
+    return vectors @ step, vectors @ (values * step), indefinite

@@ -245,6 +245,24 @@ def test_part_of_the_sites_in_a_guide_list():
         last = svi.step(x, y)
     assert last < first
 
+    # at the end the value that was drawn for sigma is the one that the Laplace approximation must see
+    part = guide[1]
+    for method in (part.polish, part.laplace_approximation):
+        with pytest.raises(ValueError, match="not a function of its latents"):
+            method((x, y))
+    sigma = guide[0].median()["sigma"]
+    conditioned = pyro.poutine.block(pyro.poutine.condition(two, data={"sigma": sigma}), hide=["sigma"])
+    part = AutoLaplace(conditioned).initialize(x, y).polish((x, y)).laplace_approximation((x, y))
+    precision = x.mT @ x / sigma**2 + torch.eye(3) / 4
+    assert_close(part.posterior.covariance_matrix, torch.linalg.inv(precision), rtol=1e-8)
+    assert_close(part.loc.detach(), torch.linalg.solve(precision, x.mT @ y / sigma**2), rtol=1e-6)
+    parts = AutoGuideList(two)
+    parts.append(AutoDelta(pyro.poutine.block(two, expose=["sigma"])))
+    parts.append(part)
+    draws = Predictive(two, guide=parts, num_samples=2000)(x)["w"].reshape(2000, 3)
+    scale = torch.linalg.inv(precision).diagonal().sqrt()
+    assert (((draws.mean(0) - part.loc.detach()) / scale).abs() < 4.5 / 2000**0.5).all()
+
 
 def test_state_dict_loads_into_a_fresh_guide(tmp_path):
     model, x, y = logistic_regression()

@@ -98,3 +98,18 @@ def test_newton_leaves_a_saddle():
     result = newton_cg(terms, torch.tensor([0.0, 1e-3]), tolerance=1e-10)
     assert not result.indefinite
     assert_close(result.point.abs(), torch.ones(2), rtol=1e-6)
+
+
+def test_newton_resolves_small_negative_curvature_beside_large_ones():
+    """A double well of curvature -0.01 in coordinates that are as stiff as 1e8: only exact steps leave its top."""
+    Q = torch.linalg.qr(torch.randn(12, 12)).Q
+    stiffness = torch.logspace(0, 8, 12)
+
+    def terms(u):
+        v = Q @ u
+        return [0.0025 * (v[0] ** 2 - 1) ** 2 + 0.5 * (stiffness[1:] * (v[1:] - 1) ** 2).sum()]
+
+    start = Q.mT @ torch.cat([torch.zeros(1), 1 + 0.01 * torch.randn(11)])
+    result = newton_cg(terms, start, tolerance=1e-8, dense_limit=12)
+    assert not result.indefinite
+    assert_close((Q @ result.point).abs(), torch.ones(12), rtol=1e-5)

@@ -233,9 +233,11 @@ class AutoLaplace(LinearizedGuide):
         :raises NotAMinimumError: if the curvature is not positive definite.
         :raises MemoryError: if the structure does not fit; raised before it is allocated.
         :raises ValueError: for data that are empty, not finite, without observations, or that do not cover the
-            plates of the model.
+            plates of the model; for a model that is no function of its latents, because it draws hidden sites,
+            subsamples or masks anew in every run.
         """
         check_data(data)
+        self.packed.require_function(self.loc, data)
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
             self._select(data, generator)

@@ -28,6 +28,9 @@ from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
+#: largest number of latents whose Hessian polish may hold: products with the identity and an eigendecomposition per step
+DENSE_LIMIT = 1000
+
 
 class UnconvergedMAPWarning(UserWarning):
     """The gradient at the point estimate is large in units of posterior standard deviations."""
@@ -384,6 +387,7 @@ class LinearizedGuide(AutoContinuous):
         :return: the guide itself.
         :raises RuntimeError: after ``laplace_approximation``, or if ``float64=True`` and the model holds tensors of
             lower precision outside of its modules and arguments that do not combine with double precision.
+        :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
         check_data(data)
         model = self.packed
@@ -391,6 +395,7 @@ class LinearizedGuide(AutoContinuous):
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, not after"
             )
+        model.require_function(self.loc, data)
         with double_precision(model.modules) if float64 else nullcontext():
 
             def terms(latent: Tensor) -> Iterator[Tensor]:
@@ -398,7 +403,13 @@ class LinearizedGuide(AutoContinuous):
 
             try:
                 point = lbfgs(terms, self.loc.double() if float64 else self.loc, max_iter=max_iter)
-                point = newton_cg(terms, point, tolerance=tolerance, keep_graphs=is_single_batch(data)).point
+                point = newton_cg(
+                    terms,
+                    point,
+                    tolerance=tolerance,
+                    keep_graphs=is_single_batch(data),
+                    dense_limit=DENSE_LIMIT,
+                ).point
             except RuntimeError as error:
                 if float64 and "dtype" in str(error):
                     raise RuntimeError(
