@@ -134,6 +134,8 @@ def hessian_free(rank: int, world: int) -> dict[str, Tensor]:
         "cg": {"robust": True},
         "cg, ggn": {"curvature": "ggn", "preconditioner": "nystrom"},
         "one-sided, ggn": {"method": "one_sided", "curvature": "ggn", "check": False},
+        "central, ggn": {"method": "central", "curvature": "ggn", "check": False},
+        "probe": {"method": "probe", "num_probes": 5},
     }.items():
         result = hfl.solve(guide, batches, (targets,), tolerance=1e-10, **options)
         found[f"{name} variances"] = result.variances
