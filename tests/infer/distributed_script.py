@@ -141,7 +141,9 @@ def hessian_free(rank: int, world: int) -> dict[str, Tensor]:
         found[f"{name} variances"] = result.variances
         if result.sandwich is not None:
             found[f"{name} sandwich"] = result.sandwich
-    found["score"] = hfl.regvar(guide, batches, (targets,), calibrate=0, num_epochs=None).score
+    found["score"] = hfl.regvar(
+        guide, batches, (targets,), calibrate=0, num_epochs=None, tolerance=1e-10
+    ).score
     guide.laplace_approximation(batches, (targets,))
     found["guide covariance"] = guide.covariance
     return found
