@@ -3,7 +3,11 @@
 """Configuration of the documentation."""
 
 import os
+import sys
 from importlib.metadata import version as package_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # for isolate.py
 
 project = "pyro_bnn"
 author = "Contributors to the pyro_bnn project"
@@ -30,6 +34,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
+    "reset_modules": ("matplotlib", "seaborn", "isolate.reset"),
     "min_reported_time": 1,
     # The figures of the published site come from full runs; a smoke build checks that pages render.
     "plot_gallery": "PYRO_BNN_DOCS_NO_GALLERY" not in os.environ,
