@@ -129,13 +129,6 @@ def fashion() -> None:
         add_overhead(mine)
         by_method(f"rank1_fashion_{study}", mine, choice if study in ("cauchy", "choice") else columns)
     claims(rows)
-    old = read("rank1_fashion_20000")
-    for study in dict.fromkeys(row["study"] for row in old):
-        by_method(
-            f"rank1_fashion_20000_{study.split(',')[0]}",
-            [row for row in old if row["study"] == study],
-            columns,
-        )
     corruptions([row for row in rows if row["study"] == "penalty"])
     noise = read("rank1_noise")
     if noise:
