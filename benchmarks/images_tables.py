@@ -8,7 +8,6 @@ Turns the results of ``images.py`` into the tables of the documentation.
 
 from rank1_tables import read, write
 
-
 OTHERS = {"fashion": ("mnist", "notmnist"), "mnist": ("fashion", "notmnist")}
 NAMES = {"fashion": "Fashion-MNIST", "mnist": "MNIST", "notmnist": "notMNIST"}
 ANGLES = tuple(range(0, 181, 30))

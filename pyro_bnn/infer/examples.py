@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from pyro_bnn.infer.data import Batch, iter_batches, map_tensors
+from pyro_bnn.infer.data import Batch, batch_size, iter_batches, slice_batch
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.examples import ExampleJacobian, Layouts
@@ -248,31 +248,3 @@ class ExampleStream:
                 fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
                 self._chunk = max(1, min(fast, self.budget // max(1, floats)))
             yield trace, sites
-
-
-def batch_size(batch: Batch) -> int | None:
-    """
-    :param batch: arguments of a model.
-    :return: the length of the first argument that is a tensor with dimensions, or ``None``.
-    """
-    args, kwargs = batch
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    return None
-
-
-def slice_batch(batch: Batch, size: int, part: slice | Tensor) -> Batch:
-    """
-    :param batch: arguments of a model.
-    :param size: the number of examples.
-    :param part: which of them, a slice or positions.
-    :return: the batch with every tensor of that length sliced.
-    """
-
-    def take(x: Tensor) -> Tensor:
-        if not x.dim() or x.shape[0] != size:
-            return x
-        return x[part.to(x.device) if isinstance(part, Tensor) else part]
-
-    return map_tensors(batch, take)

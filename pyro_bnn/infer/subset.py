@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyro_bnn.infer.data import Batch, iter_batches
-from pyro_bnn.infer.examples import ExampleStream, SiteExamples, batch_size, slice_batch
+from pyro_bnn.infer.data import Batch, batch_size, iter_batches, slice_batch
+from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 
 
 @dataclass

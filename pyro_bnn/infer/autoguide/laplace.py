@@ -22,7 +22,7 @@ from pyro_bnn.infer.curvature import (
     check_option,
     prior_curvature,
 )
-from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.data import batch_size, iter_batches, slice_batch
 from pyro_bnn.infer.evidence import (
     HyperparameterReport,
     Per,
@@ -33,7 +33,7 @@ from pyro_bnn.infer.evidence import (
     prior_change,
     tau_of,
 )
-from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream, batch_size, slice_batch
+from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
