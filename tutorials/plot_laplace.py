@@ -73,15 +73,15 @@ guide = fitted(heteroscedastic, x, y)
 outputs = guide.linearized_outputs(grid)["obs"]
 predictive = outputs.distribution("monte_carlo", num_samples=500)
 
-figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
 mean, sd = outputs.mean[:, 0], outputs.variance[:, 0].sqrt()
-axes[0].fill_between(grid[:, 0], mean - 2 * predictive.variance.sqrt(), mean + 2 * predictive.variance.sqrt(),
-                     alpha=0.2, label="observations")  # fmt: skip
-axes[0].fill_between(grid[:, 0], mean - 2 * sd, mean + 2 * sd, alpha=0.4, label="function")
-axes[0].plot(grid[:, 0], mean)
-axes[0].plot(x[:, 0], y, ".k", ms=3)
-axes[0].set(title="noise that grows with x", ylim=(-4, 4))
-axes[0].legend()
+axis.fill_between(grid[:, 0], mean - 2 * predictive.variance.sqrt(), mean + 2 * predictive.variance.sqrt(),
+                  alpha=0.2, label="observations")  # fmt: skip
+axis.fill_between(grid[:, 0], mean - 2 * sd, mean + 2 * sd, alpha=0.4, label="function")
+axis.plot(grid[:, 0], mean)
+axis.plot(x[:, 0], y, ".k", ms=3)
+axis.set(title="noise that grows with x", ylim=(-4, 4))
+axis.legend()
 
 # %%
 # Counts
@@ -100,9 +100,10 @@ def counts(x, y=None):
 y_counts = dist.Poisson((1.0 + torch.sin(2 * x[:, 0])).exp()).sample()
 guide = fitted(counts, x, y_counts, structure="kronecker")
 curves = guide.functional_samples(30, grid)["obs"].squeeze(-1).exp()
-axes[1].plot(grid[:, 0], curves.mT, "C0", alpha=0.3, lw=1)
-axes[1].plot(x[:, 0], y_counts, ".k", ms=3)
-axes[1].set(title="rates of counts: 30 functions", ylim=(0, 20))
+figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+axis.plot(grid[:, 0], curves.mT, "C0", alpha=0.3, lw=1)
+axis.plot(x[:, 0], y_counts, ".k", ms=3)
+axis.set(title="rates of counts: 30 functions", ylim=(0, 20))
 
 # %%
 # A network beside ordinary latent variables
@@ -132,11 +133,11 @@ if not SMOKE:
     guide.polish((x, group, y_groups), max_iter=500)
 guide.laplace_approximation((x, group, y_groups), map_tolerance=float("inf"))
 low, middle, high = guide.quantiles([0.025, 0.5, 0.975])["offset"]
-axes[2].errorbar(range(4), middle, torch.stack([middle - low, high - middle]), fmt="o", label="95% interval")
-axes[2].plot(range(4), offsets, "k_", ms=14, label="truth")
-axes[2].set(title="offsets of four groups", xticks=range(4))
-axes[2].legend()
-figure.tight_layout()
+figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+axis.errorbar(range(4), middle, torch.stack([middle - low, high - middle]), fmt="o", label="95% interval")
+axis.plot(range(4), offsets, "k_", ms=14, label="truth")
+axis.set(title="offsets of four groups", xticks=range(4))
+axis.legend()
 print("noise, 95% interval:", guide.quantiles([0.025, 0.975])["noise"].tolist(), "truth 0.15")
 
 # %%
