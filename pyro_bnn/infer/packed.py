@@ -43,6 +43,7 @@ from pyro_bnn.infer.handlers import (
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
+from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
 
 
@@ -148,17 +149,9 @@ def depends_on(value: Tensor, latent: Tensor) -> bool:
     """
     if value is latent:
         return True
-    todo = [value.grad_fn]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node is latent.grad_fn or getattr(node, "variable", None) is latent:
-            return True
-        todo += [following for following, _ in node.next_functions]
-    return False
+    return any(
+        node is latent.grad_fn or getattr(node, "variable", None) is latent for node in graph_nodes(value)
+    )
 
 
 @contextmanager

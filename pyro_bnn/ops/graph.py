@@ -2,10 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading autograd graphs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def graph_nodes(value: Tensor) -> Iterator[Any]:
+    """
+    :param value: any tensor.
+    :return: the nodes of its autograd graph, each once.
+    """
+    todo: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        todo += [following for following, _ in node.next_functions]
 
 
 def leaves(value: Tensor) -> list[Tensor]:
@@ -23,19 +40,8 @@ def leaves(value: Tensor) -> list[Tensor]:
     """
     if value.grad_fn is None:
         return [value] if value.requires_grad else []
-    found: list[Tensor] = []
-    todo: list[Any] = [value.grad_fn]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
-        todo += [following for following, _ in node.next_functions]
-    return found
+    variables = (getattr(node, "variable", None) for node in graph_nodes(value))
+    return [variable for variable in variables if variable is not None]
 
 
 class FirstOrderSum:
