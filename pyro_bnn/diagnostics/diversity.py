@@ -2,22 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do the components of a mixture differ?"""
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuideList
 from torch import Tensor
-from torch.distributions import Categorical, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Cauchy,
+    LowRankMultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.draws import component_draws
-from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names, unscaled_log_prob
+from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 
 
 @dataclass
@@ -28,13 +32,15 @@ class DiversityReport:
     :param member_nll: negative log likelihood of each component, per observation, shape ``(K,)``.
     :param mixture_nll: that of the mixture, :math:`-\frac1N\sum_n \log \frac1K \sum_k p_k(y_n)`. Its distance to the
         mean of the members is what the mixture gains; it is 0 if the members have collapsed.
-    :param disagreement: for categorical observations the share of the observations on which the most probable labels
-        of two components differ; else ``None``. Shape ``(K, K)``.
-    :param predictive_kl: mean divergence between the predictive distributions of two components, shape ``(K, K)``, or
-        ``None`` if torch has no closed form.
+    :param disagreement: for categorical and binary observations the share of the observations on which the most probable
+        labels of two components differ; else ``None``. Shape ``(K, K)``.
+    :param predictive_kl: divergence between the predictive distributions of two components, per observation, shape
+        ``(K, K)``: exact for labels, elsewhere that of Normals with the same means and variances; ``None`` if there is
+        no finite variance.
     :param guide_kl: divergence between two components of the guide over all sites that have a density, shape
-        ``(K, K)``.
-    :param guide_distance: root mean square distance between the locations of two components, shape ``(K, K)``.
+        ``(K, K)``, or ``None`` without such sites.
+    :param guide_distance: root mean square distance between the locations of two components in unconstrained space,
+        shape ``(K, K)``; ``None`` for guides other than :class:`~pyro_bnn.infer.autoguide.AutoMixture`.
     :param site: name of the observed site.
     """
 
@@ -43,7 +49,7 @@ class DiversityReport:
     disagreement: Tensor | None
     predictive_kl: Tensor | None
     guide_kl: Tensor | None
-    guide_distance: Tensor
+    guide_distance: Tensor | None
     site: str
     num_observations: int = field(default=0)
 
@@ -81,19 +87,21 @@ class DiversityReport:
 
 @torch.no_grad()
 def diversity(
-    model: Callable[..., Any], guide: AutoMixture, data: Any, *, num_samples: int = 8, site: str | None = None
+    model: Callable[..., Any], guide: Any, data: Any, *, num_samples: int = 8, site: str | None = None
 ) -> DiversityReport:
     """
     Measures whether the components of a mixture differ. They do collapse (BatchEnsemble in particular), and nothing in
     the loss shows it.
 
-    :param model: the model.
-    :param guide: a fitted mixture.
+    :param model: the model; the networks that it calls run in evaluation mode.
+    :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoMixture`, an
+        :class:`~pyro.infer.autoguide.AutoGuideList` with one, or a
+        :class:`~pyro_bnn.infer.autoguide.LaplaceMixture`.
     :param data: one batch or an iterable of batches, with observations.
     :param int num_samples: draws per component, over which the predictions of a component are averaged.
     :param str site: the observed site, if there are several.
     :return: a report that prints itself.
-    :raises ValueError: if the model has no such observed site.
+    :raises ValueError: if the model has no such observed site, or the guide no components.
 
     Example::
 
@@ -111,58 +119,51 @@ def diversity(
           ...
           The members have collapsed: the mixture predicts like a single one of them.
     """
-    K = guide.num_components
-    draws = component_draws(guide, num_samples)
-    log_probs: list[Tensor] = []
-    labels: list[Tensor] = []
-    divergence: Tensor | None = torch.zeros(K, K)
-    for args, kwargs in iter_batches(data):
-        functions: list[Any] = []
-        rows = []
-        for k in range(K):
-            row = []
-            for s in range(num_samples):
-                with SubstituteMessenger({name: value[k, s] for name, value in draws.items()}):
-                    trace = poutine.trace(model).get_trace(*args, **kwargs)
-                name = _observed(trace, site)
-                node = trace.nodes[name]
-                row.append(unscaled_log_prob(node).flatten())
-                functions.append(node["fn"])
-            rows.append(torch.stack(row).logsumexp(0) - math.log(num_samples))
-        log_probs.append(torch.stack(rows))
-        base = functions[0]
-        if isinstance(base, Categorical):
-            probs = torch.stack([f.probs for f in functions]).unflatten(0, (K, num_samples)).mean(1)
-            labels.append(probs.argmax(-1).flatten(1))
-            functions = [Categorical(probs=p) for p in probs]
-        else:
-            functions = functions[::num_samples]
-        try:
-            if divergence is not None:
-                for i, j in itertools.permutations(range(K), 2):
-                    divergence[i, j] += kl_divergence(functions[i], functions[j]).sum().cpu()
-        except NotImplementedError:
-            divergence = None
-    log_prob = torch.cat(log_probs, -1)
-    N = log_prob.shape[-1]
-    disagreement = None
-    if labels:
-        label = torch.cat(labels, -1)
-        disagreement = (label[:, None] != label[None]).double().mean(-1)
+    mixture = _mixture(guide)
+    K = mixture.num_components
+    draws = _draws_by_component(guide, mixture, num_samples)
+    prediction = posterior_predictive(model, {n: v.flatten(0, 1) for n, v in draws.items()}, data)
+    name = _observed(prediction, site)
+    found = prediction[name]
+    assert found.log_likelihood is not None
+    log_prob = found.log_likelihood.unflatten(0, (K, num_samples)).flatten(2)
+    log_prob = log_prob.logsumexp(1) - math.log(num_samples)
+    own = isinstance(mixture, AutoMixture)
     return DiversityReport(
         member_nll=-log_prob.mean(-1),
         mixture_nll=-float((log_prob.logsumexp(0) - math.log(K)).mean()),
-        disagreement=disagreement,
-        predictive_kl=None if divergence is None else divergence / N,
-        guide_kl=_guide_kl(guide),
-        guide_distance=_guide_distance(guide),
+        disagreement=_disagreement(found, K),
+        predictive_kl=_predictive_kl(found, K, log_prob.shape[-1]),
+        guide_kl=_guide_kl(mixture) if own else None,
+        guide_distance=_guide_distance(mixture) if own else None,
         site=name,
-        num_observations=N,
+        num_observations=log_prob.shape[-1],
     )
 
 
-def _observed(trace: Any, site: str | None) -> str:
-    names = observed_names(trace)
+def _mixture(guide: Any) -> Any:
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    mixtures = [part for part in parts if hasattr(part, "num_components")]
+    if len(mixtures) == 1:
+        return mixtures[0]
+    raise ValueError(
+        f"diversity compares the components of one mixture, but the guide, of type {type(guide).__name__}, holds {len(mixtures)}: pass an "
+        "AutoMixture, an AutoGuideList with one, or a LaplaceMixture."
+    )
+
+
+def _draws_by_component(guide: Any, mixture: Any, num_samples: int) -> Draws:
+    """Draws of shape (K, num_samples), the parts of a list that are no mixtures drawn for each component."""
+    draws = component_draws(mixture, num_samples)
+    for part in guide if isinstance(guide, AutoGuideList) else ():
+        if part is not mixture:
+            drawn = posterior_draws(part, mixture.num_components * num_samples)
+            draws |= {n: v.unflatten(0, (-1, num_samples)) for n, v in drawn.items()}
+    return draws
+
+
+def _observed(prediction: PosteriorPredictive, site: str | None) -> str:
+    names = [name for name, found in prediction.items() if found.log_likelihood is not None]
     if site is None and len(names) == 1:
         return names[0]
     if site in names:
@@ -172,35 +173,56 @@ def _observed(trace: Any, site: str | None) -> str:
     )
 
 
+def _members(value: Tensor, K: int, keep: int = 0) -> Tensor:
+    """The mean of each component over its draws, shape (K, everything else but the last ``keep`` dimensions, ...)."""
+    mean = value.unflatten(0, (K, -1)).mean(1)
+    return mean.reshape(K, -1, *mean.shape[mean.dim() - keep :])
+
+
+def _disagreement(found: SitePrediction, K: int) -> Tensor | None:
+    if found.kind == "numeric" or found.mean is None:
+        return None
+    classes = found.kind == "classes"
+    probs = _members(found.mean, K, keep=int(classes))
+    labels = probs.argmax(-1) if classes else probs > 0.5
+    return (labels[:, None] != labels[None]).double().mean(-1)
+
+
+def _predictive_kl(found: SitePrediction, K: int, num_observations: int) -> Tensor | None:
+    mean, variance = found.mean, found.variance
+    if mean is None or variance is None:
+        return None
+    make: Callable[..., Any] = {"classes": Categorical, "binary": Bernoulli}.get(found.kind, Normal)
+    parameters = [_members(mean, K, keep=int(found.kind == "classes"))]
+    if found.kind == "numeric":
+        scale = (_members(variance + mean.square(), K) - parameters[0].square()).sqrt()
+        if not (scale.isfinite() & (scale > 0)).all():
+            return None
+        parameters.append(scale)
+    p, q = (make(*(t.unsqueeze(dim).expand(K, K, *t.shape[1:]) for t in parameters)) for dim in (1, 0))
+    return kl_divergence(p, q).sum(-1) / num_observations
+
+
 def _guide_kl(guide: AutoMixture) -> Tensor | None:
-    """Closed form over the sites with a density; one row per first component."""
-    K = guide.num_components
-    total: Tensor | None = None
-    functions = [fn for fn in guide.component_distributions().values() if not _is_delta(fn)]
-    low_rank = guide._low_rank()
-    for fn in [*functions, *([] if low_rank is None else [low_rank])]:
-        rows = [kl_divergence(_component(fn, i), _component(fn, j)) for i in range(K) for j in range(K)]
-        value = torch.stack(rows).view(K, K)
-        total = value if total is None else total + value
-    return total
-
-
-def _is_delta(fn: Any) -> bool:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
-
-
-def _component(fn: Any, k: int) -> Any:
-    """Component k of a distribution of batch shape (K,)."""
-    if isinstance(fn, torch.distributions.Independent):
-        base = fn.base_dist
-        return type(base)(base.loc[k], base.scale[k]).to_event(fn.reinterpreted_batch_ndims)
-    if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
-        return type(fn)(fn.loc[k], fn.cov_factor[k], fn.cov_diag[k])
-    return type(fn)(fn.loc[k], fn.scale[k])
+    """Closed form, in unconstrained space, over the sites with a density; one row per first component."""
+    pairs: list[Tensor] = []
+    for site, loc, scale in guide._blocks():
+        if scale is not None and site.kind != "low_rank":
+            make = Cauchy if site.kind == "cauchy" else Normal
+            p, q = (make(loc.unsqueeze(dim), scale.unsqueeze(dim)) for dim in (1, 0))
+            pairs.append(kl_divergence(p, q).flatten(2).sum(-1) if site.raw_shape else kl_divergence(p, q))
+    joint = guide._low_rank()
+    if joint is not None:
+        each = [
+            LowRankMultivariateNormal(joint.loc[k], joint.cov_factor[k], joint.cov_diag[k])
+            for k in range(guide.num_components)
+        ]
+        pairs.append(torch.stack([torch.stack([kl_divergence(p, q) for q in each]) for p in each]))
+    return torch.stack(pairs).sum(0) if pairs else None
 
 
 def _guide_distance(guide: AutoMixture) -> Tensor:
+    if not guide._mixed:
+        return torch.zeros(guide.num_components, guide.num_components)
     loc = guide.loc.detach()
     return (loc[:, None] - loc[None]).square().mean(-1).sqrt()

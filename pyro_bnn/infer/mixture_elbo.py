@@ -38,7 +38,7 @@ class Mixture_ELBO(_Elbo):
     r"""
     The bounds of a mixture :math:`q = \frac1K \sum_k q_k` whose components share their index over all sites
     (:class:`~pyro_bnn.infer.autoguide.AutoMixture`, alone or in an
-    :class:`~pyro.infer.autoguide.AutoGuideList`),
+    :class:`~pyro.infer.autoguide.AutoGuideList` beside guides of other sites),
 
     .. math:: \mathcal{L} = \text{likelihood term} - \beta\, \mathrm{KL} + \log p(\text{point estimates}),
 
@@ -444,10 +444,11 @@ def _mixtures(guide: Any) -> Iterator[AutoMixture]:
 
 
 def _common_num_components(mixtures: list[AutoMixture]) -> int:
-    found = sorted({mixture.num_components for mixture in mixtures})
-    if len(found) > 1:
+    found = [mixture.num_components for mixture in mixtures]
+    if len(found) > 1 and max(found) > 1:
         raise ValueError(
-            f"the guide holds mixtures with different numbers of components {found}: their index is shared, so give "
-            "all of them the same num_components."
+            f"the guide holds mixtures of {found} components, which could not share their index outside of the bound: "
+            "use one AutoMixture, whose arguments component= and rest= give every site its family, and other guides "
+            "beside it."
         )
-    return found[0] if found else 1
+    return max(found, default=1)

@@ -189,17 +189,30 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 @contextmanager
-def evaluation_mode(module: Any) -> Iterator[None]:
-    """Puts a module in evaluation mode for a block (dropout off, batch statistics fixed), if it is one."""
-    if not isinstance(module, torch.nn.Module):
-        yield
-        return
-    training = [part for part in module.modules() if part.training]
-    module.eval()
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """
+    Within this context the modules that a model calls are in evaluation mode (dropout off, batch statistics fixed).
+
+    :param model: a module, or a function that calls modules.
+    """
+    changed: list[torch.nn.Module] = []
+
+    def evaluate(module: torch.nn.Module, _: Any = None) -> None:
+        if module.training:
+            parts = [part for part in module.modules() if part.training]
+            changed.extend(parts)
+            for part in parts:
+                part.training = False
+
+    if isinstance(model, torch.nn.Module):
+        evaluate(model)
+    # a function does not tell what it calls
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(evaluate)
     try:
         yield
     finally:
-        for part in training:
+        handle.remove()
+        for part in changed:
             part.training = True
 
 
@@ -245,7 +258,7 @@ def posterior_predictive(
     All draws run through the model at once where the model broadcasts (checked once, on the first batch), in
     chunks within a memory budget; other models run in a loop. A guide with a method ``observed_distributions``
     (the linearised predictives of Laplace guides) is asked for :math:`p(y \mid x, z_s)` instead of the model.
-    A model that is a module runs in evaluation mode.
+    All modules that the model calls run in evaluation mode.
 
     :param callable model: a Pyro model.
     :param posterior: a guide, an :class:`~pyro.infer.MCMC` run, or a mapping from latent sites to draws with

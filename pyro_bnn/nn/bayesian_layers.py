@@ -18,7 +18,7 @@ class BayesianPerSampleMixin(PerSampleMixin, BayesianMixin):
 
     def _sample_parameters(self) -> dict[str, Tensor]:
         parameters = {}
-        names = [*self._site_names(), *self.__dict__.get("_redirects", {})]
+        names = [*self._site_names(), *self._redirected()]
         for name in names:
             value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
             if self._is_folded() and value.dim() > self._event_dim(name):

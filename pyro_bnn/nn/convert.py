@@ -2,17 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """In-place conversion of torch networks that keeps their trained weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from pyro.nn import PyroModule
 from pyro.nn.module import to_pyro_module_
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.bayesian_layers import BAYESIAN_LAYERS
+from pyro_bnn.nn.convertible import Selector, all_or_nothing, convertible, torch_class
 from pyro_bnn.nn.folding import Folding
 from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
 from pyro_bnn.nn.packed import PackedSite
@@ -28,9 +29,6 @@ from pyro_bnn.nn.rank1_conv import (
 )
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import describe_module
-
-#: Selects modules: a dotted path (with everything below it), a class, or ``callable(name, module) -> bool``.
-Selector = str | type | Callable[[str, nn.Module], bool]
 
 
 def rank1_(
@@ -58,7 +56,8 @@ def rank1_(
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are.
     :param bool freeze_base: do not train any of the network's own parameters, only the factors and biases: for
-        pretrained networks.
+        pretrained networks. The running statistics of batch normalisation still follow the data, unless the network is
+        in evaluation mode (``net.eval()``) while it is fitted.
     :param str batchnorm: ``"shared"`` by all components, as in the paper, or ``"component"``, which needs
         ``num_components`` and the warning of :class:`~pyro_bnn.nn.normalization.ComponentBatchNormMixin`.
     :param int num_components: number of components, for ``batchnorm="component"`` only.
@@ -81,19 +80,22 @@ def rank1_(
         raise ValueError(f"batchnorm must be 'shared' or 'component', found {batchnorm!r}.")
     if (batchnorm == "component") != (num_components is not None):
         raise ValueError("num_components goes with batchnorm='component' and nothing else.")
-    layers = list(_convertible(net, only, skip, _RANK1))
-    _require(layers, net, _RANK1)
-    to_pyro_module_(net)
-    if freeze_base:
-        net.requires_grad_(False)
-    for _, layer in layers:
-        layer.__class__ = _RANK1[_torch_class(layer)]
-    check_rank1_keys(made, [_join(name, key) for name, layer in layers for key in layer._site_keys()])
-    for name, layer in layers:
-        layer._make_rank1(made, _join(name, ""))
-    if num_components is not None:
-        _component_batchnorm(net, num_components)
-    _finish(net, fold, batch_dim)
+    layers = convertible(net, only, skip, _RANK1)
+    with all_or_nothing(net):
+        to_pyro_module_(net)
+        if freeze_base:
+            net.requires_grad_(False)
+        for _, layer, cls in layers:
+            layer.__class__ = cls
+        check_rank1_keys(made, [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()])
+        ties = _Ties(net)
+        for name, layer, _ in layers:
+            ties.redirect(name, layer)
+            layer._make_rank1(made, _join(name, ""))
+        ties.check()
+        if num_components is not None:
+            _component_batchnorm(net, num_components)
+        _finish(net, fold, batch_dim)
     return net
 
 
@@ -130,34 +132,82 @@ def bayesian_(
         >>> net(torch.zeros(3, 4)).shape
         torch.Size([3, 1])
     """
-    layers = list(_convertible(net, only, skip, _BAYESIAN))
-    _require(layers, net, _BAYESIAN)
-    to_pyro_module_(net)
-    for _, layer in layers:
-        layer.__class__ = _BAYESIAN[_torch_class(layer)]
-    check_keys(prior, [_join(name, key) for name, layer in layers for key in layer._site_keys()])
-    prior = FanInNormal() if prior is None else prior
-    owners: dict[nn.Parameter, tuple[Any, str]] = {}
-    for name, layer in layers:
-        for key, value in list(layer._parameters.items()):
-            if value is not None and value in owners:
-                layer._redirect_site(key, *owners[value])
-        owners.update({p: (layer, key) for key, p in layer._parameters.items() if p is not None})
-        layer._make_bayesian(prior, _join(name, ""))
-    if packed:
-        PackedSite(net, layers)
-    _finish(net, fold, batch_dim)
+    layers = convertible(net, only, skip, _BAYESIAN)
+    for name, layer, _ in layers:
+        if parametrize.is_parametrized(layer):
+            raise ValueError(
+                f"{describe_module(layer, name)} computes its weight from other parameters (a parametrization), so "
+                "that the weight has no prior of its own: call parametrize.remove_parametrizations, or skip the layer."
+            )
+    with all_or_nothing(net):
+        to_pyro_module_(net)
+        for _, layer, cls in layers:
+            layer.__class__ = cls
+        check_keys(prior, [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()])
+        prior = FanInNormal() if prior is None else prior
+        ties = _Ties(net)
+        for name, layer, _ in layers:
+            ties.redirect(name, layer)
+            layer._make_bayesian(prior, _join(name, ""))
+        ties.check()
+        if packed:
+            PackedSite(net, [(name, layer) for name, layer, _ in layers])
+        _finish(net, fold, batch_dim)
     return net
+
+
+class _Ties:
+    """
+    Keeps tied parameters tied.
+
+    :param net: the network, whose parameters are not random yet.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.owners: dict[nn.Parameter, tuple[str, Any, str]] = {}
+
+    def redirect(self, path: str, layer: Any) -> None:
+        """
+        Lets a layer read those of its parameters that an earlier layer made random from there.
+
+        :param str path: path of the layer.
+        :param layer: a layer whose own parameters are not random yet.
+        """
+        for key, value in list(layer._parameters.items()):
+            if value in self.owners:
+                _, owner, name = self.owners[value]
+                if name in owner._site_names():
+                    layer._redirect_site(key, owner, name)
+            elif value is not None:
+                self.owners[value] = path, layer, key
+
+    def check(self) -> None:
+        """
+        :raises ValueError: if a parameter became random in one place and stayed what it is in another.
+        """
+        kept = {p: name for name, p in self.net.named_parameters()}
+        for parameter, (path, owner, key) in self.owners.items():
+            if key in owner._site_names() and parameter in kept:
+                raise ValueError(
+                    f"{_join(path, key)!r} would become random, but {kept[parameter]!r} is the same parameter and would "
+                    "not: convert both layers, or leave this parameter out by a dictionary of priors."
+                )
 
 
 def _component_batchnorm(net: Any, num_components: int) -> None:
     first = None
-    for module in net.modules():
-        made = COMPONENT_BATCHNORM.get(_torch_class(module))
+    for name, module in net.named_modules():
+        made = COMPONENT_BATCHNORM.get(torch_class(module))
         if made is not None:
             module.__class__ = made
             first = first or module
             module._make_component(num_components, first)
+        elif isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"{describe_module(module, name)} has no version with statistics per component; those that have are "
+                f"{sorted(cls.__name__ for cls in COMPONENT_BATCHNORM)}."
+            )
     if first is None:
         raise ValueError("batchnorm='component', but the network holds no batch normalisation.")
 
@@ -172,7 +222,7 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
                 child.__dict__["_axis"] = 0 if attention.batch_first else 1
         if isinstance(module, nn.TransformerEncoder):
             module.__dict__["use_nested_tensor"] = False
-    if fold and "_root_folding" not in net.__dict__:
+    if fold:
         Folding(net, batch_dim)
 
 
@@ -198,72 +248,3 @@ _RANK1: dict[type, type] = {
     nn.MultiheadAttention: Rank1MultiheadAttention,
 }
 _BAYESIAN: dict[type, type] = {nn.Linear: BayesianLinear, **BAYESIAN_LAYERS}
-
-
-def _torch_class(module: nn.Module) -> type:
-    """The class of a module before it became a PyroModule."""
-    cls = type(module)
-    if issubclass(cls, PyroModule) and cls.__name__.startswith("Pyro") and len(cls.__mro__) > 1:
-        base = cls.__mro__[1]
-        return base if PyroModule[base] is cls else cls
-    return cls
-
-
-def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
-    if isinstance(selector, str):
-        return name == selector or name.startswith(selector + ".")
-    if isinstance(selector, type):
-        return isinstance(module, selector)
-    return bool(selector(name, module))
-
-
-def _as_list(selectors: Any) -> list[Selector]:
-    if selectors is None:
-        return []
-    return [selectors] if isinstance(selectors, (str, type)) or callable(selectors) else list(selectors)
-
-
-def _convertible(net: nn.Module, only: Any, skip: Any, table: dict[type, type]) -> Iterator[tuple[str, Any]]:
-    """The modules of ``net`` that ``table`` can convert and that the selectors admit, each once."""
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
-    admitted, refused = _as_list(only), _as_list(skip)
-    paths = {name for name, _ in net.named_modules(remove_duplicate=False)}
-    for argument, selectors in (("only", admitted), ("skip", refused)):
-        for selector in selectors:
-            if isinstance(selector, str) and selector not in paths:
-                raise ValueError(
-                    f"{argument} names {selector!r}, which is no module of the network; the modules are "
-                    f"{sorted(paths - {''})[:20]}."
-                )
-    for selector in admitted:
-        if isinstance(selector, str):
-            module = net.get_submodule(selector)
-            if not any(_torch_class(part) in table for part in module.modules()):
-                raise ValueError(
-                    f"only names {describe_module(module, selector)}, which neither is nor holds a layer that can be "
-                    f"converted; those are {sorted(c.__name__ for c in table)}."
-                )
-    for name, module in net.named_modules():
-        if _torch_class(module) not in table:
-            continue
-        if only is not None and not any(_matches(s, name, module) for s in admitted):
-            continue
-        if any(_matches(s, name, module) for s in refused):
-            continue
-        for key, value in module.named_parameters(recurse=False):
-            if value.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"{describe_module(module, name)} holds {key!r} in {value.dtype}, in which random factors lose "
-                    "their small variances: convert the network in float32 (net.float()) and use torch.autocast."
-                )
-        yield name, module
-
-
-def _require(layers: list[tuple[str, Any]], net: nn.Module, table: dict[type, type]) -> None:
-    if not layers:
-        found = sorted({type(m).__name__ for m in net.modules()})
-        raise ValueError(
-            f"nothing to convert: the network holds {found}, of which the selectors admit no "
-            f"{sorted(c.__name__ for c in table)}."
-        )

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many samples of the weights through arbitrary torch code: samples folded into the batch dimension."""
 
-from collections.abc import Callable, Iterator
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -39,11 +41,14 @@ class Folding:
     ``f * B, ..., (f + 1) * B - 1``; and the outputs are unfolded to ``(*samples, B, ...)``. A site of shape
     ``(*samples, 1, *event)`` has one value per sample, one of shape ``(*samples, B, *event)`` one per example.
 
-    The first dimension of the first tensor argument is the batch; other tensor arguments whose first dimension has
-    the same size are repeated too, and so are the sequences of a :class:`~torch.nn.utils.rnn.PackedSequence`. Outputs
-    with the batch in their second dimension (the states of recurrent layers) are unfolded too; an output that is
-    a packed sequence keeps the ``F * B`` sequences. Networks that pack sequences themselves need
-    ``enforce_sorted=False``.
+    The first dimension of the first tensor argument is the batch; all other tensors whose first dimension has the same
+    size, in nested tuples, lists and dictionaries too, are repeated, and so are the sequences of a
+    :class:`~torch.nn.utils.rnn.PackedSequence`. Tensors of three dimensions with the batch in the second (the states of
+    recurrent layers) are repeated and unfolded along that one; an output that is a packed sequence keeps the ``F * B``
+    sequences. Networks that pack sequences themselves need ``enforce_sorted=False``.
+
+    A forward that reduces over its batch (a mean over examples, statistics of the batch) reduces over the examples of
+    all samples, as shared batch normalisation does on purpose.
 
     :param root: the network; calls of it are folded.
     :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
@@ -64,9 +69,15 @@ class Folding:
         for layer in self.layers:
             layer.__dict__["_folding"] = self
             layer.__dict__.setdefault("_axis", batch_dim)
+        for module in root.modules():  # one folding: a part that was folded by itself is now folded as a part
+            folded = module.__dict__.pop("_root_folding", None)
+            for handle in () if folded is None else folded._handles:
+                handle.remove()
         root.__dict__["_root_folding"] = self
-        root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True)
-        root.register_forward_hook(self.unfold_outputs, always_call=True)
+        self._handles = (
+            root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True),
+            root.register_forward_hook(self.unfold_outputs, always_call=True),
+        )
 
     def fold_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """
@@ -79,8 +90,7 @@ class Folding:
         :raises ValueError: if the batch is empty or a site has a batch shape that does not fit it.
         """
         self.active = False
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, (Tensor, PackedSequence))]
-        first = tensors[0] if tensors else None
+        first = next(_tensors((*args, *kwargs.values())), None)
         if isinstance(first, PackedSequence):
             self.batch_size = int(first.batch_sizes[0])
         elif first is None or (first.dim() < 2 and first.is_floating_point()):
@@ -121,7 +131,7 @@ class Folding:
         for layer in self.layers:
             for name, spec in layer.__dict__.get("_sites", {}).items():
                 drawn.append((layer, name, layer.read(name), spec.event_dim))
-            for name, (owner, _) in layer.__dict__.get("_redirects", {}).items():
+            for name, (owner, _) in layer._redirected().items():
                 if not isinstance(owner, nn.Module):  # tied parameters are drawn where they live
                     drawn.append((layer, name, layer.read(name), layer._event_dim(name)))
         shapes = [value.shape[: value.dim() - event_dim] for _, _, value, event_dim in drawn]
@@ -170,16 +180,22 @@ class Folding:
         :param value: an argument of the network.
         :return: shape ``(F * B, ...)`` for a tensor of shape ``(B, ...)``; everything else unchanged.
         """
-        dim = self.batch_dim
-        if self.num_samples == 1:
-            return value
-        if isinstance(value, PackedSequence) and int(value.batch_sizes[0]) == self.batch_size:
-            padded, lengths = pad_packed_sequence(value, batch_first=True)
-            F = self.num_samples
-            return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
-        if isinstance(value, Tensor) and value.dim() > dim and value.shape[dim] == self.batch_size:
+        return value if self.num_samples == 1 else map_structure(value, self._repeat, self._repeat_packed)
+
+    def _repeat(self, value: Tensor) -> Tensor:
+        B, dim = self.batch_size, self.batch_dim
+        if dim == 0 and value.dim() == 3 and value.shape[0] != B and value.shape[1] == B:
+            dim = 1  # a state of a recurrent layer
+        if value.dim() > dim and value.shape[dim] == B:
             return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
         return value
+
+    def _repeat_packed(self, value: PackedSequence) -> PackedSequence:
+        if int(value.batch_sizes[0]) != self.batch_size:
+            return value
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        F = self.num_samples
+        return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
 
     def unfold_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
         """
@@ -219,7 +235,7 @@ class Folding:
         """
         key = (id(layer), name)
         if key not in self._values:
-            redirect = layer.__dict__.get("_redirects", {}).get(name)
+            redirect = layer._redirected().get(name)
             if redirect is not None:
                 owner, owner_key = redirect
                 return (
@@ -242,25 +258,49 @@ def _first_layer(root: nn.Module) -> SiteModule | None:
     return first  # type: ignore[return-value]
 
 
-def map_structure(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+def map_structure(
+    value: Any, fn: Callable[[Tensor], Any], packed: Callable[[PackedSequence], Any] | None = None
+) -> Any:
     """
-    Applies a function to the tensors in nested tuples, lists and dictionaries.
+    Applies a function to the tensors in nested tuples, lists, dictionaries and dataclasses.
 
-    :param value: a tensor or a structure of tensors; other leaves, packed sequences among them, are untouched.
+    :param value: a tensor or a structure of tensors; other leaves are untouched.
     :param callable fn: a function of a tensor.
+    :param callable packed: a function of a packed sequence; by default these are untouched too.
     :return: the same structure.
     """
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, PackedSequence):
-        return value
+        return value if packed is None else packed(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_structure(item, fn) for item in value))
+        return type(value)(*(map_structure(item, fn, packed) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_structure(item, fn) for item in value)
+        return type(value)(map_structure(item, fn, packed) for item in value)
     if isinstance(value, dict):
-        return {key: map_structure(item, fn) for key, item in value.items()}
+        new: Any = copy.copy(value)  # of its own class, which may give its items as attributes
+        for key, item in value.items():
+            new[key] = map_structure(item, fn, packed)
+        return new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(new, field.name, map_structure(getattr(value, field.name), fn, packed))
+        return new
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
+    """The tensors and packed sequences of a structure, in order."""
+    if isinstance(value, (Tensor, PackedSequence)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
 
 
 def repack(padded: Tensor, like: PackedSequence) -> PackedSequence:

@@ -114,8 +114,7 @@ class Rank1Mixin(SiteModule):
             dist.Normal(torch.zeros(()), torch.ones(())) if options.bias_prior is None else options.bias_prior
         )
         for suffix, (weight_name, out, in_) in self._groups().items():
-            weight = self._parameters[weight_name]
-            assert weight is not None
+            weight = getattr(self, weight_name)
             for kind, size in (("r", out), ("s", in_)):
                 name = kind + suffix
                 shape = (options.rank, size) if form == "residual" else (size,)
@@ -124,13 +123,19 @@ class Rank1Mixin(SiteModule):
                     placed = place_prior(resolved, self, name, shape, weight)
                     self._add_site(name, placed, "factor", event_dim=len(shape))
                     self._clips[name] = options.clip or (10.0 if is_cauchy(resolved) else None)
-            if options.weight_prior is not None:
+            if options.weight_prior is not None and weight_name not in self._redirected():
                 resolved = resolve_prior(options.weight_prior, prefix + weight_name, weight.shape)
                 if resolved is not None:
+                    if weight_name not in self._parameters:
+                        raise ValueError(
+                            f"{prefix + weight_name!r} is computed from other parameters (a parametrization) and cannot "
+                            "have a weight_prior: leave it out by a dictionary of priors, or call "
+                            "torch.nn.utils.parametrize.remove_parametrizations."
+                        )
                     placed = place_prior(resolved, self, weight_name, weight.shape, weight)
                     self._add_site(weight_name, placed, "base", event_dim=weight.dim())
         for name, _ in self._biases().items():
-            bias = self._parameters.get(name)
+            bias = self._parameters.get(name)  # a tied one is read elsewhere
             if bias is not None:
                 resolved = resolve_prior(bias_prior, prefix + name, bias.shape)
                 if resolved is not None:
@@ -148,11 +153,8 @@ class Rank1Mixin(SiteModule):
 
     def _parameter(self, name: str) -> Any:
         """A weight or bias: a parameter, or the value of its site."""
-        return (
-            self._folding.value(self, name)
-            if self._is_folded() and name in self._sites
-            else getattr(self, name)
-        )
+        random = name in self._sites or name in self._redirected()
+        return self._folding.value(self, name) if self._is_folded() and random else getattr(self, name)
 
     def _plain(self, x: Tensor, *args: Any, **parameters: Any) -> Any:
         """The forward of the torch layer with some of its parameters replaced."""

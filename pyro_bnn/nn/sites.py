@@ -117,6 +117,10 @@ class SiteModule(_PyroModule):
         self.__dict__.get("_sites", {}).pop(name, None)
         self.__dict__.setdefault("_redirects", {})[name] = (owner, key)
 
+    def _redirected(self) -> dict[str, tuple[Any, str]]:
+        """Owner and name, by attribute, of what :meth:`_redirect_site` redirected."""
+        return self.__dict__.get("_redirects", {})
+
     def read(self, name: str) -> Any:
         """
         Reads a random attribute.
@@ -136,7 +140,7 @@ class SiteModule(_PyroModule):
         spec = self.__dict__.get("_sites", {}).get(name)
         if spec is not None:
             return spec.event_dim
-        redirect = self.__dict__.get("_redirects", {}).get(name)
+        redirect = self._redirected().get(name)
         if redirect is None:
             return self._parameters[name].dim()
         owner, key = redirect
@@ -155,6 +159,9 @@ class SiteModule(_PyroModule):
             if redirects is not None and name in redirects:
                 owner, key = redirects[name]
                 return owner.read(key)
+            parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
+            if parametrized is not None and name in parametrized:
+                return parametrized[name]()
             return super().__getattr__(name)
         spec = sites[name]
         context = self.__dict__["_pyro_context"]

@@ -419,12 +419,17 @@ def test_clear_errors():
         pyro.sample("v", dist.Normal(0.0, 1.0))
         linear_model(x, y)
 
-    guide = AutoGuideList(two)
-    guide.append(AutoMixture(poutine.block(two, expose=["v"]), 2))
-    guide.append(AutoMixture(poutine.block(two, expose=["w"]), 3))
-    guide(X, Y)
-    with pytest.raises(ValueError, match=r"different numbers of components \[2, 3\]"):
-        Mixture_ELBO().loss(two, guide, X, Y)
+    for numbers in ([2, 2], [1, 3], [1, 1]):
+        guide = AutoGuideList(two)
+        guide.append(AutoMixture(poutine.block(two, expose=["v"]), numbers[0]))
+        guide.append(AutoMixture(poutine.block(two, expose=["w"]), numbers[1]))
+        guide(X, Y)
+        if numbers == [1, 1]:
+            assert math.isfinite(Mixture_ELBO().loss(two, guide, X, Y))
+            continue
+        # drawn one after the other, they would draw different components
+        with pytest.raises(ValueError, match=rf"mixtures of \[{numbers[0]}, {numbers[1]}\] components"):
+            Mixture_ELBO().loss(two, guide, X, Y)
     guide = AutoMixture(linear_model, 2).initialize(X, Y)
     with (
         pytest.raises(ValueError, match="site 'obs' of the model is missing from the guide"),

@@ -234,6 +234,27 @@ def test_evaluation_mode_and_back() -> None:
     assert not net.linear.training
 
 
+def test_networks_that_a_function_calls_are_in_evaluation_mode() -> None:
+    net = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout())
+    net(torch.randn(50, 3) * 2 + 1)
+    net[1].eval()
+    mean, var = net[0].running_mean.clone(), net[0].running_var.clone()
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        f = (net(x) * weight).sum(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
+
+    x, weight = torch.randn(6, 3), torch.randn(4, 3)
+    expected = weight @ ((x - mean) / (var + 1e-5).sqrt()).T
+    for vectorize in (True, False):
+        found = posterior_predictive(model, {"weight": weight}, (x,), vectorize=vectorize).mean
+        assert_close(found, expected.detach())
+    assert torch.equal(net[0].running_mean, mean)
+    assert [net.training, net[0].training, net[1].training] == [True, True, False]
+
+
 def test_dataset_has_named_dims() -> None:
     x, y = linear_data(6)
     draws = {

@@ -79,6 +79,11 @@ def describe_site(name: str, site: Any, kind: str, num_components: int) -> Laten
     fn = site["fn"]
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.full_size != frame.size:
+            if site_role(site) is not None:
+                raise ValueError(
+                    f"site {name!r} of a layer is drawn inside the plate {frame.name!r}, so that every example would have "
+                    "its own: call the network before the plate."
+                )
             raise ValueError(
                 f"site {name!r} is latent inside the subsampled plate {frame.name!r}, which AutoMixture does not "
                 "support: give it its own guide in an AutoGuideList."

@@ -1,0 +1,210 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a network a conversion takes, and what speaks against it."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from pyro_bnn.nn.sites import SiteModule, describe_module
+
+#: Selects modules: a dotted path (with everything below it), a class, or ``callable(name, module) -> bool``.
+Selector = str | type | Callable[[str, nn.Module], bool]
+
+#: Wrappers of a network by class name, and what to convert in their place.
+_WRAPPERS = {
+    "OptimizedModule": "convert the network before torch.compile",
+    "DataParallel": "convert its attribute 'module' and wrap the result",
+    "DistributedDataParallel": "convert its attribute 'module' and wrap the result",
+    "FullyShardedDataParallel": "convert its attribute 'module' and wrap the result",
+}
+
+
+def torch_class(module: nn.Module) -> type:
+    """
+    The class of a module before it became a PyroModule and before its parameters were parametrized.
+
+    :param module: a module.
+    :return: its class.
+    """
+    cls = type(module)
+    if issubclass(cls, PyroModule) and cls.__name__.startswith("Pyro") and len(cls.__mro__) > 1:
+        base = cls.__mro__[1]
+        cls = base if PyroModule[base] is cls else cls
+    parametrized = "parametrizations" in module._modules and cls.__name__.startswith("Parametrized")
+    return cls.__bases__[0] if parametrized else cls
+
+
+def convertible(
+    net: nn.Module,
+    only: Selector | Iterable[Selector] | None,
+    skip: Selector | Iterable[Selector],
+    table: Mapping[type, type],
+) -> list[tuple[str, Any, type]]:
+    """
+    The modules of a network that a conversion takes.
+
+    :param net: the network.
+    :param only: see :func:`~pyro_bnn.nn.rank1_`.
+    :param skip: see :func:`~pyro_bnn.nn.rank1_`.
+    :param table: layers of the conversion by torch layer.
+    :return: path, module and its layer, every module once.
+    :raises ValueError: if a selector names nothing, nothing can be converted, or a module is in a state that does not
+        admit it; the message has its path.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
+    names = sorted(cls.__name__ for cls in table)
+    admitted, refused = _as_list(only), _as_list(skip)
+    _check_selectors(net, admitted, refused, table, names)
+    found: list[tuple[str, Any, type]] = []
+    left: list[str] = []
+    settled: set[nn.Module] = set()
+    for name, module in net.named_modules():
+        _check_wrapper(name, module)
+        if any(_matches(s, name, module) for s in refused):
+            settled.update(module.modules())
+            continue
+        if only is not None and not any(_matches(s, name, module) for s in admitted):
+            continue
+        cls = table.get(torch_class(module))
+        if cls is not None:
+            _check_parameters(name, module)
+            found.append((name, module, cls))
+            settled.update(module.modules())
+        elif issubclass(type(module), LazyModuleMixin):
+            raise ValueError(
+                f"{describe_module(module, name)} does not know its shape yet: call the network once on data before "
+                "the conversion."
+            )
+        elif only is None and module not in settled and _has_matrix(module):
+            left.append(describe_module(module, name))
+    if not found:
+        classes = sorted({type(m).__name__ for m in net.modules()})
+        converted = [describe_module(m, n) for n, m in net.named_modules() if isinstance(m, SiteModule)]
+        done = f"; converted already are {converted[:5]}" if converted else ""
+        raise ValueError(
+            f"nothing to convert: the network holds {classes}, of which the selectors admit no {names}{done}."
+        )
+    if left:
+        warnings.warn(
+            f"the conversion has no layer for {left[:10]}, which keep their weights as they are: name them in skip= if "
+            "that is intended.",
+            stacklevel=3,
+        )
+    return found
+
+
+@contextmanager
+def all_or_nothing(net: nn.Module) -> Iterator[None]:
+    """
+    If the block raises, the modules of a network get their classes and attributes back.
+
+    :param net: the network.
+    """
+    saved = [
+        (
+            module,
+            type(module),
+            vars(module).copy(),
+            {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict)},
+        )
+        for module in net.modules()
+    ]
+    trained = [(p, p.requires_grad) for p in net.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, dictionaries in saved:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, items in dictionaries.items():
+                attributes[key].clear()
+                attributes[key].update(items)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _check_selectors(
+    net: nn.Module,
+    admitted: list[Selector],
+    refused: list[Selector],
+    table: Mapping[type, type],
+    names: list[str],
+) -> None:
+    paths = {name for name, _ in net.named_modules(remove_duplicate=False)}
+    for argument, selectors in (("only", admitted), ("skip", refused)):
+        for selector in selectors:
+            if isinstance(selector, str) and selector not in paths:
+                raise ValueError(
+                    f"{argument} names {selector!r}, which is no module of the network; the modules are "
+                    f"{sorted(paths - {''})[:20]}."
+                )
+    for selector in admitted:
+        if isinstance(selector, str):
+            module = net.get_submodule(selector)
+            if not any(torch_class(part) in table for part in module.modules()):
+                raise ValueError(
+                    f"only names {describe_module(module, selector)}, which neither is nor holds a layer that can be "
+                    f"converted; those are {names}."
+                )
+
+
+def _check_wrapper(name: str, module: nn.Module) -> None:
+    advice = _WRAPPERS.get(torch_class(module).__name__)
+    if isinstance(module, torch.jit.ScriptModule):
+        advice = "convert the network before TorchScript compiles it"
+    if advice:
+        raise ValueError(f"{describe_module(module, name)} cannot be converted: {advice}.")
+
+
+def _check_parameters(name: str, module: nn.Module) -> None:
+    for key, value in module.named_parameters():
+        if value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{describe_module(module, name)} holds {key!r} in {value.dtype}, in which random factors lose "
+                "their small variances: convert the network in float32 (net.float()) and use torch.autocast."
+            )
+    made: Any = module.parametrizations if parametrize.is_parametrized(module) else ()
+    parametrized = set(made)
+    if parametrized - {"weight"}:
+        raise ValueError(
+            f"{describe_module(module, name)} computes {sorted(parametrized)} from other parameters (a parametrization); "
+            "only a parametrized 'weight' can be converted: call parametrize.remove_parametrizations, or skip the layer."
+        )
+    computed = [key for key, value in vars(module).items() if isinstance(value, Tensor)]
+    if computed:
+        raise ValueError(
+            f"{describe_module(module, name)} has {computed} set by a hook, as torch.nn.utils.weight_norm, spectral_norm "
+            "and prune do: use torch.nn.utils.parametrizations in place of the former two, or make the weight permanent "
+            "(remove_weight_norm, prune.remove)."
+        )
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module is a layer with weights of its own."""
+    own = any(p.dim() > 1 for p in module.parameters(recurse=False))
+    return own and not isinstance(module, SiteModule) and not any(True for _ in module.children())
+
+
+def _matches(selector: Selector, name: str, module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return name == selector or name.startswith(selector + ".")
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    return bool(selector(name, module))
+
+
+def _as_list(selectors: Any) -> list[Selector]:
+    if selectors is None:
+        return []
+    return [selectors] if isinstance(selectors, (str, type)) or callable(selectors) else list(selectors)
