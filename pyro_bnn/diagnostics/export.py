@@ -15,17 +15,22 @@ import pyro.poutine as poutine
 import torch
 import xarray as xr
 from pyro.infer import MCMC
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn._version import __version__
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
-from pyro_bnn.infer.handlers import observed_names, sample_sites, subsample_scale, unscaled_log_prob
+from pyro_bnn.infer.handlers import (
+    observation_draw,
+    observed_names,
+    sample_sites,
+    subsample_scale,
+    unscaled_log_prob,
+)
 from pyro_bnn.infer.nuts import NUTSResult
 from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch
-from pyro_bnn.infer.vectorize import ModelRunner, Reading, predicted_names
+from pyro_bnn.infer.vectorize import ModelRunner, Reading, Sites, predicted_names
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
 MAX_WEIGHT_SIZE = 1000
@@ -165,7 +170,7 @@ class Exporter:
             total = sum(v.numel() * v.element_size() for v in draws.values()) / rows
             runner = ModelRunner(self.model, draws)
             for batch in self.batches() if self.data is not None else ():
-                for name, site in sample_sites(runner.single(batch, 0)).items():
+                for name, site in runner.single(batch, 0).items():
                     if name not in draws:
                         value = site["value"]
                         terms = math.prod(site["fn"].batch_shape)
@@ -251,8 +256,7 @@ class Exporter:
         """Finds the names of dims from the plates of the model."""
         sites: dict[str, Any] = {}
         if batch is not None:
-            trace = ModelRunner(self.model, draws).single(batch, 0)
-            sites = sample_sites(trace)
+            sites = ModelRunner(self.model, draws).single(batch, 0)
         for name, value in draws.items():
             if name in sites:
                 dims = site_dims(sites[name], len(sites[name]["fn"].batch_shape))
@@ -307,21 +311,20 @@ class Exporter:
         for batch in self.batches():
             observed: dict[str, Tensor] = {}
 
-            def read(trace: Trace, observed: dict[str, Tensor] = observed) -> dict[tuple[str, str], Reading]:
+            def read(sites: Sites, observed: dict[str, Tensor] = observed) -> dict[tuple[str, str], Reading]:
                 readings: dict[tuple[str, str], Reading] = {}
-                sites = sample_sites(trace)
                 for name in runner.draws:
                     if name in sites:
                         site = sites[name]
                         readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
-                for name in predicted_names(trace, runner.draws):
+                for name in predicted_names(sites, runner.draws):
                     site = sites[name]
                     if site["is_observed"]:
                         observed[name] = site["value"]
                         full[name] = subsample_scale(site)
                         readings["likelihood", name] = name, unscaled_log_prob(site), 0
                         if predictions and not linearized:
-                            value = site["fn"].sample()
+                            value = observation_draw(site)
                             readings["sample", name] = name, value, value.dim() - len(site["fn"].batch_shape)
                 return readings
 

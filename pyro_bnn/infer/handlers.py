@@ -5,6 +5,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -140,6 +141,57 @@ def unscaled_log_prob(site: Site) -> Tensor:
     if mask is not None:
         log_prob = log_prob * mask if isinstance(mask, bool) else log_prob.where(mask, log_prob.new_zeros(()))
     return log_prob
+
+
+def base_distribution(fn: Any) -> Any:
+    """
+    A distribution without the wrappers that change its shape or mask it.
+
+    :param fn: a distribution.
+    :return: the innermost base distribution of :class:`Independent` and :class:`MaskedDistribution`.
+    """
+    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def class_probabilities(base: Any) -> Tensor:
+    """
+    :param base: a Categorical distribution.
+    :return: its probabilities, shape ``batch_shape + (C,)``.
+    """
+    if "probs" not in base.__dict__:
+        # its logits are normalised; the softmax that it would take normalises again, at twenty times the cost
+        base.probs = base.logits.exp()
+    return base.probs
+
+
+def categorical_draw(fn: Any) -> Tensor | None:
+    """
+    A draw from a Categorical distribution by inversion of its distribution function: one random number per draw, where
+    its own method takes one per class.
+
+    :param fn: a distribution, with or without wrappers.
+    :return: labels of the batch and event shape of ``fn``; ``None`` for other families.
+    """
+    base = base_distribution(fn)
+    if type(base) not in (dist.Categorical, torch.distributions.Categorical):
+        return None
+    cumulative = class_probabilities(base).cumsum(-1)
+    # a class of probability zero is never drawn: cumulative[k - 1] <= level < cumulative[k]
+    level = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, level, right=True).squeeze(-1).clamp_(max=cumulative.shape[-1] - 1)
+
+
+def observation_draw(site: Site) -> Tensor:
+    """
+    A draw of an observed site.
+
+    :param site: a sample site.
+    :return: shape of the batch and event shape of its distribution.
+    """
+    value = categorical_draw(site["fn"])
+    return site["fn"].sample() if value is None else value
 
 
 def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:

@@ -138,7 +138,7 @@ def predictive_moments(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**24,
+    max_memory: float = 2**25,
     draws: Draws | None = None,
 ) -> PredictiveMoments:
     """

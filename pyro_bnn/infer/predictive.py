@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 import xarray as xr
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, as_batch, is_single_batch, iter_batches, map_tensors
 from pyro_bnn.infer.draws import Draws, Posterior, posterior_draws
-from pyro_bnn.infer.handlers import sample_sites, unscaled_log_prob
+from pyro_bnn.infer.handlers import (
+    base_distribution,
+    class_probabilities,
+    observation_draw,
+    unscaled_log_prob,
+)
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.vectorize import ModelRunner, Reading, predicted_names
+from pyro_bnn.infer.vectorize import ModelRunner, Reading, Sites, predicted_names
 
 
 @dataclass
@@ -135,18 +138,6 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
         return xr.Dataset(variables, coords=coords)
 
 
-def base_distribution(fn: Any) -> Any:
-    """
-    A distribution without the wrappers that change its shape or mask it.
-
-    :param fn: a distribution.
-    :return: the innermost base distribution of :class:`Independent` and :class:`MaskedDistribution`.
-    """
-    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
-
-
 def observation_kind(fn: Any) -> str:
     """
     What the mean of an observation is.
@@ -172,12 +163,14 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
 
     Example::
 
+        >>> import pyro.distributions as dist
         >>> observation_moments(dist.Categorical(torch.tensor([0.25, 0.75])))[0]
         tensor([0.2500, 0.7500])
     """
     base = base_distribution(fn)
     if isinstance(base, torch.distributions.Categorical):
-        probs = base.probs.expand(fn.batch_shape + fn.event_shape + base.probs.shape[-1:])
+        probs = class_probabilities(base)
+        probs = probs.expand(fn.batch_shape + fn.event_shape + probs.shape[-1:])
         return probs, probs * (1 - probs)
     moments = []
     for name in ("mean", "variance"):
@@ -245,7 +238,7 @@ def posterior_predictive(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**24,
+    max_memory: float = 2**25,
     draws: Draws | None = None,
     generator: torch.Generator | None = None,
 ) -> PosteriorPredictive:
@@ -269,7 +262,7 @@ def posterior_predictive(
     :param int batch_size: splits one batch of tensors into pieces of this many rows.
     :param bool vectorize: ``None`` to check whether the model broadcasts; ``False`` to loop; ``True`` to fail
         with the reason if it does not.
-    :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 16 MiB by default. More is not faster: draws
+    :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 32 MiB by default. More is not faster: draws
         that run together should stay near the processor's caches.
     :param draws: posterior draws to use instead of fresh ones (e.g. ``prediction.draws`` of another call).
     :param generator: source of all random numbers; the global state then stays as it is.
@@ -280,7 +273,7 @@ def posterior_predictive(
 
     Example::
 
-        >>> import pyro
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x, y=None):
         ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(x)):
@@ -339,7 +332,7 @@ def predict_batches(
             if runner is None:
                 if draws is None:
                     draws = posterior_draws(posterior, num_samples, batch)
-                runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory)
+                runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory, latents=False)
             if hasattr(posterior, "observed_distributions"):
                 predictions = _predict_by_guide(posterior, runner, batch)
             else:
@@ -352,16 +345,15 @@ def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePredic
     dims: dict[str, tuple[str, ...]] = {}
     kinds: dict[str, str] = {}
 
-    def read(trace: Trace) -> dict[tuple[str, str], Reading]:
+    def read(sites: Sites) -> dict[tuple[str, str], Reading]:
         readings: dict[tuple[str, str], Reading] = {}
-        sites = sample_sites(trace)
-        for name in list(predicted_names(trace, runner.draws)):
+        for name in predicted_names(sites, runner.draws):
             site = sites[name]
             lead = len(site["fn"].batch_shape)
             if site["is_observed"]:
                 observed[name] = site["value"]
                 readings[name, "log_likelihood"] = name, unscaled_log_prob(site), 0
-                samples = site["fn"].sample()
+                samples = observation_draw(site)
             else:
                 samples = site["value"]
             if name not in dims:
@@ -390,7 +382,7 @@ def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePredic
 
 def _predict_by_guide(guide: Any, runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
     args, kwargs = batch
-    model_sites = sample_sites(runner.single(batch, 0))
+    model_sites = runner.single(batch, 0)
     sites = {}
     for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
         site = model_sites[name]

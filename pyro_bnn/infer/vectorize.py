@@ -9,19 +9,37 @@ from typing import Any, TypeVar
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.poutine.trace_struct import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.data import Batch, batch_size, slice_batch
 from pyro_bnn.infer.draws import Draws
-from pyro_bnn.infer.handlers import SubstituteMessenger, is_deterministic, sample_sites
+from pyro_bnn.infer.handlers import (
+    CollectMessenger,
+    Site,
+    SubstituteMessenger,
+    categorical_draw,
+    is_deterministic,
+    sample_sites,
+)
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.nn.sites import silent_sites
 
 Key = TypeVar("Key")
 
 #: What is read at a site: its name, a tensor shaped batch shape + rest, and the number of dims of the rest.
 Reading = tuple[str, Tensor, int]
+
+
+#: The number of draws whose joint run is compared with single runs, and the number of examples for that.
+PAIR, FEW = 2, 7
+
+#: What a model may raise that cannot run under several draws.
+FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+
+#: The sample sites of a run by name.
+Sites = dict[str, Site]
 
 
 class _CountBytes(TorchDispatchMode):
@@ -41,20 +59,43 @@ class _CountBytes(TorchDispatchMode):
         return out
 
 
+class _Reads(CollectMessenger):
+    """The innermost handler of a joint run: nobody outside listens to its parameters."""
+
+    def _pyro_param(self, msg: Site) -> None:
+        msg["stop"] = True
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not msg["infer"].get("_do_not_trace"):
+            super()._pyro_post_sample(msg)
+
+
+class _Draws(Messenger):
+    """The outermost handler of a joint run, which sees distributions in full shape: draws faster where it can."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["value"] is None and not msg["done"]:
+            msg["value"] = categorical_draw(msg["fn"])
+
+
 class ModelRunner:
     """
     Runs a model under draws of its latent sites.
 
     A model *broadcasts* if it accepts draws shaped ``(S,) + (1,)*k + batch_shape + event_shape``, with as many
-    singleton dimensions as put S left of all its plates. Whether it does is checked once, by comparing a
-    joint run of two draws with two single runs; a model that fails is run in a loop over draws.
+    singleton dimensions as put S left of all its plates. Whether it does is checked once, on a few examples, by
+    comparing a joint run of two draws with two single runs; a model that fails, then or in its first run on a whole
+    batch, is run in a loop over draws.
 
     :param callable model: a Pyro model.
     :param draws: values of the latent sites, each of shape ``(S,) + site shape``.
     :param bool vectorize: ``None`` to check, ``False`` to loop, ``True`` to fail if the model does not
         broadcast.
-    :param float max_memory: bytes that the intermediate values of one run may take, by an upper bound; draws
-        are processed in chunks that keep to it.
+    :param float max_memory: bytes that the intermediate values of one run may take, by an upper bound; draws are
+        processed in chunks that keep to it. Draws that run together save Python's and Pyro's cost of a run; beyond the
+        processor's caches they cost more than they save.
+    :param bool latents: whether readings need the latent sites. If not, layers of this package read their draws
+        without a sample statement, and those sites are missing.
     """
 
     def __init__(
@@ -63,29 +104,33 @@ class ModelRunner:
         draws: Draws,
         *,
         vectorize: bool | None = None,
-        max_memory: float = 2**24,
+        max_memory: float = 2**25,
+        latents: bool = True,
     ) -> None:
         self.model = model
+        self.latents = latents
+        self.priors: dict[str, Any] = {}  # of the sites that layers may read without a sample statement
         self.replace_draws(draws)
         self.vectorize = vectorize
         self.max_memory = max_memory
-        self.chunk_size = 1
+        self.chunk_size = 0  # not known yet
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
-        self.prototype: Trace | None = None
+        self.prototype: Sites | None = None
 
     def replace_draws(self, draws: Draws) -> None:
         """Goes on with other draws of the same sites; what was found out about the model stays."""
         self.draws = draws
         self.num_draws = len(next(iter(draws.values()))) if draws else 1
 
-    def single(self, batch: Batch, index: int) -> Trace:
-        """A trace of the model under one draw."""
+    def single(self, batch: Batch, index: int) -> Sites:
+        """The sites of the model under one draw."""
         args, kwargs = batch
         values = {name: value[index] for name, value in self.draws.items()}
-        return poutine.trace(SubstituteMessenger(values)(self.model)).get_trace(*args, **kwargs)
+        model = poutine.trace(SubstituteMessenger(values)(self.model))
+        return sample_sites(model.get_trace(*args, **kwargs))
 
-    def joint(self, batch: Batch, index: slice) -> Trace:
-        """A trace of the model under several draws, S leftmost in every batch shape."""
+    def joint(self, batch: Batch, index: slice) -> Sites:
+        """The sites of the model under several draws, S leftmost in every batch shape."""
         args, kwargs = batch
         values = {}
         for name, value in self.draws.items():
@@ -93,22 +138,44 @@ class ModelRunner:
             missing = self.nesting - self.ndims.get(name, 0)
             values[name] = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
         size = len(range(*index.indices(self.num_draws)))
-        with pyro.plate("_draws", size, dim=-1 - self.nesting), SubstituteMessenger(values):
-            return poutine.trace(self.model).get_trace(*args, **kwargs)
+        plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
+        # last, because layers take values at this depth of the stack of handlers only
+        silence = silent_sites(values, self.priors, parameters=not self.latents)
+        with _Draws(), plate, _Reads(values) as reads, silence:
+            self.model(*args, **kwargs)
+        return reads.sites
 
     def prepare(self, batch: Batch) -> None:
-        """Runs the model once for its structure and finds out whether it broadcasts."""
-        self.prototype = self.single(batch, 0)
-        nodes = sample_sites(self.prototype)
+        """Runs the model for its structure, and finds out whether it broadcasts."""
+        if self.vectorize is None and self.num_draws <= PAIR:
+            self.vectorize = False
+        size = batch_size(batch)
+        if self.vectorize is not False and size is not None and size > 2 * FEW:
+            few = slice_batch(batch, size, slice(0, FEW))
+            try:
+                self.inspect(few)
+                if not self.check(few):
+                    self.vectorize = True
+                    return
+            except Exception:  # the model may need all examples; what else is wrong comes again with them
+                pass
+        self.inspect(batch)
+        if self.vectorize is not False:
+            self.decide(self.check(batch))
+
+    def inspect(self, batch: Batch) -> None:
+        """Runs the model under the first draw and notes its sites, their plates and who reads them."""
+        with silent_sites({}, {}) as layers:
+            nodes = self.prototype = self.single(batch, 0)
         self.check_names()
+        self.priors = {} if self.latents else {n: p for n, p in layers.seen.items() if n in self.draws}
         self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
         frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
         self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
         self.nesting = max([self.nesting, *self.ndims.values()])
-        if self.vectorize is False or (self.vectorize is None and self.num_draws <= 2):
-            self.vectorize = False
-            return
-        error = self.check(batch)
+
+    def decide(self, error: str) -> None:
+        """Joint runs from now on, or after an error single ones; raises it if those are not wanted."""
         if error and self.vectorize:
             raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
         self.vectorize = not error
@@ -116,9 +183,9 @@ class ModelRunner:
     def check_names(self) -> None:
         """Draws of other sites than the model's would be ignored, and the model's drawn from their prior."""
         assert self.prototype is not None
-        sites = sample_sites(self.prototype)
+        sites = self.prototype
         unknown = sorted(set(self.draws) - set(sites))
-        free = list(predicted_names(self.prototype, self.draws))
+        free = list(predicted_names(sites, self.draws))
         latent = [name for name in free if not sites[name]["is_observed"]]
         # without observations some of the free sites are those to predict
         if unknown and (len(unknown) == len(self.draws) or (latent and len(latent) < len(free))):
@@ -130,25 +197,42 @@ class ModelRunner:
     def check(self, batch: Batch) -> str:
         """Compares a joint run with single runs; the text of the difference, empty if there is none."""
         assert self.prototype is not None
-        pair = slice(0, min(2, self.num_draws))
+        pair = slice(0, min(PAIR, self.num_draws))
         singles = [self.prototype] + [self.single(batch, i) for i in range(1, pair.stop)]
         try:
-            with _CountBytes() as count:
-                joint = self.joint(batch, pair)
+            joint = self.joint(batch, pair)
             for name in predicted_names(self.prototype, self.draws):
-                value = sample_sites(self.prototype)[name]["value"]
-                expected = torch.stack([sample_sites(t)[name]["fn"].log_prob(value) for t in singles])
-                found = self.align(name, sample_sites(joint)[name]["fn"].log_prob(value))
+                value = self.prototype[name]["value"]
+                expected = torch.stack([sites[name]["fn"].log_prob(value) for sites in singles])
+                found = self.align(name, joint[name]["fn"].log_prob(value))
                 if found.shape != expected.shape:
                     return f"site {name!r} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
                 scale = 1 + expected.abs().max() if expected.numel() else 1
                 # rounding differs between batched and single products; a wrong broadcast differs by more
                 if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-3, equal_nan=True):
                     return f"the density of site {name!r} depends on which draws run together"
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as failure:
+        except FAILURES as failure:
             return str(failure).strip().partition("\n")[0]
-        self.chunk_size = max(1, int(self.max_memory * pair.stop / max(count.total, 1)))
         return ""
+
+    def first(self, batch: Batch, index: slice) -> Sites | None:
+        """The first joint run on a whole batch, which tells how many draws fit; ``None`` if it fails after all."""
+        error = ""
+        try:
+            with _CountBytes() as count:
+                sites = self.joint(batch, index)
+            for name in predicted_names(sites, self.draws):
+                shape = sites[name]["fn"].batch_shape
+                lead = (index.stop - index.start,) + (1,) * (self.nesting - self.ndims[name])
+                if shape[: len(lead)] != lead or len(shape) != self.nesting + 1:
+                    error = f"site {name!r} has batch shape {tuple(shape)} under {lead[0]} draws"
+        except FAILURES as failure:
+            error = str(failure).strip().partition("\n")[0]
+        self.decide(error)
+        if error:
+            return None
+        self.chunk_size = max(1, int(self.max_memory * (index.stop - index.start) / max(count.total, 1)))
+        return sites
 
     def align(self, name: str, value: Tensor, rest: int = 0) -> Tensor:
         """Removes the singleton dimensions between S and the batch shape from a value of a joint run."""
@@ -157,12 +241,12 @@ class ModelRunner:
         return value.reshape(value.shape[:1] + keep)
 
     @torch.no_grad()
-    def run(self, batch: Batch, read: Callable[[Trace], dict[Key, Reading]]) -> dict[Key, Tensor]:
+    def run(self, batch: Batch, read: Callable[[Sites], dict[Key, Reading]]) -> dict[Key, Tensor]:
         """
         Runs the model under all draws and collects readings.
 
         :param batch: the arguments of the model.
-        :param callable read: a function of a trace returning readings by a key of its choice.
+        :param callable read: a function of the sites of a run returning readings by a key of its choice.
         :return: by key, a tensor of shape ``(S,) + batch shape + rest``.
         """
         with ExitStack() as stack:
@@ -173,27 +257,29 @@ class ModelRunner:
             parts: list[dict[Key, Tensor]] = []
             # the prototype has been validated, and the rest has its structure
             stack.enter_context(pyro.validation_enabled(False))
-            if self.vectorize:
-                for start in range(0, self.num_draws, self.chunk_size):
-                    trace = self.joint(batch, slice(start, min(start + self.chunk_size, self.num_draws)))
-                    parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(trace).items()})
-            else:
-                for index in range(self.num_draws):
-                    parts.append(
-                        {k: v.unsqueeze(0) for k, (_, v, _) in read(self.single(batch, index)).items()}
-                    )
+            start = 0
+            while self.vectorize and start < self.num_draws:
+                index = slice(start, min(start + (self.chunk_size or PAIR), self.num_draws))
+                sites = self.joint(batch, index) if self.chunk_size else self.first(batch, index)
+                if sites is not None:
+                    parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(sites).items()})
+                    start = index.stop
+            if not self.vectorize:
+                for draw in range(self.num_draws):
+                    found = read(self.single(batch, draw))
+                    parts.append({k: v.unsqueeze(0) for k, (_, v, _) in found.items()})
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
-def predicted_names(trace: Trace, draws: Draws) -> Iterator[str]:
+def predicted_names(sites: Sites, draws: Draws) -> Iterator[str]:
     """
     The sites that draws do not fix: the observed ones, and those that a model called without observations
     samples in their place.
 
-    :param trace: a trace of the model under a draw.
+    :param sites: the sample sites of a run under draws.
     :param draws: the draws.
     :return: an iterator over names.
     """
-    for name, site in sample_sites(trace).items():
+    for name, site in sites.items():
         if name not in draws and not is_deterministic(site) and type(site["fn"]).__name__ != "Unit":
             yield name

@@ -297,7 +297,8 @@ class Rank1Mixin(SiteModule):
             return False  # a weight per example would be as large as it is slow
         if weight.dim() > self._weight_dim:
             return True
-        if self._mode == "scale" or all(f.dim() == event_dim for f in present):
+        alone = self._folding.num_samples == 1
+        if self._mode == "scale" or not present or (all(f.dim() == event_dim for f in present) and not alone):
             return False
         if self._mode == "materialise":
             return True
@@ -334,7 +335,12 @@ class Rank1Mixin(SiteModule):
         return weight * outer[(..., *(None,) * self._post)]
 
     def _per_sample(self, x: Tensor, weights: Tensor, bias: Any, *args: Any) -> Tensor:
-        """The torch layer with a weight per sample, shape ``(F, *weight.shape)``: one call per sample."""
+        """
+        The torch layer with a weight per sample, shape ``(F, *weight.shape)``: one call per sample. The weight of a
+        single sample may come without its first dimension.
+        """
+        if weights.dim() == self._weight_dim:
+            return self._plain(x, *args, weight=weights, bias=bias)
         F = self._folding.num_samples
         biases = [None] * F if bias is None else bias.expand(F, 1, -1)[:, 0].unbind(0)
         parts = [
@@ -360,6 +366,8 @@ class Rank1LinearMixin(Rank1Mixin):
         return broadcast_linear(x, weight)
 
     def _per_sample(self, x: Tensor, weights: Tensor, bias: Any, *args: Any) -> Tensor:
+        if weights.dim() == 2:
+            return nn.functional.linear(x, weights, bias)
         F = self._folding.num_samples
         rows = x.reshape(F, -1, x.shape[-1])
         if bias is None:

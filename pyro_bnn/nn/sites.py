@@ -46,12 +46,16 @@ class SilentSites:
 
     :param values: values by site.
     :param priors: by site, the prior that the layer must have for it.
+    :param bool parameters: whether layers read their parameters without a ``pyro.param`` statement, too; for runs in
+        which nobody collects parameters.
     :ivar taken: the sites that were taken.
     :ivar seen: by site, the prior of every site that layers read.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], priors: Mapping[str, Any]) -> None:
-        self.values, self.priors = values, priors
+    def __init__(
+        self, values: Mapping[str, Tensor], priors: Mapping[str, Any], parameters: bool = False
+    ) -> None:
+        self.values, self.priors, self.parameters = values, priors, parameters
         self.taken: set[str] = set()
         self.seen: dict[str, Any] = {}
         self.depth = len(_PYRO_STACK)
@@ -69,19 +73,28 @@ class SilentSites:
         self.taken.add(name)
         return self.values.get(name)
 
+    def covers_parameters(self) -> bool:
+        """
+        :return: whether a layer may read a parameter without a statement.
+        """
+        return self.parameters and len(_PYRO_STACK) == self.depth
+
 
 _SILENT: ContextVar[SilentSites | None] = ContextVar("silent_sites", default=None)
 
 
 @contextmanager
-def silent_sites(values: Mapping[str, Tensor], priors: Mapping[str, Any]) -> Iterator[SilentSites]:
+def silent_sites(
+    values: Mapping[str, Tensor], priors: Mapping[str, Any], parameters: bool = False
+) -> Iterator[SilentSites]:
     """
     Within this context, and at the present depth of Pyro's handlers, layers take sites from ``values``.
 
     :param values: see :class:`SilentSites`.
     :param priors: see :class:`SilentSites`.
+    :param bool parameters: see :class:`SilentSites`.
     """
-    silent = SilentSites(values, priors)
+    silent = SilentSites(values, priors, parameters)
     token = _SILENT.set(silent)
     try:
         yield silent
@@ -162,6 +175,9 @@ class SiteModule(_PyroModule):
             parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
             if parametrized is not None and name in parametrized:
                 return parametrized[name]()
+            silent = _SILENT.get()
+            if silent is not None and name in self._parameters and silent.covers_parameters():
+                return self._parameters[name]
             return super().__getattr__(name)
         spec = sites[name]
         context = self.__dict__["_pyro_context"]
