@@ -111,7 +111,7 @@ def diversity(
         ...     with pyro.plate("data", len(y)):
         ...         pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
         >>> y = torch.zeros(5)
-        >>> guide = AutoMixture(model, 2, "delta", init_loc_fn=lambda site: torch.tensor(1.0)).initialize(y)
+        >>> guide = AutoMixture(model, 2, init_scale=1e-6, init_loc_fn=lambda site: torch.tensor(1.0)).initialize(y)
         >>> print(diversity(model, guide, y))  # doctest: +ELLIPSIS
         2 components on 5 observations of 'obs'
           NLL of the members   1.4189 to 1.4189, mean 1.4189

@@ -181,6 +181,8 @@ class Mixture_ELBO(_Elbo):
         mixtures = list(_mixtures(guide))
         K = _common_num_components(mixtures)
         for mixture in mixtures:
+            if mixture.prototype_trace is None:
+                mixture._setup_prototype(*args, **kwargs)
             for name in PLATES & mixture.plate_names:
                 raise ValueError(
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."

@@ -58,11 +58,14 @@ class Rank1Preset:
         Converts a network in place.
 
         :param net: the network.
-        :param options: see :func:`~pyro_bnn.nn.rank1_`; they win over the preset.
+        :param options: see :func:`~pyro_bnn.nn.rank1_`; they win over the preset. With ``freeze_base=True`` the weights
+            are fixed and have no prior.
         :return: ``net``.
         """
-        mine = {"prior": self.prior, "weight_prior": self.weight_prior, "bias_prior": self.bias_prior}
-        return rank1_(net, **{**mine, "clip": self.clip, **options})
+        mine = {"prior": self.prior, "bias_prior": self.bias_prior, "clip": self.clip}
+        if not options.get("freeze_base"):
+            mine["weight_prior"] = self.weight_prior
+        return rank1_(net, **{**mine, **options})
 
     def guide(self, model: Callable[..., Any], num_components: int = 4, **options: Any) -> AutoMixture:
         """
@@ -95,7 +98,7 @@ def dusenberry2020(num_data: int, *, family: str = "normal", l2: float = 1e-4) -
     :math:`N(1, 0.1^2)`, random signs with probability 0.5, initial scale from a dropout rate of :math:`10^{-3}`, noise
     per example, clipping at 10, the sum of the components' divergences, annealed over 80 % of the run, shared batch
     normalisation. The penalty :math:`\lambda \sum w^2` of a mean loss is the prior :math:`N(0, 1/(2 N \lambda))` on
-    weights and biases.
+    weights and biases; scales and shifts of normalisation layers stay parameters without a penalty.
 
     The settings of the paper's Cauchy networks are not published. ``family="cauchy"`` takes the prior Cauchy(1, 0.1) and
     the initial scale :math:`\sqrt{10^{-5}}`: Cauchy noise does not average out over the inputs of a layer, so that it

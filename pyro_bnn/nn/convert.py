@@ -76,6 +76,10 @@ def rank1_(
         ('Rank1Linear', False)
     """
     made = Rank1Options(**options)
+    if freeze_base and made.weight_prior is not None:
+        raise ValueError(
+            "freeze_base keeps the weights as they are, so that they cannot have a weight_prior."
+        )
     if batchnorm not in ("shared", "component"):
         raise ValueError(f"batchnorm must be 'shared' or 'component', found {batchnorm!r}.")
     if (batchnorm == "component") != (num_components is not None):
@@ -195,6 +199,27 @@ class _Ties:
                 )
 
 
+class _FrozenParameters:
+    """
+    Keeps parameters frozen: Pyro's parameter store, which registers them when a network first runs, unfreezes them.
+
+    :param parameters: the parameters; those that are trained when the network is called stay so.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.frozen: list[nn.Parameter] = []
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """The hook before the forward."""
+        self.frozen = [p for p in self.parameters if not p.requires_grad]
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook after the forward."""
+        for p in self.frozen:
+            p.requires_grad_(False)
+
+
 def _component_batchnorm(net: Any, num_components: int) -> None:
     first = None
     for name, module in net.named_modules():
@@ -224,6 +249,11 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
             module.__dict__["use_nested_tensor"] = False
     if fold:
         Folding(net, batch_dim)
+    frozen = [p for p in net.parameters() if not p.requires_grad]
+    if frozen:
+        keeper = _FrozenParameters(frozen)
+        net.register_forward_pre_hook(keeper.before)
+        net.register_forward_hook(keeper.after, always_call=True)
 
 
 def _join(path: str, key: str) -> str:

@@ -39,7 +39,8 @@ class Rank1Options:
     :param str form: ``"multiplicative"`` :math:`W \circ r s^\top`; ``"residual"``
         :math:`W \circ (1 + \sum_{j=1}^R r_j s_j^\top)`; ``"additive"`` :math:`W (x + s) + r`.
     :param float clip: factors are clipped to this distance from zero before they are applied (the divergence uses
-        the unclipped draw); by default 10 for Cauchy priors [1] and none else.
+        the unclipped draw); by default 10 for Cauchy priors [1] and none else (``math.inf`` for none at all). Cauchy
+        components under another prior want a clip too.
     :param str apply: ``"scale"`` multiplies activations by the factors, ``"materialise"`` builds the weight of every
         sample, ``"auto"`` takes what touches less memory.
     """
@@ -59,6 +60,8 @@ class Rank1Options:
             raise ValueError(f"form must be one of {list(FORMS)}, found {self.form!r}.")
         if self.rank > 1 and self.form not in (None, "residual"):
             raise ValueError(f"rank={self.rank} needs form='residual', found {self.form!r}.")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive, found {self.clip!r}.")
         if self.apply not in ("auto", "scale", "materialise"):
             raise ValueError(f"apply must be 'auto', 'scale' or 'materialise', found {self.apply!r}.")
 

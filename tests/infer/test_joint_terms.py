@@ -166,3 +166,23 @@ def test_noise_per_example_finds_the_examples():
     assert num_rows(guide._row_sources, (packed,), {}) == B
     with pytest.raises(ValueError, match="one row per example"):
         num_rows(guide._row_sources, (None,), {})
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_example"])
+@pytest.mark.parametrize("particles", [1, 3])
+def test_every_site_draws_the_component_of_its_slot(noise, particles):
+    """Whatever the family: with a vanishing scale the draws are the locations, in the order of the components."""
+    model = model_of(network(weight_prior=dist.Normal(0.0, 1.0), prior={"r": dist.Normal(1.0, 0.1), "s": dist.Cauchy(1.0, 0.1)}))  # fmt: skip
+    families = {"r": "normal", "0.s": "cauchy", "2.s": "cauchy", "0.weight": "normal", "2.weight": "delta", "2.bias": "cauchy"}  # fmt: skip
+    guide = AutoMixture(model, 3, families, rest="normal", noise=noise, init_scale=1e-12).initialize(X, Y)
+    elbo = Mixture_ELBO(num_particles=particles, max_plate_nesting=1)
+    _, trace = elbo._get_trace(model, guide, (X, Y), {})
+    draws = guide.sample_posterior((3, 1), by_component=True)
+    for site, loc, _ in guide._blocks():
+        value = trace.nodes[site.name]["value"].reshape(
+            -1, 3, *trace.nodes[site.name]["value"].shape[-len(site.shape) - 1 :]
+        )
+        for k in range(3):
+            expected = loc[k].detach()
+            assert_close(value[:, k], expected.expand(value[:, k].shape), rtol=1e-6, atol=1e-6)
+            assert_close(draws[site.name][k, 0], expected, rtol=1e-6, atol=1e-6)

@@ -321,6 +321,27 @@ def test_stock_pyro(num_components):
     assert predictive(X[:5])["obs"].shape[:1] == (7,)
 
 
+def test_stock_svi_initialises_the_guide_and_keeps_what_is_frozen():
+    net = nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
+    net[3].weight.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for freeze in (True, False):
+        pyro.clear_param_store()
+        made = rank1_(copy.deepcopy(net), freeze_base=freeze)
+
+        def model(x, y=None, made=made):
+            f = made(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
+
+        guide = AutoMixture(model, 2)
+        svi = SVI(model, guide, Adam({"lr": 0.1}), Mixture_ELBO())
+        assert all(math.isfinite(svi.step(X, Y)) for _ in range(3))
+        moved = {n for n, p in made.named_parameters() if (p != before[n]).any()}
+        assert moved == (set() if freeze else {"0.weight", "1.weight", "1.bias"})
+        assert guide.loc.std(0).max() > 0.05
+
+
 def test_two_guides_do_not_share_parameters():
     first = AutoMixture(linear_model, 2).initialize(X, Y)
     svi = SVI(linear_model, first, Adam({"lr": 0.1}), Mixture_ELBO())

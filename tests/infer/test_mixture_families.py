@@ -304,6 +304,14 @@ def test_monte_carlo_kl_agrees_with_numerical_integration():
     assert_close(elbo.parts["kl"], expected, rtol=0, atol=0.01)
 
 
+def test_components_that_would_stay_together():
+    with pytest.warns(UserWarning, match="all 3 components start at the same values and have no noise"):
+        AutoMixture(linear_model, 3, "delta", init_loc_fn=lambda site: torch.ones(D)).initialize(X, Y)
+    _, model = rank1_model()
+    with pytest.raises(ValueError, match=r"noise='per_example' is for.*those of '0\.[rs]' are low-rank"):
+        AutoMixture(model, 3, "low_rank", noise="per_example").initialize(X, Y)
+
+
 def test_component_plate_in_use():
     def model(x, y=None):
         with pyro.plate("_components", len(x)):
@@ -313,6 +321,19 @@ def test_component_plate_in_use():
     guide = AutoMixture(model, 2, component={"z": "normal"}).initialize(X[:, 0], Y)
     with pytest.raises(ValueError, match="a plate named '_components'"):
         Mixture_ELBO().loss(model, guide, X[:, 0], Y)
+
+
+def test_network_called_inside_the_plate():
+    net = rank1_(nn.Linear(D, 1))
+
+    def model(x, y=None):
+        with pyro.plate("data", N, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(net(x).squeeze(-1), 1.0), obs=y)
+
+    with pytest.raises(
+        ValueError, match=r"'[rs]' of a layer is drawn inside the plate 'data'.*before the plate"
+    ):
+        AutoMixture(model, 2).initialize(X[:5], Y[:5])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from pyro_bnn.infer import default_preset
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
@@ -287,3 +288,26 @@ def test_normalisation_without_a_version_per_component():
         ValueError, match=r"2 \(PyroSyncBatchNorm\) has no version with statistics per component"
     ):
         rank1_(net, batchnorm="component", num_components=2)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_parameter_counts_of_ranks(rank):
+    net = rank1_(arch.WideResNet(10, 2, 4), rank=rank, form="residual")
+    nodes = sites(net, torch.randn(2, 3, 8, 8))
+    total = sum(c.in_channels + c.out_channels for c in net.modules() if isinstance(c, nn.Conv2d))
+    total += net.fc.in_features + net.fc.out_features
+    factors = sum(s["value"].numel() for s in nodes.values() if s["infer"]["pyro_bnn"]["role"] == "factor")
+    assert factors == rank * total
+
+
+def test_frozen_networks_have_no_prior_of_their_weights():
+    with pytest.raises(ValueError, match="freeze_base keeps the weights as they are"):
+        rank1_(mlp(), freeze_base=True, weight_prior=dist.Normal(0.0, 1.0))
+    net = default_preset().convert_(mlp(), freeze_base=True)
+    assert set(sites(net, torch.zeros(2, 4))) == {f"{i}.{n}" for i in "02" for n in ("r", "s", "bias")}
+    assert not [p for p in net.parameters() if p.requires_grad]
+    net[0].requires_grad_(True)
+    sites(net, torch.zeros(2, 4))
+    assert [p.requires_grad for p in net.parameters()] == [True, False]
+    with pytest.raises(ValueError, match="clip must be positive, found 0"):
+        rank1_(mlp(), clip=0.0)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters of a mixture guide, and the distributions they stand for."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
@@ -52,6 +53,12 @@ class ComponentParameters(_Guide):
         if self._mixed:
             self.loc = PyroParam(torch.stack(rows), constraints.real)
         sizes = [site.size for site in self._mixed[: self._num_scaled]]
+        if self._mixed and len(rows) > 1 and not sizes and all(torch.equal(row, rows[0]) for row in rows):
+            warnings.warn(
+                f"all {len(rows)} components start at the same values and have no noise, so that they stay together: pass "
+                "an init_loc_fn that differs between calls, such as init_component.",
+                stacklevel=2,
+            )
         if sizes:
             width = len(sizes) if self.scale_mode == "shared" else sum(sizes)
             scale = torch.full((self.num_components, width), self.init_scale, dtype=rows[0].dtype).to(

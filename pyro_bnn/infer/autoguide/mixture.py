@@ -169,6 +169,13 @@ class AutoMixture(ComponentParameters):
             kind = choose_kind(self.component, self.rest, name, site, has_factors)
             self.sites.append(describe_site(name, site, kind, self.num_components))
         # scaled sites first, so that the scales align with the first columns of the locations
+        if self.noise == "per_example":
+            for site in self.sites:
+                if site.kind == "low_rank" and site.role == "factor":
+                    raise ValueError(
+                        f"noise='per_example' is for components with independent elements, but those of {site.name!r} are "
+                        "low-rank: use noise='shared'."
+                    )
         order = ("low_rank", *SCALED_KINDS)
         mixed = (s for s in self.sites if s.kind not in ("point", "index"))
         self._mixed = sorted(mixed, key=lambda s: (s.kind not in order, s.kind != "low_rank"))
