@@ -111,7 +111,7 @@ class ModelRunner:
         self.latents = latents
         self.priors: dict[str, Any] = {}  # of the sites that layers may read without a sample statement
         self.replace_draws(draws)
-        self.vectorize = vectorize
+        self.vectorize, self.required = vectorize, vectorize is True
         self.max_memory = max_memory
         self.chunk_size = 0  # not known yet
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
@@ -176,7 +176,7 @@ class ModelRunner:
 
     def decide(self, error: str) -> None:
         """Joint runs from now on, or after an error single ones; raises it if those are not wanted."""
-        if error and self.vectorize:
+        if error and self.required:
             raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
         self.vectorize = not error
 

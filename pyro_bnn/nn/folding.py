@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.alone import Alone
+from pyro_bnn.nn.sites import SiteModule, is_silent
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
 
@@ -74,6 +75,7 @@ class Folding:
             for handle in () if folded is None else folded._handles:
                 handle.remove()
         root.__dict__["_root_folding"] = self
+        self._alone: Alone | None = None
         self._handles = (
             root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True),
             root.register_forward_hook(self.unfold_outputs, always_call=True),
@@ -112,6 +114,9 @@ class Folding:
             self.batch_size //= self.num_samples
             self._keep_own_examples()
             return None
+        if self.num_samples == 1 and is_silent():
+            self._alone = self._alone or Alone(module)
+            self._alone.start()
         if self._first is not None and len(args) == 1 and not kwargs:
             return None
         return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
@@ -163,6 +168,12 @@ class Folding:
                 value = value.expand(*target, *event).reshape(self.num_samples, mine, *event)
             self._values[id(layer), name] = value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_alone": None,
+        }  # it is made when it is needed, and holds classes that no file can name
+
     def is_shared_input(self, layer: SiteModule, x: Tensor) -> bool:
         """
         :param layer: a layer.
@@ -206,6 +217,8 @@ class Folding:
         :param output: what its forward returned.
         :return: the output with the sample dimensions in front.
         """
+        if self._alone is not None:
+            self._alone.stop()
         if not self.active:
             return None
         self.active = False

@@ -211,7 +211,7 @@ class Rank1Mixin(SiteModule):
             x = x if s is None else self._combine(x, s, operator.add)
             y = self._weighted(x, weight, None, None, *args)
             y = y if r is None else self._combine(y, r, operator.add)
-        elif not self._has_rows(bias, 1) and self._materialises(x, weight, r, s):
+        elif self._chooses_weights(x, weight, bias, r, s):
             return self._per_sample(x, self._scaled_weight(weight, r, s), bias, *args)
         elif form == "residual":
             y = self._weighted(x, weight, None, None, *args)
@@ -229,6 +229,30 @@ class Rank1Mixin(SiteModule):
             return []
         columns = [[None] * self._rank if f is None else list(f.unbind(-2)) for f in (r, s)]
         return list(zip(*columns, strict=True))
+
+    def _chooses_weights(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
+    ) -> bool:
+        """Whether to build the weight of every sample; the choice stays for :meth:`plain_parameters`."""
+        chosen = not self._has_rows(bias, 1) and self._materialises(x, weight, *factors)
+        self.__dict__["_builds_weights"] = chosen
+        return chosen
+
+    def plain_parameters(self) -> dict[str, Tensor | None] | None:
+        """
+        What makes the torch layer compute the same in a call with one sample.
+
+        :return: its parameters, if that was the best way when the layer was last called; else ``None``.
+        """
+        if not self.__dict__.get("_builds_weights") or "" not in self._groups():
+            return None
+        weight, bias = self._parameter("weight"), self._parameter("bias")
+        r, s = self._factor("r"), self._factor("s")
+        if any(self._has_rows(f, 2 if self._form == "residual" else 1) for f in (r, s)) or self._has_rows(
+            bias, 1
+        ):
+            return None
+        return {"weight": self._scaled_weight(weight, r, s), "bias": bias}
 
     def _has_rows(self, value: Tensor | None, event_dim: int) -> bool:
         """Whether a folded call gives the value of a site per example."""

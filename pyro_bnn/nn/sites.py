@@ -102,6 +102,14 @@ def silent_sites(
         _SILENT.reset(token)
 
 
+def is_silent() -> bool:
+    """
+    :return: whether at present neither sites nor parameters of layers need statements.
+    """
+    silent = _SILENT.get()
+    return silent is not None and silent.covers_parameters()
+
+
 class SiteModule(_PyroModule):
     """
     A :class:`~pyro.nn.PyroModule` whose random attributes carry a :class:`SiteSpec`.
@@ -175,8 +183,7 @@ class SiteModule(_PyroModule):
             parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
             if parametrized is not None and name in parametrized:
                 return parametrized[name]()
-            silent = _SILENT.get()
-            if silent is not None and name in self._parameters and silent.covers_parameters():
+            if name in self._parameters and is_silent():
                 return self._parameters[name]
             return super().__getattr__(name)
         spec = sites[name]
