@@ -24,7 +24,7 @@ from pyro_bnn.infer.handlers import (
     sample_sites,
 )
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.nn.sites import silent_sites
+from pyro_bnn.nn.sites import runs_plain, silent_sites
 
 Key = TypeVar("Key")
 
@@ -43,7 +43,10 @@ Sites = dict[str, Site]
 
 
 class _CountBytes(TorchDispatchMode):
-    """Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory."""
+    """
+    Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory. Networks that run their
+    draws one after the other do not count: what they take does not grow with the draws.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +54,8 @@ class _CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if runs_plain():
+            return out
         held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             # views, and what an operation in place returns, take no memory of their own
@@ -114,6 +119,7 @@ class ModelRunner:
         self.vectorize, self.required = vectorize, vectorize is True
         self.max_memory = max_memory
         self.chunk_size = 0  # not known yet
+        self.plain_bytes = 0  # of a draw, in networks that run their draws one after the other
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
         self.prototype: Sites | None = None
 
@@ -141,8 +147,9 @@ class ModelRunner:
         plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
         # last, because layers take values at this depth of the stack of handlers only
         silence = silent_sites(values, self.priors, parameters=not self.latents)
-        with _Draws(), plate, _Reads(values) as reads, silence:
+        with _Draws(), plate, _Reads(values) as reads, silence as silent:
             self.model(*args, **kwargs)
+        self.plain_bytes = silent.plain_bytes
         return reads.sites
 
     def prepare(self, batch: Batch) -> None:
@@ -231,7 +238,8 @@ class ModelRunner:
         self.decide(error)
         if error:
             return None
-        self.chunk_size = max(1, int(self.max_memory * (index.stop - index.start) / max(count.total, 1)))
+        per_draw = self.plain_bytes + count.total / (index.stop - index.start)
+        self.chunk_size = max(1, int(self.max_memory / max(per_draw, 1)))
         return sites
 
     def align(self, name: str, value: Tensor, rest: int = 0) -> Tensor:

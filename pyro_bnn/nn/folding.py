@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.alone import Alone
-from pyro_bnn.nn.sites import SiteModule, is_silent
+from pyro_bnn.nn.plain_runs import PlainRuns
+from pyro_bnn.nn.sites import SiteModule, silence
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
 
@@ -75,10 +75,10 @@ class Folding:
             for handle in () if folded is None else folded._handles:
                 handle.remove()
         root.__dict__["_root_folding"] = self
-        self._alone: Alone | None = None
+        self._plain: PlainRuns | None = None
         self._handles = (
             root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True),
-            root.register_forward_hook(self.unfold_outputs, always_call=True),
+            root.register_forward_hook(self.unfold_outputs, always_call=True, with_kwargs=True),
         )
 
     def fold_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -114,12 +114,48 @@ class Folding:
             self.batch_size //= self.num_samples
             self._keep_own_examples()
             return None
-        if self.num_samples == 1 and is_silent():
-            self._alone = self._alone or Alone(module)
-            self._alone.start()
+        if not isinstance(first, PackedSequence) and self._starts_plain_runs(module):
+            return None
         if self._first is not None and len(args) == 1 and not kwargs:
             return None
         return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
+
+    def _starts_plain_runs(self, module: nn.Module) -> bool:
+        silent = silence()
+        if silent is None:
+            return False
+        self._plain = self._plain or PlainRuns(module)
+        size = self._plain.start() if self._plain.pays(self.batch_size) else None
+        if size is None:
+            return False
+        self._plain.choose(0)
+        silent.start_plain(size)
+        return True
+
+    def _finish_plain_runs(self, plain: PlainRuns, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """The samples after the first, and the outputs of all of them with the sample dimensions in front."""
+        leaves: list[list[Tensor]] = []
+        try:
+            if output is None:  # the forward failed
+                return None
+            for sample in range(self.num_samples):
+                if sample:
+                    plain.choose(sample)
+                    output = module.forward(*args, **kwargs)
+                leaves.append([])
+                map_structure(output, leaves[-1].append)
+        finally:
+            plain.stop()
+            silent = silence()
+            if silent is not None:
+                silent.plain = False
+        joined = map(self._join, zip(*leaves, strict=True))
+        return map_structure(output, lambda _: next(joined))
+
+    def _join(self, values: tuple[Tensor, ...]) -> Tensor:
+        if self.batch_size not in values[0].shape[:2]:
+            return values[0]
+        return torch.stack(values).view(*self._sample_shape, *values[0].shape)
 
     def _keep_own_examples(self) -> None:
         """After a split, a value per example is that of the examples that its sample sees."""
@@ -169,10 +205,8 @@ class Folding:
             self._values[id(layer), name] = value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_alone": None,
-        }  # it is made when it is needed, and holds classes that no file can name
+        # plain runs hold classes that no file can name, and are made when they are needed
+        return {**vars(self), "_plain": None}
 
     def is_shared_input(self, layer: SiteModule, x: Tensor) -> bool:
         """
@@ -208,20 +242,22 @@ class Folding:
         F = self.num_samples
         return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
 
-    def unfold_outputs(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def unfold_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """
         The hook after the forward of the root.
 
         :param module: the root.
         :param args: its arguments.
+        :param kwargs: its keyword arguments.
         :param output: what its forward returned.
         :return: the output with the sample dimensions in front.
         """
-        if self._alone is not None:
-            self._alone.stop()
         if not self.active:
             return None
         self.active = False
+        if self._plain is not None and self._plain.given:
+            self._values = {}
+            return self._finish_plain_runs(self._plain, module, args, kwargs, output)
         self._values = {}
         return None if self.split else map_structure(output, self._unfold)
 

@@ -190,7 +190,12 @@ class Rank1Mixin(SiteModule):
         weight, bias = self._parameter("weight"), self._parameter("bias")
         r, s = self._factor("r"), self._factor("s")
         form = self._form
-        if self._is_folded() and self._folding.is_shared_input(self, x):
+        shared = self._is_folded() and self._folding.is_shared_input(self, x)
+        if self._is_folded():
+            examples = self._folding.batch_size * (1 if shared else self._folding.num_samples)
+            built = 0 if self._mode == "materialise" else 3 * weight.shape[-self._weight_dim :].numel()
+            self.__dict__["_costs"] = built, self._activations(x) / examples
+        if shared:
             # the first layer of a chain gets the inputs before they are repeated over the samples
             materialises = self._materialises(x, weight, r, s, rows=self._folding.num_samples)
             if form == "multiplicative" and s is not None and s.dim() > 1 and not materialises:
@@ -211,7 +216,7 @@ class Rank1Mixin(SiteModule):
             x = x if s is None else self._combine(x, s, operator.add)
             y = self._weighted(x, weight, None, None, *args)
             y = y if r is None else self._combine(y, r, operator.add)
-        elif self._chooses_weights(x, weight, bias, r, s):
+        elif not self._has_rows(bias, 1) and self._materialises(x, weight, r, s):
             return self._per_sample(x, self._scaled_weight(weight, r, s), bias, *args)
         elif form == "residual":
             y = self._weighted(x, weight, None, None, *args)
@@ -230,29 +235,25 @@ class Rank1Mixin(SiteModule):
         columns = [[None] * self._rank if f is None else list(f.unbind(-2)) for f in (r, s)]
         return list(zip(*columns, strict=True))
 
-    def _chooses_weights(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
-    ) -> bool:
-        """Whether to build the weight of every sample; the choice stays for :meth:`plain_parameters`."""
-        chosen = not self._has_rows(bias, 1) and self._materialises(x, weight, *factors)
-        self.__dict__["_builds_weights"] = chosen
-        return chosen
-
     def plain_parameters(self) -> dict[str, Tensor | None] | None:
         """
-        What makes the torch layer compute the same in a call with one sample.
+        What makes the torch layer compute what this layer computes for a sample of a folded call.
 
-        :return: its parameters, if that was the best way when the layer was last called; else ``None``.
+        :return: its parameters with the samples, or one for all of them, in the first dimension; ``None`` if there are
+            none: in the additive form, for noise per example and with ``apply="scale"``.
         """
-        if not self.__dict__.get("_builds_weights") or "" not in self._groups():
+        factors = 2 if self._form == "residual" else 1
+        if self._form == "additive" or self._mode == "scale" or "" not in self._groups():
             return None
         weight, bias = self._parameter("weight"), self._parameter("bias")
         r, s = self._factor("r"), self._factor("s")
-        if any(self._has_rows(f, 2 if self._form == "residual" else 1) for f in (r, s)) or self._has_rows(
-            bias, 1
-        ):
+        if any(self._has_rows(f, factors) for f in (r, s)) or self._has_rows(bias, 1):
             return None
-        return {"weight": self._scaled_weight(weight, r, s), "bias": bias}
+        weight = self._scaled_weight(weight, r, s)
+        return {
+            "weight": weight if weight.dim() > self._weight_dim else weight[None],
+            "bias": bias if bias is None else bias.view(-1, bias.shape[-1]),
+        }
 
     def _has_rows(self, value: Tensor | None, event_dim: int) -> bool:
         """Whether a folded call gives the value of a site per example."""

@@ -50,6 +50,8 @@ class SilentSites:
         which nobody collects parameters.
     :ivar taken: the sites that were taken.
     :ivar seen: by site, the prior of every site that layers read.
+    :ivar plain: whether a network is running its samples one after the other.
+    :ivar plain_bytes: what every sample of such networks took in memory that stays until the last has run.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class SilentSites:
         self.taken: set[str] = set()
         self.seen: dict[str, Any] = {}
         self.depth = len(_PYRO_STACK)
+        self.plain, self.plain_bytes = False, 0
 
     def take(self, name: str, prior: Any) -> Tensor | None:
         """
@@ -72,6 +75,13 @@ class SilentSites:
             return None
         self.taken.add(name)
         return self.values.get(name)
+
+    def start_plain(self, size: int) -> None:
+        """
+        :param int size: bytes of the parameters of one sample of a network that begins to run them one by one.
+        """
+        self.plain = True
+        self.plain_bytes += size
 
     def covers_parameters(self) -> bool:
         """
@@ -102,12 +112,20 @@ def silent_sites(
         _SILENT.reset(token)
 
 
-def is_silent() -> bool:
+def silence() -> SilentSites | None:
     """
-    :return: whether at present neither sites nor parameters of layers need statements.
+    :return: where layers read from, if at present neither their sites nor their parameters need statements.
     """
     silent = _SILENT.get()
-    return silent is not None and silent.covers_parameters()
+    return silent if silent is not None and silent.covers_parameters() else None
+
+
+def runs_plain() -> bool:
+    """
+    :return: whether a network is running its samples one after the other.
+    """
+    silent = _SILENT.get()
+    return silent is not None and silent.plain
 
 
 class SiteModule(_PyroModule):
@@ -183,7 +201,7 @@ class SiteModule(_PyroModule):
             parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
             if parametrized is not None and name in parametrized:
                 return parametrized[name]()
-            if name in self._parameters and is_silent():
+            if name in self._parameters and silence() is not None:
                 return self._parameters[name]
             return super().__getattr__(name)
         spec = sites[name]
