@@ -247,10 +247,15 @@ class Exporter:
     def guide_density(self, draws: Draws, batch: Batch) -> Tensor | None:
         """The log density of the guide, ``(chains, draws)``; ``None`` where there is none."""
         posterior = self.posterior
-        if isinstance(posterior, (Mapping, list, tuple)) or hasattr(posterior, "get_samples"):
+        if isinstance(posterior, Mapping) or hasattr(posterior, "get_samples"):
             return None
-        log_q = guide_log_prob(posterior, draws, batch)
-        return None if log_q is None else self.chained(log_q)
+        guides = posterior if isinstance(posterior, (list, tuple)) else [posterior]
+        terms = [guide_log_prob(guide, draws, batch) for guide in guides]
+        if any(term is None for term in terms):
+            return None
+        # independent fits are a mixture with equal weights
+        stacked = torch.stack([term for term in terms if term is not None])
+        return self.chained(torch.logsumexp(stacked, 0) - math.log(len(guides)))
 
     def inspect(self, draws: Draws, batch: Batch | None) -> None:
         """Finds the names of dims from the plates of the model."""

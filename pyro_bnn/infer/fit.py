@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from os import PathLike
 from typing import Any
@@ -23,9 +23,16 @@ from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLos
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture_elbo import default_elbo
-from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer
+from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
-from pyro_bnn.ops.distributed import all_reduce_mean, broadcast, rank, share_random_state, world_size
+from pyro_bnn.ops.distributed import (
+    all_reduce_mean,
+    any_process,
+    broadcast,
+    rank,
+    share_random_state,
+    world_size,
+)
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
@@ -40,7 +47,7 @@ def fit(
     num_steps: int | None = None,
     optim: Any = None,
     elbo: Any = None,
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler: Any = None,
     clip_grad_norm: float | None = None,
     kl_scale: float | Callable[[int], float] | None = None,
     autocast: torch.dtype | None = None,
@@ -67,13 +74,14 @@ def fit(
         :class:`~pyro.infer.Trace_ELBO` for all other guides.
     :param scheduler: a function of the optimiser returning a torch scheduler, which takes one step after each
         step of the optimiser; e.g. ``lambda o: CosineAnnealingLR(o, num_steps)``. A scheduler with ``step(loss)``
-        (:class:`~torch.optim.lr_scheduler.ReduceLROnPlateau`) is given the loss.
+        (:class:`~torch.optim.lr_scheduler.ReduceLROnPlateau`) is given the loss. A scheduler object will do if ``optim``
+        is the optimiser that it holds.
     :param float clip_grad_norm: upper limit of the total gradient norm.
     :param kl_scale: a factor of the KL divergence, or a function of the number of steps taken, for annealing; it
         works with any bound. :class:`~pyro_bnn.infer.Mixture_ELBO` has its own, which also reports the parts.
-    :param autocast: a low-precision type such as ``torch.bfloat16`` for matrix products, by
-        :class:`torch.autocast`; parameters and densities keep their precision. The first step compares the loss
-        with full precision.
+    :param autocast: ``torch.bfloat16`` for matrix products, by :class:`torch.autocast`; parameters (float32) and
+        densities keep their precision. The first step compares the loss with full precision. ``torch.float16`` is
+        refused: its gradients underflow.
     :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
         :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
     :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
@@ -91,7 +99,8 @@ def fit(
     averaged over the processes, each of which passes its own part of the data.
 
     The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"`` and saves a checkpoint;
-    the second raises.
+    the second raises. An error in a callback, the model or the loader raises with a note of the step; the parameters are
+    those of that step, and the last checkpoint is as it was.
 
     Example::
 
@@ -116,7 +125,7 @@ def fit(
         checkpoint = Checkpoint(checkpoint)
     run = _Run(model, guide, data, default_elbo(guide) if elbo is None else elbo, kl_scale, autocast)
     run.optimizer = make_optimizer(optim, run.tensors)
-    run.scheduler = None if scheduler is None else scheduler(run.optimizer)
+    run.scheduler = make_scheduler(scheduler, run.optimizer)
     run.clip_grad_norm = clip_grad_norm
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     run.checkpoint = checkpoint
@@ -195,6 +204,7 @@ class _Run:
             self.loss_fn,
             self.optimizer,
             self.parameters,
+            self.kl_scale,
         )
 
     def buffers(self) -> dict[str, Tensor]:
@@ -295,6 +305,7 @@ class _Run:
         with ExitStack() as stack:
             stack.enter_context(bar)
             stack.enter_context(local_parameters())
+            stack.enter_context(self.note_step())
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "Encountered NaN")  # reported with the site below
             interrupted = stack.enter_context(deferred_interrupt())
@@ -317,6 +328,8 @@ class _Run:
                     stop_reason = self.run_callbacks()
                     if interrupted():
                         stop_reason = "interrupted"
+                    if any_process(bool(stop_reason)):  # all processes stop at the same step
+                        stop_reason = stop_reason or "stopped by another process"
                     if num_steps is not None and self.step >= num_steps:
                         stop_reason = stop_reason or "num_steps"
                     if self.checkpoint is not None and (stop_reason or self.checkpoint.is_due(self.step)):
@@ -334,6 +347,17 @@ class _Run:
                     callback.finish(self.state())
             self.show(bar)
         return self.result(stop_reason)
+
+    @contextmanager
+    def note_step(self) -> Iterator[None]:
+        """Adds to an error of the model, the loader or a callback where the run was."""
+        try:
+            yield
+        except NonFiniteLossError:
+            raise
+        except Exception as error:
+            error.add_note(f"fit stopped after {self.step} steps; the parameters are those of that step.")
+            raise
 
     def limit_reached(self, num_epochs: int | None, num_steps: int | None) -> str:
         if num_epochs is not None and self.epoch >= num_epochs:
@@ -370,6 +394,15 @@ class _Run:
 
     def check_autocast(self, batch: Batch) -> None:
         """Compares the loss in low precision with the same draw in full precision."""
+        if self.autocast == torch.float16:
+            raise ValueError(
+                "autocast=torch.float16: its gradients underflow without a scaled loss; use torch.bfloat16."
+            )
+        if not any(p.dtype == torch.float32 for p in self.tensors):
+            raise ValueError(
+                f"autocast={self.autocast}: no parameter is float32, and autocast leaves other types as they are. "
+                "Convert model, guide and data by .float(), or leave autocast out."
+            )
         state = random_state(self.generators)
         step = getattr(self.elbo, "step", None)
         with torch.no_grad():
@@ -400,8 +433,7 @@ class _Run:
                 all_reduce_mean([shown])
             value = float(shown)
         except (ValueError, RuntimeError) as error:
-            if all(bool(torch.isfinite(p).all()) for p in self.tensors):
-                error.add_note(f"fit stopped at step {self.step + 1}.")
+            if all(_finite(p) for p in self.tensors):
                 raise
             value, cause = math.nan, error
         if not math.isfinite(value):

@@ -84,6 +84,7 @@ class FitState:
     :param loss_fn: the loss as a function of the arguments of the model.
     :param optimizer: the torch optimiser.
     :param parameters: the parameters by name.
+    :param kl_scale: the argument ``kl_scale`` of :func:`fit`.
     """
 
     step: int
@@ -96,6 +97,7 @@ class FitState:
     loss_fn: Callable[..., Tensor] = field(repr=False)
     optimizer: torch.optim.Optimizer
     parameters: dict[str, Tensor] = field(repr=False)
+    kl_scale: float | Callable[[int], float] | None = None
 
 
 #: Called after every step; a true return value stops the run. A callback may also have a ``stop_reason``, a method

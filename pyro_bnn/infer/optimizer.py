@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -46,6 +46,11 @@ def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimize
                 "functools.partial(torch.optim.Adam, lr=1e-3)."
             )
         return optim
+    if isinstance(optim, PyroLRScheduler):
+        raise ValueError(
+            "optim: a scheduler of pyro.optim; pass the optimiser as optim and the torch scheduler as scheduler, e.g. "
+            "scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)."
+        )
     if isinstance(optim, PyroOptim):
         if callable(optim.pt_optim_args):
             raise ValueError("optim: a PyroOptim with per-parameter arguments has no single torch optimiser.")
@@ -53,7 +58,33 @@ def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimize
         return cast(torch.optim.Optimizer, build(params, **optim.pt_optim_args))
     if not callable(optim):
         raise TypeError(f"optim must be a number, a callable or an optimiser, not {type(optim).__name__}.")
-    return cast(Callable[..., torch.optim.Optimizer], optim)(params)
+    found = cast(Callable[..., torch.optim.Optimizer], optim)(params)
+    if isinstance(found, torch.optim.LBFGS):
+        raise ValueError(
+            "optim: LBFGS needs a loss without noise. Fit with Adam; Laplace guides have polish(data), which runs L-BFGS."
+        )
+    return found
+
+
+def make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """
+    A scheduler of the learning rate.
+
+    :param scheduler: ``None``, a function of the optimiser, or a torch scheduler that holds the optimiser.
+    :param optimizer: the optimiser.
+    :return: the scheduler, or ``None``.
+    :raises ValueError: if a scheduler object holds another optimiser.
+    """
+    if scheduler is None:
+        return None
+    if hasattr(scheduler, "step"):
+        if scheduler.optimizer is not optimizer:
+            raise ValueError(
+                "scheduler: this object belongs to another optimiser. Pass its optimiser as optim, or a function such as "
+                "lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)."
+            )
+        return scheduler
+    return scheduler(optimizer)
 
 
 class ScaleLatents(Messenger):

@@ -42,13 +42,19 @@ def local_parameters() -> Iterator[None]:
     """
     store = pyro.get_param_store()
     outer = store.get_state()
-    with store.scope(_plain(outer)) as inner:
+    store.clear()
+    store.set_state(_plain(outer))
+    try:
         yield
-    for name, value in _plain(inner)["params"].items():
-        # statements outside modules keep their place in the store, where their owner looks for them
-        store._params[name] = value
-        store._param_to_name[value] = name
-        store._constraints[name] = inner["constraints"][name]
+    finally:  # also after an error: what a failed run has learnt stays
+        inner = _plain(store.get_state())
+        store.clear()
+        store.set_state(outer)
+        for name, value in inner["params"].items():
+            # statements outside modules keep their place in the store, where their owner looks for them
+            store._params[name] = value
+            store._param_to_name[value] = name
+            store._constraints[name] = inner["constraints"][name]
 
 
 def _plain(state: Any) -> Any:

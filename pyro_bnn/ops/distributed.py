@@ -62,6 +62,20 @@ def is_same(value: int) -> bool:
     return int(pair[0]) == -int(pair[1])
 
 
+def any_process(value: bool) -> bool:
+    """
+    Tells whether something holds in any process.
+
+    :param value: whether it holds here.
+    :return: whether it holds anywhere, the same in all processes.
+    """
+    if world_size() == 1:
+        return value
+    flag = torch.tensor([int(value)], device=message_device(torch.device("cpu")))
+    td.all_reduce(flag, op=td.ReduceOp.MAX)
+    return bool(flag)
+
+
 def shared_generator(device: torch.device) -> torch.Generator | None:
     """
     A source of random numbers that gives all processes the same ones.

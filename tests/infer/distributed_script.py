@@ -57,6 +57,17 @@ def train(rank: int, world: int) -> dict[str, Tensor]:
         found[f"{name} losses"] = result.losses
         for key, value in guide.named_parameters():
             found[f"{name} {key}"] = value.detach()
+    # a callback that stops one process stops all of them at the same step
+    result = fit(
+        model,
+        AutoNormal(model),
+        loader,
+        num_epochs=20,
+        progress_bar=False,
+        callbacks=lambda state: rank == world - 1 and state.step == 3,
+    )
+    assert (result.stop_reason == "callback") == (rank == world - 1)
+    found["stopped at"] = torch.tensor(result.num_steps)
     return found
 
 
@@ -118,6 +129,16 @@ def laplace(rank: int, world: int) -> dict[str, Tensor]:
         found[f"{structure} evidence"] = guide.log_evidence().detach()
         found[f"{structure} loss"] = guide.negative_log_joint(batches)[0]
         found[f"{structure} variance"] = guide.linearized_outputs(targets)["obs"].covariance
+    mode = guide.loc.detach()
+    for subnetwork in ("random", "largest_variance", "largest_magnitude"):
+        pyro.set_rng_seed(1 + rank)  # the choice is that of the first process
+        guide = AutoLaplace(network, subnetwork=subnetwork, subnetwork_size=8).initialize(*batches[0])
+        with torch.no_grad():
+            guide.loc.copy_(mode)
+        guide.laplace_approximation(batches)
+        assert guide.active is not None
+        found[f"{subnetwork} entries"] = guide.active
+        found[f"{subnetwork} variances"] = guide.posterior.variance
     return found
 
 

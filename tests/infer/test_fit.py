@@ -249,3 +249,51 @@ def test_optimiser_must_hold_every_parameter() -> None:
 def test_limits(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="num_epochs"):
         quiet(linear_model, AutoNormal(linear_model), linear_data(), **limits)
+
+
+def test_params_of_a_guide_function_survive_an_error() -> None:
+    """The last good state of a guide function, whose parameters are in Pyro's store."""
+    x, y = linear_data()
+
+    def guide(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        loc = pyro.param("loc", torch.zeros(3))
+        pyro.sample("weight", dist.Normal(loc, 0.1).to_event(1))
+
+    seen = []
+
+    def record(state: FitState) -> None:
+        seen.append(state.parameters["param.loc"].detach().clone())
+        if state.step == 7:
+            raise KeyError("boom")
+
+    with pytest.raises(KeyError) as info:
+        quiet(linear_model, guide, (x, y), num_steps=20, optim=0.05, callbacks=record)
+    assert info.value.__notes__ == ["fit stopped after 7 steps; the parameters are those of that step."]
+    assert_close(pyro.param("loc").detach(), seen[-1], rtol=0)
+    assert float(seen[-1].abs().max()) > 0.1
+
+
+def test_scheduler_objects() -> None:
+    x, y = linear_data()
+    guide = AutoNormal(linear_model)
+    guide(x, y)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    quiet(linear_model, guide, (x, y), num_steps=3, optim=optimizer, scheduler=scheduler)
+    assert_close(optimizer.param_groups[0]["lr"], 0.125)
+    with pytest.raises(ValueError, match="another optimiser"):
+        quiet(linear_model, guide, (x, y), num_steps=3, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        (partial(torch.optim.LBFGS, lr=0.1), "polish"),
+        (pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {}, "gamma": 0.9}), "scheduler="),
+        ("adam", "not str"),
+    ],
+    ids=["LBFGS", "scheduler of pyro", "string"],
+)
+def test_optimisers_that_cannot_be_used(optim, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        quiet(linear_model, AutoNormal(linear_model), linear_data(), num_steps=1, optim=optim)

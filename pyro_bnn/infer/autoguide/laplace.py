@@ -51,6 +51,7 @@ from pyro_bnn.infer.structures import (
 )
 from pyro_bnn.infer.subset import count_examples, random_subset
 from pyro_bnn.ops.capture import Capture
+from pyro_bnn.ops.distributed import broadcast
 from pyro_bnn.ops.jacobian import hvp_operator, wide
 from pyro_bnn.ops.kronecker import Sharing
 from pyro_bnn.ops.uses import LinearUse
@@ -307,7 +308,9 @@ class AutoLaplace(LinearizedGuide):
             (part,) = total.parts(found.prior)
             values = torch.zeros_like(self.loc)
             values[part.index] = (part.tensors["curvature"] + part.prior).reciprocal()
-        self.active = largest(values.detach(), self.subnetwork_size, self.active)
+        values = values.detach()
+        broadcast([values])  # every process takes the same entries
+        self.active = largest(values, self.subnetwork_size, self.active)
 
     def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
         index, latent = self._index(), wide(self.loc.detach())
