@@ -40,7 +40,17 @@ POSTERIORS = (
     "classification",
 )
 
-SMOOTHING = {"loo", "compare", "loo_pit", "psense_summary", "plot_loo_pit", "plot_khat", "plot_compare"}
+SMOOTHING = {
+    "plot_psense_dist",
+    "plot_psense_quantities",
+    "loo",
+    "compare",
+    "loo_pit",
+    "psense_summary",
+    "plot_loo_pit",
+    "plot_khat",
+    "plot_compare",
+}
 
 #: Cells that cannot be "ok": functions of ArviZ 1.x, posteriors, and the reason.
 WHY_NOT: list[tuple[set[str], set[str], str]] = [

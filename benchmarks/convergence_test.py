@@ -22,9 +22,7 @@ from scipy.signal import lfilter
 from pyro_bnn.infer import ConvergenceTest
 
 
-def stationary(
-    rng: np.random.Generator, correlation: float, white: float, size: int
-) -> np.ndarray:
+def stationary(rng: np.random.Generator, correlation: float, white: float, size: int) -> np.ndarray:
     """Losses of variance one: an autoregression, and white noise with the share ``white`` of the variance."""
     noise = rng.standard_t(5, size=size + 500) * math.sqrt(3 / 5)
     slow = lfilter([1.0], [1.0, -correlation], noise)[500:] * math.sqrt(1 - correlation**2)
@@ -60,7 +58,14 @@ def main() -> None:
     for correlation, white in cases:
         found = rates(correlation, white, runs, window)
         rows.append(
-            {"correlation": correlation, "white": white, "runs": runs, "window": window, "checks": 20, "seed": 0}
+            {
+                "correlation": correlation,
+                "white": white,
+                "runs": runs,
+                "window": window,
+                "checks": 20,
+                "seed": 0,
+            }
             | {"alpha": 0.05, "python": platform.python_version(), "numpy": np.__version__, **found}
         )
         print(rows[-1])

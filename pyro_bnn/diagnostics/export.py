@@ -18,7 +18,7 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_bnn._version import __version__
-from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.data import Batch, as_batch, is_single_batch
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import (
@@ -28,14 +28,15 @@ from pyro_bnn.infer.handlers import (
     subsample_scale,
     unscaled_log_prob,
 )
-from pyro_bnn.infer.nuts import NUTSResult
+from pyro_bnn.infer.nuts import NUTSResult, recorded_run
 from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch
 from pyro_bnn.infer.vectorize import ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.nn.packed import packed_sites
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
 MAX_WEIGHT_SIZE = 1000
 
-_WEIGHT = re.compile(r"\.([a-z_]*_)?(weight|bias)(_[a-z0-9_]+)?$")
+_WEIGHT = re.compile(r"(^|\.)packed$|\.([a-z_]*_)?(weight|bias)(_[a-z0-9_]+)?$")
 
 Groups = dict[str, xr.Dataset]
 
@@ -133,9 +134,10 @@ class Exporter:
         posterior: Any,
         data: Any,
         *,
-        batch_size: int | None,
-        coords: Mapping[str, Any] | None,
-        dims: Mapping[str, Sequence[str]] | None,
+        batch_size: int | None = None,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        unpack: bool = True,
     ) -> None:
         if isinstance(data, Iterator):
             raise ValueError(
@@ -146,8 +148,10 @@ class Exporter:
         self.data = data
         self.batch_size = batch_size
         self.coords = dict(coords or {})
-        self.user_dims = dict(dims or {})
+        self.user_dims = {name: tuple(own) for name, own in (dims or {}).items()}
+        self.packed = packed_sites(model) if unpack else {}
         self.site_dims: dict[str, tuple[str, ...]] = {}
+        self.recorded: NUTSResult | None = recorded_run(posterior)
         self.shape = (1, 1)
         self.rest: Groups = {}
         self.names: list[str] = []
@@ -183,28 +187,33 @@ class Exporter:
         num_chains: int,
         block_size: int | None,
         *,
-        var_names: Sequence[str] | None,
-        weights: bool,
-        thin: int,
-        predictions: bool,
-        constant_data: Mapping[str, Any] | None,
-        prior_samples: int,
-        vectorize: bool | None,
-        max_memory: float,
+        var_names: Sequence[str] | None = None,
+        weights: bool = False,
+        thin: int = 1,
+        predictions: bool = True,
+        constant_data: Mapping[str, Any] | None = None,
+        prior_samples: int = 0,
+        vectorize: bool | None = None,
+        max_memory: float = 2**24,
     ) -> Iterator[Groups]:
         """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
+        if thin < 1:
+            raise ValueError(f"thin must be at least 1, not {thin}.")
         batch, runner, observed = self.first_batch(), None, None
         start, total = 0, chain_shape(self.posterior, num_samples, num_chains)
         lp: list[Tensor] = []
         log_q: list[Tensor | None] = []
         for draws, shape in draw_blocks(self.posterior, num_samples, num_chains, batch, block_size):
+            named = self.unpacked(draws)
             if not self.names:
+                if not draws:
+                    raise ValueError("The posterior has no latent site, of which there could be draws.")
                 self.inspect(draws, batch if self.data is not None else None)
-                self.names = self.select(draws, var_names, weights)
-                self.left_out = sorted(set(draws) - set(self.names))
+                self.names = self.select(named, var_names, weights)
+                self.left_out = sorted(set(named) - set(self.names))
             self.shape = shape
             skip = -start % thin
-            kept = {n: self.chained(draws[n])[:, skip::thin] for n in self.names}
+            kept = {n: self.chained(named[n])[:, skip::thin] for n in self.names}
             block: Groups = {"posterior": self.dataset({n: (v, self.site_dims[n]) for n, v in kept.items()})}
             if self.data is not None:
                 if runner is None:
@@ -233,15 +242,16 @@ class Exporter:
             )
             self.rest["sample_stats"] = self.sample_stats(torch.cat(lp, 1), stats)
             self.rest["observed_data"] = observed
-            self.rest["constant_data"] = self.constants(batch, constant_data, observed)
+            self.rest["constant_data"] = self.constants(constant_data, observed)
         if prior_samples:
             self.rest |= self.prior_groups(batch, prior_samples)
-        if isinstance(self.posterior, NUTSResult) and self.posterior.warmup:
+        if self.recorded is not None and self.recorded.warmup:
+            warmup = self.unpacked(self.recorded.warmup)
             self.rest["warmup_posterior"] = self.dataset(
-                {n: (self.posterior.warmup[n], self.site_dims[n]) for n in self.names}
+                {n: (warmup[n], self.site_dims[n]) for n in self.names}
             )
             self.rest["warmup_sample_stats"] = self.dataset(
-                {n: (v, ()) for n, v in self.posterior.warmup_stats.items()}
+                {n: (v, ()) for n, v in self.recorded.warmup_stats.items()}
             )
 
     def guide_density(self, draws: Draws, batch: Batch) -> Tensor | None:
@@ -270,11 +280,40 @@ class Exporter:
             self.site_dims[name] = dims
         for name, site in sites.items():
             self.site_dims.setdefault(name, site_dims(site, len(site["fn"].batch_shape)))
+        for site, packed in self.packed.items():
+            for part, shape in packed.layout.items():
+                full = _part_name(site, part)
+                self.site_dims[full] = tuple(f"{full}_dim_{i}" for i in range(len(shape)))
         names = set(self.site_dims)
         for name, dims in self.site_dims.items():
             # a variable may not share its name with a dim
             dims = tuple(f"{d}_dim" if d in names else d for d in dims)
-            self.site_dims[name] = tuple(self.user_dims.get(name, dims))
+            own = self.user_dims.get(name, dims)
+            if len(own) != len(dims):
+                raise ValueError(f"dims of {name!r}: {len(dims)} names expected, got {list(own)}.")
+            self.site_dims[name] = own
+        arguments = {} if batch is None else _arguments(self.model, batch)
+        unknown = sorted(set(self.user_dims) - names - set(arguments))
+        if unknown:
+            raise ValueError(
+                f"dims: {unknown} are no sites and no arguments of the model; there are {sorted(names)}."
+            )
+        known = {d for dims in (*self.site_dims.values(), *self.user_dims.values()) for d in dims}
+        known |= {f"{name}_dim_{i}" for name, value in arguments.items() for i in range(np.ndim(value))}
+        unknown = sorted(set(self.coords) - known - {"chain", "draw"})
+        if unknown and batch is not None:
+            raise ValueError(f"coords: no variable has the dims {unknown}; there are {sorted(known)}.")
+
+    def unpacked(self, values: Mapping[str, Tensor]) -> Draws:
+        """Splits flat sites into their named weights."""
+        found: Draws = {}
+        for name, value in values.items():
+            if name in self.packed:
+                parts = self.packed[name].unpack(value)
+                found |= {_part_name(name, part): own for part, own in parts.items()}
+            else:
+                found[name] = value
+        return found
 
     def chained(self, value: Tensor) -> Tensor:
         """Splits the first dimension, of all draws, into chains and draws."""
@@ -298,6 +337,11 @@ class Exporter:
                     own[i] = f"{key}_dim_{i}"
                     sizes[own[i]] = size
             arrays[key] = (*lead, *own), value.detach().cpu().numpy()
+        for dim, size in sizes.items():
+            if dim in self.coords and len(self.coords[dim]) != size:
+                raise ValueError(
+                    f"coords of the dim {dim!r}: {len(self.coords[dim])} values for a size of {size}."
+                )
         coords: dict[str, Any] = {d: self.coords.get(d, np.arange(n)) for d, n in sizes.items()}
         if sampled and arrays:
             first = next(iter(arrays.values()))[1]
@@ -383,14 +427,14 @@ class Exporter:
 
     def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
         """Log joint density, density of the guide, importance weights, divergences."""
-        posterior = self.posterior
+        posterior, recorded = self.posterior, self.recorded
         stats = {"lp": lp}
         if log_q is not None and bool(torch.isfinite(log_q).all()):
             log_weight = lp.cpu() - log_q.cpu()
             stats |= {"log_q": log_q, "log_weight": log_weight - torch.logsumexp(log_weight, (0, 1))}
-        if isinstance(posterior, NUTSResult):
-            stats |= {n: v for n, v in posterior.sample_stats.items() if v.shape == self.shape}
-        if isinstance(posterior, MCMC):
+        if recorded is not None:
+            stats |= {n: v for n, v in recorded.sample_stats.items() if v.shape == self.shape}
+        elif isinstance(posterior, MCMC):
             divergences = posterior.diagnostics().get("divergences", {})
             diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
             for chain, indices in enumerate(divergences.values()):
@@ -399,18 +443,13 @@ class Exporter:
                 stats["diverging"] = diverging
         return self.dataset({n: (v, ()) for n, v in stats.items()})
 
-    def constants(self, batch: Batch, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
+    def constants(self, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
         """The inputs: given ones, or the tensors of a single batch that are not observations."""
         values: dict[str, Any] = dict(given or {})
         if given is None:
-            args, kwargs = next(iter(split_batch(self.data, None)))
-            if not _same_batch((args, kwargs), batch):
+            if not is_single_batch(self.data):
                 return xr.Dataset()  # a loader: its inputs are not held in memory at once
-            function = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-            try:
-                values = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
-            except (TypeError, ValueError):
-                values = {f"argument_{i}": a for i, a in enumerate(args)} | kwargs
+            values = _arguments(self.model, as_batch(self.data))
         variables = {}
         sizes = {int(size): str(dim) for dim, size in reversed(list(observed.sizes.items()))}
         for name, value in values.items():
@@ -437,14 +476,12 @@ class Exporter:
             for _ in range(num_samples):
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
                 rows.append({n: s["value"] for n, s in sample_sites(trace).items() if n in self.site_dims})
-        stacked = {n: torch.stack([row[n] for row in rows])[None] for n in rows[0]}
+        stacked = self.unpacked({n: torch.stack([row[n] for row in rows])[None] for n in rows[0]})
 
-        def pick(wanted: bool) -> xr.Dataset:
-            return self.dataset(
-                {n: (v, self.site_dims[n]) for n, v in stacked.items() if (n in observed) == wanted}
-            )
+        def pick(names: Sequence[str]) -> xr.Dataset:
+            return self.dataset({n: (stacked[n], self.site_dims[n]) for n in names if n in stacked})
 
-        return {"prior": pick(False), "prior_predictive": pick(True)}
+        return {"prior": pick(self.names), "prior_predictive": pick(observed)}
 
     @staticmethod
     def select(draws: Draws, var_names: Sequence[str] | None, weights: bool) -> list[str]:
@@ -466,12 +503,19 @@ def _differing_axis(values: list[Tensor]) -> int:
     return next((i for i in range(values[0].dim()) if len({v.shape[i] for v in values}) > 1), 0)
 
 
-def _same_batch(a: Batch, b: Batch) -> bool:
-    shapes = [
-        [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        for args, kwargs in (a, b)
-    ]
-    return shapes[0] == shapes[1]
+def _part_name(site: str, part: str) -> str:
+    """The full name of a weight in the flat site ``[prefix.]packed``."""
+    return site.removesuffix("packed") + part
+
+
+def _arguments(model: Any, batch: Batch) -> dict[str, Any]:
+    """The arguments of a model by name."""
+    args, kwargs = batch
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {f"argument_{i}": a for i, a in enumerate(args)} | kwargs
 
 
 def attributes(posterior: Any) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
         return value.flatten(0, 1) if "draw" in variable.dims else value
 
     samples = read("posterior_predictive")
-    return SitePrediction(samples, None, None, read("observed_data"), read("log_likelihood"), ())
+    labels = samples is not None and not samples.is_floating_point()
+    kind = "classes" if labels else "numeric"
+    return SitePrediction(samples, None, None, read("observed_data"), read("log_likelihood"), (), kind)
 
 
 def _choose(names: list[str], site: str | None) -> str:
@@ -272,13 +274,17 @@ def mean_probs(probs: Any, labels: Any = None, *, site: str | None = None) -> tu
     Class probabilities averaged over draws, and labels.
 
     :param probs: probabilities ``(S, N, C)`` or already averaged ``(N, C)``; of two classes those of the second,
-        ``(S, N)``, will do; or a prediction.
+        ``(S, N)``, will do; or a prediction. Of a tree, which holds no probabilities, the frequencies of the classes
+        among its draws.
     :param labels: labels ``(N,)``; by default the observations of the prediction.
     :param str site: the observed site, if there are several.
     :return: probabilities ``(N, C)`` and labels ``(N,)``.
     """
     value, y = _pair(probs, labels, site, "mean")
     y = y.long()
+    if not value.is_floating_point():  # labels that were drawn
+        classes = int(max(value.max(), y.max())) + 1
+        return torch.nn.functional.one_hot(value.long(), classes).double().mean(0), y
     if value.dim() == y.dim() + 2:
         value = value.mean(0)
     elif value.shape[1:] == y.shape:

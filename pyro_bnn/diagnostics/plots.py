@@ -136,6 +136,7 @@ def plot_calibration(
         ax.plot(nominal, empirical, marker=".", label=name)
     ax.set_xlabel("nominal coverage")
     ax.set_ylabel("empirical coverage")
+    _legend(ax, predictions)
     return ax
 
 
@@ -144,6 +145,11 @@ def _named(predictions: Any) -> Mapping[str | None, Any]:
     if type(predictions) is dict:
         return predictions
     return {None: predictions}
+
+
+def _legend(ax: Any, predictions: Any) -> None:
+    if type(predictions) is dict:
+        ax.legend()
 
 
 def plot_pit(
@@ -173,9 +179,11 @@ def plot_reliability(
     probs: Any, labels: Any = None, *, num_bins: int = 15, site: str | None = None, ax: "Axes | None" = None
 ) -> "Axes":
     """
-    Reliability diagram: accuracy over confidence in bins of equal width, their sizes as the areas of dots.
+    Reliability diagram: accuracy over confidence in bins of equal width, their sizes as the areas of dots; the diagonal is
+    perfect, below it over-confident.
 
-    :param probs: see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`.
+    :param probs: see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`; or a mapping from names to any of these, each with
+        a colour of its own.
     :param labels: see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`.
     :param int num_bins: the number of bins.
     :param str site: the observed site, if there are several.
@@ -183,36 +191,41 @@ def plot_reliability(
     :return: the axes.
     """
     ax = _axes(ax)
-    value, y = mean_probs(probs, labels, site=site)
-    confidence, predicted = value.max(-1)
-    correct = (predicted == y).double()
-    index = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    counts = torch.bincount(index, minlength=num_bins)
-    used = counts > 0
-
-    def mean(v: torch.Tensor) -> np.ndarray:
-        return (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()
-
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    ax.plot(mean(confidence), mean(correct), color="C0")
-    ax.scatter(
-        mean(confidence), mean(correct), s=20 + 200 * (counts[used] / counts.sum()).numpy(), color="C0"
-    )
+    for name, source in _named(probs).items():
+        value, y = mean_probs(source, labels, site=site)
+        confidence, predicted = value.max(-1)
+        correct = (predicted == y).double()
+        index = (confidence * num_bins).long().clamp(max=num_bins - 1)
+        counts = torch.bincount(index, minlength=num_bins)
+        used = counts > 0
+        x, height = (
+            (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()
+            for v in (confidence, correct)
+        )
+        (line,) = ax.plot(x, height, label=name)
+        ax.scatter(x, height, s=20 + 200 * (counts[used] / counts.sum()).numpy(), color=line.get_color())
     ax.set_xlabel("confidence")
     ax.set_ylabel("accuracy")
+    _legend(ax, probs)
     return ax
 
 
 def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
     """
-    The losses of a fit, with their running mean.
+    The losses of fits, with their running means.
 
-    :param result: a :class:`~pyro_bnn.infer.FitResult`, or losses.
+    :param result: a :class:`~pyro_bnn.infer.FitResult`, or losses; or a mapping from names to either.
     :param int smooth: steps in the running mean.
     :param ax: axes to draw in.
     :return: the axes.
     """
-    if not isinstance(result, FitResult):
-        losses = torch.as_tensor(result, dtype=torch.float64)
-        result = FitResult(losses, len(losses), "", 0.0)
-    return result.plot(smooth=smooth, ax=ax)
+    ax = _axes(ax)
+    for index, (name, source) in enumerate(_named(result).items()):
+        found = source
+        if not isinstance(found, FitResult):
+            losses = torch.as_tensor(source, dtype=torch.float64)
+            found = FitResult(losses, len(losses), "", 0.0)
+        found.plot(smooth=smooth, color=f"C{index}", label=name, ax=ax)
+    _legend(ax, result)
+    return ax

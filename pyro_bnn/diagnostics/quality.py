@@ -15,12 +15,12 @@ from pyro.ops.stats import fit_generalized_pareto
 from scipy.stats import chi2
 from torch import Tensor
 
-from pyro_bnn.diagnostics.arviz import to_datatree
+from pyro_bnn.diagnostics.export import Exporter
 from pyro_bnn.infer.draws import Draws, posterior_draws
 from pyro_bnn.infer.handlers import is_deterministic, sample_sites
 from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.predictive import posterior_predictive
+from pyro_bnn.infer.predictive import evaluation_mode, posterior_predictive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,8 +39,10 @@ def log_weights(
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
     """
-    tree = to_datatree(model, guide, data, num_samples=num_samples, weights=True, predictions=False)
-    stats = tree["sample_stats"]
+    exporter = Exporter(model, guide, data, unpack=False)
+    with torch.no_grad(), evaluation_mode(model), local_parameters():
+        (groups,) = exporter.blocks(num_samples, 1, None, weights=True, predictions=False)
+    stats = exporter.rest["sample_stats"]
     if "log_q" not in stats:
         raise ValueError(
             f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."
@@ -48,7 +50,7 @@ def log_weights(
     weights = torch.as_tensor((stats["lp"] - stats["log_q"]).values).flatten()
     draws = {
         str(n): torch.as_tensor(np.array(v.values)).flatten(0, 1)
-        for n, v in tree["posterior"].data_vars.items()
+        for n, v in groups["posterior"].data_vars.items()
     }
     return draws, weights
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trees on disk, written group by group and draws by draws."""
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from os import PathLike
@@ -38,6 +39,11 @@ class TreeWriter:
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         self.zarr = self.path.suffix == ".zarr"
+        needed = "zarr" if self.zarr else "h5netcdf"
+        if importlib.util.find_spec(needed) is None:
+            raise ImportError(
+                f"Writing {self.path.name} needs the package {needed}: pip install 'pyro-bnn[storage]'."
+            )
         self._written: set[str] = set()
         self._write_root("w", {})
 

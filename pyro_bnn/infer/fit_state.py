@@ -34,11 +34,15 @@ class FitResult:
     stop_reason: str
     wall_time: float
 
-    def plot(self, *, smooth: int = 50, ax: "Axes | None" = None) -> "Axes":
+    def plot(
+        self, *, smooth: int = 50, color: str = "C0", label: str | None = None, ax: "Axes | None" = None
+    ) -> "Axes":
         """
         Draws the losses and their running mean.
 
         :param int smooth: steps in the running mean.
+        :param str color: a matplotlib colour.
+        :param str label: the name in the legend.
         :param ax: matplotlib axes to draw in.
         :return: the axes.
         """
@@ -47,10 +51,10 @@ class FitResult:
         if ax is None:
             ax = pyplot.subplots()[1]
         steps = torch.arange(1, len(self.losses) + 1)
-        ax.plot(steps, self.losses, color="C0", alpha=0.3, linewidth=0.8)
+        ax.plot(steps, self.losses, color=color, alpha=0.3, linewidth=0.8)
         width = min(smooth, len(self.losses))
         if width:
-            ax.plot(steps[width - 1 :], self.losses.unfold(0, width, 1).mean(-1), color="C0")
+            ax.plot(steps[width - 1 :], self.losses.unfold(0, width, 1).mean(-1), color=color, label=label)
         ax.set_xlabel("step")
         ax.set_ylabel("loss")
         return ax

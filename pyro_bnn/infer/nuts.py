@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NUTS chains that start from a fitted guide and record what ArviZ wants to know."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,29 @@ _Nuts: Any = NUTS
 
 class RecordingNUTS(_Nuts):
     """
-    Pyro's NUTS, with the statistics of every transition kept and a mass matrix to start from.
+    Pyro's NUTS, with the warm-up and the statistics of every transition kept and a mass matrix to start from.
+
+    An :class:`~pyro.infer.MCMC` run of one chain with this kernel is exported with its warm-up and all statistics;
+    :func:`nuts` runs several.
 
     :param callable model: a Pyro model.
     :param covariance: covariance of the unconstrained latents in the order of their sorted names; the inverse mass
         matrix to start from.
     :param kwargs: arguments of :class:`~pyro.infer.NUTS`.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("obs", dist.Normal(0.0, scale), obs=y)
+        >>> kernel = RecordingNUTS(model)
+        >>> mcmc = MCMC(kernel, num_samples=5, warmup_steps=3, disable_progbar=True)
+        >>> mcmc.run(torch.ones(4))
+        >>> found = recorded_run(mcmc)
+        >>> found.sample_stats["energy"].shape, found.warmup["scale"].shape, bool((found.warmup["scale"] > 0).all())
+        (torch.Size([1, 5]), torch.Size([1, 3]), True)
     """
 
     def __init__(self, model: Callable[..., Any], covariance: Tensor | None = None, **kwargs: Any) -> None:
@@ -37,6 +54,7 @@ class RecordingNUTS(_Nuts):
         self._kinetic: Any = None
         self._depth = 0
         self.records: list[dict[str, float]] = []
+        self.warmup: list[dict[str, Tensor]] = []
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Prepares a chain; called by :class:`~pyro.infer.MCMC`."""
@@ -46,7 +64,7 @@ class RecordingNUTS(_Nuts):
             self.mass_matrix_adapter.inverse_mass_matrix = {names: self.covariance}
             if self._adapter.adapt_step_size:
                 self._adapter.reset_step_size_adaptation(self._initial_params)
-        self.records = []
+        self.records, self.warmup = [], []
 
     def _kinetic_energy(self, r_unscaled: Any) -> Any:
         value = super()._kinetic_energy(r_unscaled)
@@ -67,6 +85,10 @@ class RecordingNUTS(_Nuts):
         before = self._mean_accept_prob
         potential = self._potential_energy_last
         result = super().sample(params)
+        if self._t <= self._warmup_steps:
+            self.warmup.append(
+                {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in result.items()}
+            )
         count = self._t - self._warmup_steps if self._t > self._warmup_steps else self._t
         self.records.append(
             {
@@ -206,9 +228,8 @@ def nuts(
         names = sorted(latent_names(trace))
         points = None if guide is None else starting_points(guide, num_chains, batches[0])
         covariance = _laplace_covariance(guide, names, batches[0]) if use_mass_matrix else None
-        samples: list[Mapping[str, Tensor]] = []
-        warmups: list[dict[str, Tensor]] = []
-        records: list[list[dict[str, float]]] = []
+        samples: list[Draws] = []
+        kernels: list[RecordingNUTS] = []
         for chain in range(num_chains):
             initial = None
             if points is not None:
@@ -216,40 +237,49 @@ def nuts(
                     n: biject_to(sites[n]["fn"].support).inv(points[n][chain]).detach().clone() for n in names
                 }
             kernel = RecordingNUTS(model, covariance, **kwargs)
-            warmup: list[dict[str, Tensor]] = []
-
-            def hook(kernel: Any, z: dict[str, Tensor], stage: str, i: int, kept: list[Any] = warmup) -> None:
-                if stage.lower().startswith("warmup"):
-                    kept.append(
-                        {
-                            n: kernel.transforms[n].inv(v) if n in kernel.transforms else v
-                            for n, v in z.items()
-                        }
-                    )
-
             mcmc = MCMC(
                 kernel,
                 num_samples=num_samples,
                 warmup_steps=warmup_steps,
                 initial_params=initial,
-                hook_fn=hook,
                 disable_progbar=not progress_bar,
             )
             mcmc.run(*args, **model_kwargs)
-            samples.append(mcmc.get_samples())
-            warmups.append({n: torch.stack([w[n] for w in warmup]) for n in names} if warmup else {})
-            records.append(kernel.records)
+            samples.append({n: v[None] for n, v in mcmc.get_samples().items()})
+            kernels.append(kernel)
+    return _collect({n: torch.cat([s[n] for s in samples]) for n in names}, kernels)
+
+
+def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSResult:
+    """Draws by site and what the kernels of the chains have recorded."""
+    size = len(kernels[0].warmup)
 
     def stats(part: slice) -> dict[str, Tensor]:
         found = {
-            key: torch.tensor([[row[key] for row in chain[part]] for chain in records], dtype=torch.float64)
-            for key in records[0][0]
+            key: torch.tensor(
+                [[row[key] for row in kernel.records[part]] for kernel in kernels], dtype=torch.float64
+            )
+            for key in kernels[0].records[0]
         }
         return found | {"diverging": found["diverging"].bool(), "tree_depth": found["tree_depth"].long()}
 
-    return NUTSResult(
-        {n: torch.stack([s[n] for s in samples]) for n in names},
-        stats(slice(warmup_steps, None)),
-        {n: torch.stack([w[n] for w in warmups]) for n in names} if warmup_steps else {},
-        stats(slice(warmup_steps)) if warmup_steps else {},
-    )
+    warmup = {
+        n: torch.stack([torch.stack([row[n] for row in k.warmup]) for k in kernels]) for n in samples if size
+    }
+    return NUTSResult(samples, stats(slice(size, None)), warmup, stats(slice(size)) if size else {})
+
+
+def recorded_run(posterior: Any) -> NUTSResult | None:
+    """
+    The draws, warm-up and statistics of a run whose kernel has recorded them.
+
+    :param posterior: any posterior.
+    :return: the result of :func:`nuts` itself, that of an :class:`~pyro.infer.MCMC` run of one chain with
+        :class:`RecordingNUTS`, ``None`` for all others.
+    """
+    if isinstance(posterior, NUTSResult):
+        return posterior
+    kernel = getattr(posterior, "kernel", None)
+    if not (isinstance(posterior, MCMC) and isinstance(kernel, RecordingNUTS) and posterior.num_chains == 1):
+        return None
+    return _collect(dict(posterior.get_samples(group_by_chain=True)), [kernel])

@@ -98,6 +98,25 @@ class PackedSite:
         self.init = fn(self.init)
 
 
+def packed_sites(model: Any) -> dict[str, PackedSite]:
+    """
+    The flat sites of a model.
+
+    :param model: a model; one that is no module has none that could be found.
+    :return: by name of the site.
+
+    Example::
+
+        >>> from pyro_bnn.nn import bayesian_
+        >>> packed_sites(bayesian_(torch.nn.Linear(3, 2), packed=True))["packed"].layout
+        {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])}
+    """
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    found = [module.__dict__["_owned_packed"] for module in modules if "_owned_packed" in module.__dict__]
+    # Pyro tells the full name of a site inside calls only
+    return {".".join(filter(None, [packed._root._pyro_name, "packed"])): packed for packed in found}
+
+
 def unpack_site(net: Any, value: Tensor) -> dict[str, Tensor]:
     """
     Splits draws of the site ``"packed"`` of a network that was converted by ``bayesian_(net, packed=True)``.

@@ -14,13 +14,16 @@ import torch
 import xarray as xr
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
 from pyro.ops.stats import fit_generalized_pareto
 from scipy.special import logsumexp
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.arviz_matrix import arviz_generation
-from pyro_bnn.diagnostics import to_datatree, to_inference_data, write_tree
+from pyro_bnn.diagnostics import log_weights, to_datatree, to_inference_data, write_tree
 from pyro_bnn.infer import fit
+from pyro_bnn.infer.nuts import RecordingNUTS
+from pyro_bnn.nn import bayesian_
 from tests.common import assert_close
 from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior
 
@@ -315,3 +318,120 @@ def test_point_masses_have_no_density() -> None:
 def test_missing_observation() -> None:
     with pytest.raises(ValueError, match="observes nothing"):
         to_datatree(linear_model, {"weight": torch.zeros(4, 3)}, (torch.zeros(5, 3),))
+
+
+def test_independent_fits_have_the_density_of_their_mixture() -> None:
+    x, y = linear_data(10)
+    guides = []
+    for shift in (0.0, 0.3):
+        guides.append(AutoNormal(linear_model))
+        guides[-1](x, y)
+        with torch.no_grad():
+            guides[-1].get_parameter("locs.weight_unconstrained").add_(shift)
+    tree = to_datatree(linear_model, guides, (x, y), num_samples=40)
+    weight = torch.as_tensor(tree["posterior"]["weight"].values)
+    parts = []
+    for guide in guides:
+        loc, scale = guide._get_loc_and_scale("weight")
+        parts.append(dist.Normal(loc, scale).log_prob(weight).sum(-1))
+    expected = torch.logsumexp(torch.stack(parts), 0) - np.log(2)
+    assert_close(tree["sample_stats"]["log_q"].values, expected.detach(), rtol=1e-9)
+
+
+def test_packed_weights_have_their_names() -> None:
+    """One flat site in the model, named tensors in the tree; opt-in, as all weights."""
+    x, y = linear_data(10)
+
+    class Model(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)]
+            self.net = bayesian_(torch.nn.Sequential(*layers), packed=True)
+            self.sigma = PyroSample(dist.LogNormal(0.0, 1.0))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            mean = self.net(x).squeeze(-1)
+            sigma = self.sigma
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(mean, sigma), obs=y)
+
+    model = Model()
+    draws = {"net.packed": torch.randn(6, 21), "sigma": torch.rand(6)}
+    tree = to_datatree(model, draws, (x, y), prior_samples=2)
+    assert set(tree["posterior"].data_vars) == set(tree["prior"].data_vars) == {"sigma"}
+    tree = to_datatree(model, draws, (x, y), weights=True, prior_samples=2)
+    found = tree["posterior"]["net.2.weight"]
+    assert found.dims == ("chain", "draw", "net.2.weight_dim_0", "net.2.weight_dim_1")
+    assert_close(found.values[0], draws["net.packed"][:, 16:20].reshape(6, 1, 4))
+    assert tree["prior"]["net.0.weight"].shape == (1, 2, 4, 3)
+    tree = to_datatree(model, draws, (x, y), var_names=["net.0.bias"])
+    assert_close(tree["posterior"]["net.0.bias"].values[0], draws["net.packed"][:, 12:16])
+    guide = AutoNormal(model)
+    guide(x, y)
+    sites, _ = log_weights(model, guide, (x, y), num_samples=5)
+    assert {name: tuple(value.shape) for name, value in sites.items()} == {
+        "net.packed": (5, 21),
+        "sigma": (5,),
+    }
+
+
+def test_constant_data_of_a_loader_are_left_out() -> None:
+    """The first batch would be a fragment, with its observations among the constants."""
+    x, y = linear_data(20)
+    draws = exact_draws(x, y, 5)
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    assert "constant_data" not in to_datatree(linear_model, draws, loader).children
+    for batch_size in (None, 8):
+        tree = to_datatree(linear_model, draws, (x, y), batch_size=batch_size)
+        assert_close(tree["constant_data"]["x"].values, x)
+        assert set(tree["constant_data"].data_vars) == {"x"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": {"wait": ["a"]}}, r"dims: \['wait'\].*'weight'"),
+        ({"dims": {"weight": ["a", "b"]}}, "'weight': 1 names expected"),
+        ({"coords": {"feature": [1, 2, 3]}}, r"coords.*\['feature'\]"),
+        (
+            {"dims": {"weight": ["feature"]}, "coords": {"feature": [1, 2]}},
+            "'feature': 2 values for a size of 3",
+        ),
+        ({"thin": 0}, "thin"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    x, y = linear_data(10)
+    with pytest.raises(ValueError, match=message):
+        to_datatree(linear_model, exact_draws(x, y, 4), (x, y), **options)
+
+
+def test_model_without_latents() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x[:, 0], 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="no latent site"):
+        to_datatree(model, lambda *args: None, linear_data(5), num_samples=3)
+
+
+def test_mcmc_with_a_recording_kernel() -> None:
+    """Pyro's own MCMC keeps neither warm-up nor energies; the kernel does."""
+    x, y = linear_data(10)
+    mcmc = MCMC(RecordingNUTS(linear_model), num_samples=20, warmup_steps=10, disable_progbar=True)
+    mcmc.run(x, y)
+    tree = to_datatree(linear_model, mcmc, (x, y))
+    stats = tree["sample_stats"]
+    assert {"energy", "tree_depth", "step_size", "acceptance_rate", "diverging", "lp"} <= set(stats.data_vars)
+    assert tree["warmup_posterior"]["weight"].shape == (1, 10, 3)
+    assert tree["warmup_sample_stats"]["energy"].shape == (1, 10)
+    # energy is potential + kinetic > 0, the potential that of the state before the transition
+    before = np.concatenate(
+        [tree["warmup_posterior"]["weight"].values[0, -1:], tree["posterior"]["weight"].values[0]]
+    )
+    potential = [
+        -float(dist.Normal(0.0, 1.0).log_prob(w).sum() + dist.Normal(x @ w, NOISE).log_prob(y).sum())
+        for w in torch.as_tensor(before[:-1])
+    ]
+    assert (stats["energy"].values[0] > potential).all()
+    assert_close(stats["lp"].values[0, :-1], -torch.tensor(potential[1:]), rtol=1e-9)

@@ -289,7 +289,10 @@ def test_scheduler_objects() -> None:
     ("optim", "message"),
     [
         (partial(torch.optim.LBFGS, lr=0.1), "polish"),
-        (pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {}, "gamma": 0.9}), "scheduler="),
+        (
+            pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {}, "gamma": 0.9}),
+            "scheduler=",
+        ),
         ("adam", "not str"),
     ],
     ids=["LBFGS", "scheduler of pyro", "string"],
