@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every ArviZ function of both generations on posteriors of every kind, in memory and read back from disk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ import torch
 import xarray as xr
 from pyro.infer.autoguide import AutoNormal
 
-from benchmarks.arviz_matrix import arviz_generation, attempt, new_checks, old_checks
+from benchmarks.arviz_matrix import (
+    POSTERIORS,
+    arviz_generation,
+    attempt,
+    check_folder,
+    new_checks,
+    old_checks,
+    table,
+    why_not,
+)
 from pyro_bnn.diagnostics import datatree_to_inference_data, to_datatree
 from pyro_bnn.infer import fit, nuts
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
@@ -70,3 +80,41 @@ def test_functions_run(name: str, tmp_path: Path) -> None:
     with xr.open_datatree(path) as loaded:
         failed = {c: t for c, f in new_checks(plots=False).items() if (t := attempt(f, loaded)) != "ok"}
     assert set(failed) == IMPOSSIBLE.get(name, set()), failed
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FILES = [RESULTS / "arviz_matrix_0.json", RESULTS / "arviz_matrix_1.json"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=["ArviZ 0", "ArviZ 1"])
+def test_committed_matrix_is_complete(path: Path) -> None:
+    """Every posterior, every cell what the reasons say, and the versions that wrote and checked it."""
+    rows = json.loads(path.read_text())
+    assert {row["posterior"] for row in rows} == set(POSTERIORS)
+    for row in rows:
+        assert {"python", "torch", "pyro-ppl", "arviz", "xarray"} <= set(row["written"]) & set(row["checked"])
+        old = row["checked"]["arviz"].startswith("0")
+        for function, text in row["cells"].items():
+            assert (text == "ok") == (why_not(function, row["posterior"], old) is None), (
+                row["posterior"],
+                function,
+            )
+    documented = Path(__file__).parents[2] / "docs" / "source" / "tables" / "arviz.rst"
+    assert documented.read_text() == table(FILES)
+
+
+def test_check_fails_without_posteriors(tmp_path: Path) -> None:
+    rows, wrong = check_folder(tmp_path)
+    assert not rows
+    assert len(wrong) == len(POSTERIORS)
+
+
+def test_check_fails_where_a_cell_is_wrong(tmp_path: Path) -> None:
+    """A tree with draws alone: what needs a log likelihood is not ok, and the other posteriors are missing."""
+    draws = xr.Dataset({n: (("chain", "draw"), torch.randn(2, 50).numpy()) for n in ("sigma", "slope")})
+    xr.DataTree.from_dict({"posterior": draws}).to_netcdf(tmp_path / "MCMC.nc")
+    (row,), wrong = check_folder(tmp_path)
+    assert row["cells"]["summary"] == "ok"
+    assert row["cells"]["loo"] != "ok"
+    assert any(text.startswith("MCMC, loo:") for text in wrong)
+    assert sum("lacks the posterior" in text for text in wrong) == len(POSTERIORS) - 1
