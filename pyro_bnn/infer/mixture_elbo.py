@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoDelta
 from pyro.infer.elbo import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import am_i_wrapped
@@ -188,7 +189,8 @@ class Mixture_ELBO(_Elbo):
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
         nesting = self._plate_nesting(model, guide, args, kwargs)
-        terms = SiteTerms(self.kl, self.entropy_weight != 0.0, self.num_particles, mixtures, K, nesting)
+        want_entropy = self.entropy_weight != 0.0
+        terms = SiteTerms(self.kl, want_entropy, self.num_particles, mixtures, K, nesting, _points(guide))
         if self._is_direct(guide, mixtures):
             model_sites = self._direct_sites(model, guide, terms, nesting, args, kwargs)
         else:
@@ -443,6 +445,15 @@ def _check_split(model_trace: Any, guide_trace: Any) -> None:
 def _mixtures(guide: Any) -> Iterator[AutoMixture]:
     if isinstance(guide, torch.nn.Module):
         yield from (module for module in guide.modules() if isinstance(module, AutoMixture))
+
+
+def _points(guide: Any) -> set[str]:
+    """The sites of Pyro's point estimates in a guide."""
+    deltas = (
+        [m for m in guide.modules() if isinstance(m, AutoDelta)] if isinstance(guide, torch.nn.Module) else []
+    )
+    traces = [delta.prototype_trace for delta in deltas if delta.prototype_trace is not None]
+    return {name for trace in traces for name, _ in trace.iter_stochastic_nodes()}
 
 
 def _common_num_components(mixtures: list[AutoMixture]) -> int:

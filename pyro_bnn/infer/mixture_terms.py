@@ -3,6 +3,7 @@
 """The terms of the bound of a mixture beside the likelihood: divergences, log priors, entropies."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class SiteTerms:
     :param mixtures: the mixtures in the guide.
     :param K: number of components.
     :param nesting: number of plate dimensions of the model.
+    :param points: sites whose guide is a point estimate of another kind.
     :ivar kl: the divergence, before scaling.
     :ivar log_prior: log prior density of the point estimates.
     :ivar entropy: of the guide, if it is wanted.
@@ -60,7 +62,9 @@ class SiteTerms:
         mixtures: list[AutoMixture],
         K: int,
         nesting: int,
+        points: Collection[str] = (),
     ) -> None:
+        self.points = points
         self.kind, self.want_entropy, self.num_particles = kind, want_entropy, num_particles
         self.mixtures, self.K, self.nesting = mixtures, K, nesting
         self.kl: Any = 0.0
@@ -97,7 +101,8 @@ class SiteTerms:
             kind = site["infer"].get(SITE_KEY, {}).get("kind")
             if kind == "index":  # uniform in the model and in the guide
                 continue
-            if isinstance(unwrap(site["fn"]), Delta) and (kind in ("delta", "point") or not auxiliary):
+            point = kind in ("delta", "point") or name in self.points or not auxiliary
+            if isinstance(unwrap(site["fn"]), Delta) and point:
                 shared = _shared_log_prob(prior) if kind == "point" and mask is None else None
                 if shared is None:
                     log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask)).mean()
@@ -145,19 +150,25 @@ def _divergence(site: Any, prior: Any) -> Tensor:
     if source is not None:
         base = unwrap(site["fn"])
         if not isinstance(base, Normal):
+            kind = site["infer"].get(SITE_KEY, {}).get("kind", type(base).__name__)
             raise ValueError(
-                f"site {prior['name']!r} has a ClosedFormPrior, which needs Normal components, found "
-                f"{type(base).__name__}: choose component='normal' or another prior."
+                f"site {prior['name']!r} has a ClosedFormPrior, which needs Normal components, found {kind}: choose "
+                "component='normal' or another prior."
             )
         return source.divergence(base.loc, base.scale.square())
+    if isinstance(unwrap(site["fn"]), Delta):  # a part of a joint draw, whose density is counted with that
+        return _log_prob(site) - _log_prob(prior)
     try:
         return kl_divergence(site["fn"], prior["fn"])
     except NotImplementedError:
-        sample = _log_prob(site) - _log_prob(prior)
-        # values per example are draws of one site: average over them
-        once = site["fn"].batch_shape
-        extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
-        return sample.mean(extra, keepdim=True) if extra else sample
+        return _once(site, _log_prob(site) - _log_prob(prior))
+
+
+def _once(site: Any, sample: Tensor) -> Tensor:
+    """Values per example are draws of one site: averages a term over them."""
+    once = site["fn"].batch_shape
+    extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
+    return sample.mean(extra, keepdim=True) if extra else sample
 
 
 def _one_draw(node: Any, site: Any, nesting: int) -> Tensor:
@@ -174,7 +185,7 @@ def _entropy(site: Any) -> Tensor:
     try:
         return site["fn"].entropy()
     except NotImplementedError:
-        return -_log_prob(site)
+        return _once(site, -_log_prob(site))
 
 
 def _log_prob(site: Any) -> Tensor:

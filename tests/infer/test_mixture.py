@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuideList, AutoNormal
 from pyro.optim import Adam
 from torch import nn
 from torch.distributions import kl_divergence
@@ -132,6 +132,20 @@ def test_point_estimates_are_map_terms():
     expected = dist.LogNormal(-1.0, 0.5).log_prob(values["sigma"])
     expected = expected + sum(dist.Normal(0.0, 1.0).log_prob(values[n]).sum(-1) for n in ("0.bias", "2.bias"))
     assert_close(elbo.parts["log_prior"], expected.mean())
+
+
+@pytest.mark.parametrize("num_components", [1, 3])
+def test_point_estimates_follow_the_scale_of_the_model(num_components):
+    def model(x, y=None):
+        with poutine.scale(scale=0.3):
+            w = pyro.sample("w", dist.Normal(torch.ones(D), 2.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1), 0.5), obs=y)
+
+    guide = AutoMixture(model, num_components, {"w": "point"}).initialize(X, Y)
+    elbo = Mixture_ELBO()
+    elbo.loss(model, guide, X, Y)
+    assert_close(elbo.parts["log_prior"], 0.3 * dist.Normal(1.0, 2.0).log_prob(guide.points.w.detach()).sum())
 
 
 def test_shared_weights_are_one_point():
@@ -457,3 +471,64 @@ def test_clear_errors():
         pytest.warns(UserWarning, match="Found"),
     ):
         Mixture_ELBO(max_plate_nesting=1).loss(linear_model, guide, X)
+
+
+@pytest.mark.parametrize("kl", ["mean", "sum"])
+@pytest.mark.parametrize("component", ["normal", "low_rank"])
+@pytest.mark.parametrize("other", [AutoNormal, AutoDiagonalNormal])
+def test_guides_of_other_sites_count_once(kl, component, other):
+    """A Gaussian of Pyro on a constrained site (its Jacobian included), a point estimate, and a mixture, in one list."""
+    K, S = 2, 3
+    net, model = rank1_model()
+    expose = poutine.block
+    guide = AutoGuideList(model)
+    guide.append(AutoMixture(expose(model, hide=["sigma", "0.bias", "2.bias"]), K, component, init_scale=0.2))
+    guide.append(other(expose(model, expose=["sigma"]), init_scale=0.3))
+    guide.append(AutoDelta(expose(model, expose=["0.bias", "2.bias"])))
+    guide(X, Y)
+    elbo = Mixture_ELBO(kl=kl, kl_scale=0.7, num_particles=S, max_plate_nesting=1)
+    pyro.set_rng_seed(2)
+    loss = elbo.loss(model, guide, X, Y)
+    pyro.set_rng_seed(2)
+    _, trace = elbo._get_trace(model, guide, (X, Y), {})
+    shapes = {n: s["value"].shape for n, s in poutine.trace(net).get_trace(X).iter_stochastic_nodes()} | {
+        "sigma": ()
+    }
+    values = {
+        n: trace.nodes[n]["value"].expand(S, K, 1, *shape).reshape(S, K, *shape)
+        for n, shape in shapes.items()
+    }
+    factors = [n for n in shapes if n.endswith((".r", ".s"))]
+    names = [n for n, _ in guide[1].named_parameters()]
+    loc, scale = (p.detach().flatten()[0] for p in _locations(guide[1], names))
+    divergence, log_prior, fit = torch.zeros(K), 0.0, 0.0
+    for s in range(S):
+        for k in range(K):
+            v = {n: value[s, k] for n, value in values.items()}
+            with SubstituteMessenger(v):
+                f = net(X).squeeze(-1)
+            fit = fit + dist.Normal(f, v["sigma"]).log_prob(Y).sum() / (S * K)
+            log_prior = log_prior + sum(
+                dist.Normal(0.0, 1.0).log_prob(v[n]).sum() for n in shapes if "bias" in n
+            ) / (S * K)
+            each = dist.LogNormal(loc, scale).log_prob(v["sigma"]) - dist.LogNormal(-1.0, 0.5).log_prob(
+                v["sigma"]
+            )
+            if component == "normal":
+                for n in factors:
+                    each = each + kl_divergence(
+                        _at(guide[0].component_distributions()[n], k),
+                        dist.Normal(1.0, 0.1).expand(shapes[n]).to_event(1),
+                    )
+            else:
+                each = each + guide[0].component_log_prob(v)[k]
+                each = each - sum(dist.Normal(1.0, 0.1).log_prob(v[n]).sum() for n in factors)
+            divergence[k] += each.detach() / S
+    total = divergence.mean() if kl == "mean" else divergence.sum()
+    assert_close(loss, 0.7 * total - fit - log_prior, rtol=1e-9)
+
+
+def _locations(guide, names):
+    if isinstance(guide, AutoDiagonalNormal):
+        return guide.loc, guide.scale
+    return guide.locs.sigma, guide.scales.sigma

@@ -129,6 +129,21 @@ def test_noise_per_example_counts_a_monte_carlo_kl_once():
     assert kls["shared"] > 1.0
 
 
+def test_noise_per_example_counts_a_monte_carlo_entropy_once():
+    _, model = rank1_model(
+        dist.Beta(torch.full((), 20.0), 5.0)
+    )  # the entropy of its components has no closed form
+    entropies = {}
+    for noise in ("shared", "per_example"):
+        pyro.set_rng_seed(1)
+        guide = AutoMixture(model, 2, init_scale=0.1, noise=noise).initialize(X, Y)
+        elbo = Mixture_ELBO(num_particles=400, entropy_weight=0.1)
+        elbo.loss(model, guide, X, Y)
+        entropies[noise] = elbo.parts["entropy"]
+    assert_close(entropies["per_example"], entropies["shared"], rtol=0.02)
+    assert entropies["shared"] < -20
+
+
 def test_fixed_and_shared_scales():
     _, model = rank1_model()
     for mode, number in (("free", 12), ("shared", 4), ("fixed", 0)):
@@ -353,3 +368,52 @@ def test_clear_errors(arguments, message):
         init_to_random_sign(probability=2.0)
     with pytest.raises(ValueError, match="rate must lie"):
         dropout_scale(1.0)
+
+
+def test_low_rank_components_of_constrained_sites():
+    """The joint Gaussian lives in unconstrained space: densities and divergences carry the Jacobians."""
+
+    def model():
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("slope", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = AutoMixture(model, 2, "low_rank", rank=2, init_scale=0.4).initialize()
+    joint = guide._low_rank()
+    assert joint.event_shape == (1 + 2 + 2,)
+    simplex = dist.constraints.simplex
+    to_simplex = torch.distributions.biject_to(simplex)
+
+    def log_q(v):
+        raw = torch.cat([v["scale"].log().unsqueeze(-1), to_simplex.inv(v["share"]), v["slope"]], -1)
+        order = {"scale": raw[..., :1], "share": raw[..., 1:3], "slope": raw[..., 3:]}
+        raw = torch.cat([order[s.name] for s in guide._low_rank_sites()], -1)
+        volume = v["scale"].log() + to_simplex.log_abs_det_jacobian(order["share"], v["share"])
+        return joint.log_prob(raw.unsqueeze(-2)) - volume.unsqueeze(-1)
+
+    def log_p(v):
+        parts = (
+            dist.LogNormal(0.0, 1.0).log_prob(v["scale"]),
+            dist.Dirichlet(torch.ones(3)).log_prob(v["share"]),
+        )
+        return sum(parts) + dist.Normal(0.0, 1.0).log_prob(v["slope"]).sum(-1)
+
+    draws = guide.sample_posterior((2, 20_000), by_component=True)
+    assert_close(draws["share"].sum(-1), torch.ones(2, 20_000))
+    assert_close(guide.component_log_prob(draws), log_q(draws), rtol=1e-9, atol=1e-9)
+    each = log_q(draws)
+    own = each.diagonal(dim1=0, dim2=2).T
+    expected = {"mean": (own - log_p(draws)).mean()}
+    expected["exact"] = (each.logsumexp(-1) - math.log(2) - log_p(draws)).mean()
+    for kl, value in expected.items():
+        elbo = Mixture_ELBO(kl=kl, num_particles=20_000, max_plate_nesting=0, entropy_weight=1.0)
+        elbo.loss(model, guide)
+        assert_close(elbo.parts["kl"], value.detach(), rtol=0, atol=0.03)
+        entropy = -own.mean() if kl == "mean" else -(each.logsumexp(-1) - math.log(2)).mean()
+        assert_close(elbo.parts["entropy"], entropy.detach(), rtol=0, atol=0.03)
+    trace = poutine.trace(guide).get_trace()
+    v = {n: trace.nodes[n]["value"] for n in draws}
+    assert_close(trace.log_prob_sum(), log_q(v).logsumexp(-1) - math.log(2), rtol=1e-9)
+    q = guide.quantiles([0.25, 0.75])["scale"]
+    share = ((draws["scale"] > q[0]) & (draws["scale"] < q[1])).double().mean()
+    assert_close(share, 0.5, rtol=0, atol=0.01)

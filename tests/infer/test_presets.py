@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 from pyro_bnn.infer import default_preset, dusenberry2020, fit
@@ -43,8 +44,31 @@ def test_settings_of_the_paper():
     guide = preset.guide(lambda: None)
     assert (guide.num_components, guide.noise) == (4, "per_example")
     assert_close(guide.init_scale, math.sqrt(1e-3 / 0.999))
+    guide = preset.guide(lambda: None, num_components=2)
+    net = preset.convert_(nn.Sequential(nn.Linear(400, 400), nn.BatchNorm1d(400)))
+    assert set(net[0]._clips.values()) == {10.0}
+    assert not hasattr(net[1], "num_components")  # one for all components
+    nodes = dict(poutine.trace(net).get_trace(torch.randn(3, 400)).iter_stochastic_nodes())
+    for name in ("0.r", "0.s"):
+        prior = nodes[name]["fn"].base_dist
+        assert_close([prior.loc[0], prior.scale[0]], [1.0, 0.1], rtol=1e-6)
+        start = guide.init_loc_fn(nodes[name])
+        assert_close(start.abs(), torch.ones(400))
+        assert_close((start > 0).double().mean(), 0.5, rtol=0, atol=0.1)
     net = preset.convert_(nn.Linear(2, 2), clip=5.0)
     assert set(net._clips.values()) == {5.0}
+
+
+def test_settings_of_the_default():
+    preset = default_preset()
+    elbo = preset.elbo(1000)
+    assert (elbo.kl, elbo.likelihood, elbo.kl_scale.num_steps) == ("mean", "average", 800)
+    guide = preset.guide(lambda: None)
+    assert (guide.noise, guide.init_scale, guide.component) == ("shared", 0.1, "normal")
+    net = preset.convert_(nn.Linear(16, 3))
+    nodes = dict(poutine.trace(net).get_trace(torch.zeros(2, 16)).iter_stochastic_nodes())
+    assert_close(nodes["weight"]["fn"].base_dist.scale, torch.ones(3, 16))  # 4 / sqrt(16)
+    assert_close(nodes["r"]["fn"].base_dist.scale, torch.full((3,), 0.5))
 
 
 def test_the_cauchy_preset():

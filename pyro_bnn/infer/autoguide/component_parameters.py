@@ -15,7 +15,7 @@ from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pyro_bnn.infer.autoguide.components import LatentSite, component_distribution
+from pyro_bnn.infer.autoguide.components import LatentSite, component_distribution, constrain
 
 _Guide: Any = AutoGuide
 
@@ -120,8 +120,8 @@ class ComponentParameters(_Guide):
         for site, mean, spread in self._blocks():
             if site.kind == "low_rank":
                 assert spread is not None
-                loc.append(mean.flatten(1))
-                scale.append(spread.flatten(1))
+                loc.append(mean.reshape(len(mean), -1))
+                scale.append(spread.reshape(len(spread), -1))
         return dist.LowRankMultivariateNormal(
             torch.cat(loc, -1), self.cov_factor, torch.cat(scale, -1).square()
         )
@@ -180,12 +180,11 @@ class ComponentParameters(_Guide):
         total: Any = 0.0
         low_rank = self._low_rank()
         if low_rank is not None:
-            parts = [
-                values[site.name].flatten(-len(site.shape) or values[site.name].dim())
-                if site.shape
-                else values[site.name].unsqueeze(-1)
-                for site in self._low_rank_sites()
-            ]
+            parts = []
+            for site in self._low_rank_sites():
+                raw = site.transform.inv(values[site.name])
+                total = total - constrain(site, raw)[1].unsqueeze(-1)
+                parts.append(raw.reshape(*raw.shape[: raw.dim() - len(site.raw_shape)], -1))
             total = total + low_rank.log_prob(torch.cat(parts, -1).unsqueeze(-2))
         for site, loc, scale in self._blocks():
             if scale is not None and site.kind != "low_rank":

@@ -61,6 +61,22 @@ class LatentSite:
         return biject_to(self.support)
 
 
+def constrain(site: LatentSite, raw: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Takes values of a site from unconstrained space to its support.
+
+    :param site: the site.
+    :param raw: shape ``(*lead, *raw_shape)``.
+    :return: the values, shape ``(*lead, *shape)``, and the log of the volume that they gain, shape ``lead``.
+    """
+    lead = raw.shape[: raw.dim() - len(site.raw_shape)]
+    if is_real(site.support) and site.kind != "lognormal":
+        return raw, raw.new_zeros(lead)
+    value = site.transform(raw)
+    volume = site.transform.log_abs_det_jacobian(raw, value)
+    return value, volume.reshape(*lead, -1).sum(-1)
+
+
 def to_event(fn: Any, ndim: int) -> Any:
     """
     Declares the rightmost dimensions of a distribution as event dimensions.

@@ -102,8 +102,11 @@ def describe_site(name: str, site: Any, kind: str, num_components: int) -> Laten
         raise ValueError(f"site {name!r} is discrete ({fn}); AutoMixture takes continuous sites.")
     if kind == "cauchy" and not is_real(support):
         raise ValueError(f"site {name!r} has support {support}, but Cauchy components need the real line.")
-    if kind == "low_rank" and (not is_real(support) or site["cond_indep_stack"]):
-        raise ValueError(f"site {name!r} is constrained or in a plate; low-rank components allow neither.")
+    if kind == "low_rank" and site["cond_indep_stack"]:
+        raise ValueError(
+            f"site {name!r} is in the plate {site['cond_indep_stack'][0].name!r}, which low-rank components do not allow: "
+            "give it another family by component={...}."
+        )
     value = site["value"]
     with helpful_support_errors(site):
         raw_shape = biject_to(support).inv(value).shape

@@ -20,6 +20,7 @@ from pyro_bnn.infer.autoguide.components import (
     SCALED_KINDS,
     LatentSite,
     component_distribution,
+    constrain,
     draw_components,
     draw_low_rank,
     raw_quantile,
@@ -58,7 +59,8 @@ class AutoMixture(ComponentParameters):
     :param int num_components: :math:`K`.
     :param component: the family of the components: ``"normal"``, ``"cauchy"``, ``"lognormal"``, ``"delta"`` (one
         value per component), ``"point"`` (one value that all components share) or ``"low_rank"`` (a Gaussian with
-        covariance :math:`\operatorname{diag} \sigma^2 + V V^\top` over the concatenation of all sites of this family). A mapping from site names, last
+        covariance :math:`\operatorname{diag} \sigma^2 + V V^\top` over the concatenation of all sites of this family in
+        unconstrained space). A mapping from site names, last
         parts of names, or patterns such as ``"layers.*.bias"`` to families, or ``callable(name, site)``, decides per
         site; sites that it leaves out get the default.
     :param str scale: ``"free"``, one trained scale per element; ``"shared"``, one per component and site;
@@ -289,8 +291,11 @@ class AutoMixture(ComponentParameters):
             low_rank = self._low_rank()
             joint = SharedIndexMixture([*([] if low_rank is None else [low_rank]), *blocks])
             latent = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
-            sizes = [site.shape.numel() for site in self._mixed]
+            sizes = [s.size if s.kind == "low_rank" else s.shape.numel() for s in self._mixed]
             for site, piece in zip(self._mixed, latent.split(sizes, -1), strict=True):
+                if site.kind == "low_rank":
+                    values[site.name] = self._sample_piece(site, piece, plates)
+                    continue
                 value = piece.reshape(
                     torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
                 )
@@ -353,10 +358,12 @@ class AutoMixture(ComponentParameters):
         latent = pyro.sample(f"_{self._pyro_name}_low_rank", joint, infer={"is_auxiliary": True})
         sites = self._low_rank_sites()
         for site, piece in zip(sites, latent.split([site.size for site in sites], -1), strict=True):
-            value = piece.reshape(
-                torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
-            )
-            values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+            values[site.name] = self._sample_piece(site, piece, plates)
+
+    def _sample_piece(self, site: LatentSite, piece: Tensor, plates: Mapping[str, Any]) -> Tensor:
+        """Registers a site's part of the joint Gaussian, whose density is that of the auxiliary site."""
+        value, volume = constrain(site, piece.reshape(piece.shape[:-1] + site.raw_shape))
+        return self._sample(site, dist.Delta(value, log_density=-volume, event_dim=site.event_dim), plates)
 
     @torch.no_grad()
     def sample_posterior(
@@ -400,7 +407,7 @@ class AutoMixture(ComponentParameters):
             joint = draw_low_rank(low_rank, index.to(low_rank.loc.device))
             sites = self._low_rank_sites()
             for site, piece in zip(sites, joint.split([s.size for s in sites], -1), strict=True):
-                draws[site.name] = piece.reshape(shape + site.shape)
+                draws[site.name] = site.transform(piece.reshape(shape + site.raw_shape))
         if self._index is not None:
             draws[self._index.name] = index.to(self.loc.device).reshape(shape + self._index.shape)
         for site, loc, scale in self._blocks():
