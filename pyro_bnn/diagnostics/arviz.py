@@ -36,7 +36,7 @@ def to_datatree(
     constant_data: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**25,
+    max_memory: float = 24 * 2**20,
     attrs: Mapping[str, Any] | None = None,
     path: str | PathLike[str] | None = None,
     block_size: int | None = None,

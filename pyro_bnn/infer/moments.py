@@ -138,7 +138,7 @@ def predictive_moments(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**25,
+    max_memory: float = 24 * 2**20,
     draws: Draws | None = None,
 ) -> PredictiveMoments:
     """

@@ -238,7 +238,7 @@ def posterior_predictive(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 2**25,
+    max_memory: float = 24 * 2**20,
     draws: Draws | None = None,
     generator: torch.Generator | None = None,
 ) -> PosteriorPredictive:
@@ -262,7 +262,7 @@ def posterior_predictive(
     :param int batch_size: splits one batch of tensors into pieces of this many rows.
     :param bool vectorize: ``None`` to check whether the model broadcasts; ``False`` to loop; ``True`` to fail
         with the reason if it does not.
-    :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 32 MiB by default. More is not faster: draws
+    :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 24 MiB by default. More is not faster: draws
         that run together should stay near the processor's caches.
     :param draws: posterior draws to use instead of fresh ones (e.g. ``prediction.draws`` of another call).
     :param generator: source of all random numbers; the global state then stays as it is.
