@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 from pyro_bnn.infer.data import Batch, iter_batches
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import latent_names, sample_sites
+from pyro_bnn.infer.initialize import check_observations
 from pyro_bnn.infer.parameters import local_parameters
 
 _Nuts: Any = NUTS
@@ -205,6 +206,8 @@ def nuts(
     :param kwargs: arguments of :class:`~pyro.infer.NUTS`, such as ``target_accept_prob``.
     :return: draws and statistics, which :func:`~pyro_bnn.diagnostics.to_datatree` and
         :func:`~pyro_bnn.infer.posterior_predictive` take.
+    :raises ValueError: if there are several batches, if the model observes nothing in the data, or if the guide lacks
+        one of its sites.
 
     Example::
 
@@ -224,9 +227,14 @@ def nuts(
     with local_parameters():
         with poutine.block(), torch.no_grad():
             trace = poutine.trace(model).get_trace(*args, **model_kwargs)
+        if args or model_kwargs:  # a density without data needs no observation
+            check_observations(trace, batches[0])
         sites = sample_sites(trace)
         names = sorted(latent_names(trace))
         points = None if guide is None else starting_points(guide, num_chains, batches[0])
+        missing = sorted(set(names) - set(names if points is None else points))
+        if missing:
+            raise ValueError(f"nuts: the guide has no draws of the sites {missing}, which the model samples.")
         covariance = _laplace_covariance(guide, names, batches[0]) if use_mass_matrix else None
         samples: list[Draws] = []
         kernels: list[RecordingNUTS] = []

@@ -146,3 +146,25 @@ def test_covariance_of_pyros_guides() -> None:
     assert_close(
         _laplace_covariance(guide, ["weight"], ((x, y), {})), 0.09 * torch.eye(3), rtol=1e-9, atol=1e-12
     )
+
+
+def test_observations_and_sites_are_needed() -> None:
+    """Without them NUTS would sample the prior, or fail far from the cause."""
+    x, y = linear_data(10)
+    with pytest.raises(ValueError, match=r"no observed site.*'obs'"):
+        nuts(linear_model, (x,), num_samples=2, warmup_steps=2, num_chains=1, progress_bar=False)
+
+    def with_noise(x: torch.Tensor, y: torch.Tensor) -> None:
+        linear_model(x, y)
+        pyro.sample("noise", dist.Normal(0.0, 1.0))
+
+    guide = AutoMultivariateNormal(linear_model)
+    guide(x, y)
+    with pytest.raises(ValueError, match=r"no draws of the sites \['noise'\]"):
+        nuts(with_noise, (x, y), guide=guide, num_samples=2, warmup_steps=2, num_chains=1, progress_bar=False)
+
+    def density() -> None:
+        pyro.sample("z", dist.Normal(2.0, 0.1))
+
+    run = nuts(density, (), num_samples=50, warmup_steps=50, num_chains=1, progress_bar=False)
+    assert_close(run.samples["z"].mean(), torch.tensor(2.0), atol=0.1, rtol=0)
