@@ -14,6 +14,7 @@ from torch.distributions import Cauchy, LogNormal, Normal
 from pyro_bnn.infer.autoguide.components import LatentSite, is_real
 from pyro_bnn.infer.autoguide.joint_draws import Span, columns, spans_of
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.nn.priors import unwrap
 
 
 def normal_divergence(loc: Tensor, scale: Tensor, loc_0: Tensor, scale_0: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class JointTerms:
 
     def _moments(self, site: LatentSite, prior: Any) -> tuple[Tensor, Tensor]:
         """Location and scale of a prior, as scalars if they are the same for all elements."""
-        base = _base(prior)
+        base = unwrap(prior)
         self.priors[site.name] = prior
         moments = []
         for t in (base.loc, base.scale):
@@ -159,15 +160,9 @@ def constant_priors(
     return found
 
 
-def _base(prior: Any) -> Any:
-    while isinstance(prior, torch.distributions.Independent):
-        prior = prior.base_dist
-    return prior
-
-
 def _family(site: LatentSite, prior: Any) -> str:
     """How a site is treated; empty if not here."""
-    base = _base(prior)
+    base = unwrap(prior)
     if (
         not isinstance(base, (Normal, LogNormal, Cauchy))
         or base.loc.requires_grad

@@ -24,8 +24,9 @@ from torch import Tensor
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import CollectMessenger, Site, check_broadcast, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
-from pyro_bnn.infer.mixture_terms import SiteTerms, per_component, unwrap
+from pyro_bnn.infer.mixture_terms import SiteTerms, per_component
 from pyro_bnn.nn.folding import split_batch
+from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY, silent_sites
 
 _Elbo: Any = ELBO

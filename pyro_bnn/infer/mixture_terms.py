@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from pyro import distributions as dist
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
@@ -16,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import Site
 from pyro_bnn.nn.hierarchical import closed_form_source
+from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY
 
 
@@ -207,13 +207,3 @@ def _shared_log_prob(site: Any) -> Tensor | None:
         return None
     value, loc, scale = (t[(0,) * batch] for t in tensors)
     return Normal(loc, scale, validate_args=False).log_prob(value).sum()
-
-
-def unwrap(fn: Any) -> Any:
-    """
-    :param fn: a distribution.
-    :return: the same without :class:`~torch.distributions.Independent`.
-    """
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn

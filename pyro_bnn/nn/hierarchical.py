@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_bnn.nn.priors import map_distribution
+from pyro_bnn.nn.priors import map_distribution, unwrap
 
 _FAMILIES: dict[str, Callable[..., Any]] = {
     "normal": dist.Normal,
@@ -285,6 +285,5 @@ def closed_form_source(prior: Any) -> ClosedFormPrior | None:
     :param prior: the distribution.
     :return: the prior, or ``None`` for every other distribution.
     """
-    while isinstance(prior, torch.distributions.Independent):
-        prior = prior.base_dist
-    return prior.source if isinstance(prior, _ClosedFormNormal) else None
+    base = unwrap(prior)
+    return base.source if isinstance(base, _ClosedFormNormal) else None

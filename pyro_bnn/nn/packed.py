@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_bnn.nn.priors import map_distribution
+from pyro_bnn.nn.priors import map_distribution, unwrap
 from pyro_bnn.nn.sites import SITE_KEY, SiteModule
 
 
@@ -32,9 +32,7 @@ class PackedSite:
             for key in layer._site_names():
                 spec = layer._sites[key]
                 full = f"{path}.{key}" if path else key
-                base = spec.prior
-                while isinstance(base, torch.distributions.Independent):
-                    base = base.base_dist
+                base = unwrap(spec.prior)
                 if not isinstance(base, torch.distributions.Normal) or spec.init is None:
                     raise ValueError(
                         f"packed=True needs Normal priors, but that of {full!r} is {type(base).__name__}: use "

@@ -55,6 +55,16 @@ class FanInNormal:
         return dist.Normal(zero, zero + scale).expand(shape).to_event(len(shape))
 
 
+def unwrap(fn: Any) -> Any:
+    """
+    :param fn: a distribution.
+    :return: the same without :class:`~torch.distributions.Independent`.
+    """
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
 def fit_shape(prior: Any, name: str, shape: Iterable[int]) -> Any:
     """
     Expands a distribution to the shape of a parameter and declares all of its dimensions as event dimensions.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.nn.bayesian import broadcast_linear
 from pyro_bnn.nn.folding import apply_factor
-from pyro_bnn.nn.priors import PriorLike, check_keys, place_prior, resolve_prior
+from pyro_bnn.nn.priors import PriorLike, check_keys, place_prior, resolve_prior, unwrap
 from pyro_bnn.nn.sites import SiteModule
 
 FORMS = ("multiplicative", "residual", "additive")
@@ -474,9 +474,7 @@ def is_cauchy(prior: Any) -> bool:
     """
     if getattr(prior, "family", None) == "cauchy":
         return True
-    while isinstance(prior, torch.distributions.Independent):
-        prior = prior.base_dist
-    return isinstance(prior, (torch.distributions.Cauchy, torch.distributions.HalfCauchy))
+    return isinstance(unwrap(prior), (torch.distributions.Cauchy, torch.distributions.HalfCauchy))
 
 
 def finish_layer(layer: Any, options: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
+from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY
 
 
@@ -40,9 +41,7 @@ def init_component(site: Any) -> Tensor:
         return init.expand(site["fn"].shape()).clone()
     if role not in ("factor", "weight"):
         return init_to_median(site)
-    base = site["fn"]
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
+    base = unwrap(site["fn"])
     if isinstance(base, torch.distributions.Cauchy):
         # a draw would start some factors far in the tails
         return base.loc + base.scale * torch.randn_like(base.loc)
