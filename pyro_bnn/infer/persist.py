@@ -3,6 +3,7 @@
 """Saving a fitted guide, and loading it into a fresh object of a fresh process."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro_bnn.infer.checkpoint import atomic_save
 from pyro_bnn.infer.data import Batch, iter_batches
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.predictive import evaluation_mode
 
 
 def batch_of(example: dict[str, Any], device: torch.device) -> Batch:
@@ -102,7 +104,11 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None) -> An
         else:
             raise ValueError(f"{path} does not say what data the guide was initialised on; pass data.")
         initialize = getattr(guide, "initialize", guide)
-        with local_parameters(), torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng():
+        with ExitStack() as stack:
+            for context in (local_parameters(), torch.no_grad(), pyro.validation_enabled(False)):
+                stack.enter_context(context)
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network
             initialize(*args, **kwargs)
     guide.load_state_dict(saved["state"], strict=True)
     return guide

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -33,6 +34,7 @@ from pyro.infer.autoguide import (
 from pyro_bnn.infer import fit, load_guide, posterior_draws, save_guide
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.infer.autoguide.laplace import Structure
+from pyro_bnn.nn import rank1_
 from tests.infer.models import linear_data, linear_model
 
 
@@ -141,6 +143,33 @@ def test_pickles(name: str) -> None:
     guide = trained(name)
     expected = draws(guide)
     assert torch.equal(draws(pickle.loads(pickle.dumps(guide))), expected)
+
+
+def test_loading_leaves_the_statistics_of_a_network(tmp_path: Path) -> None:
+    """A fresh guide is initialised on zeros, which the network must not take for data."""
+
+    def build() -> tuple[torch.nn.Module, Any]:
+        net = rank1_(
+            torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+        )
+
+        def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+            f = net(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
+
+        return net, model
+
+    net, model = build()
+    guide = AutoMixture(model, 2)
+    fit(model, guide, linear_data(10), num_steps=3, progress_bar=False)
+    save_guide(guide, tmp_path / "guide.pt")
+    other, model = build()
+    other.load_state_dict(net.state_dict())
+    load_guide(AutoMixture(model, 2), tmp_path / "guide.pt")
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+    assert other.training
 
 
 def test_errors(tmp_path: Path) -> None:
