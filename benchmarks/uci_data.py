@@ -49,7 +49,7 @@ def _read(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(path))
 
 
-def load(name: str, kind: str, split: int, *, validate: bool = False) -> Split:
+def load(name: str, kind: str, split: int, *, validate: bool = False, gap: int | None = None) -> Split:
     """
     One split, standardised with the mean and standard deviation of its training part.
 
@@ -58,6 +58,7 @@ def load(name: str, kind: str, split: int, *, validate: bool = False) -> Split:
     :param split: its number.
     :param validate: whether rows of the training part take the place of the test part, which is then not used: a
         random fifth, or for gap splits the middle third along the next feature.
+    :param gap: with ``validate``, the feature along which the middle third is held out, for all kinds of splits.
     """
     raw = _read(name)
     x, y = torch.from_numpy(raw["x"]).double(), torch.from_numpy(raw["y"]).double()
@@ -67,8 +68,10 @@ def load(name: str, kind: str, split: int, *, validate: bool = False) -> Split:
     if validate:
         x, y = x[~test], y[~test]
         third = len(x) // 3
-        if kind == "gap":
-            held_out = x[:, (split + 1) % x.shape[1]].argsort(stable=True)[third : 2 * third]
+        if kind == "gap" and gap is None:
+            gap = split + 1
+        if gap is not None:
+            held_out = x[:, gap % x.shape[1]].argsort(stable=True)[third : 2 * third]
         else:
             held_out = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))[: len(x) // 5]
         test = torch.zeros(len(x), dtype=torch.bool)
@@ -87,6 +90,19 @@ def mixture_cdf(mean: Tensor, variance: Tensor, value: Tensor) -> Tensor:
     return torch.special.ndtr((value.unsqueeze(-2) - mean) / variance.sqrt()).mean(-2)
 
 
+def log_likelihood(mean: Tensor, variance: Tensor, y: Tensor, scale: float) -> float:
+    """The mean log likelihood in original units; see :func:`scores`."""
+    log_density = -0.5 * ((y - mean).square() / variance + (2 * math.pi * variance).log())
+    mixed = torch.logsumexp(log_density, 0) - math.log(len(mean))
+    return float(mixed.mean()) - math.log(scale)
+
+
+def coverage(mean: Tensor, variance: Tensor, y: Tensor) -> float:
+    """The share of targets in central 95 % intervals; see :func:`scores`."""
+    pit = mixture_cdf(mean, variance, y)
+    return float(((pit >= 0.025) & (pit <= 0.975)).double().mean())
+
+
 def scores(mean: Tensor, variance: Tensor, y: Tensor, scale: float) -> dict[str, float]:
     """
     Scores of the predictions (1/S) sum_s N(mean_s, variance_s), all exact for the mixture.
@@ -96,12 +112,9 @@ def scores(mean: Tensor, variance: Tensor, y: Tensor, scale: float) -> dict[str,
     :param y: standardised targets.
     :param scale: standard deviation of the targets: log likelihood, RMSE and CRPS are in original units.
     """
-    log_density = -0.5 * ((y - mean).square() / variance + (2 * math.pi * variance).log())
-    mixed = torch.logsumexp(log_density, 0) - math.log(len(mean))
-    pit = mixture_cdf(mean, variance, y)
     return {
-        "log_likelihood": float(mixed.mean()) - math.log(scale),
+        "log_likelihood": log_likelihood(mean, variance, y, scale),
         "rmse": metrics.rmse(mean, y) * scale,
         "crps": metrics.crps_normal(mean, variance, y) * scale,
-        "coverage": float(((pit >= 0.025) & (pit <= 0.975)).double().mean()),
+        "coverage": coverage(mean, variance, y),
     }

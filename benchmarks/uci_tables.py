@@ -172,6 +172,27 @@ def against_nuts(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
         yield f"gold_{name}", table
 
 
+def noise_of_gaps(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
+    """Per kind of split and data set, each method with its own noise and with that of gaps inside the training part."""
+    if not path.exists():
+        return
+    cells = read([path])
+    for kind, name in dict.fromkeys((k, n) for k, n, _ in cells):
+        table = [["", "splits", "own: mean", "worst", "coverage", "inner gaps: mean", "worst", "coverage"]]
+        for method in (m for k, n, m in cells if (k, n) == (kind, name)):
+            rows = cells[kind, name, method]
+            row = [method, str(len(rows))]
+            for prefix in ("own_", ""):
+                values = [r[f"{prefix}log_likelihood"] for r in rows]
+                row += [
+                    cell(rows, f"{prefix}log_likelihood", 2, len(rows)),
+                    f"{min(values):.2f}".replace("-", "−"),
+                ]
+                row += [f"{statistics.mean(r[f'{prefix}coverage'] for r in rows):.3f}"]
+            table.append(row)
+        yield f"uci_noise_{kind}_{name}", table
+
+
 def write(name: str, rows: list[list[str]]) -> None:
     TABLES.mkdir(parents=True, exist_ok=True)
     with (TABLES / f"{name}.csv").open("w", newline="") as stream:
@@ -193,6 +214,8 @@ def main() -> None:
         for key, digits in (("rmse", 4), ("crps", 4), ("coverage", 3), ("seconds", 0)):
             write(f"uci_{kind}_{key}", by_method(cells, kind, key, digits))
     for name, table in against_nuts(RESULTS / "gold.jsonl"):
+        write(name, table)
+    for name, table in noise_of_gaps(RESULTS / "uci_noise.jsonl"):
         write(name, table)
 
 
