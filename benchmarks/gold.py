@@ -90,6 +90,21 @@ def reference(
     return Prediction(found.mean, found.variance.expand_as(found.mean), found.variance[:, :1]), report
 
 
+def predict_once(method: str, fits: SharedFits, path: Path | None) -> tuple[Prediction, float]:
+    """A method's prediction and its CPU seconds, from a file if there is one."""
+    if path and path.exists():
+        values, seconds = torch.load(path)
+        return Prediction(*values), seconds
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    start = time.process_time()
+    found = METHODS[method](fits)
+    seconds = time.process_time() - start + fits.member_seconds
+    if path:
+        torch.save((tuple(found), seconds), path)
+    return found, seconds
+
+
 def part(prediction: Prediction, rows: slice) -> Prediction:
     return Prediction(*(value[rows] for value in prediction))
 
@@ -110,18 +125,15 @@ def run(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         **scores(gold.mean, gold.variance, split.y_test, split.scale),
         **report,
     }
-    for method, predict in METHODS.items():
+    for method in METHODS:
         if method == "NUTS":
             continue
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        start = time.process_time()
-        found = predict(fits)
+        found, seconds = predict_once(method, fits, args.cache and args.cache / f"{name} {method}.pt")
         yield row | {
             "method": method,
             **agreement(found, gold),
             **scores(found.mean, found.variance, split.y_test, split.scale),
-            "seconds": round(time.process_time() - start + fits.member_seconds, 2),
+            "seconds": round(seconds, 2),
         }
 
 
@@ -135,7 +147,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows to this file of JSON lines")
     parser.add_argument("--sets", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
     parser.add_argument("--chains", type=int, default=4)
-    parser.add_argument("--cache", type=Path, help="keep the chains in this folder and take them from there")
+    parser.add_argument(
+        "--cache", type=Path, help="keep chains and predictions in this folder and take them from there"
+    )
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
