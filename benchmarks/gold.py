@@ -44,7 +44,7 @@ class Length(NamedTuple):
 
 
 #: Boston has the largest noise and the most weights: its posterior is closest to the prior, and a diagonal is enough.
-LENGTHS = {
+LENGTHS = {"boston": Length(400, 1100, False), "energy": Length(600, 400, True), "yacht": Length(800, 500, True)}
     "boston": Length(400, 600, False),
     "energy": Length(600, 600, True),
     "yacht": Length(800, 800, True),
