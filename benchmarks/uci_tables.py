@@ -173,23 +173,26 @@ def against_nuts(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def noise_of_gaps(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
-    """Per kind of split and data set, each method with its own noise and with that of gaps inside the training part."""
-    if not path.exists():
-        return
-    cells = read([path])
-    for kind, name in dict.fromkeys((k, n) for k, n, _ in cells):
-        table = [["", "splits", "own: mean", "worst", "coverage", "inner gaps: mean", "worst", "coverage"]]
-        for method in (m for k, n, m in cells if (k, n) == (kind, name)):
-            rows = cells[kind, name, method]
-            row = [method, str(len(rows))]
-            for prefix in ("own_", ""):
-                values = [r[f"{prefix}log_likelihood"] for r in rows]
-                row += [
-                    cell(rows, f"{prefix}log_likelihood", 2, len(rows)),
-                    f"{min(values):.2f}".replace("-", "−"),
-                ]
-                row += [f"{statistics.mean(r[f'{prefix}coverage'] for r in rows):.3f}"]
-            table.append(row)
+    """Per kind of split and data set, each method with its own noise and by each rule of ``uci_noise.py``."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rules = {"own": "own noise", "mean": "mean", "worst": "worst", "mixture": "mixture"}
+    for kind, name in dict.fromkeys((row["kind"], row["set"]) for row in rows):
+        table = [
+            [
+                "",
+                "splits",
+                *(f"{title}: {what}" for title in rules.values() for what in ("LL", "worst LL", "cov.")),
+            ]
+        ]
+        here = [row for row in rows if (row["kind"], row["set"]) == (kind, name)]
+        for method in dict.fromkeys(row["method"] for row in here):
+            line: list[str] = []
+            for rule in rules:
+                found = [row for row in here if (row["method"], row["noise_from"]) == (method, rule)]
+                values = [row["log_likelihood"] for row in found]
+                line += [f"{value:.2f}".replace("-", "−") for value in (statistics.mean(values), min(values))]
+                line += [f"{statistics.mean(row['coverage'] for row in found):.2f}"]
+            table.append([method, str(len(found)), *line])
         yield f"uci_noise_{kind}_{name}", table
 
 
