@@ -357,12 +357,13 @@ class Exporter:
         lp_terms: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         full: dict[str, float] = {}
+        runner.latents = True
         for batch in self.batches():
             observed: dict[str, Tensor] = {}
 
             def read(sites: Sites, observed: dict[str, Tensor] = observed) -> dict[tuple[str, str], Reading]:
                 readings: dict[tuple[str, str], Reading] = {}
-                for name in runner.draws:
+                for name in runner.draws if runner.latents else ():
                     if name in sites:
                         site = sites[name]
                         readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
@@ -379,7 +380,9 @@ class Exporter:
 
             readings = runner.run(batch, read)
             size = runner.num_draws
-            log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
+            if runner.latents:  # once: the priors are those of every batch
+                log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
+                runner.latents = False
             guided = (
                 posterior_predictive(self.model, self.posterior, batch[0] or batch[1], draws=runner.draws)
                 if linearized

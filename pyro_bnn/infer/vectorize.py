@@ -115,7 +115,7 @@ class ModelRunner:
         processed in chunks that keep to it. Draws that run together save Python's and Pyro's cost of a run; beyond the
         processor's caches they cost more than they save.
     :param bool latents: whether readings need the latent sites. If not, layers of this package read their draws
-        without a sample statement, and those sites are missing.
+        without a sample statement, and those sites are missing. May change between runs.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class ModelRunner:
         size = len(range(*index.indices(self.num_draws)))
         plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
         # last, because layers take values at this depth of the stack of handlers only
-        silence = silent_sites(values, self.priors, parameters=not self.latents)
+        silence = silent_sites(values, {} if self.latents else self.priors, parameters=not self.latents)
         with _Draws(), plate, _Reads(values) as reads, silence as silent:
             self.model(*args, **kwargs)
         self.plain_bytes = silent.plain_bytes
@@ -190,7 +190,7 @@ class ModelRunner:
         with silent_sites({}, {}) as layers:
             nodes = self.prototype = self.single(batch, 0)
         self.check_names()
-        self.priors = {} if self.latents else {n: p for n, p in layers.seen.items() if n in self.draws}
+        self.priors = {n: p for n, p in layers.seen.items() if n in self.draws}
         self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
         frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
         self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
