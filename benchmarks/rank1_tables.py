@@ -163,35 +163,24 @@ def main() -> None:
     training, prediction, memory = [], [], []
     for row in read("rank1_speed"):
         if row["what"] == "training step":
-            training.append([row["network"], str(row["K"]), str(row["batch"]), f"{row['baseline_ms']:.1f}",
+            training.append([row["network"], str(row["K"]), str(row["batch"]), str(row["threads"]),
+                             f"{row['baseline_ms']:.1f}",
                              *(f"{row[k]:.2f}" for k in ("hand", "pyro", "pyro_over_hand"))])  # fmt: skip
         elif row["what"].startswith("prediction"):
-            prediction.append(
-                [
-                    row["network"],
-                    str(row["batch"]),
-                    *(
-                        f"{row[key]:.2f}" if key in row else "not measured"
-                        for key in ("posterior_predictive", "chunks_of_1", "chunks_of_4", "chunks_of_20")
-                    ),
-                ]
-            )
+            own = [f"{row['posterior_predictive' + end]:.2f}" for end in ("", "_low", "_high")]
+            alone = [f"{row[f'chunks_of_{n}']:.2f}" for n in (1, 4, 20)]
+            base = f"{row['baseline_ms']:.0f}"
+            prediction.append([row["network"], str(row["batch"]), str(row["threads"]), base,
+                               f"{own[0]} ({own[1]} to {own[2]})", *alone])  # fmt: skip
         else:
-            memory.append(
-                [row["network"], row["which"], f"{row['MiB']:.0f}", f"{row['MiB_above_start']:.0f}"]
-            )
-    write("rank1_speed_training", ["network", "K", "batch", "deterministic, ms", "by hand, x", "through Pyro, x",
-                                   "Pyro / by hand"], training)  # fmt: skip
-    header = [
-        "network",
-        "batch",
-        "posterior_predictive, x",
-        "1 draw at a time, x",
-        "4 at a time, x",
-        "20 at a time, x",
-    ]
+            memory.append([row["network"], row["which"], str(row["threads"]), f"{row['MiB']:.0f}",
+                           f"{row['MiB_above_start']:.0f}"])  # fmt: skip
+    write("rank1_speed_training", ["network", "K", "batch", "threads", "deterministic, ms", "by hand, x",
+                                   "through Pyro, x", "Pyro / by hand"], training)  # fmt: skip
+    header = ["network", "batch", "threads", "S passes, ms", "posterior_predictive, x", "1 draw at a time, x",
+              "4 at a time, x", "20 at a time, x"]  # fmt: skip
     write("rank1_speed_prediction", header, prediction)
-    write("rank1_speed_memory", ["network", "", "peak, MiB", "above the start, MiB"], memory)
+    write("rank1_speed_memory", ["network", "", "threads", "peak, MiB", "above the start, MiB"], memory)
 
 
 if __name__ == "__main__":

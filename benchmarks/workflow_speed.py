@@ -426,7 +426,8 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
     for file, word in (("training", "training"), ("prediction", "deterministic"), ("export", "export")):
         chosen = [row for row in rows if word in row["question"]]
         variants = list(dict.fromkeys(row["variant"] for row in chosen))
-        names = list(dict.fromkeys(row["network"] for row in chosen))
+        column = "question" if file == "export" else "network"
+        names = list(dict.fromkeys(row[column] for row in chosen))
         lines = [
             ".. list-table::",
             "   :header-rows: 1",
@@ -437,7 +438,7 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
         for variant in variants:
             lines.append(f"   * - {variant}")
             for name in names:
-                found = [row for row in chosen if (row["variant"], row["network"]) == (variant, name)]
+                found = [row for row in chosen if (row["variant"], row[column]) == (variant, name)]
                 low, high = found[0]["quartiles"] if found else (0, 0)
                 lines.append(
                     f"     - {found[0]['ratio']:.2f} ({low:.2f} to {high:.2f})" if found else "     -"
