@@ -248,13 +248,14 @@ class ModelRunner:
                 sites = self.joint(batch, index)
             for name in predicted_names(sites, self.draws):
                 shape = sites[name]["fn"].batch_shape
-                lead = (index.stop - index.start,) + (1,) * (self.nesting - self.ndims[name])
+                lead = (index.stop - index.start,) + (1,) * (self.nesting - self.ndims.get(name, 0))
                 if shape[: len(lead)] != lead or len(shape) != self.nesting + 1:
                     error = f"site {name!r} has batch shape {tuple(shape)} under {lead[0]} draws"
         except FAILURES as failure:
             error = str(failure).strip().partition("\n")[0]
         self.decide(error)
         if error:
+            self.inspect(batch)  # a few examples did not show the model as it is
             return None
         per_draw = self.plain_bytes + count.total / (index.stop - index.start)
         self.chunk_size = max(1, int(self.max_memory / max(per_draw, 1)))

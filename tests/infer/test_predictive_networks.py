@@ -140,17 +140,18 @@ def test_a_model_that_wants_all_examples_still_runs_at_once() -> None:
     assert_close(found.mean, weights @ x.T, rtol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["wrong shape", "error"])
+@pytest.mark.parametrize("how", ["wrong shape", "error", "another site"])
 def test_a_model_that_broadcasts_on_few_examples_only(how: str) -> None:
     """It joins pieces of the batch along the first dimension, where draws are: seen in the first run on all examples."""
 
     def model(x: Tensor) -> Any:
         weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pieces = [(part * weight).sum(-1) for part in x.split(10)]
-        mean = torch.cat(pieces, 0 if how == "wrong shape" else -1)
+        mean = torch.cat(pieces, -1 if how == "error" else 0)
         if how == "error" and mean.dim() > 1 and len(x) > 10:
             raise RuntimeError("no draws here")
-        return pyro.sample("obs", dist.Normal(mean, 1.0))
+        name = "obs" if how != "another site" or len(x) > 10 else "few"
+        return pyro.sample(name, dist.Normal(mean, 1.0))
 
     x, weights = torch.randn(40, 3), torch.randn(5, 3)
     found = posterior_predictive(model, {"weight": weights}, (x,))
