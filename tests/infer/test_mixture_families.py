@@ -206,6 +206,8 @@ def test_component_index_reaches_the_normalisation():
     guide = AutoMixture(model, K).initialize(X, Y)
     elbo = Mixture_ELBO()
     run(guide, elbo, model, X, Y, 20)
+    _, trace = elbo._get_trace(model, guide, (X, Y), {})
+    assert_close(trace.nodes["1.component"]["value"].flatten(), torch.arange(K))
     draws = guide.sample_posterior((9,))
     index = draws["1.component"]
     assert_close(index.bincount(), torch.full((K,), 3))

@@ -206,14 +206,17 @@ def test_component_batchnorm(training):
         for module in net.modules():
             if hasattr(module, "running_mean"):
                 module.running_mean.mul_(torch.rand(K, 1) + 0.5)
-    state = {n: b.clone() for n, b in net.named_buffers()}
+                module.weight.mul_(torch.rand(K, 1) + 0.5)
+                module.bias.add_(torch.rand(K, 1))
+    state = {n: t.clone() for n, t in (*net.named_buffers(), *net.named_parameters())}
     with SubstituteMessenger(values), torch.no_grad():
         y = net(x)
     for k in range(K):
         alone = rank1_(copy.deepcopy(plain)).train(training)
-        for n, b in alone.named_buffers():
-            if "running" in n:
-                b.copy_(state[n][k])
+        with torch.no_grad():
+            for n, t in (*alone.named_buffers(), *alone.named_parameters()):
+                if "running" in n or t.shape != state[n].shape:
+                    t.copy_(state[n][k])
         with SubstituteMessenger({n: v[k, 0] for n, v in values.items() if n != index}), torch.no_grad():
             assert_close(y[k], alone(x), rtol=1e-9, atol=1e-9)
         if training:
