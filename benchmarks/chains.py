@@ -138,7 +138,7 @@ class HiddenLayer:
             joint = float(pyro.poutine.trace(conditioned).get_trace(x, y).log_prob_sum())
             mine = self.potential(z) + self._output_energy(z, packed[0, self.size :].numpy())
             constants.append(float(mine) + joint)
-            direction, step = rng.normal(size=self.size), 1e-5
+            direction, step = rng.normal(size=self.size), 1e-6
             slope = float(self.potential(z + step * direction) - self.potential(z - step * direction)) / (
                 2 * step
             )
