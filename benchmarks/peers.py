@@ -12,14 +12,16 @@ Correctness, in float64 where the library allows it:
 Cost, on a multilayer perceptron 784-100-100-10 with random data:
 
 * ``step``: a step of mean-field variational inference with 128 examples, in steps of the plain network;
+* ``predict``: the mean probabilities of 500 examples over 20 draws of that posterior, in 20 passes of the plain network;
 * ``laplace``: fitting a Laplace approximation to 1,000 examples and predicting 500, in epochs of the plain network.
 
 Every job is a process of its own, so that memory (peak above that after imports) is its own, and a library that does
 not import is left out by name. laplace-torch imports torchvision through torchmetrics and fails beside PyPI's
-torchvision where torch is a CPU build: do not install torchvision there. torch-uncertainty needs lightning and
-torchvision for its trainer; its layers are loaded without them. TyXe is not on PyPI and is not run.
+torchvision where torch is a CPU build: uninstall torchvision there. torch-uncertainty needs lightning and
+torchvision for its trainer; its layers are loaded without them. TyXe is not on PyPI: its last sources run from
+``PYTHONPATH``, with the function of Pyro that they miss put back.
 
-    pip install -e '.[peers]'
+    pip install -e '.[peers]' && pip install --no-deps torch-uncertainty && pip uninstall torchvision
     python benchmarks/peers.py --out benchmarks/results/peers.json
     python benchmarks/peers.py --smoke
 """
@@ -37,6 +39,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ LAPLACE = {
     "last layer, full": ("full", "last_layer", "last_layer", "full"),
 }
 SCALE, ALPHA, SIGMA = 0.05, 2.0, 0.3
+NEW = torch.randn(500, 784, generator=torch.Generator().manual_seed(1))
 Rows = list[dict[str, Any]]
 
 
@@ -110,19 +114,47 @@ def plain_step(net: nn.Module, x: Tensor, y: Tensor, count: int) -> Callable[[],
     return steps
 
 
-def mean_field_rows(library: str, kls: list[float], steps: Callable[[], None], small: bool) -> Rows:
-    """The divergence that a library reports, and the time of its steps (20 of them are one piece of work)."""
+def plain_passes(count: int) -> Callable[[], None]:
+    net = mlp()
+
+    def passes() -> None:
+        with torch.no_grad():
+            for _ in range(count):
+                net(NEW)
+
+    return passes
+
+
+@torch.no_grad()
+def mean_probability(net: Callable[[Tensor], Tensor], draws: int) -> Tensor:
+    """Of a network that draws its weights anew in every pass."""
+    return torch.stack([net(NEW).softmax(-1) for _ in range(draws)]).mean(0)
+
+
+def mean_field_rows(
+    library: str, kls: list[float], steps: Callable[[], None], predict: Callable[[int], Tensor], small: bool
+) -> Rows:
+    """
+    The divergence that a library reports, the time of its steps (20 of them are one piece of work), and that of predictions.
+
+    :param predict: mean probabilities of the new examples over a number of draws.
+    """
     net, x, y = mean_field_problem()
     count = 2 if small else 20
     value = statistics.mean(kls)
     before = mebibytes()
-    cost = median_ratio(
-        lambda: [steps() for _ in range(count)], plain_step(net, x, y, count), 2 if small else 7
-    )
+    repeat, draws = (2, 2) if small else (7, 20)
+    cost = median_ratio(lambda: [steps() for _ in range(count)], plain_step(net, x, y, count), repeat)
+    after = mebibytes()
+    found = predict(draws)
+    assert found.shape == (len(NEW), 10)
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(NEW)))
+    prediction = median_ratio(lambda: predict(draws), plain_passes(draws), repeat)
     return [
         {"work": "kl", "library": library, "value": value, "expected": analytic_kl(net), "ratio": value / analytic_kl(net),
          "spread": statistics.stdev(kls) if len(kls) > 1 else 0.0, "evaluations": len(kls)},
-        {"work": "step", "library": library, **cost, "peak_mib": mebibytes() - before},
+        {"work": "step", "library": library, **cost, "peak_mib": after - before},
+        {"work": "predict", "library": library, "draws": draws, **prediction, "peak_mib": mebibytes() - after},
     ]  # fmt: skip
 
 
@@ -141,7 +173,7 @@ def pyro_model(net: Any, num_data: int = 128) -> Callable[..., Any]:
 def ours_mean_field(small: bool, packed: bool) -> Rows:
     import pyro.distributions as dist
 
-    from pyro_bnn.infer import Mixture_ELBO
+    from pyro_bnn.infer import Mixture_ELBO, posterior_predictive
     from pyro_bnn.infer.autoguide import AutoMixture
     from pyro_bnn.nn import bayesian_, init_to_trained
 
@@ -159,14 +191,17 @@ def ours_mean_field(small: bool, packed: bool) -> Rows:
         module(x, y).backward()
         optimizer.step()
 
-    return mean_field_rows("pyro_bnn, packed" if packed else "pyro_bnn", kls, step, small)
+    def predict(draws: int) -> Tensor:
+        return posterior_predictive(model, guide, (NEW,), num_samples=draws).mean.mean(0)
+
+    return mean_field_rows("pyro_bnn, packed" if packed else "pyro_bnn", kls, step, predict, small)
 
 
 def pyro_mean_field(small: bool) -> Rows:
     import pyro
     import pyro.distributions as dist
     from pyro import poutine
-    from pyro.infer import SVI, TraceMeanField_ELBO
+    from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
     from pyro.infer.autoguide import AutoNormal
     from pyro.nn import PyroSample
     from pyro.nn.module import to_pyro_module_
@@ -191,7 +226,42 @@ def pyro_mean_field(small: bool) -> Rows:
     pyro.set_rng_seed(0)
     kls = [elbo.loss(prior_only, guide, x, y) for _ in range(10)]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
-    return mean_field_rows("Pyro AutoNormal", kls, lambda: svi.step(x, y), small)
+
+    def predict(draws: int) -> Tensor:
+        sampled = Predictive(net, guide=guide, num_samples=draws, return_sites=("_RETURN",))
+        return sampled(NEW)["_RETURN"].softmax(-1).mean(0)
+
+    return mean_field_rows("Pyro AutoNormal", kls, lambda: svi.step(x, y), predict, small)
+
+
+def tyxe_mean_field(small: bool) -> Rows:
+
+    import pyro
+    import pyro.distributions as dist
+
+    # Pyro 1.9 no longer has this function, and TyXe's guides need it
+    pyro.util.deep_getattr = lambda value, name: reduce(getattr, name.split("."), value)
+    import tyxe
+    from pyro.infer import TraceMeanField_ELBO
+
+    net, x, y = mean_field_problem()
+    means = tyxe.guides.PretrainedInitializer.from_net(net)
+    bnn = tyxe.VariationalBNN(
+        net,
+        tyxe.priors.IIDPrior(dist.Normal(0.0, 1.0)),
+        tyxe.likelihoods.Categorical(len(x)),
+        lambda model: tyxe.guides.AutoNormal(model, init_loc_fn=means, init_scale=SCALE),
+    )
+    # what ``VariationalBNN.fit`` makes for every call of it
+    elbo = TraceMeanField_ELBO()
+    pyro.set_rng_seed(0)
+    kls = [elbo.loss(bnn.net, bnn.net_guide, x) for _ in range(10)]
+    svi = pyro.infer.SVI(bnn.model, bnn.guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
+
+    def predict(draws: int) -> Tensor:
+        return bnn.predict(NEW, num_predictions=draws).softmax(-1)
+
+    return mean_field_rows("TyXe", kls, lambda: svi.step((x,), y), predict, small)
 
 
 def bayesian_torch_mean_field(small: bool) -> Rows:
@@ -221,7 +291,7 @@ def bayesian_torch_mean_field(small: bool) -> Rows:
         (F.cross_entropy(net(x), y) + get_kl_loss(net) / len(x)).backward()
         optimizer.step()
 
-    return mean_field_rows("bayesian-torch", kls, step, small)
+    return mean_field_rows("bayesian-torch", kls, step, lambda draws: mean_probability(net, draws), small)
 
 
 def torch_uncertainty_mean_field(small: bool) -> Rows:
@@ -265,7 +335,7 @@ def torch_uncertainty_mean_field(small: bool) -> Rows:
         (loss + divergence() / len(x)).backward()
         optimizer.step()
 
-    return mean_field_rows("torch-uncertainty", kls, step, small)
+    return mean_field_rows("torch-uncertainty", kls, step, lambda draws: mean_probability(net, draws), small)
 
 
 # ---------------------------------------------------------------------- Laplace: is it right?
@@ -491,6 +561,7 @@ JOBS: dict[str, Callable[[bool], Rows]] = {
     "pyro_bnn mean field": lambda small: ours_mean_field(small, packed=False),
     "pyro_bnn mean field, packed": lambda small: ours_mean_field(small, packed=True),
     "Pyro AutoNormal": pyro_mean_field,
+    "TyXe": tyxe_mean_field,
     "bayesian-torch": bayesian_torch_mean_field,
     "torch-uncertainty": torch_uncertainty_mean_field,
     "pyro_bnn correctness": ours_correct,
@@ -558,7 +629,6 @@ def main() -> None:
             print({k: v for k, v in row.items() if k != "job"} | {"job": name}, flush=True)
         if options.out:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print("TyXe: not on PyPI, not run")
 
 
 if __name__ == "__main__":
