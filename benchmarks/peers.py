@@ -135,15 +135,15 @@ def mean_field_rows(
     library: str, kls: list[float], steps: Callable[[], None], predict: Callable[[int], Tensor], small: bool
 ) -> Rows:
     """
-    The divergence that a library reports, the time of its steps (20 of them are one piece of work), and that of predictions.
+    The divergence that a library reports, the time of its steps (40 of them are one piece of work), and that of predictions.
 
     :param predict: mean probabilities of the new examples over a number of draws.
     """
     net, x, y = mean_field_problem()
-    count = 2 if small else 20
+    count = 2 if small else 40
     value = statistics.mean(kls)
     before = mebibytes()
-    repeat, draws = (2, 2) if small else (7, 20)
+    repeat, draws = (2, 2) if small else (15, 20)
     cost = median_ratio(lambda: [steps() for _ in range(count)], plain_step(net, x, y, count), repeat)
     after = mebibytes()
     found = predict(draws)
