@@ -132,6 +132,7 @@ def bayesian_(
 
     Example::
 
+        >>> import torch
         >>> net = bayesian_(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
         >>> net(torch.zeros(3, 4)).shape
         torch.Size([3, 1])

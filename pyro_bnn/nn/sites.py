@@ -201,8 +201,9 @@ class SiteModule(_PyroModule):
             parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
             if parametrized is not None and name in parametrized:
                 return parametrized[name]()
-            if name in self._parameters and silence() is not None:
-                return self._parameters[name]
+            parameters = self.__dict__.get("_parameters", {})  # torch's constructors ask before it is there
+            if name in parameters and silence() is not None:
+                return parameters[name]
             return super().__getattr__(name)
         spec = sites[name]
         context = self.__dict__["_pyro_context"]
