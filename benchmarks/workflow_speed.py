@@ -25,6 +25,7 @@ import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
+from torch import Tensor
 
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
@@ -320,19 +321,25 @@ def prediction(name: str, rounds: int, draws: int) -> list[dict[str, Any]]:
     ]
 
 
-def export(draws: int, points: int, rounds: int) -> list[dict[str, Any]]:
-    """
-    Export with pointwise log likelihoods, against the forward passes that it needs: deterministic ones of the plain
-    network, and those of the model's network under the same draws without any export.
-    """
+def rank1_draws(
+    draws: int, points: int
+) -> tuple[Tensor, Tensor, Model, dict[str, Tensor], torch.nn.Sequential]:
+    """Data, the larger network with rank-1 layers, draws of its factors, and the plain network."""
     sizes = NETWORKS["784-400-400-10"][0]
     x, y = data_of(sizes, points)
     rank1 = Model(rank1_(network(sizes)), sizes[-1])
     guide = AutoMixture(rank1, 1)
     guide.initialize(x[:10], y[:10])
-    samples = posterior_draws(guide, draws)
+    return x, y, rank1, posterior_draws(guide, draws), network(sizes)
+
+
+def export(draws: int, points: int, rounds: int) -> list[dict[str, Any]]:
+    """
+    Export with pointwise log likelihoods, against the forward passes that it needs: deterministic ones of the plain
+    network, and those of the model's network under the same draws without any export.
+    """
+    x, y, rank1, samples, plain = rank1_draws(draws, points)
     batches = list(zip(x.split(256), y.split(256), strict=True))
-    plain = network(sizes)
 
     @torch.no_grad()
     def deterministic() -> None:
@@ -369,13 +376,7 @@ def long_export(draws: int, points: int) -> list[dict[str, Any]]:
     One export of many draws at many points. The deterministic passes that it needs are spread over its duration: after
     every batch of the export a tenth as many passes over the same batch as there are draws, times ten.
     """
-    sizes = NETWORKS["784-400-400-10"][0]
-    x, y = data_of(sizes, points)
-    rank1 = Model(rank1_(network(sizes)), sizes[-1])
-    guide = AutoMixture(rank1, 1)
-    guide.initialize(x[:10], y[:10])
-    samples = posterior_draws(guide, draws)
-    plain = network(sizes)
+    x, y, rank1, samples, plain = rank1_draws(draws, points)
     passes: list[float] = []
     ratios: list[float] = []
 
