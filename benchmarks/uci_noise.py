@@ -30,7 +30,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from uci import GAP_ROUNDS, METHODS, SETTINGS, SMALL, SMOKE, USES_ALL_MEMBERS, Fits, Prediction
+from uci import GAP_ROUNDS, METHODS, SETTINGS, SMALL, SMOKE, Fits, Prediction
 from uci_data import SETS, Split, coverage, load, log_likelihood, number_of_splits
 from uci_models import NOISE_FLOOR
 
@@ -78,9 +78,7 @@ def rules(held_out: list[tuple[Prediction, Split]], grid: Tensor) -> dict[str, T
 
 def predict(method: str, fits: Fits, seed: int) -> Prediction:
     pyro.clear_param_store()
-    fits.first  # noqa: B018  the members' seeds are not those of the method
-    if method in USES_ALL_MEMBERS:
-        fits.members  # noqa: B018
+    fits.prepare(method)
     pyro.set_rng_seed(seed)
     return METHODS[method](fits)
 

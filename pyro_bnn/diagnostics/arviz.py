@@ -16,6 +16,7 @@ from pyro_bnn.infer.draws import Posterior
 from pyro_bnn.infer.memory import readable
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.predictive import evaluation_mode
+from pyro_bnn.infer.vectorize import MAX_MEMORY
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def to_datatree(
     constant_data: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 24 * 2**20,
+    max_memory: float = MAX_MEMORY,
     attrs: Mapping[str, Any] | None = None,
     path: str | PathLike[str] | None = None,
     block_size: int | None = None,

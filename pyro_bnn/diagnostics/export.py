@@ -30,7 +30,7 @@ from pyro_bnn.infer.handlers import (
 )
 from pyro_bnn.infer.nuts import NUTSResult, recorded_run
 from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch
-from pyro_bnn.infer.vectorize import ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
 from pyro_bnn.nn.packed import packed_sites
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
@@ -194,7 +194,7 @@ class Exporter:
         constant_data: Mapping[str, Any] | None = None,
         prior_samples: int = 0,
         vectorize: bool | None = None,
-        max_memory: float = 2**24,
+        max_memory: float = MAX_MEMORY,
     ) -> Iterator[Groups]:
         """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
         if thin < 1:

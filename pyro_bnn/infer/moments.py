@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.draws import Draws, Posterior
 from pyro_bnn.infer.predictive import SitePrediction, predict_batches
+from pyro_bnn.infer.vectorize import MAX_MEMORY
 
 
 @dataclass
@@ -138,7 +139,7 @@ def predictive_moments(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 24 * 2**20,
+    max_memory: float = MAX_MEMORY,
     draws: Draws | None = None,
 ) -> PredictiveMoments:
     """

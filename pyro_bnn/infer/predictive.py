@@ -21,7 +21,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.vectorize import ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
 
 
 @dataclass
@@ -238,7 +238,7 @@ def posterior_predictive(
     num_samples: int | None = None,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-    max_memory: float = 24 * 2**20,
+    max_memory: float = MAX_MEMORY,
     draws: Draws | None = None,
     generator: torch.Generator | None = None,
 ) -> PosteriorPredictive:

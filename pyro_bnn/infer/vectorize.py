@@ -33,6 +33,9 @@ Key = TypeVar("Key")
 Reading = tuple[str, Tensor, int]
 
 
+#: Bytes that the intermediate values of one run may take by default.
+MAX_MEMORY = 24 * 2**20
+
 #: The number of draws whose joint run is compared with single runs, and the number of examples for that.
 PAIR, FEW = 2, 7
 
@@ -124,7 +127,7 @@ class ModelRunner:
         draws: Draws,
         *,
         vectorize: bool | None = None,
-        max_memory: float = 24 * 2**20,
+        max_memory: float = MAX_MEMORY,
         latents: bool = True,
     ) -> None:
         self.model = model

@@ -2,3 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Mathematics without Pyro: derivatives, curvature, linear solvers."""
+
+# the Fisher rules of the families register themselves on import
+from pyro_bnn.ops import fisher_composite as fisher_composite
+from pyro_bnn.ops import fisher_rules as fisher_rules

@@ -289,8 +289,3 @@ class MonteCarloFisher(FisherRule):
             if name not in arguments and name not in derived and hasattr(d, name):
                 arguments[name] = getattr(d, name)
         return type(d)(**arguments)
-
-
-# the rules register themselves on import
-from pyro_bnn.ops import fisher_composite as fisher_composite  # noqa: E402
-from pyro_bnn.ops import fisher_rules as fisher_rules  # noqa: E402
