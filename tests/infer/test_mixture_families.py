@@ -47,7 +47,7 @@ def test_low_rank_component_holds_a_correlated_posterior():
     for _ in range(3):
         assert_close(-elbo.loss(linear_model, guide, x, Y), exact.log_evidence, rtol=1e-9)
     draws = guide.sample_posterior((50_000,))["w"]
-    assert_close(draws.T.cov(), exact.covariance, rtol=0, atol=3e-4 + 0.03 * float(exact.covariance.max()))
+    assert_close(draws.T.cov(), exact.covariance, rtol=0, atol=0.03 * float(exact.covariance.max()))
     q = guide.quantiles([0.16, 0.84])["w"]
     assert_close((q[1] - q[0]) / 2, exact.covariance.diagonal().sqrt(), rtol=0.01)
 
