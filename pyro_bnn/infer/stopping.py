@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyro.poutine as poutine
 import torch
-from scipy.special import stdtr
+from scipy.stats import linregress
 from torch import Tensor
 
 from pyro_bnn.infer.data import iter_batches
@@ -74,14 +74,10 @@ class ConvergenceTest:
         if np.ptp(means) == 0:
             return "converged"
         level = 6 * self.alpha / (math.pi**2 * number**2)
-        time = np.arange(self.num_batches) - (self.num_batches - 1) / 2
-        slope = float(means @ time / (time @ time))
-        rest = means - means.mean() - slope * time
-        degrees = self.num_batches - 2
-        statistic = slope / math.sqrt(max(float(rest @ rest), 1e-300) / degrees / float(time @ time))
-        if stdtr(degrees, statistic) < level:
+        falling = linregress(np.arange(self.num_batches), means, alternative="less").pvalue
+        if falling < level:
             return "falling"
-        return "diverging" if stdtr(degrees, -statistic) < level else "converged"
+        return "diverging" if 1 - falling < level else "converged"
 
     def status(self, losses: Any) -> str:
         """

@@ -56,6 +56,7 @@ def convertible(
     :param skip: see :func:`~pyro_bnn.nn.rank1_`.
     :param table: layers of the conversion by torch layer.
     :return: path, module and its layer, every module once.
+    :raises TypeError: if ``net`` is no module.
     :raises ValueError: if a selector names nothing, nothing can be converted, or a module is in a state that does not
         admit it; the message has its path.
     """
