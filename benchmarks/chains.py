@@ -14,11 +14,17 @@ Chains run on h in units of its prior's standard deviations and draw w from its 
 draws are draws of the posterior of all weights. What makes the posterior of all weights hard, the output weights that
 follow every move of the hidden ones, is integrated out: on the UCI sets the step size is ten times as large.
 
+The mass matrix is the mean Hessian of the potential over recent draws, E[H]. For a Gaussian that is the inverse covariance,
+and a few Hessians suffice, since the prior makes each of them nonsingular. A covariance estimated from draws would
+need several times as many draws as dimensions: with fewer, its regularised null space pins the chain to where it
+started, and split R-hat of predictions does not always show it.
+
 The chains need the extra ``gold`` (numpyro). Without it :func:`chains` runs Pyro's NUTS on all weights, which costs far
 more.
 """
 
 import importlib.util
+import math
 import pickle
 import time
 from pathlib import Path
@@ -106,11 +112,28 @@ class HiddenLayer:
             _, _, root, _, _, mean = parts(z)
             return 0.5 * jnp.square(root.T @ (w / prior - mean)).sum() - jnp.log(jnp.diag(root)).sum()
 
+        def curvature(z: Any) -> Any:
+            _, push = jax.linearize(lambda z: value_and_gradient(z)[1], z)
+            return jax.lax.map(push, jnp.eye(self.size))
+
         self.potential: Any = jax.custom_vjp(lambda z: value_and_gradient(z)[0])
         self.potential.defvjp(value_and_gradient, lambda gradient, cotangent: (cotangent * gradient,))
         self._whole = jax.jit(jax.vmap(whole))
-        self._output_energy = output_energy
+        self._output_energy, self._curvature = output_energy, jax.jit(curvature)
         self.check()
+
+    def mean_curvature(self, z: Any, floor: float = 0.1) -> Any:
+        """
+        The mean Hessian of the potential, made positive definite by the absolute values of its eigenvalues.
+
+        :param z: points, shape (S, size).
+        :param floor: smallest eigenvalue; the prior alone has 1.
+        """
+        import numpy as np
+
+        mean = np.mean([np.asarray(self._curvature(point)) for point in z], 0)
+        values, vectors = np.linalg.eigh((mean + mean.T) / 2)
+        return (vectors * np.maximum(np.abs(values), floor)) @ vectors.T
 
     def weights(self, z: Any, seed: int) -> Tensor:
         """Packed weights of the whole network, shape (S, p), whose output layer is drawn from its conditional."""
@@ -155,27 +178,47 @@ class Sampler:
     """
     NumPyro's NUTS on one posterior; chains start at draws of the prior.
 
+    The adaptation has three rounds of equal length. The first has the prior's precision for its mass matrix, the others
+    the mean Hessian over the second half of the round before; the last mass matrix and step size are kept.
+
     :param target: what to sample.
     :param warmup: steps of adaptation.
-    :param dense: whether the mass matrix is dense.
     :param depth: largest tree depth.
+    :param points: draws that enter a mass matrix.
     """
 
-    def __init__(self, target: HiddenLayer, warmup: int, *, dense: bool, depth: int = 8) -> None:
-        import jax
-        from numpyro.infer import NUTS
+    rounds = 3
 
-        self.target, self.warmup = target, warmup
-        self.kernel = NUTS(potential_fn=target.potential, dense_mass=dense, max_tree_depth=depth)
+    def __init__(self, target: HiddenLayer, warmup: int, *, depth: int = 7, points: int = 32) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        self.target, self.depth, self.points = target, depth, points
+        self.round, self.warmup = warmup // self.rounds, warmup // self.rounds * self.rounds
+        kernel, _ = self.start(jax.random.PRNGKey(0), jnp.zeros(target.size), None)
 
         def step(state: Any, _: None) -> tuple[Any, Any]:
-            state = self.kernel.sample(state, (), {})
+            state = kernel.sample(state, (), {})
             return state, (state.z, state.num_steps, state.diverging)
 
-        # compiled once for all chains, adaptation and draws (numpyro's MCMC compiles for each of its runs)
+        # compiled once for all chains and rounds, since the mass matrix is part of the state
         self.steps = jax.jit(
             lambda state, length: jax.lax.scan(step, state, None, length), static_argnames="length"
         )
+
+    def start(self, key: Any, z: Any, mass: Any | None) -> tuple[Any, Any]:
+        """A kernel and its state at z, at the beginning of a round."""
+        import numpy as np
+        from numpyro.infer import NUTS
+
+        kernel = NUTS(
+            potential_fn=self.target.potential,
+            dense_mass=True,
+            adapt_mass_matrix=False,
+            inverse_mass_matrix=np.eye(self.target.size) if mass is None else np.linalg.inv(mass),
+            max_tree_depth=self.depth,
+        )
+        return kernel, kernel.init(key, self.round, z, (), {})
 
     def chain(self, seed: int, draws: int, path: Path | None = None, block: int = 50) -> dict[str, Any]:
         """
@@ -191,14 +234,18 @@ class Sampler:
         import numpy as np
 
         key = jax.random.PRNGKey(seed)
-        # init also prepares the kernel, for a chain that goes on as well
-        state = self.kernel.init(key, self.warmup, jax.random.normal(key, (self.target.size,)), (), {})
-        blocks, seconds, total = [], 0.0, self.warmup + draws
+        blocks: list[Any] = []
+        state, seconds, total = None, 0.0, self.warmup + draws
         if path and path.exists():
             state, blocks, seconds = pickle.loads(path.read_bytes())
-        while (missing := total - sum(len(part[0]) for part in blocks)) > 0:
+        while (done := sum(len(part[0]) for part in blocks)) < total:
             start = time.process_time()
-            state, found = self.steps(state, min(block, missing))
+            length = min(block, total - done)
+            if done < self.warmup:
+                length = min(length, self.round - done % self.round)
+                if done % self.round == 0:
+                    state = self.next_round(jax.random.fold_in(key, done), blocks)
+            state, found = self.steps(state, length)
             state, found = jax.tree.map(np.array, (state, found))
             blocks.append(found)
             seconds += time.process_time() - start
@@ -213,13 +260,24 @@ class Sampler:
             "seconds": seconds,
         }
 
+    def next_round(self, key: Any, blocks: list[Any]) -> Any:
+        """The state with which a round of the adaptation begins."""
+        import jax
+        import numpy as np
+
+        if not blocks:
+            return self.start(key, jax.random.normal(key, (self.target.size,)), None)[1]
+        z = np.concatenate([part[0] for part in blocks])
+        recent = z[-(self.round // 2) :]
+        points = recent[:: math.ceil(len(recent) / self.points)]
+        return self.start(key, z[-1], self.target.mean_curvature(points))[1]
+
 
 def chains(
     member: Member,
     data: tuple[Tensor, Tensor],
     shape: tuple[int, int, int],
     *,
-    dense: bool = True,
     seed: int = 0,
     cache: Path | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -229,7 +287,6 @@ def chains(
     :param member: a fitted member.
     :param data: inputs and targets.
     :param shape: chains, steps of adaptation and draws per chain.
-    :param dense: whether the mass matrix is dense.
     :param seed: of the first chain.
     :param cache: where to keep the chains, as ``CACHE_0``, ``CACHE_1`` ...
     :return: packed draws of shape (chains, draws, p), and what the run cost.
@@ -255,7 +312,7 @@ def chains(
             "diverging": int(run.sample_stats["diverging"].sum()),
         }
     target = HiddenLayer(member, data)
-    sampler = Sampler(target, warmup, dense=dense)
+    sampler = Sampler(target, warmup)
     found = []
     for k in range(number):
         path = cache and cache.with_name(f"{cache.name}_{k}")
@@ -263,7 +320,6 @@ def chains(
         print(f"chain {k}: {found[-1]['seconds']:.0f} s", flush=True)
     return torch.stack([target.weights(run["z"], seed + k) for k, run in enumerate(found)]), report | {
         "sampler": "NumPyro NUTS on the hidden layer",
-        "dense": dense,
         "diverging": int(sum(run["diverging"].sum() for run in found)),
         "gradients": sum(run["gradients"] for run in found),
         "sampling_seconds": round(sum(run["seconds"] for run in found), 1),

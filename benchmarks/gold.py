@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
 from chains import MISSING, available, chains, mixing
 from gold_distances import agreement
-from uci import METHODS, SMALL, SMOKE, Fits, Prediction
+from uci import METHODS, ONLY, SMALL, SMOKE, Fits, Prediction
 from uci_data import load, scores
 from uci_models import Member
 
@@ -35,20 +35,8 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.ops.newton import lbfgs
 
 
-class Length(NamedTuple):
-    """Steps of adaptation and draws per chain, and whether the mass matrix is dense."""
-
-    warmup: int
-    draws: int
-    dense: bool
-
-
-#: Boston has the largest noise and the most weights: its posterior is closest to the prior, and a diagonal is enough.
-LENGTHS = {
-    "boston": Length(400, 1100, False),
-    "energy": Length(600, 400, True),
-    "yacht": Length(800, 500, True),
-}
+#: Chains, steps of adaptation and draws per chain.
+SHAPE, SMOKE_SHAPE = (4, 450, 3000), (2, 20, 20)
 #: Draws of the reference that enter distances and scores, evenly spaced; R-hat is that of all.
 REFERENCE_DRAWS = 1500
 
@@ -81,11 +69,10 @@ class SharedFits(Fits):
 
 
 def reference(
-    fits: SharedFits, number: int, length: Length, cache: Path | None
+    fits: SharedFits, shape: tuple[int, int, int], cache: Path | None
 ) -> tuple[Prediction, dict[str, Any]]:
     """The predictions of all chains, and what the chains say about themselves."""
-    shape = (number, length.warmup, length.draws)
-    draws, report = chains(fits.first, fits.data, shape, dense=length.dense, cache=cache)
+    draws, report = chains(fits.first, fits.data, shape, cache=cache)
     sites = fits.first.guide.packed.space.unpack(draws.flatten(0, 1))
     found = posterior_predictive(fits.first.model, sites, (fits.x_test,))
     report |= mixing(found.mean.reshape(*draws.shape[:2], -1))
@@ -114,11 +101,11 @@ def part(prediction: Prediction, rows: slice) -> Prediction:
 def run(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     split = load(name, "standard", 0)
     settings = replace(SMALL, draws=400, targets=10_000)
-    number, length = args.chains, LENGTHS[name]
+    shape = SHAPE
     if args.smoke:
-        settings, number, length = replace(SMALL, **SMOKE), 2, Length(20, 20, dense=True)
+        settings, shape = replace(SMALL, **SMOKE), SMOKE_SHAPE
     fits = SharedFits(split, settings, seed=0)
-    gold, report = reference(fits, number, length, args.cache and args.cache / name)
+    gold, report = reference(fits, shape, args.cache and args.cache / name)
     row = {"set": name, "n": len(split.x), "n_test": len(split.x_test), "noise": fits.first.model.noise}
     thinned = part(gold, slice(None, None, math.ceil(len(gold.mean) / REFERENCE_DRAWS)))
     halves = len(thinned.mean) // 2
@@ -148,8 +135,7 @@ def main() -> None:
         "--smoke", action="store_true", help="yacht, a small network, two short chains; needs no extra"
     )
     parser.add_argument("--out", type=Path, help="write the rows to this file of JSON lines")
-    parser.add_argument("--sets", nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
-    parser.add_argument("--chains", type=int, default=4)
+    parser.add_argument("--sets", nargs="+", choices=ONLY["NUTS"], default=list(ONLY["NUTS"]))
     parser.add_argument(
         "--cache", type=Path, help="keep chains and predictions in this folder and take them from there"
     )

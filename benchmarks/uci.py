@@ -195,10 +195,7 @@ class Fits:
     def nuts(self) -> Prediction:
         """NUTS under the evidence's prior and noise."""
         number, _, draws = self.settings.nuts
-        # boston has the largest noise: its posterior is close to the prior, and a diagonal mass matrix is enough
-        packed, self.extra = chains(
-            self.first, self.data, self.settings.nuts, dense=self.first.model.noise < 0.1, seed=self.seed
-        )
+        packed, self.extra = chains(self.first, self.data, self.settings.nuts, seed=self.seed)
         sites = self.first.guide.packed.space.unpack(packed.flatten(0, 1))
         found = posterior_predictive(self.first.model, sites, (self.x_test,))
         self.extra |= mixing(found.mean.reshape(number, draws, -1))

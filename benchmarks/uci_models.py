@@ -55,7 +55,7 @@ class Settings:
     batch: int = 1000
     targets: int = 256
     draws: int = 100
-    nuts: tuple[int, int, int] = (2, 250, 150)
+    nuts: tuple[int, int, int] = (2, 300, 200)
 
 
 class Regression(PyroModule):
