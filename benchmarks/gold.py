@@ -34,7 +34,6 @@ from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.ops.newton import lbfgs
 
-
 #: Chains, steps of adaptation and draws per chain.
 SHAPE, SMOKE_SHAPE = (4, 450, 3000), (2, 20, 20)
 #: Draws of the reference that enter distances and scores, evenly spaced; R-hat is that of all.
