@@ -185,15 +185,19 @@ class Sampler:
     :param warmup: steps of adaptation.
     :param depth: largest tree depth.
     :param points: draws that enter a mass matrix.
+    :param accept: the acceptance probability that the step size aims at: curvature varies along a chain, and a step
+        that is right on average leads to divergences where it is largest.
     """
 
     rounds = 3
 
-    def __init__(self, target: HiddenLayer, warmup: int, *, depth: int = 7, points: int = 32) -> None:
+    def __init__(
+        self, target: HiddenLayer, warmup: int, *, depth: int = 7, points: int = 48, accept: float = 0.9
+    ) -> None:
         import jax
         import jax.numpy as jnp
 
-        self.target, self.depth, self.points = target, depth, points
+        self.target, self.depth, self.points, self.accept = target, depth, points, accept
         self.round, self.warmup = warmup // self.rounds, warmup // self.rounds * self.rounds
         kernel, _ = self.start(jax.random.PRNGKey(0), jnp.zeros(target.size), None)
 
@@ -217,6 +221,7 @@ class Sampler:
             adapt_mass_matrix=False,
             inverse_mass_matrix=np.eye(self.target.size) if mass is None else np.linalg.inv(mass),
             max_tree_depth=self.depth,
+            target_accept_prob=self.accept,
         )
         return kernel, kernel.init(key, self.round, z, (), {})
 

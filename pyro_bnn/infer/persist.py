@@ -111,4 +111,6 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None) -> An
             stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network
             initialize(*args, **kwargs)
     guide.load_state_dict(saved["state"], strict=True)
+    if not hasattr(guide, EXAMPLE):
+        setattr(guide, EXAMPLE, saved["example"])  # so that it can be saved again
     return guide
