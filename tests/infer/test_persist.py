@@ -100,6 +100,8 @@ def test_loads_into_a_fresh_guide(name: str, tmp_path: Path) -> None:
     save_guide(guide, tmp_path / "guide", linear_data(12) if name == "laplace mixture" else None)
     fresh = load_guide(BUILDERS[name](linear_model), tmp_path / "guide")
     assert torch.equal(draws(fresh), draws(guide))
+    save_guide(fresh, tmp_path / "again")  # a loaded guide still knows the shapes
+    assert torch.equal(draws(load_guide(BUILDERS[name](linear_model), tmp_path / "again")), draws(guide))
     assert not list(pyro.get_param_store().keys())
 
 
