@@ -161,6 +161,6 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "mixture": posterior_predictive(model, mixture, data),
     }
     names |= {f"{name}_prediction": value for name, value in predictions.items()}
-    names |= {"laplace_result": result, "mixture_result": result, "prediction": predictions["laplace"]}
+    names |= {"laplace_result": result, "mixture_result": result}
     names |= {"other": to_inference_data(model, mixture, data), "members": [network(), network()]}
     run(PAGES / "diagnose.rst", names)
