@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.krylov import conjugate_gradient
 
@@ -42,13 +43,15 @@ def block_conjugate_gradient(
     tolerance: float = 1e-6,
     max_iter: int | None = None,
     preconditioner: LinearMap | None = None,
+    basis: ConjugateBasis | None = None,
 ) -> BlockCGResult:
     r"""
     Solves :math:`P x_s = b_s` for S right-hand sides, each in the block Krylov space of all of them.
 
     The block of search directions is orthonormalised in every iteration and directions that have become linearly
     dependent are dropped, so that dependent right-hand sides (targets that are close to each other) do no harm
-    and need fewer products. What rounding leaves over is finished one by one. In exact arithmetic :math:`b_s^\top x_s` increases monotonically to
+    and need fewer products. Directions are conjugate to all earlier ones as far as these are kept, so that p products are
+    enough for any number of right-hand sides. What rounding leaves over is finished one by one. In exact arithmetic :math:`b_s^\top x_s` increases monotonically to
     :math:`b_s^\top P^{-1} b_s`: an early stop gives a lower bound.
 
     :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``, for any S.
@@ -56,6 +59,7 @@ def block_conjugate_gradient(
     :param tolerance: relative residual at which all right-hand sides are finished.
     :param max_iter: largest number of block iterations; default ``10 p + 20``.
     :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
+    :param basis: directions from earlier solves with the same map, where this one starts and to which it adds.
     :return: a :class:`BlockCGResult`.
     :raises ValueError: if a product is not finite.
 
@@ -77,42 +81,53 @@ def block_conjugate_gradient(
     eps = torch.finfo(rhs.dtype).eps
     norm = rhs.norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    r = rhs / norm
-    x = torch.zeros_like(r)
+    basis = ConjugateBasis(p) if basis is None else basis
+    x, r = basis.solve(rhs / norm)
     smallest, largest, indefinite, iterations, products = torch.inf, 0.0, False, 0, 0
     residual = r.norm(dim=-1)
-    best, stalled = torch.inf, 0
-    q = orthonormal_rows(r if preconditioner is None else preconditioner(r))
-    while q.shape[0] and iterations < max_iter and residual.max() > tolerance:
-        image = operator(q)
-        if not torch.isfinite(image).all():  # comparisons with NaN would end the loop as if it had converged
-            raise ValueError("a product with the operator is not finite")
-        iterations += 1
-        products += q.shape[0]
-        values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
-        # Ritz values below the rounding error of the products say nothing, not even their sign
-        largest = max(largest, float(values[-1]))
-        noise = 10 * eps * values.abs().max()
-        if values[0] < -noise:
-            smallest, indefinite = min(smallest, float(values[0])), True
+    for attempt in range(3):
+        left = residual > tolerance
+        if not left.any() or indefinite or iterations >= max_iter:
             break
-        keep = values > noise
-        if not keep.any():
-            break
-        smallest = min(smallest, float(values[keep][0]))
-        scaled = vectors[:, keep] / values[keep].sqrt()
-        q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
-        step = r @ q.mT
-        x = torch.addmm(x, step, q)
-        r = torch.addmm(r, step, image, alpha=-1)
-        residual = r.norm(dim=-1)
-        worst = float(residual.max())
-        stalled = 0 if worst < 0.9 * best else stalled + 1
-        best = min(best, worst)
-        if stalled > 20:
-            break
-        z = r if preconditioner is None else preconditioner(r)
-        q = orthonormal_rows(torch.addmm(z, z @ image.mT, q, alpha=-1))
+        if attempt:  # rounding has separated r from the residual: start again from the latter
+            change, r[left] = basis.solve((rhs / norm)[left] - operator(x[left]))
+            x[left] += change
+            products += int(left.sum())
+            residual = r.norm(dim=-1)
+        best, stalled = torch.inf, 0
+        q = orthonormal_rows(basis.conjugate(r if preconditioner is None else preconditioner(r)))
+        while q.shape[0] and iterations < max_iter and residual.max() > tolerance:
+            image = operator(q)
+            if not torch.isfinite(
+                image
+            ).all():  # comparisons with NaN would end the loop as if it had converged
+                raise ValueError("a product with the operator is not finite")
+            iterations += 1
+            products += q.shape[0]
+            values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
+            # Ritz values below the rounding error of the products say nothing, not even their sign
+            largest = max(largest, float(values[-1]))
+            noise = 10 * eps * values.abs().max()
+            if values[0] < -noise:
+                smallest, indefinite = min(smallest, float(values[0])), True
+                break
+            keep = values > noise
+            if not keep.any():
+                break
+            smallest = min(smallest, float(values[keep][0]))
+            scaled = vectors[:, keep] / values[keep].sqrt()
+            q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
+            basis.append(q, image)
+            step = r @ q.mT
+            x = torch.addmm(x, step, q)
+            r = torch.addmm(r, step, image, alpha=-1)
+            residual = r.norm(dim=-1)
+            worst = float(residual.max())
+            stalled = 0 if worst < 0.9 * best else stalled + 1
+            best = min(best, worst)
+            if stalled > 20:
+                break
+            q = orthonormal_rows(basis.conjugate(r if preconditioner is None else preconditioner(r)))
     left = residual > tolerance
     if left.any() and not indefinite and iterations < max_iter:
         # a block mixes large and small curvatures and so feels rounding earlier than single vectors do

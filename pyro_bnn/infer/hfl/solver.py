@@ -11,6 +11,7 @@ from pyro_bnn.infer.curvature import CurvatureAccumulator, NotAMinimumError, pri
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.hfl.problem import Problem
 from pyro_bnn.ops.block_cg import block_conjugate_gradient
+from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.preconditioner import nystrom_preconditioner
 
@@ -68,6 +69,7 @@ class Solver:
                 "differentiated at the point estimate"
             )
         parts = []
+        basis = ConjugateBasis(rhs.shape[-1])
         for block in rhs.split(self.block_size):
             result = block_conjugate_gradient(
                 self.problem.operator,
@@ -75,6 +77,7 @@ class Solver:
                 tolerance=self.tolerance if tolerance is None else tolerance,
                 max_iter=self.max_iter,
                 preconditioner=self.preconditioner,
+                basis=basis,
             )
             self.iterations += result.iterations
             self.products += result.products
