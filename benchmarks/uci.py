@@ -48,8 +48,8 @@ SETTINGS = {
 GAP_ROUNDS = 2
 SMOKE: dict[str, Any] = {"hidden": 8, "rounds": 2, "iterations": 20, "members": 2, "steps": 40, "targets": 16,
                          "draws": 20, "nuts": (2, 10, 10)}  # fmt: skip
-#: Methods that do not run on all sets: HFL's products with the curvature are full passes over the data.
-ONLY = {"NUTS": ("yacht", "boston", "energy"), "HFL": tuple(name for name in SETS if name != "protein")}
+#: Methods that do not run on all sets.
+ONLY = {"NUTS": ("yacht", "boston", "energy")}
 
 
 class Prediction(NamedTuple):
