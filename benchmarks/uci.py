@@ -168,7 +168,7 @@ class Fits:
         """Hessian-free Laplace with the GGN, exact at the targets."""
         order = torch.randperm(len(self.x_test), generator=torch.Generator().manual_seed(0))
         targets = self.x_test[order[: self.settings.targets]]
-        guide = AutoHessianFreeLaplace(self.first.model, curvature="ggn", tolerance=1e-4)
+        guide = AutoHessianFreeLaplace(self.first.model, curvature="ggn", tolerance=1e-6)
         guide.initialize(*self.data).loc.data.copy_(self.first.guide.loc.detach())
         guide.laplace_approximation(self.data, targets=(targets,), map_tolerance=float("inf"))
         self.extra = {"targets": len(targets), "products": guide.result.products}
