@@ -22,9 +22,19 @@ class ConjugateBasis:
 
     def __init__(self, p: int, limit: int = 2**23) -> None:
         self.capacity = min(p, limit // p)
-        self.blocks: list[tuple[Tensor, Tensor]] = []
         self.count = 0
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self._directions = self._images = self._norms = torch.empty(0)
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """What is kept, shape (count, p)."""
+        return self._directions[: self.count]
+
+    @property
+    def images(self) -> Tensor:
+        """Its products with P, shape (count, p)."""
+        return self._images[: self.count]
 
     def append(self, directions: Tensor, images: Tensor) -> None:
         """
@@ -33,14 +43,20 @@ class ConjugateBasis:
         :param directions: conjugate to what is kept and to each other, of unit P-norm, shape (S, p).
         :param images: their products with P, shape (S, p).
         """
-        if self.count + len(directions) > self.capacity:
-            self.latest = directions, images
+        norms = directions.norm(dim=-1)
+        end = self.count + len(directions)
+        if end > self.capacity:
+            self._latest = directions, images, norms
             return
-        self.count += len(directions)
-        if self.blocks and len(self.blocks[-1][0]) < 256:  # few matrix products rather than many small ones
-            last = self.blocks.pop()
-            directions, images = torch.cat([last[0], directions]), torch.cat([last[1], images])
-        self.blocks.append((directions, images))
+        if end > len(self._norms):
+            room = min(max(2 * end, 64), self.capacity)
+            self._directions = _grown(self.directions, directions, room)
+            self._images = _grown(self.images, images, room)
+            self._norms = _grown(self._norms[: self.count], norms, room)
+        self._directions[self.count : end] = directions
+        self._images[self.count : end] = images
+        self._norms[self.count : end] = norms
+        self.count = end
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -49,12 +65,10 @@ class ConjugateBasis:
         :param rhs: shape (S, p).
         :return: the solution and the residual, of shape (S, p) both.
         """
-        solution, residual = torch.zeros_like(rhs), rhs
-        for directions, images in self.blocks:
-            coefficients = residual @ directions.mT
-            solution = torch.addmm(solution, coefficients, directions)
-            residual = torch.addmm(residual, coefficients, images, alpha=-1)
-        return solution, residual
+        if not self.count:
+            return torch.zeros_like(rhs), rhs.clone()
+        coefficients = rhs @ self.directions.mT
+        return coefficients @ self.directions, torch.addmm(rhs, coefficients, self.images, alpha=-1)
 
     def conjugate(self, vectors: Tensor) -> Tensor:
         """
@@ -63,11 +77,23 @@ class ConjugateBasis:
         :param vectors: shape (S, p).
         :return: shape (S, p); zero where nothing but rounding is left.
         """
+        blocks = [(self.directions, self.images, self._norms[: self.count])] if self.count else []
+        if self._latest:
+            blocks.append(self._latest)
         found, size = vectors, vectors.norm(dim=-1)
-        for _ in range(2):
-            for directions, images in [*self.blocks, *([self.latest] if self.latest else [])]:
+        for repeat in range(2):
+            for directions, images, norms in blocks:
                 coefficients = found @ images.mT
-                size = size + coefficients.abs() @ directions.norm(dim=-1)
                 found = torch.addmm(found, coefficients, directions, alpha=-1)
+                if not repeat:
+                    size = size + coefficients.abs() @ norms
         noise = 10 * torch.finfo(found.dtype).eps * size
         return found * (found.norm(dim=-1) > noise)[:, None]
+
+
+def _grown(kept: Tensor, like: Tensor, rows: int) -> Tensor:
+    """A buffer of more rows that begins with those that are kept."""
+    buffer = like.new_empty(rows, *like.shape[1:])
+    if len(kept):
+        buffer[: len(kept)] = kept
+    return buffer

@@ -52,9 +52,8 @@ def test_as_many_products_as_unknowns_serve_any_number_of_right_hand_sides(toler
         residual = block - result.solution @ P
         assert (residual.norm(dim=-1) <= 1.1 * tolerance * block.norm(dim=-1)).all()
     assert products <= allowed
-    ((directions, images),) = basis.blocks
-    assert_close(directions @ P @ directions.mT, torch.eye(120), rtol=0, atol=1e-6)
-    assert_close(images, directions @ P, rtol=0, atol=1e-8 * images.abs().max())
+    assert_close(basis.directions @ P @ basis.directions.mT, torch.eye(120), rtol=0, atol=1e-6)
+    assert_close(basis.images, basis.directions @ P, rtol=0, atol=1e-8 * basis.images.abs().max())
 
 
 def test_directions_beyond_the_limit_are_not_kept():
@@ -65,9 +64,9 @@ def test_directions_beyond_the_limit_are_not_kept():
     assert basis.count == 12  # one block of twelve; two would be more than twenty
     assert_close(result.solution, torch.linalg.solve(P, rhs.mT).mT, rtol=1e-5, atol=1e-7)
     # a right-hand side in the span of what is kept needs no product
-    again = block_conjugate_gradient(lambda v: v @ P, basis.blocks[0][1][:3], tolerance=1e-9, basis=basis)
+    again = block_conjugate_gradient(lambda v: v @ P, basis.images[:3], tolerance=1e-9, basis=basis)
     assert again.products == 0
-    assert_close(again.solution, basis.blocks[0][0][:3], rtol=1e-9, atol=1e-9)
+    assert_close(again.solution, basis.directions[:3], rtol=1e-9, atol=1e-9)
 
 
 def test_early_stops_are_monotone_lower_bounds():
