@@ -29,7 +29,8 @@ class Solver:
     :param preconditioner: ``None``, ``"nystrom"``, ``"prior"`` (the diagonal of its curvature), ``"diagonal"`` (of the
         GGN), a Laplace guide after ``laplace_approximation`` (its covariance is the preconditioner), or a map of
         shape ``(S, p)`` tensors.
-    :param int block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks.
+    :param int block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks and the directions
+        that are kept (:class:`~pyro_bnn.ops.conjugate_basis.ConjugateBasis`).
     :param int rank: directions of the ``"nystrom"`` preconditioner.
     """
 
