@@ -154,13 +154,22 @@ def worst(cells: Cells) -> list[list[str]]:
 
 
 def against_nuts(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
-    """One table per data set of the comparison with NUTS."""
+    """What the chains say about themselves, and one table per data set of the comparison with them."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     columns = {
         "total variation": "total_variation", "Wasserstein": "wasserstein", "mass in 95 %": "mass",
         "overlap": "overlap", "sd ratio": "sd_ratio", "rank correlation": "rank_correlation",
         "log likelihood": "log_likelihood",
     }  # fmt: skip
+    if rows:
+        yield "gold_chains", [
+            ["", "chains", "adaptation + draws", "R-hat: max", "median", "below 1.01", "ESS: min", "median",
+             "gradients", "CPU seconds", "divergences"],
+            *([row["set"], str(row["chains"]), f"{row['warmup']:,} + {row['draws']:,}", f"{row['r_hat']:.3f}",
+               f"{row['r_hat_median']:.4f}", f"{row['r_hat_below_1.01']:.0%}", f"{row['ess']:,.0f}",
+               f"{row['ess_median']:,.0f}", f"{row['gradients']:,}", f"{row['sampling_seconds']:,.0f}",
+               str(row["diverging"])] for row in rows if "r_hat" in row),
+        ]  # fmt: skip
     for name in dict.fromkeys(row["set"] for row in rows):
         table = [["", *columns]]
         for row in rows:
