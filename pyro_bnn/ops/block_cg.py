@@ -82,7 +82,8 @@ def block_conjugate_gradient(
     norm = rhs.norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
     basis = ConjugateBasis(p) if basis is None else basis
-    x, r = basis.solve(rhs / norm)
+    b = rhs / norm
+    x, r = basis.solve(b)
     smallest, largest, indefinite, iterations, products = torch.inf, 0.0, False, 0, 0
     residual = r.norm(dim=-1)
     for attempt in range(3):
@@ -90,7 +91,7 @@ def block_conjugate_gradient(
         if not left.any() or indefinite or iterations >= max_iter:
             break
         if attempt:  # rounding has separated r from the residual: start again from the latter
-            change, r[left] = basis.solve((rhs / norm)[left] - operator(x[left]))
+            change, r[left] = basis.solve(b[left] - operator(x[left]))
             x[left] += change
             products += int(left.sum())
             residual = r.norm(dim=-1)
@@ -98,9 +99,8 @@ def block_conjugate_gradient(
         q = orthonormal_rows(basis.conjugate(r if preconditioner is None else preconditioner(r)))
         while q.shape[0] and iterations < max_iter and residual.max() > tolerance:
             image = operator(q)
-            if not torch.isfinite(
-                image
-            ).all():  # comparisons with NaN would end the loop as if it had converged
+            # comparisons with NaN would end the loop as if it had converged
+            if not torch.isfinite(image).all():
                 raise ValueError("a product with the operator is not finite")
             iterations += 1
             products += q.shape[0]
