@@ -285,11 +285,17 @@ def run(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def compact(row: dict[str, Any]) -> str:
+    """A line of JSON without spaces, numbers with eight digits."""
+    short = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}
+    return json.dumps(short, separators=(",", ":"))
+
+
 def rows_of(task: dict[str, Any]) -> int:
     """Runs a task in a worker process and appends its rows; short writes to a file opened for appending are atomic."""
     count = 0
     for row in run(task):
-        text = json.dumps(row)
+        text = compact(row)
         if task["out"]:
             with open(task["out"], "a") as stream:
                 stream.write(text + "\n")

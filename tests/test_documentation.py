@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of the README and of the documentation run, page by page, each from a fresh state."""
 
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -93,7 +94,9 @@ def test_readme_and_landing_page() -> None:
     names: dict[str, Any] = {}
     exec(readme, names)
     error = names["prediction"].mean - names["y_test"]
-    assert error.square().mean().sqrt() < 0.65  # the spread of the targets is 1; ridge regression has 0.53
+    assert (
+        error.square().mean().sqrt() < 0.65
+    )  # the spread of the targets is 0.97; RidgeCV of scikit-learn has 0.54
     assert torch.isfinite(names["evidence"])
 
 
@@ -115,7 +118,7 @@ def test_fit() -> None:
 def test_laplace() -> None:
     names = world()
     names = run(PAGES / "laplace.rst", names)
-    assert len(names["report"].objective) > 0
+    assert math.isfinite(names["report"].objective[-1])
 
 
 def test_hfl() -> None:

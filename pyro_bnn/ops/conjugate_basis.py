@@ -18,6 +18,19 @@ class ConjugateBasis:
     :param int p: the number of unknowns.
     :param int limit: largest number of elements of Q. Blocks beyond it are conjugate to what is kept and to the block
         before.
+    :ivar count: the number of directions kept.
+
+    Source: conjugate directions of Hestenes and Stiefel (1952), "Methods of conjugate gradients for solving linear
+    systems", section 4, kept for further right-hand sides.
+
+    Example::
+
+        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> Q = torch.tensor([[1.0, 0.0]]) / 2**0.5  # of unit P-norm
+        >>> basis = ConjugateBasis(2)
+        >>> basis.append(Q, Q @ P)
+        >>> basis.conjugate(torch.tensor([[0.0, 1.0]])) @ P @ Q.mT  # conjugate to Q
+        tensor([[0.]])
     """
 
     def __init__(self, p: int, limit: int = 2**23) -> None:
