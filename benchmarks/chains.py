@@ -187,17 +187,27 @@ class Sampler:
     :param points: draws that enter a mass matrix.
     :param accept: the acceptance probability that the step size aims at: curvature varies along a chain, and a step
         that is right on average leads to divergences where it is largest.
+    :param max_step: the largest step size after the adaptation. A chain that adapts where the curvature is small finds a
+        larger one, with which it diverges, and stays, where the curvature is larger.
     """
 
     rounds = 3
 
     def __init__(
-        self, target: HiddenLayer, warmup: int, *, depth: int = 7, points: int = 48, accept: float = 0.9
+        self,
+        target: HiddenLayer,
+        warmup: int,
+        *,
+        depth: int = 7,
+        points: int = 48,
+        accept: float = 0.9,
+        max_step: float = math.inf,
     ) -> None:
         import jax
         import jax.numpy as jnp
 
-        self.target, self.depth, self.points, self.accept = target, depth, points, accept
+        self.target, self.depth, self.points = target, depth, points
+        self.accept, self.max_step = accept, max_step
         self.round, self.warmup = warmup // self.rounds, warmup // self.rounds * self.rounds
         kernel, _ = self.start(jax.random.PRNGKey(0), jnp.zeros(target.size), None)
 
@@ -250,6 +260,10 @@ class Sampler:
                 length = min(length, self.round - done % self.round)
                 if done % self.round == 0:
                     state = self.next_round(jax.random.fold_in(key, done), blocks)
+            elif done == self.warmup:
+                adapted = state.adapt_state
+                step = np.minimum(adapted.step_size, self.max_step)
+                state = state._replace(adapt_state=adapted._replace(step_size=step))
             state, found = self.steps(state, length)
             state, found = jax.tree.map(np.array, (state, found))
             blocks.append(found)
@@ -285,6 +299,7 @@ def chains(
     *,
     seed: int = 0,
     cache: Path | None = None,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """
     Draws of the posterior of a member's weights under its prior scales and noise.
@@ -294,6 +309,7 @@ def chains(
     :param shape: chains, steps of adaptation and draws per chain.
     :param seed: of the first chain.
     :param cache: where to keep the chains, as ``CACHE_0``, ``CACHE_1`` ...
+    :param options: of :class:`Sampler`.
     :return: packed draws of shape (chains, draws, p), and what the run cost.
     """
     number, warmup, draws = shape
@@ -317,7 +333,7 @@ def chains(
             "diverging": int(run.sample_stats["diverging"].sum()),
         }
     target = HiddenLayer(member, data)
-    sampler = Sampler(target, warmup)
+    sampler = Sampler(target, warmup, **options)
     found = []
     for k in range(number):
         path = cache and cache.with_name(f"{cache.name}_{k}")

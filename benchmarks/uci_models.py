@@ -15,7 +15,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_bnn.infer import LinearAnnealing, Mixture_ELBO, fit
+from pyro_bnn.infer import LinearAnnealing, Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
 from pyro_bnn.nn import bayesian_, rank1_
 from pyro_bnn.ops.newton import lbfgs
@@ -41,6 +41,7 @@ class Settings:
     :param batch: rows per step of Adam and of variational inference.
     :param targets: test inputs for which Hessian-free Laplace solves.
     :param draws: of the weights at test time.
+    :param settle_noise: whether the noise of a rank-1 mixture is set to its optimum after the steps.
     :param nuts: chains, steps of adaptation and draws per chain.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     batch: int = 1000
     targets: int = 256
     draws: int = 100
+    settle_noise: bool = False
     nuts: tuple[int, int, int] = (2, 300, 200)
 
 
@@ -240,6 +242,20 @@ def variational(
     return guide
 
 
+def settle_noise(model: Regression, guide: AutoMixture, data: tuple[Tensor, Tensor], draws: int) -> None:
+    r"""
+    Sets the noise to the maximum of the bound given the guide, :math:`\sigma^2 = E_q[\frac1N \sum_n (y_n - f(x_n))^2]`.
+
+    :param model: the model.
+    :param guide: its guide.
+    :param data: inputs and targets.
+    :param draws: of the weights for the expectation.
+    """
+    found = posterior_predictive(model, guide, data, num_samples=draws, batch_size=2000)
+    with torch.no_grad():
+        model.log_noise.fill_(0.5 * (data[1] - found.mean).square().mean().log())
+
+
 def mean_field(member: Member, data: tuple[Tensor, Tensor]) -> tuple[Regression, AutoMixture]:
     """Mean-field VI under the member's priors, from its MAP."""
     assert member.guide is not None
@@ -273,4 +289,7 @@ def rank1(
     kind = "cauchy" if family == "cauchy" else "normal"
     scale = 0.003 if family == "cauchy" else 0.03
     guide = AutoMixture(model, components, kind, rest="normal", noise="per_example", init_scale=scale)
-    return model, variational(model, guide, data, s, 0.01)
+    variational(model, guide, data, s, 0.01)
+    if s.settle_noise:
+        settle_noise(model, guide, data, s.draws)
+    return model, guide

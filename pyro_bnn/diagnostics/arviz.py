@@ -49,8 +49,9 @@ def to_datatree(
     Independent fits are chains: the components of a mixture guide (one with ``num_components``), the
     guides of a list, or the chains of an MCMC run. A single guide is one chain of independent draws.
 
-    Groups: ``posterior``, ``log_prior`` (per site, summed over the site), ``sample_stats`` (``lp``, the log
-    joint density :math:`\log p(y, z)`; for guides with a density also ``log_q`` and ``log_weight``, the
+    Groups: ``posterior`` (with ``data`` also the values of :func:`pyro.deterministic` sites under the draws, as the
+    model computes them), ``log_prior`` (per site, summed over the site), ``sample_stats`` (``lp``, the log joint density
+    :math:`\log p(y, z)`; for guides with a density also ``log_q`` and ``log_weight``, the
     normalised log importance weights; ``diverging`` for MCMC, and for :func:`~pyro_bnn.infer.nuts` also ``energy``,
     ``tree_depth``, ``step_size`` and ``acceptance_rate``, with the warm-up in groups of its own) and, where ``data`` holds observations,
     ``log_likelihood`` (pointwise, nats, without the factor of subsampled plates), ``posterior_predictive``,
@@ -62,7 +63,7 @@ def to_datatree(
     :param data: one batch with observations, or an iterable of batches; ``None`` exports draws alone.
     :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
     :param int num_chains: chains in a mapping of draws, which hold them one after the other.
-    :param var_names: latent sites to export. By default the weights and biases of layers (sites such as
+    :param var_names: latent and deterministic sites to export. By default the weights and biases of layers (sites such as
         ``fc1.weight``) are left out, unless there is nothing else.
     :param bool weights: exports weights and biases too.
     :param int thin: keeps every ``thin``-th draw in the ``posterior`` group alone.

@@ -22,6 +22,7 @@ from pyro_bnn.infer.data import Batch, as_batch, is_single_batch
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import (
+    is_deterministic,
     observation_draw,
     observed_names,
     sample_sites,
@@ -125,7 +126,8 @@ class Exporter:
     Builds the groups of one tree.
 
     :ivar rest: the groups that do not grow with the blocks of draws, once :meth:`blocks` is exhausted.
-    :ivar names: the latent sites in the posterior group.
+    :ivar names: the sites in the posterior group.
+    :ivar deterministic: the deterministic sites of the model, known where there are data.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Exporter:
         self.shape = (1, 1)
         self.rest: Groups = {}
         self.names: list[str] = []
+        self.deterministic: list[str] = []
         self.left_out: list[str] = []
 
     def batches(self) -> Iterator[Batch]:
@@ -209,17 +212,18 @@ class Exporter:
                 if not draws:
                     raise ValueError("The posterior has no latent site, of which there could be draws.")
                 self.inspect(draws, batch if self.data is not None else None)
-                self.names = self.select(named, var_names, weights)
+                self.names = self.select(named, self.deterministic, var_names, weights)
                 self.left_out = sorted(set(named) - set(self.names))
+                self.deterministic = [name for name in self.deterministic if name in self.names]
             self.shape = shape
             skip = -start % thin
-            kept = {n: self.chained(named[n])[:, skip::thin] for n in self.names}
-            block: Groups = {"posterior": self.dataset({n: (v, self.site_dims[n]) for n, v in kept.items()})}
+            block: Groups = {}
             if self.data is not None:
                 if runner is None:
                     runner = ModelRunner(self.model, draws, vectorize=vectorize, max_memory=max_memory)
                 runner.replace_draws(draws)
-                found, density = self.data_groups(runner, predictions)
+                found, density, values = self.data_groups(runner, predictions)
+                named |= values
                 lp.append(self.chained(density))
                 log_q.append(self.guide_density(draws, batch))
                 block |= found
@@ -229,6 +233,8 @@ class Exporter:
                         "a loader that does not shuffle."
                     )
                 observed = block.pop("observed_data")
+            kept = {n: (self.chained(named[n])[:, skip::thin], self.site_dims[n]) for n in self.names}
+            block = {"posterior": self.dataset(kept)} | block
             for name, group in block.items():
                 if "draw" in group.dims:
                     first = (start + skip) // thin if name == "posterior" else start
@@ -248,7 +254,7 @@ class Exporter:
         if self.recorded is not None and self.recorded.warmup:
             warmup = self.unpacked(self.recorded.warmup)
             self.rest["warmup_posterior"] = self.dataset(
-                {n: (warmup[n], self.site_dims[n]) for n in self.names}
+                {n: (warmup[n], self.site_dims[n]) for n in self.names if n in warmup}
             )
             self.rest["warmup_sample_stats"] = self.dataset(
                 {n: (v, ()) for n, v in self.recorded.warmup_stats.items()}
@@ -280,6 +286,7 @@ class Exporter:
             self.site_dims[name] = dims
         for name, site in sites.items():
             self.site_dims.setdefault(name, site_dims(site, len(site["fn"].batch_shape)))
+        self.deterministic = [name for name, site in sites.items() if is_deterministic(site)]
         for site, packed in self.packed.items():
             for part, shape in packed.layout.items():
                 full = _part_name(site, part)
@@ -349,14 +356,18 @@ class Exporter:
         used = {d for dims, _ in arrays.values() for d in dims}
         return xr.Dataset(arrays, coords={d: c for d, c in coords.items() if d in used})
 
-    def data_groups(self, runner: ModelRunner, predictions: bool) -> tuple[Groups, Tensor]:
-        """Runs the model over the data: densities, predictions and observations, and the log joint density."""
+    def data_groups(self, runner: ModelRunner, predictions: bool) -> tuple[Groups, Tensor, Draws]:
+        """
+        Runs the model over the data: densities, predictions and observations, the log joint density, and the values of
+        deterministic sites.
+        """
         linearized = hasattr(self.posterior, "observed_distributions")
         log_prior: dict[str, Tensor] = {}
         found: dict[str, list[tuple[Tensor, Tensor | None, Tensor]]] = {}
         lp_terms: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         full: dict[str, float] = {}
+        values: dict[str, list[Tensor]] = {name: [] for name in self.deterministic}
         runner.latents = True
         for batch in self.batches():
             observed: dict[str, Tensor] = {}
@@ -367,6 +378,8 @@ class Exporter:
                     if name in sites:
                         site = sites[name]
                         readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
+                for name in self.deterministic:
+                    readings["value", name] = runner.value_reading(name, sites[name])
                 for name in predicted_names(sites, runner.draws):
                     site = sites[name]
                     if site["is_observed"]:
@@ -380,6 +393,8 @@ class Exporter:
 
             readings = runner.run(batch, read)
             size = runner.num_draws
+            for name, parts in values.items():
+                parts.append(readings["value", name])
             if runner.latents:  # once: the priors are those of every batch
                 log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
                 runner.latents = False
@@ -426,7 +441,7 @@ class Exporter:
             "posterior_predictive": self.dataset(samples),
             "observed_data": self.dataset(observations, sampled=False),
         }
-        return groups, torch.as_tensor(lp)
+        return groups, torch.as_tensor(lp), {name: _joined(parts) for name, parts in values.items()}
 
     def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
         """Log joint density, density of the guide, importance weights, divergences."""
@@ -487,23 +502,36 @@ class Exporter:
         return {"prior": pick(self.names), "prior_predictive": pick(observed)}
 
     @staticmethod
-    def select(draws: Draws, var_names: Sequence[str] | None, weights: bool) -> list[str]:
-        """The latent sites to export."""
+    def select(
+        draws: Draws, deterministic: Sequence[str], var_names: Sequence[str] | None, weights: bool
+    ) -> list[str]:
+        """The latent and deterministic sites to export."""
         if var_names is not None:
-            unknown = sorted(set(var_names) - set(draws))
+            known = [*draws, *deterministic]
+            unknown = sorted(set(var_names) - set(known))
             if unknown:
-                raise ValueError(f"var_names: {unknown} are not latent sites; there are {sorted(draws)}.")
+                raise ValueError(
+                    f"var_names: {unknown} are not latent or deterministic sites; there are {sorted(known)}."
+                )
             return list(var_names)
         if weights:
-            return list(draws)
-        return [n for n in draws if not _WEIGHT.search(n)] or [
+            return [*draws, *deterministic]
+        latent = [n for n in draws if not _WEIGHT.search(n)] or [
             n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE
         ]
+        return [*latent, *deterministic]
 
 
 def _differing_axis(values: list[Tensor]) -> int:
     """The dimension in which the batches of a loader differ in size; the first if they do not."""
     return next((i for i in range(values[0].dim()) if len({v.shape[i] for v in values}) > 1), 0)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The values of a deterministic site in all batches, shape (S, ...): once if it is the same in all."""
+    if all(torch.equal(part, parts[0]) for part in parts[1:]):
+        return parts[0]
+    return torch.cat(parts, _differing_axis([part[0] for part in parts]) + 1)
 
 
 def _part_name(site: str, part: str) -> str:

@@ -17,6 +17,7 @@ from pyro_bnn.infer.draws import Draws, Posterior, posterior_draws
 from pyro_bnn.infer.handlers import (
     base_distribution,
     class_probabilities,
+    is_deterministic,
     observation_draw,
     unscaled_log_prob,
 )
@@ -410,8 +411,15 @@ def site_dims(site: Any, ndim: int) -> tuple[str, ...]:
     :param int ndim: the number of batch dimensions of the site in a single run.
     :return: one name per dimension of the batch and event shape.
     """
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    plates = {frame.dim: frame.name for frame in frames}
+    sizes = {frame.dim: frame.size for frame in frames}
     event = len(site["fn"].event_shape)
+    if is_deterministic(site) and not ndim:
+        # Pyro takes every dimension for an event's unless it is told their number
+        shape = site["value"].shape
+        if all(-dim <= event and shape[dim] == size for dim, size in sizes.items()):
+            ndim, event = event, 0
     names = [plates.get(i - ndim, f"{site['name']}_dim_{i}") for i in range(ndim)]
     return (*names, *(f"{site['name']}_dim_{ndim + i}" for i in range(event)))
 

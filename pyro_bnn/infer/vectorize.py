@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -206,7 +207,7 @@ class ModelRunner:
         self.vectorize = not error
 
     def check_names(self) -> None:
-        """Draws of other sites than the model's would be ignored, and the model's drawn from their prior."""
+        """Draws of other sites than the model's would be ignored, and the model's own come from their prior."""
         assert self.prototype is not None
         sites = self.prototype
         unknown = sorted(set(self.draws) - set(sites))
@@ -217,6 +218,15 @@ class ModelRunner:
             raise ValueError(
                 f"There are draws of {unknown}, which the model does not sample, and none of {latent}, which it "
                 "does. Give the draws the names of the model's sites."
+            )
+        observed = [i for i, name in enumerate(free) if sites[name]["is_observed"]]
+        upstream = [name for name in free[: max(observed, default=0)] if name in latent]
+        if upstream:
+            warnings.warn(
+                f"There are no draws of {upstream}, which the model samples before it observes "
+                f"{free[observed[-1]]!r}: every run takes new ones from their prior, and log likelihoods are given those. "
+                "If they are latent, give draws of them too.",
+                stacklevel=2,
             )
 
     def check(self, batch: Batch) -> str:
@@ -233,12 +243,14 @@ class ModelRunner:
                 value = self.prototype[name]["value"]
                 expected = torch.stack([sites[name]["fn"].log_prob(value) for sites in singles])
                 found = self.align(name, joint[name]["fn"].log_prob(value))
-                if found.shape != expected.shape:
-                    return f"site {name!r} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-                scale = 1 + expected.abs().max() if expected.numel() else 1
-                # rounding differs between batched and single products; a wrong broadcast differs by more
-                if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-3, equal_nan=True):
-                    return f"the density of site {name!r} depends on which draws run together"
+                if error := _difference(found, expected, "density", name):
+                    return error
+            for name, site in self.prototype.items():
+                if self.latents and is_deterministic(site):
+                    expected = torch.stack([sites[name]["value"] for sites in singles])
+                    found = self.align(*self.value_reading(name, joint[name]))
+                    if error := _difference(found, expected, "value", name):
+                        return error
         except FAILURES as failure:
             return str(failure).strip().partition("\n")[0]
         return ""
@@ -263,6 +275,15 @@ class ModelRunner:
         per_draw = self.plain_bytes + count.total / (index.stop - index.start)
         self.chunk_size = max(1, int(self.max_memory / max(per_draw, 1)))
         return sites
+
+    def value_reading(self, name: str, site: Site) -> Reading:
+        """The value of a deterministic site in a single or a joint run, which may not depend on the draws."""
+        assert self.prototype is not None
+        value, batch = site["value"], site["fn"].batch_shape
+        own = self.prototype[name]["value"].dim()
+        if len(batch) > self.ndims[name] and value.dim() <= own:
+            value = value.expand(batch[:1] + value.shape)
+        return name, value, own - self.ndims[name]
 
     def align(self, name: str, value: Tensor, rest: int = 0) -> Tensor:
         """Removes the singleton dimensions between S and the batch shape from a value of a joint run."""
@@ -300,6 +321,17 @@ class ModelRunner:
                     found = read(self.single(batch, draw))
                     parts.append({k: v.unsqueeze(0) for k, (_, v, _) in found.items()})
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _difference(found: Tensor, expected: Tensor, what: str, name: str) -> str:
+    """How a joint run differs from single runs at a site; empty if it does not."""
+    if found.shape != expected.shape:
+        return f"site {name!r} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    scale = 1 + expected.abs().max() if expected.numel() else 1
+    # rounding differs between batched and single products; a wrong broadcast differs by more
+    if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-3, equal_nan=True):
+        return f"the {what} of site {name!r} depends on which draws run together"
+    return ""
 
 
 def predicted_names(sites: Sites, draws: Draws) -> Iterator[str]:

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +436,69 @@ def test_mcmc_with_a_recording_kernel() -> None:
     ]
     assert (stats["energy"].values[0] > potential).all()
     assert_close(stats["lp"].values[0, :-1], -torch.tensor(potential[1:]), rtol=1e-9)
+
+
+def with_deterministic_sites(x: torch.Tensor, y: torch.Tensor | None = None, *, mixing: bool = False) -> None:
+    """Values of every shape: a scalar, an event, one per example with and without a plate, one without draws."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.deterministic("precision", scale**-2)
+    pyro.deterministic("odds", weight.exp())
+    pyro.deterministic("constant", torch.tensor([1.0, 2.0]))
+    function = pyro.deterministic("function", (x * weight).sum(-1))
+    if mixing:
+        pyro.deterministic("mixed", function - function.mean())
+    with pyro.plate("data", len(x)):
+        pyro.deterministic("double", 2 * function)
+        pyro.sample("obs", dist.Normal(function, scale), obs=y)
+
+
+@pytest.mark.parametrize("how", ["at once", "one by one", "mixing", "loader", "blocks"])
+def test_deterministic_sites_are_in_the_posterior(how: str, tmp_path: Path) -> None:
+    x, y = linear_data(7)
+    torch.manual_seed(0)
+    draws = {"scale": torch.rand(12) + 0.5, "weight": torch.randn(12, 3)}
+    model: Any = functools.partial(with_deterministic_sites, mixing=how == "mixing")
+    data: Any = DataLoader(TensorDataset(x, y), 3) if how == "loader" else (x, y)
+    options: dict[str, Any] = {"path": tmp_path / "t.nc", "block_size": 2} if how == "blocks" else {}
+    tree = to_datatree(
+        model,
+        draws,
+        data,
+        num_chains=2,
+        thin=2,
+        prior_samples=3,
+        vectorize=False if how == "one by one" else None,
+        **options,
+    )
+    posterior = tree["posterior"]
+    assert ("mixed" in posterior) == (how == "mixing")
+    function = draws["weight"] @ x.T
+    expected = {
+        "precision": draws["scale"] ** -2,
+        "odds": draws["weight"].exp(),
+        "constant": torch.tensor([1.0, 2.0]).expand(12, 2),
+        "function": function,
+        "double": 2 * function,
+        "mixed": function - function.mean(-1, keepdim=True),
+    }
+    for name in set(expected) & set(posterior.data_vars):
+        value = expected[name].unflatten(0, (2, 6))[:, ::2]
+        assert_close(torch.as_tensor(posterior[name].values), value, rtol=1e-12)
+    # a plate names its dim, whatever Pyro takes for the event
+    assert posterior["double"].dims == ("chain", "draw", "data")
+    assert posterior["function"].dims == ("chain", "draw", "function_dim_0")
+    prior = tree["prior"]
+    np.testing.assert_allclose(prior["precision"], prior["scale"].values ** -2, rtol=1e-12)
+    assert set(tree["log_likelihood"].data_vars) == {"obs"}
+    tree.close()
+
+
+def test_deterministic_sites_by_name() -> None:
+    x, y = linear_data(5)
+    draws = {"scale": torch.ones(4), "weight": torch.randn(4, 3)}
+    tree = to_datatree(with_deterministic_sites, draws, (x, y), var_names=["double", "scale"])
+    assert set(tree["posterior"].data_vars) == {"double", "scale"}
+    assert sorted(tree["posterior"].attrs["left_out"]) == ["weight"]
+    with pytest.raises(ValueError, match=r"\['treble'\] are not latent or deterministic sites"):
+        to_datatree(with_deterministic_sites, draws, (x, y), var_names=["treble"])

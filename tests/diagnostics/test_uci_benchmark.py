@@ -5,13 +5,16 @@
 import math
 
 import numpy as np
+import pyro.distributions as dist
 import pytest
 import torch
 from scipy import integrate, stats
 
 from benchmarks import uci_data
 from benchmarks.gold_distances import distances
-from benchmarks.uci_models import Member, Settings
+from benchmarks.uci_models import Member, Regression, Settings, settle_noise
+from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.nn import bayesian_
 
 
 def test_split_is_standardised_by_its_training_part_and_skips_padding(tmp_path, monkeypatch):
@@ -108,3 +111,21 @@ def test_distances_of_predictives_have_their_closed_forms():
     np.testing.assert_allclose(found["wasserstein"], [0.0, shift / sd], atol=1e-6)
     np.testing.assert_allclose(found["mass"], [0.95, mass], atol=5e-3)
     np.testing.assert_allclose(found["overlap"], [1.0, (width - shift) / (width + shift)], atol=1e-3)
+
+
+def test_settled_noise_has_the_closed_form_of_linear_regression():
+    """E_q (y - x w)^2 = (y - x m)^2 + x^2 s^2 for w ~ N(m, s^2)."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 1, dtype=torch.float64)
+    y = 2 * x[:, 0] + 0.3 * torch.randn(50, dtype=torch.float64)
+    prior = dist.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    model = Regression(bayesian_(torch.nn.Linear(1, 1, bias=False).double(), prior=prior)).double()
+    start = torch.tensor([[1.5]], dtype=torch.float64)
+    guide = AutoMixture(model, 1, init_loc_fn=lambda site: start.clone(), init_scale=0.2)
+    guide(x, y)
+    settle_noise(model, guide, (x, y), 20_000)
+    mean, scale = guide.median()["net.weight"].item(), guide.quantiles([0.5, stats.norm.cdf(1.0)])
+    scale = (scale["net.weight"][1] - scale["net.weight"][0]).item()
+    expected = (y - x[:, 0] * mean).square().mean() + x.square().mean() * scale**2
+    # the noise of the mean over 20,000 draws is 0.5 % at most
+    assert model.noise**2 == pytest.approx(float(expected), rel=0.01)

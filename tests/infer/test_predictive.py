@@ -290,3 +290,17 @@ def test_draws_of_other_sites_are_refused() -> None:
     assert_close(extra.mean, draws @ x.T)
     with pytest.raises(ValueError, match="at least 1, not 0"):
         posterior_predictive(linear_model, AutoNormal(linear_model), (x, y), num_samples=0)
+
+
+def test_draws_that_lack_a_latent_site() -> None:
+    """The site comes from its prior, anew in every run: that is said, and it is what happens."""
+    x, y = linear_data(5)
+    torch.manual_seed(0)
+    full = {"weight": torch.randn(2000, 3), "scale": torch.ones(2000), "offset": torch.zeros(2000, 2, 1)}
+    posterior_predictive(hierarchical, full, (x, y))
+    part = {name: value for name, value in full.items() if name != "offset"}
+    with pytest.warns(UserWarning, match=r"no draws of \['offset'\].*observes 'label'"):
+        found = posterior_predictive(hierarchical, part, (x, y))["obs"]
+    assert found.mean is not None
+    offset = found.mean - (part["weight"] @ x.T)[:, None]
+    assert_close(offset.var(0), torch.ones(2, 5), rtol=0.15)  # 2000 draws: 4.7 standard errors
