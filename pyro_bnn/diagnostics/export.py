@@ -393,8 +393,8 @@ class Exporter:
 
             readings = runner.run(batch, read)
             size = runner.num_draws
-            for name, parts in values.items():
-                parts.append(readings["value", name])
+            for name in values:
+                values[name].append(readings["value", name])
             if runner.latents:  # once: the priors are those of every batch
                 log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
                 runner.latents = False
@@ -441,7 +441,7 @@ class Exporter:
             "posterior_predictive": self.dataset(samples),
             "observed_data": self.dataset(observations, sampled=False),
         }
-        return groups, torch.as_tensor(lp), {name: _joined(parts) for name, parts in values.items()}
+        return groups, torch.as_tensor(lp), {n: _joined(v) for n, v in values.items()}
 
     def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
         """Log joint density, density of the guide, importance weights, divergences."""

@@ -12,8 +12,9 @@ from pyro_bnn.infer.autoguide.initialization import (
 )
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
-from pyro_bnn.infer.autoguide.linearized import LinearizedOutputs, MAPReport, UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide.linearized import MAPReport, UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
 
 __all__ = [
     "AutoHessianFreeLaplace",
