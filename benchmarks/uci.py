@@ -4,8 +4,8 @@
 UCI regression with one hidden layer: every posterior of this package on the standard and the "in-between" splits.
 
 One JSON line per data set, kind of split, split and method, appended to the output as soon as it is there; what the
-output holds already is not run again. Tasks run split by split, small data sets first, so that an interrupted run
-has a complete table over fewer splits.
+output holds already is not run again. A row's ``settings`` are those that differ from the defaults. Tasks run split by
+split, small data sets first, so that an interrupted run has a complete table over fewer splits.
 
     PYRO_BNN_DATA=../shared/data python benchmarks/uci.py --out benchmarks/results/uci.jsonl --splits 0 1 2
     python benchmarks/uci_tables.py            # the tables of the documentation
@@ -277,7 +277,9 @@ def run(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "n": len(split.x),
             "n_test": len(split.x_test),
             **fits.extra,
-            "settings": {k: v for k, v in asdict(settings).items() if k != "nuts"},
+            "settings": {k: v for k, v in asdict(settings).items() if v != getattr(SMALL, k)},
+            "seed": fits.seed,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
@@ -287,8 +289,8 @@ def run(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def compact(row: dict[str, Any]) -> str:
-    """A line of JSON without spaces, numbers with eight digits."""
-    short = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}
+    """A line of JSON without spaces, numbers with six digits."""
+    short = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
     return json.dumps(short, separators=(",", ":"))
 
 
