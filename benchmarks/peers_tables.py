@@ -15,6 +15,10 @@ def interval(cost: dict[str, Any]) -> str:
     return f"{cost['median']:.1f} ({cost['smallest']:.1f} to {cost['largest']:.1f})"
 
 
+def milliseconds(cost: dict[str, Any]) -> str:
+    return f"{cost['median'] * cost['unit_ms']:,.0f}"
+
+
 def main() -> None:
     rows = read("peers")
     write(
@@ -43,23 +47,28 @@ def main() -> None:
     predict = {r["library"]: interval(r) for r in rows if r.get("work") == "predict"}
     write(
         "peers_step",
-        ["library", "step, in plain steps", "peak memory, MiB", "20 draws, in 20 plain passes"],
-        [[r["library"], interval(r), f"{r['peak_mib']:.0f}", predict.get(r["library"], "")]
+        ["library", "step, in plain steps", "40 steps, ms", "peak memory, MiB", "20 draws, in 20 plain passes"],
+        [[r["library"], interval(r), milliseconds(r), f"{r['peak_mib']:.0f}", predict.get(r["library"], "")]
          for r in rows if r.get("work") == "step"],
     )  # fmt: skip
     table = [
-        [r["structure"], r["library"], interval(r["fit"]), interval(r["predict"]), f"{r['peak_mib']:.0f}"]
+        [
+            r["structure"],
+            r["library"],
+            *(text for cost in (r["fit"], r["predict"]) for text in (interval(cost), milliseconds(cost))),
+            f"{r['peak_mib']:.0f}",
+        ]
         for r in rows
         if r.get("work") == "laplace"
     ]
     table += [
-        [r["job"].split(" ", 2)[2], ", ".join(r["job"].split(" ", 2)[:2]), r["skipped"], "", ""]
+        [r["job"].split(" ", 2)[2], ", ".join(r["job"].split(" ", 2)[:2]), r["skipped"], "", "", "", ""]
         for r in rows
         if "skipped" in r and r["job"].startswith("laplace-torch")
     ]
     write(
         "peers_laplace",
-        ["structure", "library", "fit, epochs", "predict 500, epochs", "peak memory, MiB"],
+        ["structure", "library", "fit, epochs", "ms", "predict 500, epochs", "ms", "peak memory, MiB"],
         sorted(table),
     )
 

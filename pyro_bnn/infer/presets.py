@@ -138,7 +138,7 @@ def dusenberry2020(num_data: int, *, family: str = "normal", l2: float = 1e-4) -
 def default_preset() -> Rank1Preset:
     """
     The settings that this project recommends: those of the rank-1 Gaussian mixture in ``benchmarks/rank1_fashion.py``,
-    where they were chosen on held-out images of one data set.
+    where they were chosen on held-out images of one data set, but for the prior of the biases, N(0, 1) instead of N(0, 0.3²).
 
     They differ from those of the paper in the prior of the factors, N(1, 0.5) instead of N(1, 0.1), under which members
     hardly differ; in the initial factors (draws of the prior instead of random signs, which a prior centred at 1 pulls
