@@ -156,6 +156,7 @@ def functional_samples() -> Row:
     x = torch.tensor([[2.0, -1.0, 1.0], [-2.0, 1.0, -1.0]])
     J = jacobian(found.model, x)[:, 0]
     covariance = J @ found.posterior_covariance @ J.T
+    torch.manual_seed(0)
     draws = found.functional_samples(x, n_samples=4000).squeeze(-1)
     exact = covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt()
     return {"found": float(torch.corrcoef(draws.T)[0, 1]), "right": float(exact)}
@@ -253,7 +254,7 @@ def main() -> None:
             row = fact()
         except Exception as error:  # a fact of another version of the library; the other facts go on
             row = {"failed": f"{type(error).__name__}: {error}"}
-        rows.append({"fact": name, "what": (fact.__doc__ or "").strip().split("\n")[0], **row,
+        rows.append({"fact": name, "what": " ".join((fact.__doc__ or "").split()), **row,
                      "laplace-torch": version, "torch": torch.__version__, "threads": 1, "seed": 0})  # fmt: skip
         print(
             {

@@ -25,7 +25,7 @@ def analytic_kl(net: nn.Module) -> float:
     return sum(float((0.5 * (SCALE**2 + p.square() - 1) - math.log(SCALE)).sum()) for p in parts)
 
 
-def plain_step(net: nn.Module, x: Tensor, y: Tensor, count: int) -> Callable[[], None]:
+def plain_step(x: Tensor, y: Tensor, count: int) -> Callable[[], None]:
     net = mlp()
     optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
 
@@ -68,7 +68,7 @@ def mean_field_rows(
     value = statistics.mean(kls)
     before = mebibytes()
     repeat, draws = (2, 2) if small else (15, 20)
-    cost = median_ratio(lambda: [steps() for _ in range(count)], plain_step(net, x, y, count), repeat)
+    cost = median_ratio(lambda: [steps() for _ in range(count)], plain_step(x, y, count), repeat)
     after = mebibytes()
     found = predict(draws)
     assert found.shape == (len(NEW), 10)
@@ -147,7 +147,6 @@ def pyro_mean_field(small: bool) -> Rows:
 
 
 def tyxe_mean_field(small: bool) -> Rows:
-
     import pyro
     import pyro.distributions as dist
 

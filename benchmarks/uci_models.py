@@ -253,7 +253,8 @@ def settle_noise(model: Regression, guide: AutoMixture, data: tuple[Tensor, Tens
     """
     found = posterior_predictive(model, guide, data, num_samples=draws, batch_size=2000)
     with torch.no_grad():
-        model.log_noise.fill_(0.5 * (data[1] - found.mean).square().mean().log())
+        error = (data[1] - found.mean).square().mean()
+        model.log_noise.fill_(0.5 * error.clamp(min=NOISE_FLOOR**2).log())
 
 
 def mean_field(member: Member, data: tuple[Tensor, Tensor]) -> tuple[Regression, AutoMixture]:

@@ -18,10 +18,12 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_bnn._version import __version__
+from pyro_bnn.diagnostics.deterministic import DeterministicValues
 from pyro_bnn.infer.data import Batch, as_batch, is_single_batch
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import (
+    deterministic_names,
     is_deterministic,
     observation_draw,
     observed_names,
@@ -30,7 +32,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.nuts import NUTSResult, recorded_run
-from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch
+from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch, value_dims
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
 from pyro_bnn.nn.packed import packed_sites
 
@@ -179,9 +181,9 @@ class Exporter:
             for batch in self.batches() if self.data is not None else ():
                 for name, site in runner.single(batch, 0).items():
                     if name not in draws:
-                        value = site["value"]
-                        terms = math.prod(site["fn"].batch_shape)
-                        total += (terms + predictions * value.numel()) * value.element_size()
+                        value, fixed = site["value"], is_deterministic(site)
+                        terms = 0 if fixed else math.prod(site["fn"].batch_shape)
+                        total += (terms + (predictions or fixed) * value.numel()) * value.element_size()
         return int(chains * total)
 
     def blocks(
@@ -213,7 +215,7 @@ class Exporter:
                     raise ValueError("The posterior has no latent site, of which there could be draws.")
                 self.inspect(draws, batch if self.data is not None else None)
                 self.names = self.select(named, self.deterministic, var_names, weights)
-                self.left_out = sorted(set(named) - set(self.names))
+                self.left_out = sorted({*named, *self.deterministic} - set(self.names))
                 self.deterministic = [name for name in self.deterministic if name in self.names]
             self.shape = shape
             skip = -start % thin
@@ -223,6 +225,8 @@ class Exporter:
                     runner = ModelRunner(self.model, draws, vectorize=vectorize, max_memory=max_memory)
                 runner.replace_draws(draws)
                 found, density, values = self.data_groups(runner, predictions)
+                self.names = [n for n in self.names if n not in self.deterministic or n in values]
+                self.deterministic = [n for n in self.deterministic if n in values]
                 named |= values
                 lp.append(self.chained(density))
                 log_q.append(self.guide_density(draws, batch))
@@ -285,8 +289,11 @@ class Exporter:
                 dims = tuple(f"{name}_dim_{i}" for i in range(value.dim() - 1))
             self.site_dims[name] = dims
         for name, site in sites.items():
-            self.site_dims.setdefault(name, site_dims(site, len(site["fn"].batch_shape)))
-        self.deterministic = [name for name, site in sites.items() if is_deterministic(site)]
+            dims = (
+                value_dims(site) if is_deterministic(site) else site_dims(site, len(site["fn"].batch_shape))
+            )
+            self.site_dims.setdefault(name, dims)
+        self.deterministic = deterministic_names(sites)
         for site, packed in self.packed.items():
             for part, shape in packed.layout.items():
                 full = _part_name(site, part)
@@ -335,7 +342,7 @@ class Exporter:
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, (value, dims) in variables.items():
             key = name.replace("/", ".")  # slashes are paths in a DataTree
-            own = list(dims)[: value.dim() - len(lead)]
+            own = [dim.replace("/", ".") for dim in dims][: value.dim() - len(lead)]
             if len(own) < value.dim() - len(lead):
                 raise ValueError(f"dims of {name!r}: {value.dim() - len(lead)} names expected, got {own}.")
             for i, dim in enumerate(own):
@@ -367,8 +374,8 @@ class Exporter:
         lp_terms: dict[str, Tensor] = {}
         seen: dict[str, int] = {}
         full: dict[str, float] = {}
-        values: dict[str, list[Tensor]] = {name: [] for name in self.deterministic}
-        runner.latents = True
+        values = DeterministicValues(self.deterministic)
+        runner.latents, runner.values = True, self.deterministic
         for batch in self.batches():
             observed: dict[str, Tensor] = {}
 
@@ -379,7 +386,8 @@ class Exporter:
                         site = sites[name]
                         readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
                 for name in self.deterministic:
-                    readings["value", name] = runner.value_reading(name, sites[name])
+                    if name in sites:
+                        readings["value", name] = runner.value_reading(name, sites[name])
                 for name in predicted_names(sites, runner.draws):
                     site = sites[name]
                     if site["is_observed"]:
@@ -393,8 +401,7 @@ class Exporter:
 
             readings = runner.run(batch, read)
             size = runner.num_draws
-            for name in values:
-                values[name].append(readings["value", name])
+            values.add(runner, batch, readings)
             if runner.latents:  # once: the priors are those of every batch
                 log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
                 runner.latents = False
@@ -441,7 +448,7 @@ class Exporter:
             "posterior_predictive": self.dataset(samples),
             "observed_data": self.dataset(observations, sampled=False),
         }
-        return groups, torch.as_tensor(lp), {n: _joined(v) for n, v in values.items()}
+        return groups, torch.as_tensor(lp), values.joined()
 
     def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
         """Log joint density, density of the guide, importance weights, divergences."""
@@ -493,7 +500,14 @@ class Exporter:
             observed = observed_names(poutine.trace(self.model).get_trace(*args, **kwargs))
             for _ in range(num_samples):
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
-                rows.append({n: s["value"] for n, s in sample_sites(trace).items() if n in self.site_dims})
+                rows.append(
+                    {
+                        # the distribution of a deterministic site has dimensions of plates that the value lacks
+                        n: s["infer"]["obs"] if is_deterministic(s) else s["value"]
+                        for n, s in sample_sites(trace).items()
+                        if n in self.site_dims
+                    }
+                )
         stacked = self.unpacked({n: torch.stack([row[n] for row in rows])[None] for n in rows[0]})
 
         def pick(names: Sequence[str]) -> xr.Dataset:
@@ -516,22 +530,14 @@ class Exporter:
             return list(var_names)
         if weights:
             return [*draws, *deterministic]
-        latent = [n for n in draws if not _WEIGHT.search(n)] or [
+        return [n for n in (*draws, *deterministic) if not _WEIGHT.search(n)] or [
             n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE
         ]
-        return [*latent, *deterministic]
 
 
 def _differing_axis(values: list[Tensor]) -> int:
     """The dimension in which the batches of a loader differ in size; the first if they do not."""
     return next((i for i in range(values[0].dim()) if len({v.shape[i] for v in values}) > 1), 0)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The values of a deterministic site in all batches, shape (S, ...): once if it is the same in all."""
-    if all(torch.equal(part, parts[0]) for part in parts[1:]):
-        return parts[0]
-    return torch.cat(parts, _differing_axis([part[0] for part in parts]) + 1)
 
 
 def _part_name(site: str, part: str) -> str:

@@ -78,8 +78,29 @@ def sample_sites(trace: Trace) -> dict[str, Site]:
 
 
 def is_deterministic(site: Site) -> bool:
-    """Tells whether a trace node was made by :func:`pyro.deterministic`."""
-    return bool(site["infer"].get("_deterministic", False))
+    """
+    Tells whether a trace node was made by :func:`pyro.deterministic`, or by a reparametrisation, which puts an observed
+    Delta without weight in the place of the latent site.
+    """
+    if site["infer"].get("_deterministic", False):
+        return True
+    fn = site["fn"]
+    weightless = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
+    return bool(site["is_observed"]) and weightless and isinstance(base_distribution(fn), dist.Delta)
+
+
+def deterministic_names(sites: Mapping[str, Site]) -> list[str]:
+    """
+    The names of deterministic sites, without those that :func:`pyro.sample` with ``obs_mask`` makes, whose values hold data.
+
+    :param sites: the sample sites of a run of a model.
+    :return: names in the order of the run.
+    """
+    return [
+        name
+        for name, site in sites.items()
+        if is_deterministic(site) and f"{name}_observed" not in sites and f"{name}_unobserved" not in sites
+    ]
 
 
 def observed_names(trace: Trace) -> list[str]:

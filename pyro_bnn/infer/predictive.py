@@ -17,7 +17,6 @@ from pyro_bnn.infer.draws import Draws, Posterior, posterior_draws
 from pyro_bnn.infer.handlers import (
     base_distribution,
     class_probabilities,
-    is_deterministic,
     observation_draw,
     unscaled_log_prob,
 )
@@ -411,17 +410,32 @@ def site_dims(site: Any, ndim: int) -> tuple[str, ...]:
     :param int ndim: the number of batch dimensions of the site in a single run.
     :return: one name per dimension of the batch and event shape.
     """
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    plates = {frame.dim: frame.name for frame in frames}
-    sizes = {frame.dim: frame.size for frame in frames}
+    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
     event = len(site["fn"].event_shape)
-    if is_deterministic(site) and not ndim:
-        # Pyro takes every dimension for an event's unless it is told their number
-        shape = site["value"].shape
-        if all(-dim <= event and shape[dim] == size for dim, size in sizes.items()):
-            ndim, event = event, 0
     names = [plates.get(i - ndim, f"{site['name']}_dim_{i}") for i in range(ndim)]
     return (*names, *(f"{site['name']}_dim_{ndim + i}" for i in range(event)))
+
+
+def value_dims(site: Any) -> tuple[str, ...]:
+    """
+    Names of the dims of a deterministic site: those of plates where their sizes are at their places, ``<site>_dim_k`` elsewhere.
+
+    The distribution of the site does not tell: a plate expands it whether the value has the plate's dimension or not, and
+    :func:`pyro.deterministic` takes every dimension for an event's unless it is told their number.
+
+    :param site: a trace node of a single run.
+    :return: one name per dimension of the value.
+    """
+    shape = site["value"].shape
+    event = len(site["fn"].event_shape)
+    batch = len(shape) - event if event < len(shape) else len(shape)
+    plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+
+    def name(i: int) -> str:
+        plate = plates.get(i - batch) if i < batch else None
+        return plate.name if plate and plate.size == shape[i] else f"{site['name']}_dim_{i}"
+
+    return tuple(name(i) for i in range(len(shape)))
 
 
 def _join(parts: list[SitePrediction]) -> SitePrediction:

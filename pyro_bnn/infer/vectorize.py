@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
@@ -21,9 +22,11 @@ from pyro_bnn.infer.handlers import (
     CollectMessenger,
     Site,
     SubstituteMessenger,
+    base_distribution,
     categorical_draw,
     is_deterministic,
     sample_sites,
+    unscaled_log_prob,
 )
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.nn.sites import runs_plain, silent_sites
@@ -141,6 +144,8 @@ class ModelRunner:
         self.plain_bytes = 0  # of a draw, in networks that run their draws one after the other
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
         self.prototype: Sites | None = None
+        self.values: list[str] = []  # deterministic sites that are read
+        self.warned = False
 
     def replace_draws(self, draws: Draws) -> None:
         """Goes on with other draws of the same sites; what was found out about the model stays."""
@@ -219,13 +224,33 @@ class ModelRunner:
                 f"There are draws of {unknown}, which the model does not sample, and none of {latent}, which it "
                 "does. Give the draws the names of the model's sites."
             )
-        observed = [i for i, name in enumerate(free) if sites[name]["is_observed"]]
-        upstream = [name for name in free[: max(observed, default=0)] if name in latent]
-        if upstream:
+
+    def warn_missing(self, batch: Batch) -> None:
+        """Says so, once, where the density of observations depends on a latent site of which there are no draws."""
+        if self.warned:
+            return
+        assert self.prototype is not None
+        self.warned = True
+        free = {name: self.prototype[name] for name in predicted_names(self.prototype, self.draws)}
+        observed = [name for name, site in free.items() if site["is_observed"]]
+        missing = [
+            name
+            for name, site in free.items()
+            if not site["is_observed"] and not isinstance(base_distribution(site["fn"]), dist.Delta)
+        ]
+
+        def densities() -> Iterator[Tensor]:
+            sites = self.single(batch, 0)
+            yield from (unscaled_log_prob(sites[name]) for name in observed if name in sites)
+
+        if not missing or not observed:
+            return
+        # a latent of few values may repeat by chance
+        first, *others = (list(densities()) for _ in range(4))
+        if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=False)):
             warnings.warn(
-                f"There are no draws of {upstream}, which the model samples before it observes "
-                f"{free[observed[-1]]!r}: every run takes new ones from their prior, and log likelihoods are given those. "
-                "If they are latent, give draws of them too.",
+                f"There are no draws of {missing}, which the model samples, and the density of {observed} depends on them: "
+                "every run takes new ones from the model. If they are latent, give draws of them too.",
                 stacklevel=2,
             )
 
@@ -243,14 +268,13 @@ class ModelRunner:
                 value = self.prototype[name]["value"]
                 expected = torch.stack([sites[name]["fn"].log_prob(value) for sites in singles])
                 found = self.align(name, joint[name]["fn"].log_prob(value))
-                if error := _difference(found, expected, "density", name):
+                if error := _difference(found, expected, "density", name, 1.0):
                     return error
-            for name, site in self.prototype.items():
-                if self.latents and is_deterministic(site):
-                    expected = torch.stack([sites[name]["value"] for sites in singles])
-                    found = self.align(*self.value_reading(name, joint[name]))
-                    if error := _difference(found, expected, "value", name):
-                        return error
+            for name in self.values:
+                expected = torch.stack([sites[name]["value"] for sites in singles])
+                found = self.align(*self.value_reading(name, joint[name]))
+                if error := _difference(found, expected, "value", name, 1e-30):
+                    return error
         except FAILURES as failure:
             return str(failure).strip().partition("\n")[0]
         return ""
@@ -277,7 +301,12 @@ class ModelRunner:
         return sites
 
     def value_reading(self, name: str, site: Site) -> Reading:
-        """The value of a deterministic site in a single or a joint run, which may not depend on the draws."""
+        """
+        The value of a deterministic site in a single or a joint run.
+
+        In a joint run a value without a dimension for the draws is taken for one that does not depend on them; that it
+        does not is what :meth:`check` finds out.
+        """
         assert self.prototype is not None
         value, batch = site["value"], site["fn"].batch_shape
         own = self.prototype[name]["value"].dim()
@@ -305,6 +334,7 @@ class ModelRunner:
             stack.enter_context(poutine.block())
             if self.prototype is None:
                 self.prepare(batch)
+                self.warn_missing(batch)
             parts: list[dict[Key, Tensor]] = []
             # the prototype has been validated, and the rest has its structure
             stack.enter_context(pyro.validation_enabled(False))
@@ -320,18 +350,28 @@ class ModelRunner:
                 for draw in range(self.num_draws):
                     found = read(self.single(batch, draw))
                     parts.append({k: v.unsqueeze(0) for k, (_, v, _) in found.items()})
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        # a site that some draws do not reach has no value for all of them
+        common = [key for key in parts[0] if all(key in part for part in parts)]
+        return {key: torch.cat([part[key] for part in parts]) for key in common}
 
 
-def _difference(found: Tensor, expected: Tensor, what: str, name: str) -> str:
-    """How a joint run differs from single runs at a site; empty if it does not."""
+def _difference(found: Tensor, expected: Tensor, what: str, name: str, floor: float) -> str:
+    """
+    How a joint run differs from single runs at a site; empty if it does not.
+
+    :param floor: sizes below which differences are rounding.
+    """
     if found.shape != expected.shape:
         return f"site {name!r} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    scale = 1 + expected.abs().max() if expected.numel() else 1
-    # rounding differs between batched and single products; a wrong broadcast differs by more
-    if not torch.allclose(found / scale, expected / scale, rtol=0, atol=1e-3, equal_nan=True):
-        return f"the {what} of site {name!r} depends on which draws run together"
-    return ""
+    if expected.is_floating_point() or expected.is_complex():
+        finite = expected.isfinite()
+        scale = floor + (float(expected[finite].abs().max()) if finite.any() else 0.0)
+        # rounding differs between batched and single products; a wrong broadcast differs by more
+        close = (found - expected).abs() <= 1e-3 * scale
+        same = torch.where(finite, close, (found == expected) | (found.isnan() & expected.isnan()))
+    else:
+        same = found == expected
+    return "" if same.all() else f"the {what} of site {name!r} depends on which draws run together"
 
 
 def predicted_names(sites: Sites, draws: Draws) -> Iterator[str]:

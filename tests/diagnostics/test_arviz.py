@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.stats import fit_generalized_pareto
 from scipy.special import logsumexp
@@ -438,60 +439,140 @@ def test_mcmc_with_a_recording_kernel() -> None:
     assert_close(stats["lp"].values[0, :-1], -torch.tensor(potential[1:]), rtol=1e-9)
 
 
-def with_deterministic_sites(x: torch.Tensor, y: torch.Tensor | None = None, *, mixing: bool = False) -> None:
-    """Values of every shape: a scalar, an event, one per example with and without a plate, one without draws."""
+def with_deterministic_sites(x: torch.Tensor, y: torch.Tensor | None = None, *, mixing: float = 0.0) -> None:
+    """Values of every shape and type: with and without a plate, of a plate left of another one, without draws."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.1))
     weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
     pyro.deterministic("precision", scale**-2)
-    pyro.deterministic("odds", weight.exp())
+    pyro.deterministic("log", weight.log())  # NaN where it is negative
+    pyro.deterministic("positive", weight > 0)
     pyro.deterministic("constant", torch.tensor([1.0, 2.0]))
     function = pyro.deterministic("function", (x * weight).sum(-1))
     if mixing:
-        pyro.deterministic("mixed", function - function.mean())
-    with pyro.plate("data", len(x)):
+        pyro.deterministic("mixed", mixing * (function - function.mean()))
+        pyro.deterministic("log_mixed", (function - function.mean()).log())
+    with pyro.plate("data", len(x), dim=-1):
         pyro.deterministic("double", 2 * function)
+        pyro.deterministic("ones", torch.ones(len(x)))
+        pyro.deterministic("terms", x * weight, event_dim=1)
+        pyro.deterministic("global", weight + 1)
+        with pyro.plate("outer", 2, dim=-2):
+            pyro.deterministic("triple", 3 * function)
+            pyro.deterministic("both", function + torch.arange(2.0)[:, None])
         pyro.sample("obs", dist.Normal(function, scale), obs=y)
 
 
-@pytest.mark.parametrize("how", ["at once", "one by one", "mixing", "loader", "blocks"])
+DETERMINISTIC_DIMS = {
+    "precision": (),
+    "log": ("log_dim_0",),
+    "positive": ("positive_dim_0",),
+    "constant": ("constant_dim_0",),
+    "function": ("function_dim_0",),
+    "double": ("data",),
+    "ones": ("data",),
+    "terms": ("data", "terms_dim_1"),
+    "global": ("global_dim_0",),
+    "triple": ("data",),
+    "both": ("outer", "data"),
+}
+
+
+@pytest.mark.parametrize(
+    "how", ["at once", "one by one", "mixing", "small", "loader", "equal batches", "blocks"]
+)
 def test_deterministic_sites_are_in_the_posterior(how: str, tmp_path: Path) -> None:
-    x, y = linear_data(7)
+    n = 8 if how == "equal batches" else 7
+    x, y = linear_data(n)
     torch.manual_seed(0)
     draws = {"scale": torch.rand(12) + 0.5, "weight": torch.randn(12, 3)}
-    model: Any = functools.partial(with_deterministic_sites, mixing=how == "mixing")
-    data: Any = DataLoader(TensorDataset(x, y), 3) if how == "loader" else (x, y)
+    mixing = {"mixing": 1.0, "small": 1e-4}.get(how, 0.0)
+    model: Any = functools.partial(with_deterministic_sites, mixing=mixing)
+    data: Any = DataLoader(TensorDataset(x, y), 4) if how in ("loader", "equal batches") else (x, y)
     options: dict[str, Any] = {"path": tmp_path / "t.nc", "block_size": 2} if how == "blocks" else {}
-    tree = to_datatree(
-        model,
-        draws,
-        data,
-        num_chains=2,
-        thin=2,
-        prior_samples=3,
-        vectorize=False if how == "one by one" else None,
-        **options,
-    )
+    vectorize = False if how == "one by one" else (None if mixing else True)
+    options |= {"num_chains": 2, "thin": 2, "prior_samples": 3, "vectorize": vectorize}
+    tree = to_datatree(model, draws, data, **options)
     posterior = tree["posterior"]
-    assert ("mixed" in posterior) == (how == "mixing")
     function = draws["weight"] @ x.T
     expected = {
         "precision": draws["scale"] ** -2,
-        "odds": draws["weight"].exp(),
+        "log": draws["weight"].log(),
+        "positive": draws["weight"] > 0,
         "constant": torch.tensor([1.0, 2.0]).expand(12, 2),
         "function": function,
         "double": 2 * function,
-        "mixed": function - function.mean(-1, keepdim=True),
+        "ones": torch.ones(12, n),
+        "terms": x * draws["weight"][:, None],
+        "global": draws["weight"] + 1,
+        "triple": 3 * function,
+        "both": function[:, None] + torch.arange(2.0)[:, None],
     }
-    for name in set(expected) & set(posterior.data_vars):
-        value = expected[name].unflatten(0, (2, 6))[:, ::2]
-        assert_close(torch.as_tensor(posterior[name].values), value, rtol=1e-12)
-    # a plate names its dim, whatever Pyro takes for the event
-    assert posterior["double"].dims == ("chain", "draw", "data")
-    assert posterior["function"].dims == ("chain", "draw", "function_dim_0")
+    if mixing:
+        centred = function - function.mean(-1, keepdim=True)
+        expected |= {"mixed": mixing * centred, "log_mixed": centred.log()}
+    assert set(posterior.data_vars) == {*draws, *expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(posterior[name], value.unflatten(0, (2, 6))[:, ::2], rtol=1e-9, atol=1e-12)
+    for name, dims in DETERMINISTIC_DIMS.items():
+        assert posterior[name].dims == ("chain", "draw", *dims)
     prior = tree["prior"]
+    for name in ("precision", "double", "terms", "global"):
+        assert prior[name].dims == posterior[name].dims
     np.testing.assert_allclose(prior["precision"], prior["scale"].values ** -2, rtol=1e-12)
+    np.testing.assert_allclose(prior["global"], prior["weight"].values + 1, rtol=1e-12)
     assert set(tree["log_likelihood"].data_vars) == {"obs"}
     tree.close()
+
+
+def test_deterministic_sites_that_depend_on_the_batch_are_left_out() -> None:
+    x, y = linear_data(7)
+    draws = {"weight": torch.randn(6, 3)}
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        function = (x * weight).sum(-1)
+        pyro.deterministic("mean", function.mean(-1))
+        pyro.deterministic("sum", weight.sum(-1))
+        if len(x) > 1:
+            pyro.deterministic("spread", function.std(-1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(function, 1.0), obs=y)
+
+    with pytest.warns(UserWarning, match=r"\['mean', 'spread'\] are left out"):
+        tree = to_datatree(model, draws, DataLoader(TensorDataset(x, y), 3))
+    assert set(tree["posterior"].data_vars) == {"weight", "sum"}
+    np.testing.assert_allclose(tree["posterior"]["sum"][0], draws["weight"].sum(-1))
+    whole = to_datatree(model, draws, (x, y))["posterior"]
+    np.testing.assert_allclose(whole["mean"][0], (draws["weight"] @ x.T).mean(-1))
+    np.testing.assert_allclose(whole["spread"][0], (draws["weight"] @ x.T).std(-1))
+
+
+def test_reparametrised_sites_are_latent_and_masked_ones_are_not() -> None:
+    y = torch.tensor([2.8, 0.8, -0.3, 0.7])
+
+    def model(y: torch.Tensor | None = None) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("schools", 4):
+            with pyro.poutine.reparam(config={"theta": LocScaleReparam(0.0)}):
+                theta = pyro.sample("theta", dist.Normal(mean, 2.0))
+            pyro.sample(
+                "obs", dist.Normal(theta, 1.0), obs=y, obs_mask=torch.tensor([True, True, True, False])
+            )
+
+    torch.manual_seed(0)
+    draws = {
+        "mean": torch.randn(8),
+        "theta_decentered": torch.randn(8, 4),
+        "obs_unobserved": torch.zeros(8, 4),
+    }
+    tree = to_datatree(model, draws, (y,), vectorize=True)
+    assert set(tree["posterior"].data_vars) == {*draws, "theta"}
+    theta = draws["mean"][:, None] + 2 * draws["theta_decentered"]
+    np.testing.assert_allclose(tree["posterior"]["theta"][0], theta)
+    assert tree["posterior"]["theta"].dims == ("chain", "draw", "schools")
+    expected = dist.Normal(theta, 1.0).log_prob(y) * torch.tensor([1.0, 1, 1, 0])
+    assert set(tree["log_likelihood"].data_vars) == {"obs_observed"}
+    np.testing.assert_allclose(tree["log_likelihood"]["obs_observed"][0], expected, rtol=1e-9)
 
 
 def test_deterministic_sites_by_name() -> None:
@@ -499,6 +580,6 @@ def test_deterministic_sites_by_name() -> None:
     draws = {"scale": torch.ones(4), "weight": torch.randn(4, 3)}
     tree = to_datatree(with_deterministic_sites, draws, (x, y), var_names=["double", "scale"])
     assert set(tree["posterior"].data_vars) == {"double", "scale"}
-    assert sorted(tree["posterior"].attrs["left_out"]) == ["weight"]
+    assert sorted(tree["posterior"].attrs["left_out"]) == sorted({"weight", *DETERMINISTIC_DIMS} - {"double"})
     with pytest.raises(ValueError, match=r"\['treble'\] are not latent or deterministic sites"):
         to_datatree(with_deterministic_sites, draws, (x, y), var_names=["treble"])

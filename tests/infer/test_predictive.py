@@ -299,8 +299,26 @@ def test_draws_that_lack_a_latent_site() -> None:
     full = {"weight": torch.randn(2000, 3), "scale": torch.ones(2000), "offset": torch.zeros(2000, 2, 1)}
     posterior_predictive(hierarchical, full, (x, y))
     part = {name: value for name, value in full.items() if name != "offset"}
-    with pytest.warns(UserWarning, match=r"no draws of \['offset'\].*observes 'label'"):
+    with pytest.warns(UserWarning, match=r"no draws of \['offset'\]") as record:
         found = posterior_predictive(hierarchical, part, (x, y))["obs"]
+    assert len(record) == 1
     assert found.mean is not None
     offset = found.mean - (part["weight"] @ x.T)[:, None]
     assert_close(offset.var(0), torch.ones(2, 5), rtol=0.15)  # 2000 draws: 4.7 standard errors
+
+
+def test_sites_that_are_predicted_are_not_missing() -> None:
+    """Of two outputs the first is to be predicted, and a Delta has no prior to come from: no warning."""
+    x, y = linear_data(5)
+
+    def model(x: torch.Tensor, first: torch.Tensor | None = None, second: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        shift = pyro.sample("shift", dist.Delta(torch.tensor(1.0)))
+        mean = (x * weight).sum(-1) + shift
+        with pyro.plate("data", len(x)):
+            pyro.sample("first", dist.Normal(mean, 1.0), obs=first)
+            pyro.sample("second", dist.Normal(mean, NOISE), obs=second)
+
+    draws = torch.randn(4, 3)
+    found = posterior_predictive(model, {"weight": draws}, (x, None, y))
+    assert_close(found["second"].log_likelihood, dist.Normal(draws @ x.T + 1, NOISE).log_prob(y))
