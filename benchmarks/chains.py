@@ -141,7 +141,9 @@ class HiddenLayer:
         import numpy as np
 
         keys = jax.random.split(jax.random.PRNGKey(seed), len(z))
-        return torch.from_numpy(np.array(self._whole(z, keys)))
+        # in parts, since the hidden units of all inputs under all draws take gigabytes
+        parts = [np.array(self._whole(z[i : i + 500], keys[i : i + 500])) for i in range(0, len(z), 500)]
+        return torch.from_numpy(np.concatenate(parts))
 
     def check(self, points: int = 4) -> None:
         """
@@ -354,7 +356,9 @@ def mixing(values: Tensor) -> dict[str, float]:
     :param values: shape (chains, draws, N).
     :return: split R-hat and effective sample size over the N values.
     """
-    r_hat, size = split_r_hat(values), effective_sample_size(values, 0, 1)
+    r_hat = split_r_hat(values)
+    # one by one, since Pyro's memory is quadratic in the draws
+    size = torch.stack([effective_sample_size(value, 0, 1) for value in values.unbind(-1)])
     return {
         "r_hat": float(r_hat.max()),
         "r_hat_median": float(r_hat.median()),
