@@ -50,12 +50,13 @@ def to_datatree(
     guides of a list, or the chains of an MCMC run. A single guide is one chain of independent draws.
 
     Groups: ``posterior`` (with ``data`` also the values of :func:`pyro.deterministic` and reparametrised sites, which the
-    model computes from draws and data; also for guides that predict by the linearised model), ``log_prior`` (per site, summed over the site), ``sample_stats`` (``lp``, the log joint density
-    :math:`\log p(y, z)`; for guides with a density also ``log_q`` and ``log_weight``, the
-    normalised log importance weights; ``diverging`` for MCMC, and for :func:`~pyro_bnn.infer.nuts` also ``energy``,
-    ``tree_depth``, ``step_size`` and ``acceptance_rate``, with the warm-up of the latent sites in groups of its own) and, where ``data`` holds observations,
-    ``log_likelihood`` (pointwise, nats, without the factor of subsampled plates), ``posterior_predictive``,
-    ``observed_data`` and ``constant_data``. With ``prior_samples``, ``prior`` and ``prior_predictive``.
+    model computes from draws and data, also for guides that predict by the linearised model), ``log_prior`` (per site,
+    summed over the site), ``sample_stats`` (``lp``, the log joint density :math:`\log p(y, z)`; for guides with a density
+    also ``log_q`` and ``log_weight``, the normalised log importance weights; ``diverging`` for MCMC, and for
+    :func:`~pyro_bnn.infer.nuts` also ``energy``, ``tree_depth``, ``step_size`` and ``acceptance_rate``, with the warm-up of
+    the latent sites in groups of its own) and, where ``data`` holds observations, ``log_likelihood`` (pointwise, nats,
+    without the factor of subsampled plates), ``posterior_predictive``, ``observed_data`` and ``constant_data``. With
+    ``prior_samples``, ``prior`` and ``prior_predictive``.
 
     :param callable model: a Pyro model.
     :param posterior: a guide, a sequence of guides (one chain each), an :class:`~pyro.infer.MCMC` run, or a

@@ -23,7 +23,8 @@ class DeterministicValues:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        self.axes: dict[str, int] | None = None
+        self.axes: dict[str, int] = {}
+        self.first: Batch | None = None
         self.batches = 0
 
     def add(self, runner: ModelRunner, batch: Batch, readings: Mapping[Any, Tensor]) -> None:
@@ -35,8 +36,10 @@ class DeterministicValues:
         :param readings: values under ``("value", name)``, shape ``(S,) + value shape``; sites may be missing.
         """
         self.batches += 1
-        if self.batches == 1:
-            self.axes = example_axes(runner, batch, list(self.parts))
+        if self.batches == 2 and self.first is not None:  # a single batch has nothing to be joined with
+            shapes = {name: parts[0].shape[1:] for name, parts in self.parts.items() if parts}
+            self.axes = example_axes(runner, self.first, shapes)
+        self.first = batch if self.batches == 1 else None
         for name, parts in self.parts.items():
             if ("value", name) in readings:
                 parts.append(readings["value", name])
@@ -45,7 +48,7 @@ class DeterministicValues:
         """The values of all batches by site, shape ``(S,) + value shape``."""
         found, left_out = {}, []
         for name, parts in self.parts.items():
-            axis = (self.axes or {}).get(name)
+            axis = self.axes.get(name)
             if len(parts) < self.batches:
                 left_out.append(name)
             elif len(parts) == 1:
@@ -65,30 +68,27 @@ class DeterministicValues:
         return found
 
 
-def example_axes(runner: ModelRunner, batch: Batch, names: Sequence[str]) -> dict[str, int]:
+def example_axes(runner: ModelRunner, batch: Batch, shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     """
     The dimension of the examples of each site that has one: the one that shrinks when the model runs on fewer of them.
 
     :param runner: what runs the model.
     :param batch: the arguments of the model.
-    :param names: deterministic sites.
+    :param shapes: of the values of deterministic sites in a run on the whole batch.
     :return: positions in the shape of the value, by site.
     """
     size = batch_size(batch)
-    if not names or size is None or size < 2:
+    if not shapes or size is None or size < 2:
         return {}
     try:
-        whole, fewer = (
-            runner.single(part, 0) for part in (batch, slice_batch(batch, size, slice(0, size - 1)))
-        )
+        fewer = runner.single(slice_batch(batch, size, slice(0, size - 1)), 0)
     except FAILURES:  # a model that needs all of its examples has one batch
         return {}
     axes: dict[str, int] = {}
-    for name in names:
-        if name in whole and name in fewer:
-            shape, shorter = whole[name]["value"].shape, fewer[name]["value"].shape
-            changed = [i for i, sizes in enumerate(zip(shape, shorter, strict=False)) if len(set(sizes)) > 1]
-            if len(shape) == len(shorter) and changed:
+    for name, shape in shapes.items():
+        if name in fewer and len(shorter := fewer[name]["value"].shape) == len(shape):
+            changed = [i for i, sizes in enumerate(zip(shape, shorter, strict=True)) if len(set(sizes)) > 1]
+            if changed:
                 axes[name] = changed[0]
     return axes
 
