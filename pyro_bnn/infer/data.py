@@ -2,14 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One convention for data everywhere: a batch is what the model is called with."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 #: The positional and keyword arguments of one call of a model.
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Where a tensor is in nested containers: positions, keys and names of fields.
+Path = tuple[Any, ...]
 
 
 def as_batch(item: Any) -> Batch:
@@ -29,7 +35,7 @@ def as_batch(item: Any) -> Batch:
     """
     if isinstance(item, Mapping):
         return (), dict(item)
-    if isinstance(item, (tuple, list)):
+    if isinstance(item, (tuple, list)) and not isinstance(item, PackedSequence):
         return tuple(item), {}
     return (item,), {}
 
@@ -39,9 +45,11 @@ def is_single_batch(data: Any) -> bool:
     Tells whether ``data`` is one batch (a tensor, a tuple or mapping of arguments, or a list of tensors)
     rather than an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples, ...).
 
-    :param data: data in any of the forms that :func:`iter_batches` takes.
+    :param data: data in any of the forms that :class:`Batches` takes.
     :return: ``True`` for one batch.
     """
+    if isinstance(data, Batches):
+        return data.is_single
     if isinstance(data, (Tensor, tuple, Mapping)):
         return True
     if isinstance(data, list):
@@ -49,48 +57,233 @@ def is_single_batch(data: Any) -> bool:
     return not isinstance(data, Iterable)
 
 
-def iter_batches(data: Any) -> Iterator[Batch]:
+def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """
-    Iterates over ``data`` as arguments of the model.
+    Applies a function to the tensors and packed sequences in nested containers (tuples, lists, mappings, dataclasses).
+
+    :param tree: any value.
+    :param callable fn: takes the place of a tensor or packed sequence and the object, and returns what replaces it.
+    :param path: the place of ``tree``.
+    :return: the same containers with replaced leaves; containers in which nothing changes are returned as they are.
+    """
+    if isinstance(tree, (Tensor, PackedSequence)):
+        return fn(path, tree)
+    if isinstance(tree, Mapping):
+        items: list[tuple[Any, Any]] = list(tree.items())
+    elif isinstance(tree, (tuple, list)):
+        items = list(enumerate(tree))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        items = [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+    else:
+        return tree
+    changed = {}
+    for key, value in items:
+        new = map_leaves(value, fn, (*path, key))
+        if new is not value:
+            changed[key] = new
+    if not changed:
+        return tree
+    if isinstance(tree, Mapping):
+        out: Any = copy.copy(tree)  # keeps the type: a dict, or what tokenizers return
+        for key, value in changed.items():
+            out[key] = value
+        return out
+    if isinstance(tree, (tuple, list)):
+        values = [changed.get(i, value) for i, value in items]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    out = copy.copy(tree)
+    for key, value in changed.items():
+        object.__setattr__(out, key, value)  # frozen dataclasses too
+    return out
+
+
+def leaves(tree: Any) -> dict[Path, Any]:
+    """The tensors and packed sequences in nested containers by their place."""
+    found: dict[Path, Any] = {}
+
+    def note(path: Path, leaf: Any) -> Any:
+        found[path] = leaf
+        return leaf
+
+    map_leaves(tree, note)
+    return found
+
+
+def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """
+    Applies ``fn`` to every tensor among the arguments of a batch, in containers and packed sequences too.
+
+    :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them, or any nested containers.
+    :param callable fn: a function of a tensor.
+    :return: the batch with each tensor replaced; other arguments are untouched.
+
+    Example::
+
+        >>> map_tensors((({"x": torch.ones(2)}, "mean"), {}), lambda x: 2 * x)
+        (({'x': tensor([2., 2.])}, 'mean'), {})
+    """
+
+    def replace(_: Path, leaf: Any) -> Any:
+        if not isinstance(leaf, PackedSequence):
+            return fn(leaf)
+        data = fn(leaf.data)
+        return leaf if data is leaf.data else leaf._replace(data=data)
+
+    return map_leaves(batch, replace)
+
+
+def argument_name(path: Path) -> str:
+    """The place of a tensor of a batch in words, e.g. ``argument 0['ids'][1]`` or ``argument 'y'``."""
+    _, first, *rest = path
+    return f"argument {first!r}" + "".join(f"[{key!r}]" for key in rest)
+
+
+def check_finite(batch: Batch) -> None:
+    """
+    Checks that the floating-point tensors of a batch are finite, in nested containers too.
+
+    :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
+    :raises ValueError: naming the argument and the number of entries that are not finite.
+    """
+    for path, leaf in leaves(batch).items():
+        value = leaf.data if isinstance(leaf, PackedSequence) else leaf
+        # a finite sum proves it in one pass; only otherwise entries are looked at one by one
+        if not value.is_floating_point() or bool(torch.isfinite(value.detach().sum())):
+            continue
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise ValueError(
+                f"{argument_name(path)} of the model holds {bad} non-finite entries (shape {tuple(value.shape)}): "
+                "remove them, or mask the observations with poutine.mask."
+            )
+
+
+def structure(value: Any) -> Any:
+    """What all batches of a data set have in common: the arguments, which of them are tensors, and their numbers of dims."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dim()} dimensions"
+    if isinstance(value, PackedSequence):
+        return "a packed sequence"
+    if isinstance(value, Mapping):
+        return {key: structure(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return {key: structure(item) for key, item in enumerate(value)}
+    return None if value is None else "a value"
+
+
+def check_structure(first: Any, other: Any, number: int, path: Path = ()) -> None:
+    """
+    :param first: the :func:`structure` of the first batch.
+    :param other: that of a later batch.
+    :param number: which one it is, for the message.
+    :param path: where the two were found.
+    :raises ValueError: naming the argument in which they differ.
+    """
+    if first == other:
+        return
+    if isinstance(first, dict) and isinstance(other, dict):
+        for key in [*first, *(key for key in other if key not in first)]:
+            check_structure(first.get(key), other.get(key), number, (*path, key))
+        return
+    name = argument_name(path) if len(path) > 1 else "the arguments"
+    raise ValueError(
+        f"batch {number} of the data differs from batch 0: {name} of the model is {other or 'missing or None'}, there "
+        f"{first or 'it is missing or None'}. Give all batches the same arguments with the same number of dimensions."
+    )
+
+
+class Batches:
+    """
+    The data of any public function, read once: an iterable over the arguments of the model, batch by batch.
+
+    Every batch is checked: its entries are finite, in whatever containers they are, and its arguments and their numbers of
+    dimensions are those of the first batch. Tensors made in inference mode are copied, so that they can take part in a graph.
 
     :param data: one batch (a tensor; a tuple of positional arguments; a mapping of keyword arguments; a list
         of tensors) or an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples).
-    :return: an iterator over ``(args, kwargs)``.
-    :raises ValueError: if the iterable yields nothing.
+    :ivar bool is_single: whether the data are one batch.
+
+    :raises ValueError: if a batch fails these checks, if there is no batch, or if an iterator is run through a second time.
 
     Example::
 
         >>> x, y = torch.zeros(4, 2), torch.zeros(4)
-        >>> len(list(iter_batches((x, y)))), len(list(iter_batches([(x, y), (x, y)])))
+        >>> len(list(Batches((x, y)))), len(list(Batches([(x, y), (x, y)])))
         (1, 2)
     """
-    if is_single_batch(data):
-        yield as_batch(data)
-        return
-    empty = True
-    for item in data:
-        empty = False
-        yield as_batch(item)
-    if empty:
-        raise ValueError(
-            "data is an empty iterable: it yielded no batch. Pass tensors, or a loader with at least one "
-            "batch that can be iterated again (not an exhausted generator)."
-        )
+
+    def __init__(self, data: Any) -> None:
+        self.is_single = is_single_batch(data)
+        self._source = data
+        self._first: Batch | None = None
+        self._structure: Any = None
+        self._is_stream = not self.is_single and isinstance(data, Iterator)
+        self._is_used = False
+
+    @property
+    def first(self) -> Batch:
+        """The first batch; the pass over an iterator still begins with it."""
+        if self._first is None:
+            source = iter((self._source,)) if self.is_single else iter(self._source)
+            for item in source:
+                self._first = self._ready(item, 0)
+                return self._first
+            raise ValueError(
+                "data is an empty iterable: it yielded no batch. Pass tensors, or a loader with at least one "
+                "batch that can be iterated again (not an exhausted generator)."
+            )
+        return self._first
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.is_single:
+            yield self.first
+            return
+        number = 0
+        if self._is_stream:
+            if self._is_used:
+                raise ValueError(
+                    "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "
+                    "a list of batches or a loader."
+                )
+            self._is_used = True
+            yield self.first
+            number = 1
+        for item in self._source:
+            batch = self._ready(item, number)
+            if self._first is None:
+                self._first = batch
+            yield batch
+            number += 1
+        if not number:
+            self.first  # noqa: B018 (raises)
+
+    def _ready(self, item: Any, number: int) -> Batch:
+        batch = as_batch(item)
+        check_finite(batch)
+        if not self.is_single:
+            found = structure(batch)
+            if self._structure is None:
+                self._structure = found
+            check_structure(self._structure, found, number)
+        return map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
 
 
-def map_tensors(batch: Batch, fn: Any) -> Batch:
+def as_batches(data: Any) -> Batches:
     """
-    Applies ``fn`` to every tensor among the arguments of a batch.
-
-    :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
-    :param callable fn: a function of a tensor.
-    :return: the batch with each tensor replaced; other arguments are untouched.
+    :param data: see :class:`Batches`, or such an object, which is returned as it is.
+    :return: the data, read.
     """
-    args, kwargs = batch
-    return (
-        tuple(fn(a) if isinstance(a, Tensor) else a for a in args),
-        {k: fn(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()},
-    )
+    return data if isinstance(data, Batches) else Batches(data)
+
+
+def iter_batches(data: Any) -> Iterator[Batch]:
+    """
+    Iterates over ``data`` as arguments of the model; see :class:`Batches`.
+
+    :param data: data in any of the forms that :class:`Batches` takes.
+    :return: an iterator over ``(args, kwargs)``.
+    """
+    return iter(as_batches(data))
 
 
 def batch_size(batch: Batch) -> int | None:
@@ -119,24 +312,3 @@ def slice_batch(batch: Batch, size: int, part: slice | Tensor) -> Batch:
         return x[part.to(x.device) if isinstance(part, Tensor) else part]
 
     return map_tensors(batch, take)
-
-
-def check_finite(batch: Batch) -> None:
-    """
-    Checks that the floating-point tensors of a batch are finite.
-
-    :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
-    :raises ValueError: naming the argument and the number of entries that are not finite.
-    """
-    args, kwargs = batch
-    named = [(f"argument {i}", a) for i, a in enumerate(args)] + [
-        (f"argument {k!r}", v) for k, v in kwargs.items()
-    ]
-    for name, value in named:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            bad = int((~torch.isfinite(value)).sum())
-            if bad:
-                raise ValueError(
-                    f"{name} of the model holds {bad} non-finite entries (shape {tuple(value.shape)}): "
-                    "remove them, or mask the observations with poutine.mask."
-                )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_bnn.infer.data import Batch
-from pyro_bnn.infer.handlers import sample_sites
+from pyro_bnn.infer.handlers import SubstituteMessenger, sample_sites
 from pyro_bnn.infer.parameters import local_parameters
 
 #: Where draws come from: a guide, an MCMC run (anything with ``get_samples``), or draws by site name.
@@ -85,12 +85,27 @@ def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:
     return {name: value[index.to(value.device)] for name, value in samples.items()}
 
 
-def _loop_draws(guide: Any, num_samples: int, batch: Batch) -> Draws:
-    """One run of the guide per draw: right for every guide, slow."""
+@torch.no_grad()
+def draws_given(guide: Any, known: Draws, batch: Batch) -> Draws:
+    """
+    Draws of the other sites of a guide given some of them.
+
+    :param guide: a guide that samples its sites by Pyro's statements.
+    :param known: draws of some of its sites, each of shape ``(S,) + site shape``.
+    :param batch: arguments of the guide.
+    :return: draws of all sites.
+    """
+    with local_parameters(), poutine.block():
+        return _loop_draws(guide, len(next(iter(known.values()))), batch, known)
+
+
+def _loop_draws(guide: Any, num_samples: int, batch: Batch, known: Mapping[str, Tensor] | None = None) -> Draws:
+    """One run of the guide per draw, given those of some sites: right for every guide, slow."""
     args, kwargs = batch
     rows = []
-    for _ in range(num_samples):
-        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    for index in range(num_samples):
+        values = {name: value[index] for name, value in (known or {}).items()}
+        trace = poutine.trace(SubstituteMessenger(values)(guide)).get_trace(*args, **kwargs)
         sites = sample_sites(trace)
         rows.append(
             {

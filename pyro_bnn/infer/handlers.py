@@ -45,6 +45,26 @@ class SubstituteMessenger(Messenger):
             msg["done"] = True
 
 
+class RowsMessenger(Messenger):
+    """
+    Gives subsampled plates the first rows, however many the model asks for: a prediction takes what the arguments hold,
+    whatever number of rows the plate stands for.
+
+    :param int shift: added to the positions, round the plate.
+    """
+
+    def __init__(self, shift: int = 0) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def _pyro_sample(self, msg: Site) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, _Subsample) and msg["value"] is None:
+            size = fn.size if fn.subsample_size is None else fn.subsample_size
+            msg["value"] = (torch.arange(size, device=fn.device) + self.shift) % max(fn.size, size)
+            msg["done"] = True
+
+
 class CollectMessenger(SubstituteMessenger):
     """
     Gives sample sites fixed values and keeps what the model says at each site: what a trace of a replayed model holds,
@@ -89,6 +109,11 @@ def is_deterministic(site: Site) -> bool:
     return bool(site["is_observed"]) and weightless and isinstance(base_distribution(fn), dist.Delta)
 
 
+def is_factor(site: Site) -> bool:
+    """Tells whether a trace node was made by :func:`pyro.factor`."""
+    return isinstance(site["fn"], dist.Unit)
+
+
 def deterministic_names(sites: Mapping[str, Site]) -> list[str]:
     """
     The names of deterministic sites, without those that :func:`pyro.sample` with ``obs_mask`` makes, whose values hold data.
@@ -117,7 +142,7 @@ def observed_names(trace: Trace) -> list[str]:
         and site["is_observed"]
         and not isinstance(site["fn"], _Subsample)
         and not is_deterministic(site)
-        and type(site["fn"]).__name__ != "Unit"
+        and not is_factor(site)
     ]
 
 
@@ -162,6 +187,32 @@ def unscaled_log_prob(site: Site) -> Tensor:
     if mask is not None:
         log_prob = log_prob * mask if isinstance(mask, bool) else log_prob.where(mask, log_prob.new_zeros(()))
     return log_prob
+
+
+def mask_of(site: Site) -> Tensor | None:
+    """
+    Which elements of a site count: the masks of its distribution and of :func:`poutine.mask`.
+
+    :param site: a trace node.
+    :return: bool, shape of the batch shape of the site; ``None`` if all count.
+    """
+    shape, fn = site["fn"].batch_shape, site["fn"]
+    masks, event = [], 0
+    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = torch.as_tensor(fn._mask)
+            # an element of an event that does not count leaves the others of the event
+            masks.append(mask.flatten(-event).any(-1) if event and mask.dim() >= event else mask)
+        else:
+            event += fn.reinterpreted_batch_ndims
+        fn = fn.base_dist
+    if site["mask"] is not None:
+        masks.append(torch.as_tensor(site["mask"]))
+    whole = None
+    for mask in masks:
+        mask = mask.expand(shape)
+        whole = mask if whole is None else whole & mask
+    return None if whole is None or bool(whole.all()) else whole
 
 
 def base_distribution(fn: Any) -> Any:
@@ -213,6 +264,29 @@ def observation_draw(site: Site) -> Tensor:
     """
     value = categorical_draw(site["fn"])
     return site["fn"].sample() if value is None else value
+
+
+def check_values(sites: Mapping[str, Site]) -> None:
+    """
+    Checks that observations have the shape of their distributions, so that none is compared with another's.
+
+    :param sites: the sample sites of a run under one draw.
+    :raises ValueError: naming the site, the shape found and the shape expected.
+    """
+    for name, site in sites.items():
+        if not site["is_observed"] or is_deterministic(site) or is_factor(site):
+            continue
+        found, expected = site["value"].shape, site["fn"].batch_shape + site["fn"].event_shape
+        try:
+            fits = torch.broadcast_shapes(found, expected) == expected
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"Site {name!r}: the observation has shape {tuple(found)}, its distribution has shape {tuple(expected)} "
+                "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
+                "would compare every point with every other."
+            )
 
 
 def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:

@@ -12,7 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.infer.draws import Draws, Posterior
-from pyro_bnn.infer.predictive import SitePrediction, predict_batches
+from pyro_bnn.infer.pieces import Pieces
+from pyro_bnn.infer.predictive import SitePrediction, join_fields, predict_batches
 from pyro_bnn.infer.vectorize import MAX_MEMORY
 
 
@@ -39,6 +40,7 @@ class SiteMoments:
     :param log_density: the log predictive density of each observation, if there are any; nats.
     :param observed: the observations, if there are any.
     :param dims: names of the dims of the observations.
+    :param mask: which observations count, bool; ``None`` if all do. The log density of the others is zero.
 
     **References**
 
@@ -51,6 +53,7 @@ class SiteMoments:
     log_density: Tensor | None
     observed: Tensor | None
     dims: tuple[str, ...]
+    mask: Tensor | None = None
 
     @property
     def total(self) -> Tensor | None:
@@ -87,7 +90,9 @@ def site_moments(prediction: SitePrediction) -> SiteMoments:
     if prediction.log_likelihood is not None:
         value = prediction.log_likelihood
         log_density = torch.logsumexp(value, 0) - math.log(len(value))
-    return SiteMoments(mean, aleatoric, epistemic, log_density, prediction.observed, prediction.dims)
+    return SiteMoments(
+        mean, aleatoric, epistemic, log_density, prediction.observed, prediction.dims, prediction.mask
+    )
 
 
 class PredictiveMoments(Mapping[str, SiteMoments]):
@@ -166,23 +171,15 @@ def predictive_moments(
         >>> found["obs"].mean, found["obs"].epistemic
         (tensor([2., 2., 2., 2.]), tensor([1., 1., 1., 1.]))
     """
-    parts: list[dict[str, SiteMoments]] = []
-    for predictions, _ in predict_batches(
-        model, posterior, data, num_samples, batch_size, vectorize, max_memory, draws
-    ):
-        parts.append({name: site_moments(site) for name, site in predictions.items()})
-    return PredictiveMoments({name: _join([part[name] for part in parts]) for name in parts[0]})
-
-
-def _join(parts: list[SiteMoments]) -> SiteMoments:
-    shapes = [p.mean.shape for p in parts if p.mean is not None]
-    differing = [i for i in range(len(shapes[0])) if len({s[i] for s in shapes}) > 1] if shapes else []
-    axis = differing[0] if differing else 0
-
-    def cat(field: str) -> Tensor | None:
-        values = [getattr(part, field) for part in parts]
-        return None if values[0] is None else torch.cat([torch.atleast_1d(v) for v in values], axis)
-
-    return SiteMoments(
-        cat("mean"), cat("aleatoric"), cat("epistemic"), cat("log_density"), cat("observed"), parts[0].dims
+    pieces = Pieces(
+        model, posterior, data, num_samples=num_samples, batch_size=batch_size, vectorize=vectorize,
+        max_memory=max_memory, draws=draws,
+    )  # fmt: skip
+    parts = [{n: site_moments(site) for n, site in sites.items()} for sites in predict_batches(pieces)]
+    return PredictiveMoments(
+        {name: join_fields(pieces.join, name, [part[name] for part in parts], FIELDS) for name in parts[0]}
     )
+
+
+#: For each field, the number of dimensions left of the site's own.
+FIELDS = {"mean": 0, "aleatoric": 0, "epistemic": 0, "log_density": 0, "observed": 0, "mask": 0}

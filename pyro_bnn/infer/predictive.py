@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,20 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_bnn.infer.data import Batch, as_batch, is_single_batch, iter_batches, map_tensors
-from pyro_bnn.infer.draws import Draws, Posterior, posterior_draws
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.draws import Draws, Posterior
+from pyro_bnn.infer.evaluation import evaluation_mode as evaluation_mode
 from pyro_bnn.infer.handlers import (
     base_distribution,
     class_probabilities,
+    mask_of,
     observation_draw,
     unscaled_log_prob,
 )
+from pyro_bnn.infer.join import Join
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.infer.pieces import Pieces
+from pyro_bnn.infer.vectorize import MAX_MEMORY, Reading, Sites, predicted_names
 
 
 @dataclass
@@ -39,6 +43,8 @@ class SitePrediction:
     :param dims: names of the dims of ``samples`` after the draws.
     :param kind: ``"classes"`` where ``mean`` holds class probabilities, ``"binary"`` where it holds the probability
         of one, ``"numeric"`` elsewhere.
+    :param mask: which observations count, bool, shape ``(*batch,)``; ``None`` if all do. The log likelihood of the others
+        is zero.
     """
 
     samples: Tensor | None
@@ -48,6 +54,7 @@ class SitePrediction:
     log_likelihood: Tensor | None
     dims: tuple[str, ...]
     kind: str = "numeric"
+    mask: Tensor | None = None
 
 
 class PosteriorPredictive(Mapping[str, SitePrediction]):
@@ -181,54 +188,6 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
     return moments[0], moments[1]
 
 
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """
-    Within this context the modules that a model calls are in evaluation mode (dropout off, batch statistics fixed).
-
-    :param model: a module, or a function that calls modules.
-    """
-    changed: list[torch.nn.Module] = []
-
-    def evaluate(module: torch.nn.Module, _: Any = None) -> None:
-        if module.training:
-            parts = [part for part in module.modules() if part.training]
-            changed.extend(parts)
-            for part in parts:
-                part.training = False
-
-    if isinstance(model, torch.nn.Module):
-        evaluate(model)
-    # a function does not tell what it calls
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(evaluate)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for part in changed:
-            part.training = True
-
-
-def split_batch(data: Any, batch_size: int | None) -> Iterator[Batch]:
-    """
-    Splits one batch into smaller ones along the first dimension of its tensors; loaders stay as they are.
-
-    :param data: data in any of the forms of :func:`~pyro_bnn.infer.data.iter_batches`.
-    :param int batch_size: rows per batch; ``None`` keeps the data whole.
-    :return: an iterator over batches.
-    """
-    if batch_size is None or not is_single_batch(data):
-        yield from iter_batches(data)
-        return
-    whole = as_batch(data)
-    tensors = [v for v in (*whole[0], *whole[1].values()) if isinstance(v, Tensor) and v.dim()]
-    rows = len(tensors[0]) if tensors else 0
-    for start in range(0, rows, batch_size):
-        yield map_tensors(
-            whole, lambda t, i=start: t[i : i + batch_size] if t.dim() and len(t) == rows else t
-        )
-
-
 @torch.no_grad()
 def posterior_predictive(
     model: Callable[..., Any],
@@ -257,9 +216,9 @@ def posterior_predictive(
     :param posterior: a guide, an :class:`~pyro.infer.MCMC` run, or a mapping from latent sites to draws with
         the draws in the first dimension.
     :param data: one batch, with or without observations, or an iterable of batches; see
-        :mod:`pyro_bnn.infer.data`. Results are joined along the data's dimension.
+        :mod:`pyro_bnn.infer.data`. Results are joined along the plate of the data; sites outside it count once.
     :param int num_samples: the number of draws S; 100 for guides and all for given draws by default.
-    :param int batch_size: splits one batch of tensors into pieces of this many rows.
+    :param int batch_size: splits one batch into pieces of this many rows, where the model treats its rows separately.
     :param bool vectorize: ``None`` to check whether the model broadcasts; ``False`` to loop; ``True`` to fail
         with the reason if it does not.
     :param float max_memory: bytes for the intermediate values of one run, by an upper bound; 24 MiB by default. More is not faster: draws
@@ -267,6 +226,9 @@ def posterior_predictive(
     :param draws: posterior draws to use instead of fresh ones (e.g. ``prediction.draws`` of another call).
     :param generator: source of all random numbers; the global state then stays as it is.
     :return: a mapping from observed sites to predictions.
+
+    :raises ValueError: if the data are not finite, if ``batch_size`` is given and the rows cannot be taken apart, if the
+        batches do not tell along which dimension to join them, or if the model chooses some of the rows itself.
 
     Where the model is called with observations, sites that depend on other observed sites are predicted given
     those (one step ahead); call it without observations for draws of the joint predictive.
@@ -285,14 +247,17 @@ def posterior_predictive(
         >>> prediction.to_dataset()["obs_mean"].dims
         ('draw', 'data')
     """
+    pieces = Pieces(
+        model, posterior, data, num_samples=num_samples, batch_size=batch_size, vectorize=vectorize,
+        max_memory=max_memory, draws=draws,
+    )  # fmt: skip
     with seeded_by(generator):
-        batches = list(
-            predict_batches(model, posterior, data, num_samples, batch_size, vectorize, max_memory, draws)
-        )
-    runner = batches[0][1]
-    sites = {name: _join([part[name] for part, _ in batches]) for name in batches[0][0]}
-    vectorized = hasattr(posterior, "observed_distributions") or bool(runner.vectorize)
-    return PosteriorPredictive(sites, runner.draws, vectorized)
+        parts = list(predict_batches(pieces))
+    sites = {
+        name: join_fields(pieces.join, name, [part[name] for part in parts], FIELDS) for name in parts[0]
+    }
+    vectorized = hasattr(posterior, "observed_distributions") or bool(pieces.runner.vectorize)
+    return PosteriorPredictive(sites, pieces.draws, vectorized)
 
 
 @contextmanager
@@ -311,80 +276,74 @@ def seeded_by(generator: torch.Generator | None) -> Iterator[None]:
         yield
 
 
-def predict_batches(
-    model: Callable[..., Any],
-    posterior: Posterior,
-    data: Any,
-    num_samples: int | None,
-    batch_size: int | None,
-    vectorize: bool | None,
-    max_memory: float,
-    draws: Draws | None,
-) -> Iterator[tuple[dict[str, SitePrediction], ModelRunner]]:
+def predict_batches(pieces: Pieces) -> Iterator[dict[str, SitePrediction]]:
     """
-    Predictions batch by batch; see :func:`posterior_predictive` for the parameters.
+    Predictions piece by piece.
 
-    :return: an iterator over predictions by site, and the runner that made them.
+    :param pieces: the data and the posterior.
+    :return: an iterator over predictions by site.
     """
-    runner: ModelRunner | None = None
-    for batch in split_batch(data, batch_size):
-        with evaluation_mode(model), evaluation_mode(posterior), local_parameters():
-            if runner is None:
-                if draws is None:
-                    draws = posterior_draws(posterior, num_samples, batch)
-                runner = ModelRunner(model, draws, vectorize=vectorize, max_memory=max_memory, latents=False)
+    posterior = pieces.posterior
+    for batch in pieces:
+        with evaluation_mode(pieces.model), evaluation_mode(posterior), local_parameters():
             if hasattr(posterior, "observed_distributions"):
-                predictions = _predict_by_guide(posterior, runner, batch)
+                yield _predict_by_guide(posterior, pieces, batch)
             else:
-                predictions = _predict_by_model(runner, batch)
-        yield predictions, runner
+                yield _predict_by_model(pieces, batch)
 
 
-def _predict_by_model(runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
-    observed: dict[str, Tensor] = {}
-    dims: dict[str, tuple[str, ...]] = {}
-    kinds: dict[str, str] = {}
+def _predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
+    runner = pieces.runner
+    facts: dict[str, dict[str, Any]] = {}
 
     def read(sites: Sites) -> dict[tuple[str, str], Reading]:
         readings: dict[tuple[str, str], Reading] = {}
+        first = not facts
+        if first:
+            pieces.join.add(sites, runner.ndims)
         for name in predicted_names(sites, runner.draws):
             site = sites[name]
             lead = len(site["fn"].batch_shape)
             if site["is_observed"]:
-                observed[name] = site["value"]
                 readings[name, "log_likelihood"] = name, unscaled_log_prob(site), 0
                 samples = observation_draw(site)
             else:
                 samples = site["value"]
-            if name not in dims:
-                dims[name] = site_dims(site, runner.ndims[name])
-                kinds[name] = observation_kind(site["fn"])
+            if first:
+                facts[name] = {
+                    "dims": site_dims(site, runner.ndims[name]),
+                    "kind": observation_kind(site["fn"]),
+                    "observed": site["value"] if site["is_observed"] else None,
+                }
+            mask = mask_of(site)
             mean, variance = observation_moments(site["fn"])
-            for key, value in (("samples", samples), ("mean", mean), ("variance", variance)):
+            for key, value in (("samples", samples), ("mean", mean), ("variance", variance), ("mask", mask)):
                 if value is not None:
-                    readings[name, key] = name, value, value.dim() - lead
+                    rest = 0 if key == "mask" else value.dim() - lead
+                    readings[name, key] = name, value, rest
         return readings
 
     found = runner.run(batch, read)
+    masks = {name: found.get((name, "mask")) for name in facts}
     return {
         name: SitePrediction(
             found.get((name, "samples")),
             found.get((name, "mean")),
             found.get((name, "variance")),
-            observed.get(name),
-            found.get((name, "log_likelihood")),
-            dims[name],
-            kinds[name],
+            log_likelihood=found.get((name, "log_likelihood")),
+            mask=None if (mask := masks[name]) is None else mask.all(0),
+            **fact,
         )
-        for name in dims
+        for name, fact in facts.items()
     }
 
 
-def _predict_by_guide(guide: Any, runner: ModelRunner, batch: Batch) -> dict[str, SitePrediction]:
+def _predict_by_guide(guide: Any, pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
     args, kwargs = batch
-    model_sites = runner.single(batch, 0)
+    model_sites = pieces.runner.single(batch, 0)
+    pieces.join.add(model_sites)
     sites = {}
-    for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
+    for name, fn in guide.observed_distributions(pieces.draws, *args, **kwargs).items():
         site = model_sites[name]
         mean, variance = observation_moments(fn)
         log_likelihood = None
@@ -398,6 +357,7 @@ def _predict_by_guide(guide: Any, runner: ModelRunner, batch: Batch) -> dict[str
             log_likelihood,
             site_dims(site, len(site["fn"].batch_shape)),
             observation_kind(fn),
+            mask_of(site),
         )
     return sites
 
@@ -438,28 +398,30 @@ def value_dims(site: Any) -> tuple[str, ...]:
     return tuple(name(i) for i in range(len(shape)))
 
 
-def _join(parts: list[SitePrediction]) -> SitePrediction:
-    """Joins the predictions of batches along the dimension in which their sizes may differ."""
+#: For each field of a prediction, the number of dimensions left of the site's own.
+FIELDS = {"samples": 1, "mean": 1, "variance": 1, "observed": 0, "log_likelihood": 1, "mask": 0}
+
+
+def join_fields(join: Join, name: str, parts: list[Any], fields: Mapping[str, int]) -> Any:
+    """
+    Joins what was said of a site in the batches.
+
+    :param join: how the batches fit together.
+    :param name: the site.
+    :param parts: one object per batch, a dataclass with ``fields`` among its own.
+    :param fields: for each tensor the number of dimensions left of the site's own.
+    :return: an object of the same type for all the data.
+    """
     if len(parts) == 1:
         return parts[0]
-    shapes = [p.samples.shape for p in parts if p.samples is not None]
-    differing = [i for i in range(1, len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
-    axis = differing[0] if differing else 1
-
-    def cat(values: list[Tensor | None], axis: int) -> Tensor | None:
+    whole: dict[str, Tensor | None] = {}
+    for field, lead in fields.items():
+        values = [getattr(part, field) for part in parts]
         present = [v for v in values if v is not None]
-        if len(present) < len(values) or not present:
-            return None
-        if present[0].dim() <= axis:  # one density for the whole batch: batches are independent
-            return torch.stack(present).sum(0)
-        return torch.cat(present, axis)
-
-    return SitePrediction(
-        cat([p.samples for p in parts], axis),
-        cat([p.mean for p in parts], axis),
-        cat([p.variance for p in parts], axis),
-        cat([p.observed for p in parts], axis - 1),
-        cat([p.log_likelihood for p in parts], axis),
-        parts[0].dims,
-        parts[0].kind,
-    )
+        if len(present) < len(values):
+            whole[field] = None
+        elif field in ("log_likelihood", "log_density"):
+            whole[field] = join.densities(name, present, lead)
+        else:
+            whole[field] = join.cat(name, present, lead, random=field == "samples")
+    return replace(parts[0], **whole)

@@ -3,9 +3,10 @@
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
+from itertools import islice
 from typing import Any, TypeVar
 
 import pyro
@@ -16,19 +17,24 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.infer.data import Batch, batch_size, slice_batch
+from pyro_bnn.infer.data import Batch, leaves
 from pyro_bnn.infer.draws import Draws
+from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import (
     CollectMessenger,
+    RowsMessenger,
     Site,
     SubstituteMessenger,
     base_distribution,
     categorical_draw,
+    check_values,
     is_deterministic,
+    is_factor,
     sample_sites,
     unscaled_log_prob,
 )
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.plates import FAILURES, FEW, Rows, close, dims_of, find_rows, plates_of, rows_of, take_rows
 from pyro_bnn.nn.sites import runs_plain, silent_sites
 
 Key = TypeVar("Key")
@@ -40,11 +46,8 @@ Reading = tuple[str, Tensor, int]
 #: Bytes that the intermediate values of one run may take by default.
 MAX_MEMORY = 24 * 2**20
 
-#: The number of draws whose joint run is compared with single runs, and the number of examples for that.
-PAIR, FEW = 2, 7
-
-#: What a model may raise that cannot run under several draws.
-FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+#: The number of draws whose joint run is compared with single runs.
+PAIR = 2
 
 #: The sample sites of a run by name.
 Sites = dict[str, Site]
@@ -146,18 +149,56 @@ class ModelRunner:
         self.prototype: Sites | None = None
         self.values: list[str] = []  # deterministic sites that are read
         self.warned = False
+        self.prepared = False
+        self.needs_grad = False  # whether the model differentiates something itself
 
     def replace_draws(self, draws: Draws) -> None:
         """Goes on with other draws of the same sites; what was found out about the model stays."""
         self.draws = draws
         self.num_draws = len(next(iter(draws.values()))) if draws else 1
 
-    def single(self, batch: Batch, index: int) -> Sites:
-        """The sites of the model under one draw."""
+    def single(self, batch: Batch, index: int, values: Mapping[str, Tensor] | None = None) -> Sites:
+        """The sites of the model under one draw, of which some values may be given."""
         args, kwargs = batch
-        values = {name: value[index] for name, value in self.draws.items()}
-        model = poutine.trace(SubstituteMessenger(values)(self.model))
-        return sample_sites(model.get_trace(*args, **kwargs))
+        values = {name: value[index] for name, value in self.draws.items()} | dict(values or {})
+        with RowsMessenger(), torch.set_grad_enabled(self.needs_grad):
+            trace = poutine.trace(SubstituteMessenger(values)(self.model)).get_trace(*args, **kwargs)
+        return self.detached(sample_sites(trace))
+
+    def detached(self, sites: Sites) -> Sites:
+        """Sites without the graph of a model that differentiates something itself."""
+        if self.needs_grad:
+            for site in sites.values():
+                site["value"] = site["value"].detach()
+        return sites
+
+    @torch.no_grad()
+    def rows(self, batch: Batch, number: int | None = None) -> list[Rows]:
+        """
+        Finds the rows of a batch, and of the draws of sites in plates; see :func:`~pyro_bnn.infer.plates.find_rows`.
+
+        :param batch: the arguments of the model.
+        :param number: how many findings suffice; ``None`` for one per plate.
+        """
+        sites = self.prototype or {}
+        local = {n: v[0] for n, v in self.draws.items() if n in sites and plates_of(sites[n])}
+
+        def run(tree: Any) -> Sites:
+            args, kwargs, values = tree
+            return self.single((args, kwargs), 0, values)
+
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(local_parameters())
+            stack.enter_context(poutine.block())
+            stack.enter_context(pyro.validation_enabled(False))
+            stack.enter_context(torch.random.fork_rng(devices=()))
+            return list(islice(find_rows(run, (*batch, local)), number))
+
+    def part(self, rows: Rows, batch: Batch, index: Tensor | slice, draws: Draws) -> tuple[Batch, Draws]:
+        """Some rows of a batch, and of the draws for it."""
+        args, kwargs, _ = rows.take((*batch, {}), index)
+        return (args, kwargs), local_draws(rows, draws, index)
 
     def joint(self, batch: Batch, index: slice) -> Sites:
         """The sites of the model under several draws, S leftmost in every batch shape."""
@@ -171,33 +212,81 @@ class ModelRunner:
         plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
         # last, because layers take values at this depth of the stack of handlers only
         silence = silent_sites(values, {} if self.latents else self.priors, parameters=not self.latents)
-        with _Draws(), plate, _Reads(values) as reads, silence as silent:
-            self.model(*args, **kwargs)
+        with RowsMessenger(), _Draws(), plate, _Reads(values) as reads, silence as silent:
+            with torch.set_grad_enabled(self.needs_grad):
+                self.model(*args, **kwargs)
         self.plain_bytes = silent.plain_bytes
-        return reads.sites
+        return self.detached(reads.sites)
+
+    @torch.no_grad()
+    def look(self, batch: Batch) -> None:
+        """Runs the model for its structure, once."""
+        if self.prototype is None:
+            with local_parameters(), poutine.block():
+                self.inspect(batch)
+                check_values(self.prototype or {})
+                self.require_all_rows(batch)
 
     def prepare(self, batch: Batch) -> None:
-        """Runs the model for its structure, and finds out whether it broadcasts."""
+        """Finds out whether the model broadcasts."""
+        self.prepared = True
         if self.vectorize is None and self.num_draws <= PAIR:
             self.vectorize = False
-        size = batch_size(batch)
-        if self.vectorize is not False and size is not None and size > 2 * FEW:
-            few = slice_batch(batch, size, slice(0, FEW))
-            try:
-                self.inspect(few)
-                if not self.check(few):
-                    self.vectorize = True
-                    return
-            except Exception:  # the model may need all examples; what else is wrong comes again with them
-                pass
-        self.inspect(batch)
         if self.vectorize is not False:
+            found = self.rows(batch, 1) if self.has_more_rows(batch, 2 * FEW) else []
+            if found and found[0].separate and found[0].size > 2 * FEW:
+                few, draws = self.part(found[0], batch, slice(0, FEW), self.draws)
+                all_rows, whole = self.prototype, self.draws
+                try:
+                    self.draws = draws
+                    self.prototype = self.single(few, 0)
+                    if not self.check(few):
+                        self.vectorize = True
+                        return
+                finally:
+                    self.prototype, self.draws = all_rows, whole
             self.decide(self.check(batch))
+
+    @staticmethod
+    def has_more_rows(batch: Batch, number: int) -> bool:
+        """Whether there could be more rows than a number, by any dimension of any argument."""
+        return any(rows_of(leaf, d) > number for leaf in leaves(batch).values() for d in dims_of(leaf))
+
+    def require_all_rows(self, batch: Batch) -> None:
+        """
+        :raises ValueError: if the model chooses some of the rows itself, anew in every run.
+        """
+        assert self.prototype is not None
+        plates = {p.name: p for site in self.prototype.values() for p in plates_of(site).values()}
+        chosen = {n: p for n, p in plates.items() if p.size < p.full_size}
+        if not chosen:
+            return
+        with RowsMessenger(shift=1):
+            other = self.single(batch, 0)
+        for name in predicted_names(self.prototype, self.draws):
+            site = self.prototype[name]
+            value = site["value"]
+            if not (
+                close(unscaled_log_prob(site), unscaled_log_prob({**other[name], "value": value}))
+                and (not site["is_observed"] or close(value, other[name]["value"]))
+            ):
+                sizes = ", ".join(f"{n!r} ({p.size} of {p.full_size})" for n, p in chosen.items())
+                raise ValueError(
+                    f"the model takes some of the rows itself in the plate {sizes}: site {name!r} depends on which, and every "
+                    "draw would see others. Make subsample_size an argument of the model and leave it out for predictions."
+                )
 
     def inspect(self, batch: Batch) -> None:
         """Runs the model under the first draw and notes its sites, their plates and who reads them."""
         with silent_sites({}, {}) as layers:
-            nodes = self.prototype = self.single(batch, 0)
+            try:
+                nodes = self.single(batch, 0)
+            except RuntimeError:
+                if self.needs_grad:
+                    raise
+                self.needs_grad = True  # a model that differentiates something itself runs with gradients only
+                nodes = self.single(batch, 0)
+        self.prototype = nodes
         self.check_names()
         self.priors = {n: p for n, p in layers.seen.items() if n in self.draws}
         self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
@@ -264,10 +353,13 @@ class ModelRunner:
             ):  # the first run was validated, and the others are compared with it
                 singles = [self.prototype] + [self.single(batch, i) for i in range(1, pair.stop)]
                 joint = self.joint(batch, pair)
-            for name in predicted_names(self.prototype, self.draws):
-                value = self.prototype[name]["value"]
-                expected = torch.stack([sites[name]["fn"].log_prob(value) for sites in singles])
-                found = self.align(name, joint[name]["fn"].log_prob(value))
+            predicted = set(predicted_names(self.prototype, self.draws))
+            for name in self.prototype:
+                if name not in joint or (name not in predicted and not is_factor(self.prototype[name])):
+                    continue
+                shared = {} if is_factor(self.prototype[name]) else {"value": self.prototype[name]["value"]}
+                expected = torch.stack([unscaled_log_prob({**sites[name], **shared}) for sites in singles])
+                found = self.align(name, unscaled_log_prob({**joint[name], **shared}))
                 if error := _difference(found, expected, "density", name, 1.0):
                     return error
             for name in self.values:
@@ -332,7 +424,8 @@ class ModelRunner:
         with ExitStack() as stack:
             stack.enter_context(local_parameters())
             stack.enter_context(poutine.block())
-            if self.prototype is None:
+            self.look(batch)
+            if not self.prepared:
                 self.prepare(batch)
                 self.warn_missing(batch)
             parts: list[dict[Key, Tensor]] = []
@@ -384,5 +477,13 @@ def predicted_names(sites: Sites, draws: Draws) -> Iterator[str]:
     :return: an iterator over names.
     """
     for name, site in sites.items():
-        if name not in draws and not is_deterministic(site) and type(site["fn"]).__name__ != "Unit":
+        if name not in draws and not is_deterministic(site) and not is_factor(site):
             yield name
+
+
+def local_draws(rows: Rows, draws: Draws, index: Tensor | slice) -> Draws:
+    """Draws for some of the rows: those of sites with one value per row are cut."""
+    return {
+        name: take_rows(value, 1 + rows.axes[name], index) if (2, name) in rows.cuts else value
+        for name, value in draws.items()
+    }

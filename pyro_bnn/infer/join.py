@@ -1,0 +1,159 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""How the batches of a data set fit together: along which dimension of each site, and with which weight."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.handlers import Site, is_deterministic
+from pyro_bnn.infer.plates import DataPlate, Rows, close, plates_of, site_shape
+
+
+class Join:
+    r"""
+    Joins what the sites of a model say batch by batch.
+
+    A site in the data plate is joined along the plate's dimension, and its densities are summed; a site outside counts once
+    where it is the same in every batch. The data plate is the one whose size differs between batches or from its full size;
+    if neither does, the one that follows when the model runs on fewer rows.
+
+    :param callable find: finds rows in the first batch; see :func:`~pyro_bnn.infer.plates.find_rows`. Called at most once,
+        and only where the batches do not tell.
+    """
+
+    def __init__(self, find: Callable[[], list[Rows]]) -> None:
+        self._find = find
+        self.shapes: dict[str, list[torch.Size]] = {}
+        self.plates: dict[str, list[dict[int, DataPlate]]] = {}
+        self.deterministic: set[str] = set()
+        self.num_batches = 0
+
+    def add(self, sites: Mapping[str, Site], ndims: Mapping[str, int] | None = None) -> None:
+        """
+        Notes the structure of a batch.
+
+        :param sites: the sites of a run.
+        :param ndims: the numbers of batch dimensions in a run under one draw, where this one has more.
+        """
+        self.num_batches += 1
+        for name, site in sites.items():
+            shape, plates = site_shape(site), plates_of(site)
+            if is_deterministic(site):
+                self.deterministic.add(name)
+            elif ndims is not None and name in ndims:
+                own = len(site["fn"].batch_shape) - ndims[name]
+                shape = shape[own:]
+                plates = {i - own: plate for i, plate in plates.items() if i >= own}
+            self.shapes.setdefault(name, []).append(shape)
+            self.plates.setdefault(name, []).append(plates)
+
+    def differing(self, name: str) -> int | None:
+        """The dimension in which the values of a site differ in size between batches."""
+        shapes = self.shapes[name]
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ValueError(f"site {name!r} has values of {sorted({len(s) for s in shapes})} dimensions in the batches.")
+        found = [i for i in range(len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
+        if len(found) > 1:
+            raise ValueError(
+                f"site {name!r} differs between batches in the dimensions {found} of its shapes {[tuple(s) for s in shapes[:3]]}"
+                ": batches may differ in the number of rows only. Predict them one by one."
+            )
+        return found[0] if found else None
+
+    @cached_property
+    def names(self) -> set[str]:
+        """The data plates that the batches themselves show: of differing sizes, or smaller than what they stand for."""
+        found = set()
+        for name, runs in self.plates.items():
+            axis = None if name in self.deterministic else self.differing(name)
+            found |= {plates[axis].name for plates in runs if axis is not None and axis in plates}
+            found |= {p.name for plates in runs for p in plates.values() if p.size < p.full_size}
+        return found
+
+    @cached_property
+    def rows(self) -> Rows | None:
+        """What the first batch shows when fewer of its rows run; ``None`` if nothing follows."""
+        found = self._find()
+        plates = [rows.plate for rows in found if rows.plate is not None]
+        if len(set(plates)) > 1:
+            raise ValueError(
+                f"the batches could be parts of any of the plates {sorted(set(plates))}, which all follow the sizes of the "
+                "arguments: write the plate along which the data are cut as pyro.plate(name, N, subsample_size=len(x)), "
+                "with the size N of the whole data, or pass the data in one batch."
+            )
+        return found[0] if found else None
+
+    def axis(self, name: str) -> int | None:
+        """
+        :param name: a site.
+        :return: the dimension of the rows in one value of it, from the left; ``None`` outside the data plate.
+        """
+        axis = self.differing(name)
+        if axis is not None or self.num_batches == 1:
+            return axis
+        if self.names and name not in self.deterministic:
+            return next((i for i, plate in self.plates[name][0].items() if plate.name in self.names), None)
+        return self.rows.axes.get(name) if self.rows is not None else None
+
+    def cat(self, name: str, values: list[Tensor], lead: int = 1, *, random: bool = False) -> Tensor:
+        """
+        Joins the values of a site.
+
+        :param name: a site.
+        :param values: one tensor per batch, shape ``lead dims + value shape + rest``.
+        :param lead: the number of dimensions left of the value's own.
+        :param random: whether they are draws, of which the first are as good as others outside the data plate.
+        :return: the whole.
+        :raises ValueError: if a site outside the data plate differs between batches.
+        """
+        if len(values) == 1:
+            return values[0]
+        axis = self.axis(name)
+        if axis is None:
+            if not random and not all(close(values[0], value) for value in values[1:]):
+                raise ValueError(
+                    f"site {name!r} has no dimension of the rows, and other values in each batch: put it in the plate of "
+                    "the data, or predict the batches one by one."
+                )
+            return values[0]
+        return torch.cat(values, lead + axis)
+
+    def densities(self, name: str, terms: list[Tensor], lead: int = 1) -> Tensor:
+        """
+        Joins pointwise log densities as :meth:`cat` does; where all rows of a batch have one density together, as the
+        dimensions of an event, those of the batches are summed.
+        """
+        axis = self.axis(name) if len(terms) > 1 else None
+        if axis is not None and terms[0].dim() <= lead + axis:
+            return torch.stack(terms).sum(0)
+        if axis is None and not all(close(terms[0], term) for term in terms[1:]):
+            return torch.stack([term.flatten(lead).sum(-1) for term in terms]).sum(0)
+        return self.cat(name, terms, lead)
+
+    def total(self, name: str, terms: list[Tensor]) -> Any:
+        r"""
+        The log density of a site in the joint density of all the data: the sum over batches, and the factor
+        :math:`N / n` where the plate stands for more rows N than the n that were seen.
+
+        :param name: a site.
+        :param terms: for each batch its log density, summed, with scale, mask and the factors of subsampled plates.
+        :return: a tensor of the shape of a term.
+        """
+        axis = self.axis(name) if len(terms) > 1 else self.subsampled(name)
+        if axis is None:
+            return terms[0] if all(close(terms[0], term) for term in terms[1:]) else torch.stack(terms).sum(0)
+        plates = [plates.get(axis) for plates in self.plates[name]]
+        if any(plate is None for plate in plates):
+            return torch.stack(terms).sum(0)
+        present = [plate for plate in plates if plate is not None]
+        seen, full = sum(plate.size for plate in present), max(plate.full_size for plate in present)
+        each = torch.stack([t / plate.factor for t, plate in zip(terms, present, strict=True)]).sum(0)
+        return each * max(1.0, full / seen) if any(p.size != p.full_size for p in present) else each
+
+    def subsampled(self, name: str) -> int | None:
+        """The dimension of a plate that does not have its full size."""
+        return next((i for i, p in self.plates[name][0].items() if p.size != p.full_size), None)

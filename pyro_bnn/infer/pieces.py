@@ -1,0 +1,129 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a prediction piece by piece, each with the posterior draws that belong to its rows."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pyro.infer.autoguide import AutoContinuous
+
+from pyro_bnn.infer.data import Batch, as_batches
+from pyro_bnn.infer.draws import Draws, Posterior, draws_given, posterior_draws
+from pyro_bnn.infer.evaluation import evaluation_mode
+from pyro_bnn.infer.join import Join
+from pyro_bnn.infer.plates import Rows, plates_of
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner
+
+
+class Pieces:
+    """
+    The batches of some data, or one batch in pieces, and a runner with the posterior draws for each.
+
+    Draws of global latents are made once. Those of latents with a value per row are cut with the rows of one batch, and drawn
+    anew by the guide for each batch of a loader, given the global ones.
+
+    :param callable model: a Pyro model.
+    :param posterior: see :func:`~pyro_bnn.infer.draws.posterior_draws`.
+    :param data: see :class:`~pyro_bnn.infer.data.Batches`.
+    :param int num_samples: the number of draws.
+    :param int batch_size: rows in a piece of a single batch; ``None`` leaves it whole.
+    :param vectorize: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
+    :param float max_memory: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
+    :param draws: posterior draws to use instead of fresh ones.
+    :param bool latents: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
+
+    :ivar draws: the draws for all the data (for the first batch of a loader).
+    :ivar join: how the pieces fit together, once they have been read.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        posterior: Posterior,
+        data: Any,
+        *,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        vectorize: bool | None = None,
+        max_memory: float = MAX_MEMORY,
+        draws: Draws | None = None,
+        latents: bool = False,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
+        self.model, self.posterior = model, posterior
+        self.batches = as_batches(data)
+        self.batch_size = batch_size
+        self.num_samples = num_samples
+        self.given = draws
+        self._runner_options = {"vectorize": vectorize, "max_memory": max_memory, "latents": latents}
+        self.join = Join(lambda: self.runner.rows(self.batches.first))
+        self.runner: ModelRunner
+        self.draws: Draws
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(self.batches):
+            if number == 0:
+                with evaluation_mode(self.model), evaluation_mode(self.posterior):
+                    self.start(batch)
+                if self.batches.is_single and self.batch_size is not None:
+                    yield from self.split(batch, self.batch_size)
+                    return
+            elif self.local:
+                with evaluation_mode(self.posterior):
+                    self.runner.replace_draws(self.draws_of(batch))
+            yield batch
+
+    def start(self, batch: Batch) -> None:
+        """Makes the draws and the runner."""
+        self.draws = self.given or posterior_draws(self.posterior, self.num_samples, batch)
+        self.runner = ModelRunner(self.model, self.draws, **self._runner_options)
+        self.runner.look(batch)
+        sites = self.runner.prototype or {}
+        self.local = [n for n in self.draws if n in sites and plates_of(sites[n])]
+        if self.local and not self.batches.is_single:
+            axes = {n for rows in self.runner.rows(batch, 1) for n in rows.axes}
+            self.local = [n for n in self.local if n in axes]
+
+    def split(self, batch: Batch, size: int) -> Iterator[Batch]:
+        """One batch in pieces of rows."""
+        if not self.runner.has_more_rows(batch, size):
+            yield batch
+            return
+        found = self.runner.rows(batch, 1)
+        if not found or not found[0].separate:
+            raise ValueError(
+                f"batch_size={size}: the rows of the data cannot be taken apart: {refusal(found)}. Leave batch_size out."
+            )
+        rows = found[0]
+        for start in range(0, rows.size, size):
+            index = slice(start, min(start + size, rows.size))
+            part, draws = self.runner.part(rows, batch, index, self.draws)
+            self.runner.replace_draws(draws)
+            yield part
+        self.runner.replace_draws(self.draws)
+
+    def draws_of(self, batch: Batch) -> Draws:
+        """The draws for a further batch: fresh ones of the latents with a value per row."""
+        known = {name: value for name, value in self.draws.items() if name not in self.local}
+        posterior = self.posterior
+        if self.given is not None or isinstance(posterior, Mapping) or hasattr(posterior, "get_samples"):
+            raise ValueError(
+                f"the draws of {self.local} have one value per row of the data, and a loader does not tell which rows are in a "
+                "batch: pass all data in one batch, with batch_size= to save memory."
+            )
+        if not known:
+            return posterior_draws(posterior, self.num_samples, batch)
+        if isinstance(posterior, AutoContinuous) or hasattr(posterior, "sample_posterior"):
+            raise ValueError(
+                f"{type(posterior).__name__} has one value of {self.local} per row of the data it was made for: pass these in "
+                "one batch, with batch_size= to save memory."
+            )
+        return draws_given(posterior, known, batch)
+
+
+def refusal(found: list[Rows]) -> str:
+    """Why rows cannot be taken apart, for messages."""
+    if found:
+        return found[0].reason
+    return "the model does not run on a part of them, or no site follows their number"
