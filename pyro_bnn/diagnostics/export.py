@@ -18,22 +18,21 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_bnn._version import __version__
-from pyro_bnn.diagnostics.deterministic import DeterministicValues
-from pyro_bnn.infer.data import Batch, as_batch, is_single_batch
+from pyro_bnn.diagnostics.readings import SiteReadings
+from pyro_bnn.infer.data import Batch, as_batches, leaves
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import (
     deterministic_names,
     is_deterministic,
-    observation_draw,
     observed_names,
     sample_sites,
-    subsample_scale,
-    unscaled_log_prob,
 )
 from pyro_bnn.infer.nuts import NUTSResult, recorded_run
-from pyro_bnn.infer.predictive import posterior_predictive, site_dims, split_batch, value_dims
-from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.infer.pieces import Pieces
+from pyro_bnn.infer.plates import Rows
+from pyro_bnn.infer.predictive import predict_by_guide, site_dims, value_dims
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner
 from pyro_bnn.nn.packed import packed_sites
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
@@ -149,7 +148,7 @@ class Exporter:
             )
         self.model = model
         self.posterior = posterior
-        self.data = data
+        self.data = None if data is None else as_batches(data)
         self.batch_size = batch_size
         self.coords = dict(coords or {})
         self.user_dims = {name: tuple(own) for name, own in (dims or {}).items()}
@@ -161,14 +160,12 @@ class Exporter:
         self.names: list[str] = []
         self.deterministic: list[str] = []
         self.left_out: list[str] = []
-
-    def batches(self) -> Iterator[Batch]:
-        """The data as arguments of the model."""
-        return split_batch(self.data, self.batch_size)
+        self.masks: dict[str, Tensor] = {}
+        self.rows: list[Rows] = []
 
     def first_batch(self) -> Batch:
         """The arguments that show the structure of the model; none without data."""
-        return ((), {}) if self.data is None else next(iter(self.batches()))
+        return ((), {}) if self.data is None else self.data.first
 
     def bytes_per_draw(self, chains: int, num_chains: int, predictions: bool) -> int:
         """Bytes of one draw of each chain: of all latent sites, the pointwise likelihoods and the predictions."""
@@ -177,9 +174,11 @@ class Exporter:
             draws, shape = chain_draws(self.posterior, chains, num_chains, batch)
             rows = math.prod(shape)
             total = sum(v.numel() * v.element_size() for v in draws.values()) / rows
-            runner = ModelRunner(self.model, draws)
-            for batch in self.batches() if self.data is not None else ():
-                for name, site in runner.single(batch, 0).items():
+            pieces = (
+                Pieces(self.model, self.posterior, self.data, draws=draws) if self.data is not None else ()
+            )
+            for batch in pieces:
+                for name, site in pieces.runner.single(batch, 0).items():
                     if name not in draws:
                         value, fixed = site["value"], is_deterministic(site)
                         terms = 0 if fixed else math.prod(site["fn"].batch_shape)
@@ -204,7 +203,7 @@ class Exporter:
         """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
         if thin < 1:
             raise ValueError(f"thin must be at least 1, not {thin}.")
-        batch, runner, observed = self.first_batch(), None, None
+        batch, pieces, observed = self.first_batch(), None, None
         start, total = 0, chain_shape(self.posterior, num_samples, num_chains)
         lp: list[Tensor] = []
         log_q: list[Tensor | None] = []
@@ -221,15 +220,17 @@ class Exporter:
             skip = -start % thin
             block: Groups = {}
             if self.data is not None:
-                if runner is None:
-                    runner = ModelRunner(self.model, draws, vectorize=vectorize, max_memory=max_memory)
-                runner.replace_draws(draws)
-                found, density, values = self.data_groups(runner, predictions)
+                pieces = Pieces(
+                    self.model, self.posterior, self.data, batch_size=self.batch_size, vectorize=vectorize,
+                    max_memory=max_memory, draws=draws, redraw=True, runner=pieces and pieces.runner,
+                )  # fmt: skip
+                found, density, values = self.data_groups(pieces, predictions)
                 self.names = [n for n in self.names if n not in self.deterministic or n in values]
                 self.deterministic = [n for n in self.deterministic if n in values]
                 named |= values
                 lp.append(self.chained(density))
-                log_q.append(self.guide_density(draws, batch))
+                whole = self.data.is_single or not pieces.local
+                log_q.append(self.guide_density(draws, batch) if whole else None)
                 block |= found
                 if observed is not None and not observed.identical(block["observed_data"]):
                     raise ValueError(
@@ -247,6 +248,9 @@ class Exporter:
             yield block
         self.shape = total
         if observed is not None:
+            assert pieces is not None
+            if constant_data is None and self.data is not None and self.data.is_single:
+                self.rows = pieces.runner.rows(batch, 1)
             stats = (
                 None if any(q is None for q in log_q) else torch.cat([q for q in log_q if q is not None], 1)
             )
@@ -281,7 +285,9 @@ class Exporter:
         """Finds the names of dims from the plates of the model."""
         sites: dict[str, Any] = {}
         if batch is not None:
-            sites = ModelRunner(self.model, draws).single(batch, 0)
+            runner = ModelRunner(self.model, draws)
+            runner.look(batch)
+            sites = runner.prototype or {}
         for name, value in draws.items():
             if name in sites:
                 dims = site_dims(sites[name], len(sites[name]["fn"].batch_shape))
@@ -363,92 +369,42 @@ class Exporter:
         used = {d for dims, _ in arrays.values() for d in dims}
         return xr.Dataset(arrays, coords={d: c for d, c in coords.items() if d in used})
 
-    def data_groups(self, runner: ModelRunner, predictions: bool) -> tuple[Groups, Tensor, Draws]:
+    def data_groups(self, pieces: Pieces, predictions: bool) -> tuple[Groups, Tensor, Draws]:
         """
         Runs the model over the data: densities, predictions and observations, the log joint density, and the values of
-        deterministic sites.
+        deterministic sites and of latents that were drawn batch by batch.
         """
         linearized = hasattr(self.posterior, "observed_distributions")
-        log_prior: dict[str, Tensor] = {}
-        found: dict[str, list[tuple[Tensor, Tensor | None, Tensor]]] = {}
-        lp_terms: dict[str, Tensor] = {}
-        seen: dict[str, int] = {}
-        full: dict[str, float] = {}
-        values = DeterministicValues(self.deterministic)
-        runner.latents, runner.values = True, self.deterministic
-        for batch in self.batches():
-            observed: dict[str, Tensor] = {}
-
-            def read(sites: Sites, observed: dict[str, Tensor] = observed) -> dict[tuple[str, str], Reading]:
-                readings: dict[tuple[str, str], Reading] = {}
-                for name in runner.draws if runner.latents else ():
-                    if name in sites:
-                        site = sites[name]
-                        readings["prior", name] = name, site["fn"].log_prob(site["value"]), 0
-                for name in self.deterministic:
-                    if name in sites:
-                        readings["value", name] = runner.value_reading(name, sites[name])
-                for name in predicted_names(sites, runner.draws):
-                    site = sites[name]
-                    if site["is_observed"]:
-                        observed[name] = site["value"]
-                        full[name] = subsample_scale(site)
-                        readings["likelihood", name] = name, unscaled_log_prob(site), 0
-                        if predictions and not linearized:
-                            value = observation_draw(site)
-                            readings["sample", name] = name, value, value.dim() - len(site["fn"].batch_shape)
-                return readings
-
-            readings = runner.run(batch, read)
-            size = runner.num_draws
-            values.add(runner, batch, readings)
-            if runner.latents:  # once: the priors are those of every batch
-                log_prior = {n: v.reshape(size, -1).sum(-1) for (k, n), v in readings.items() if k == "prior"}
-                runner.latents = False
-            guided = (
-                posterior_predictive(self.model, self.posterior, batch[0] or batch[1], draws=runner.draws)
-                if linearized
-                else {}
-            )
-            for name, value in observed.items():
-                likelihood: Tensor | None = readings["likelihood", name]
-                assert likelihood is not None
-                lp_terms[name] = lp_terms.get(name, 0) + likelihood.reshape(size, -1).sum(-1)
-                seen[name] = seen.get(name, 0) + math.prod(value.shape[:1])
-                full[name] = full[name] * math.prod(value.shape[:1])
-                sample = readings.get(("sample", name))
-                if name in guided:
-                    likelihood, sample = guided[name].log_likelihood, guided[name].samples
-                assert likelihood is not None
-                found.setdefault(name, []).append((likelihood, sample, value))
-        if not found:
+        readings = SiteReadings(self.deterministic, predictions and not linearized)
+        for batch in pieces:
+            readings.read(pieces, batch)
+            if linearized:
+                readings.replace(predict_by_guide(self.posterior, pieces.runner, batch)[0], predictions)
+        if not readings.observed:
             raise ValueError(
                 "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
             )
-        # a subsampled plate stands for all of its N points, of which the data hold ``seen``
-        lp = sum(log_prior.values()) + sum(lp_terms[n] * (full[n] / seen[n]) for n in found)
-        likelihoods, samples, observations = {}, {}, {}
-        for name, parts in found.items():
+        found = readings.joined(pieces.join)
+        self.masks = found.masks
+        likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+        for name, value in found.log_likelihood.items():
             dims = self.site_dims[name]
-            axis = _differing_axis([part[2] for part in parts])
-            value = torch.cat([part[2] for part in parts], axis) if parts[0][2].dim() else parts[0][2]
-            observations[name] = value, dims
-            terms = [part[0] for part in parts]
-            joined = torch.cat(terms, axis + 1) if terms[0].dim() > axis + 1 else sum(terms)
-            likelihoods[name] = self.chained(torch.as_tensor(joined)), dims
-            drawn = [part[1] for part in parts if part[1] is not None]
-            if drawn:
-                samples[name] = (
-                    self.chained(torch.cat(drawn, axis + 1) if drawn[0].dim() > 1 else drawn[0]),
-                    dims,
-                )
+            if name in found.masks:  # what does not count has no likelihood
+                kept = found.masks[name].flatten()
+                value, dims = value.flatten(1)[:, kept], (f"{name}_kept",)
+                self.coords.setdefault(dims[0], kept.nonzero().squeeze(-1).numpy())
+            likelihoods[name] = self.chained(value), dims
         groups = {
-            "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in log_prior.items()}),
+            "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in found.log_prior.items()}),
             "log_likelihood": self.dataset(likelihoods),
-            "posterior_predictive": self.dataset(samples),
-            "observed_data": self.dataset(observations, sampled=False),
+            "posterior_predictive": self.dataset(
+                {n: (self.chained(v), self.site_dims[n]) for n, v in found.samples.items()}
+            ),
+            "observed_data": self.dataset(
+                {n: (v, self.site_dims[n]) for n, v in found.observed.items()}, sampled=False
+            ),
         }
-        return groups, torch.as_tensor(lp), values.joined()
+        return groups, found.lp, found.values
 
     def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
         """Log joint density, density of the guide, importance weights, divergences."""
@@ -469,28 +425,45 @@ class Exporter:
         return self.dataset({n: (v, ()) for n, v in stats.items()})
 
     def constants(self, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
-        """The inputs: given ones, or the tensors of a single batch that are not observations."""
-        values: dict[str, Any] = dict(given or {})
-        if given is None:
-            if not is_single_batch(self.data):
-                return xr.Dataset()  # a loader: its inputs are not held in memory at once
-            values = _arguments(self.model, as_batch(self.data))
+        """The inputs: given ones, or the tensors of a single batch that are not observations; and which observations count."""
+        assert self.data is not None
+        values: dict[str, Tensor] = {}
+        rows: dict[str, tuple[int, str]] = {}
+        if given is not None:
+            values = {name: torch.as_tensor(np.asarray(value)) for name, value in given.items()}
+        elif self.data.is_single:  # the inputs of a loader are not held in memory at once
+            values, rows = self.inputs(observed)
         variables = {}
-        sizes = {int(size): str(dim) for dim, size in reversed(list(observed.sizes.items()))}
         for name, value in values.items():
-            if not isinstance(value, Tensor):
-                value = torch.as_tensor(np.asarray(value)) if given is not None else None
-            if value is None or (
-                given is None
-                and any(np.array_equal(value.cpu().numpy(), o.values) for o in observed.values())
-            ):
-                continue
-            dims = [
-                sizes.get(n, f"{name}_dim_{i}") if i == 0 else f"{name}_dim_{i}"
-                for i, n in enumerate(value.shape)
-            ]
+            dims = [f"{name}_dim_{i}" for i in range(value.dim())]
+            if name in rows:
+                axis, plate = rows[name]
+                dims[axis] = (
+                    f"{plate}_dim" if plate in values else plate
+                )  # a variable may not share its name with a dim
             variables[name] = value, self.user_dims.get(name, dims)
+        for name, mask in self.masks.items():
+            variables[f"{name}_mask"] = mask, self.site_dims[name]
         return self.dataset(variables, sampled=False)
+
+    def inputs(self, observed: xr.Dataset) -> tuple[dict[str, Tensor], dict[str, tuple[int, str]]]:
+        """The tensors of a single batch that are not observations by name, and where those with rows have them."""
+        assert self.data is not None
+        values, places = {}, {}
+        args, kwargs = self.data.first
+        names = {id(value): name for name, value in _arguments(self.model, (args, kwargs)).items()}
+        for path, leaf in leaves((args, kwargs)).items():
+            if not isinstance(leaf, Tensor):
+                continue
+            top = (args, kwargs)[path[0]][path[1]]
+            name = ".".join([names.get(id(top), f"argument_{path[1]}"), *map(str, path[2:])])
+            if not any(np.array_equal(leaf.numpy(force=True), o.values) for o in observed.values()):
+                values[name], places[path] = leaf, name
+        found = self.rows[:1]
+        cuts = found[0].cuts if found and found[0].plate else {}
+        return values, {
+            places[path]: (dim, found[0].plate or "") for path, dim in cuts.items() if path in places
+        }
 
     def prior_groups(self, batch: Batch, num_samples: int) -> Groups:
         """Draws from the model with its observations taken away."""
@@ -533,11 +506,6 @@ class Exporter:
         return [n for n in (*draws, *deterministic) if not _WEIGHT.search(n)] or [
             n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE
         ]
-
-
-def _differing_axis(values: list[Tensor]) -> int:
-    """The dimension in which the batches of a loader differ in size; the first if they do not."""
-    return next((i for i in range(values[0].dim()) if len({v.shape[i] for v in values}) > 1), 0)
 
 
 def _part_name(site: str, part: str) -> str:

@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 
 from pyro_bnn.diagnostics.export import chain_draws
-from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.data import as_batches
 from pyro_bnn.infer.draws import Posterior
-from pyro_bnn.infer.predictive import posterior_predictive, split_batch
+from pyro_bnn.infer.predictive import posterior_predictive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +56,8 @@ def prediction_draws(
         >>> dict(found.sizes)
         {'chain': 4, 'draw': 25, 'data': 3}
     """
-    batch: Batch = next(iter(split_batch(data, batch_size)))
-    draws, shape = chain_draws(posterior, num_samples, num_chains, batch)
+    data = as_batches(data)
+    draws, shape = chain_draws(posterior, num_samples, num_chains, data.first)
     source: Any = posterior[0] if isinstance(posterior, (list, tuple)) else posterior
     if not hasattr(source, "observed_distributions"):
         source = draws

@@ -99,7 +99,9 @@ def draws_given(guide: Any, known: Draws, batch: Batch) -> Draws:
         return _loop_draws(guide, len(next(iter(known.values()))), batch, known)
 
 
-def _loop_draws(guide: Any, num_samples: int, batch: Batch, known: Mapping[str, Tensor] | None = None) -> Draws:
+def _loop_draws(
+    guide: Any, num_samples: int, batch: Batch, known: Mapping[str, Tensor] | None = None
+) -> Draws:
     """One run of the guide per draw, given those of some sites: right for every guide, slow."""
     args, kwargs = batch
     rows = []

@@ -194,7 +194,7 @@ def mask_of(site: Site) -> Tensor | None:
     Which elements of a site count: the masks of its distribution and of :func:`poutine.mask`.
 
     :param site: a trace node.
-    :return: bool, shape of the batch shape of the site; ``None`` if all count.
+    :return: bool, shape of the batch shape of the site; ``None`` if the site has no mask.
     """
     shape, fn = site["fn"].batch_shape, site["fn"]
     masks, event = [], 0
@@ -212,7 +212,7 @@ def mask_of(site: Site) -> Tensor | None:
     for mask in masks:
         mask = mask.expand(shape)
         whole = mask if whole is None else whole & mask
-    return None if whole is None or bool(whole.all()) else whole
+    return whole
 
 
 def base_distribution(fn: Any) -> Any:

@@ -41,21 +41,28 @@ class Join:
         """
         self.num_batches += 1
         for name, site in sites.items():
-            shape, plates = site_shape(site), plates_of(site)
             if is_deterministic(site):
-                self.deterministic.add(name)
-            elif ndims is not None and name in ndims:
+                continue
+            shape, plates = site_shape(site), plates_of(site)
+            if ndims is not None and name in ndims:
                 own = len(site["fn"].batch_shape) - ndims[name]
                 shape = shape[own:]
                 plates = {i - own: plate for i, plate in plates.items() if i >= own}
             self.shapes.setdefault(name, []).append(shape)
             self.plates.setdefault(name, []).append(plates)
 
+    def add_value(self, name: str, shape: torch.Size) -> None:
+        """Notes the shape of a deterministic site in the batch that was added last: its plates do not tell."""
+        self.deterministic.add(name)
+        self.shapes.setdefault(name, []).append(shape)
+
     def differing(self, name: str) -> int | None:
         """The dimension in which the values of a site differ in size between batches."""
         shapes = self.shapes[name]
         if len({len(shape) for shape in shapes}) > 1:
-            raise ValueError(f"site {name!r} has values of {sorted({len(s) for s in shapes})} dimensions in the batches.")
+            raise ValueError(
+                f"site {name!r} has values of {sorted({len(s) for s in shapes})} dimensions in the batches."
+            )
         found = [i for i in range(len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
         if len(found) > 1:
             raise ValueError(
@@ -69,7 +76,7 @@ class Join:
         """The data plates that the batches themselves show: of differing sizes, or smaller than what they stand for."""
         found = set()
         for name, runs in self.plates.items():
-            axis = None if name in self.deterministic else self.differing(name)
+            axis = self.differing(name)
             found |= {plates[axis].name for plates in runs if axis is not None and axis in plates}
             found |= {p.name for plates in runs for p in plates.values() if p.size < p.full_size}
         return found
@@ -131,7 +138,7 @@ class Join:
         if axis is not None and terms[0].dim() <= lead + axis:
             return torch.stack(terms).sum(0)
         if axis is None and not all(close(terms[0], term) for term in terms[1:]):
-            return torch.stack([term.flatten(lead).sum(-1) for term in terms]).sum(0)
+            return torch.stack([term.reshape(*term.shape[:lead], -1).sum(-1) for term in terms]).sum(0)
         return self.cat(name, terms, lead)
 
     def total(self, name: str, terms: list[Tensor]) -> Any:

@@ -30,7 +30,8 @@ class Pieces:
     :param vectorize: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
     :param float max_memory: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
     :param draws: posterior draws to use instead of fresh ones.
-    :param bool latents: see :class:`~pyro_bnn.infer.vectorize.ModelRunner`.
+    :param bool redraw: whether the given draws are of the posterior, which may then draw the values of further rows.
+    :param runner: one that knows the model; made anew if omitted.
 
     :ivar draws: the draws for all the data (for the first batch of a loader).
     :ivar join: how the pieces fit together, once they have been read.
@@ -47,7 +48,8 @@ class Pieces:
         vectorize: bool | None = None,
         max_memory: float = MAX_MEMORY,
         draws: Draws | None = None,
-        latents: bool = False,
+        redraw: bool = False,
+        runner: ModelRunner | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}.")
@@ -56,10 +58,12 @@ class Pieces:
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.given = draws
-        self._runner_options = {"vectorize": vectorize, "max_memory": max_memory, "latents": latents}
+        self.redraw = redraw or draws is None
+        self._known_runner, self._vectorize, self._max_memory = runner, vectorize, max_memory
         self.join = Join(lambda: self.runner.rows(self.batches.first))
         self.runner: ModelRunner
         self.draws: Draws
+        self.local: list[str] = []
 
     def __iter__(self) -> Iterator[Batch]:
         for number, batch in enumerate(self.batches):
@@ -77,7 +81,10 @@ class Pieces:
     def start(self, batch: Batch) -> None:
         """Makes the draws and the runner."""
         self.draws = self.given or posterior_draws(self.posterior, self.num_samples, batch)
-        self.runner = ModelRunner(self.model, self.draws, **self._runner_options)
+        self.runner = self._known_runner or ModelRunner(
+            self.model, self.draws, vectorize=self._vectorize, max_memory=self._max_memory, latents=False
+        )
+        self.runner.replace_draws(self.draws)
         self.runner.look(batch)
         sites = self.runner.prototype or {}
         self.local = [n for n in self.draws if n in sites and plates_of(sites[n])]
@@ -107,13 +114,14 @@ class Pieces:
         """The draws for a further batch: fresh ones of the latents with a value per row."""
         known = {name: value for name, value in self.draws.items() if name not in self.local}
         posterior = self.posterior
-        if self.given is not None or isinstance(posterior, Mapping) or hasattr(posterior, "get_samples"):
+        given = isinstance(posterior, (Mapping, list, tuple)) or hasattr(posterior, "get_samples")
+        if not self.redraw or given:
             raise ValueError(
                 f"the draws of {self.local} have one value per row of the data, and a loader does not tell which rows are in a "
                 "batch: pass all data in one batch, with batch_size= to save memory."
             )
         if not known:
-            return posterior_draws(posterior, self.num_samples, batch)
+            return posterior_draws(posterior, self.runner.num_draws, batch)
         if isinstance(posterior, AutoContinuous) or hasattr(posterior, "sample_posterior"):
             raise ValueError(
                 f"{type(posterior).__name__} has one value of {self.local} per row of the data it was made for: pass these in "

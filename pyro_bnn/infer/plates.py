@@ -231,7 +231,9 @@ def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plate: str | N
             pairs = [(value, other["value"])]
         else:
             if axis is not None and axis >= len(site["fn"].batch_shape):
-                return f"the rows are a dimension of the event of site {name!r}: they have one density together"
+                return (
+                    f"the rows are a dimension of the event of site {name!r}: they have one density together"
+                )
             value = value.expand(site_shape(site))
             chosen = value if axis is None else value.index_select(axis, kept.to(value.device))
             terms = unscaled_log_prob(site)

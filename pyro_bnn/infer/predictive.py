@@ -25,7 +25,7 @@ from pyro_bnn.infer.handlers import (
 from pyro_bnn.infer.join import Join
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.pieces import Pieces
-from pyro_bnn.infer.vectorize import MAX_MEMORY, Reading, Sites, predicted_names
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
 
 
 @dataclass
@@ -287,12 +287,15 @@ def predict_batches(pieces: Pieces) -> Iterator[dict[str, SitePrediction]]:
     for batch in pieces:
         with evaluation_mode(pieces.model), evaluation_mode(posterior), local_parameters():
             if hasattr(posterior, "observed_distributions"):
-                yield _predict_by_guide(posterior, pieces, batch)
+                predictions, model_sites = predict_by_guide(posterior, pieces.runner, batch)
+                pieces.join.add(model_sites)
+                yield predictions
             else:
-                yield _predict_by_model(pieces, batch)
+                yield predict_by_model(pieces, batch)
 
 
-def _predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
+def predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
+    """What the model says of its observed sites under all draws."""
     runner = pieces.runner
     facts: dict[str, dict[str, Any]] = {}
 
@@ -338,12 +341,21 @@ def _predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]
     }
 
 
-def _predict_by_guide(guide: Any, pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
+def predict_by_guide(
+    guide: Any, runner: ModelRunner, batch: Batch
+) -> tuple[dict[str, SitePrediction], Sites]:
+    """
+    The predictions of a guide that has them itself.
+
+    :param guide: a guide with a method ``observed_distributions``.
+    :param runner: runs the model under draws.
+    :param batch: the arguments of the model.
+    :return: predictions by site, and the sites of a run of the model.
+    """
     args, kwargs = batch
-    model_sites = pieces.runner.single(batch, 0)
-    pieces.join.add(model_sites)
+    model_sites = runner.single(batch, 0)
     sites = {}
-    for name, fn in guide.observed_distributions(pieces.draws, *args, **kwargs).items():
+    for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
         site = model_sites[name]
         mean, variance = observation_moments(fn)
         log_likelihood = None
@@ -359,7 +371,7 @@ def _predict_by_guide(guide: Any, pieces: Pieces, batch: Batch) -> dict[str, Sit
             observation_kind(fn),
             mask_of(site),
         )
-    return sites
+    return sites, model_sites
 
 
 def site_dims(site: Any, ndim: int) -> tuple[str, ...]:

@@ -34,7 +34,17 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.plates import FAILURES, FEW, Rows, close, dims_of, find_rows, plates_of, rows_of, take_rows
+from pyro_bnn.infer.plates import (
+    FAILURES,
+    FEW,
+    Rows,
+    close,
+    dims_of,
+    find_rows,
+    plates_of,
+    rows_of,
+    take_rows,
+)
 from pyro_bnn.nn.sites import runs_plain, silent_sites
 
 Key = TypeVar("Key")
@@ -150,6 +160,9 @@ class ModelRunner:
         self.values: list[str] = []  # deterministic sites that are read
         self.warned = False
         self.prepared = False
+        self.lead = (
+            torch.Size()
+        )  # of the present run: the draws and the dimensions between them and those of the model
         self.needs_grad = False  # whether the model differentiates something itself
 
     def replace_draws(self, draws: Draws) -> None:
@@ -160,6 +173,7 @@ class ModelRunner:
     def single(self, batch: Batch, index: int, values: Mapping[str, Tensor] | None = None) -> Sites:
         """The sites of the model under one draw, of which some values may be given."""
         args, kwargs = batch
+        self.lead = torch.Size()
         values = {name: value[index] for name, value in self.draws.items()} | dict(values or {})
         with RowsMessenger(), torch.set_grad_enabled(self.needs_grad):
             trace = poutine.trace(SubstituteMessenger(values)(self.model)).get_trace(*args, **kwargs)
@@ -209,6 +223,7 @@ class ModelRunner:
             missing = self.nesting - self.ndims.get(name, 0)
             values[name] = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
         size = len(range(*index.indices(self.num_draws)))
+        self.lead = torch.Size((size,) + (1,) * self.nesting)
         plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
         # last, because layers take values at this depth of the stack of handlers only
         silence = silent_sites(values, {} if self.latents else self.priors, parameters=not self.latents)
@@ -284,7 +299,9 @@ class ModelRunner:
             except RuntimeError:
                 if self.needs_grad:
                     raise
-                self.needs_grad = True  # a model that differentiates something itself runs with gradients only
+                self.needs_grad = (
+                    True  # a model that differentiates something itself runs with gradients only
+                )
                 nodes = self.single(batch, 0)
         self.prototype = nodes
         self.check_names()

@@ -94,7 +94,10 @@ def test_handlers_of_the_model_hear_every_site() -> None:
             heard.append(msg["name"])
 
     expected = posterior_predictive(classifier(net), draws, (x, y), vectorize=False)
-    for max_memory, runs in ((1.0, 3 + 1 + 4), (1e9, 3 + 1 + 1)):  # check, first pair, the rest; more to find the rows
+    for max_memory, runs in (
+        (1.0, 3 + 1 + 4),
+        (1e9, 3 + 1 + 1),
+    ):  # check, first pair, the rest; more to find the rows
         heard.clear()
         found = posterior_predictive(classifier(net, Listener), draws, (x, y), max_memory=max_memory)
         assert_close(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
