@@ -174,9 +174,9 @@ class Exporter:
             draws, shape = chain_draws(self.posterior, chains, num_chains, batch)
             rows = math.prod(shape)
             total = sum(v.numel() * v.element_size() for v in draws.values()) / rows
-            pieces = (
-                Pieces(self.model, self.posterior, self.data, draws=draws) if self.data is not None else ()
-            )
+            if self.data is None:
+                return int(chains * total)
+            pieces = Pieces(self.model, self.posterior, self.data, draws=draws, redraw=True)
             for batch in pieces:
                 for name, site in pieces.runner.single(batch, 0).items():
                     if name not in draws:
@@ -203,7 +203,8 @@ class Exporter:
         """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
         if thin < 1:
             raise ValueError(f"thin must be at least 1, not {thin}.")
-        batch, pieces, observed = self.first_batch(), None, None
+        batch, observed = self.first_batch(), None
+        pieces: Pieces | None = None
         start, total = 0, chain_shape(self.posterior, num_samples, num_chains)
         lp: list[Tensor] = []
         log_q: list[Tensor | None] = []
@@ -222,7 +223,7 @@ class Exporter:
             if self.data is not None:
                 pieces = Pieces(
                     self.model, self.posterior, self.data, batch_size=self.batch_size, vectorize=vectorize,
-                    max_memory=max_memory, draws=draws, redraw=True, runner=pieces and pieces.runner,
+                    max_memory=max_memory, draws=draws, redraw=True, runner=None if pieces is None else pieces.runner,
                 )  # fmt: skip
                 found, density, values = self.data_groups(pieces, predictions)
                 self.names = [n for n in self.names if n not in self.deterministic or n in values]
@@ -250,7 +251,7 @@ class Exporter:
         if observed is not None:
             assert pieces is not None
             if constant_data is None and self.data is not None and self.data.is_single:
-                self.rows = pieces.runner.rows(batch, 1)
+                self.rows = pieces.runner.rows(batch)
             stats = (
                 None if any(q is None for q in log_q) else torch.cat([q for q in log_q if q is not None], 1)
             )
@@ -459,11 +460,13 @@ class Exporter:
             name = ".".join([names.get(id(top), f"argument_{path[1]}"), *map(str, path[2:])])
             if not any(np.array_equal(leaf.numpy(force=True), o.values) for o in observed.values()):
                 values[name], places[path] = leaf, name
-        found = self.rows[:1]
-        cuts = found[0].cuts if found and found[0].plate else {}
-        return values, {
-            places[path]: (dim, found[0].plate or "") for path, dim in cuts.items() if path in places
+        rows = {
+            places[path]: (dim, found.plate)
+            for found in self.rows
+            for path, dim in found.cuts.items()
+            if found.plate is not None and path in places
         }
+        return values, rows
 
     def prior_groups(self, batch: Batch, num_samples: int) -> Groups:
         """Draws from the model with its observations taken away."""

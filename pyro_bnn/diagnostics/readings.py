@@ -151,6 +151,7 @@ class SiteReadings:
                 found[name] = values[0] if axis is None else torch.cat(values, axis + 1)
             else:
                 left_out.append(name)
+        left_out = [name for name in self.deterministic if name in left_out]
         if left_out:
             warnings.warn(
                 f"The deterministic sites {left_out} are left out: they are not in every run of the model, or their values "

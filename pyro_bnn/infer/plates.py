@@ -157,7 +157,7 @@ def find_rows(run: Callable[[Any], Sites], tree: Any) -> Iterator[Rows]:
     for size in _lengths(given):
         for cuts in islice(_ways(given, size), WAYS):
             rows = _try(run, tree, Rows(size, cuts, {}, None, ""))
-            if rows is None or (rows.plate in found and found[rows.plate].separate):
+            if rows is None or (rows.plate in found and (found[rows.plate].separate or not rows.separate)):
                 continue
             found[rows.plate] = rows
             if rows.separate:

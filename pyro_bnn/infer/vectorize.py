@@ -43,6 +43,7 @@ from pyro_bnn.infer.plates import (
     find_rows,
     plates_of,
     rows_of,
+    site_shape,
     take_rows,
 )
 from pyro_bnn.nn.sites import runs_plain, silent_sites
@@ -170,12 +171,14 @@ class ModelRunner:
         self.draws = draws
         self.num_draws = len(next(iter(draws.values()))) if draws else 1
 
-    def single(self, batch: Batch, index: int, values: Mapping[str, Tensor] | None = None) -> Sites:
-        """The sites of the model under one draw, of which some values may be given."""
+    def single(
+        self, batch: Batch, index: int, values: Mapping[str, Tensor] | None = None, shift: int = 0
+    ) -> Sites:
+        """The sites of the model under one draw, of which some values may be given; subsampled plates may be shifted."""
         args, kwargs = batch
         self.lead = torch.Size()
         values = {name: value[index] for name, value in self.draws.items()} | dict(values or {})
-        with RowsMessenger(), torch.set_grad_enabled(self.needs_grad):
+        with RowsMessenger(shift), torch.set_grad_enabled(self.needs_grad):
             trace = poutine.trace(SubstituteMessenger(values)(self.model)).get_trace(*args, **kwargs)
         return self.detached(sample_sites(trace))
 
@@ -227,9 +230,9 @@ class ModelRunner:
         plate = pyro.plate("_draws", size, dim=-1 - self.nesting)
         # last, because layers take values at this depth of the stack of handlers only
         silence = silent_sites(values, {} if self.latents else self.priors, parameters=not self.latents)
-        with RowsMessenger(), _Draws(), plate, _Reads(values) as reads, silence as silent:
-            with torch.set_grad_enabled(self.needs_grad):
-                self.model(*args, **kwargs)
+        grad = torch.set_grad_enabled(self.needs_grad)
+        with grad, RowsMessenger(), _Draws(), plate, _Reads(values) as reads, silence as silent:
+            self.model(*args, **kwargs)
         self.plain_bytes = silent.plain_bytes
         return self.detached(reads.sites)
 
@@ -238,7 +241,11 @@ class ModelRunner:
         """Runs the model for its structure, once."""
         if self.prototype is None:
             with local_parameters(), poutine.block():
-                self.inspect(batch)
+                try:
+                    self.inspect(batch)
+                except FAILURES:
+                    self.check_shapes(batch)
+                    raise
                 check_values(self.prototype or {})
                 self.require_all_rows(batch)
 
@@ -267,6 +274,21 @@ class ModelRunner:
         """Whether there could be more rows than a number, by any dimension of any argument."""
         return any(rows_of(leaf, d) > number for leaf in leaves(batch).values() for d in dims_of(leaf))
 
+    def check_shapes(self, batch: Batch) -> None:
+        """
+        :raises ValueError: if a draw does not have the shape of its site.
+        """
+        args, kwargs = batch
+        with RowsMessenger(), pyro.validation_enabled(False):
+            sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
+        for name, value in self.draws.items():
+            if name in sites and value.shape[1:] != (shape := site_shape(sites[name])):
+                raise ValueError(
+                    f"the draws of {name!r} have shape {tuple(value.shape[1:])} each, the model's site has {tuple(shape)} on these "
+                    "data. Draws with one value per row belong to the rows for which they were made: pass these in one "
+                    "batch, with batch_size= to save memory."
+                )
+
     def require_all_rows(self, batch: Batch) -> None:
         """
         :raises ValueError: if the model chooses some of the rows itself, anew in every run.
@@ -276,8 +298,7 @@ class ModelRunner:
         chosen = {n: p for n, p in plates.items() if p.size < p.full_size}
         if not chosen:
             return
-        with RowsMessenger(shift=1):
-            other = self.single(batch, 0)
+        other = self.single(batch, 0, shift=1)
         for name in predicted_names(self.prototype, self.draws):
             site = self.prototype[name]
             value = site["value"]

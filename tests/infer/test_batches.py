@@ -1,0 +1,371 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions, densities and exports do not depend on how the data are cut; the reference is plain Pyro on all of them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from torch.nn.utils.rnn import pack_sequence
+from torch.testing import assert_close
+
+from pyro_bnn.diagnostics import to_datatree
+from pyro_bnn.infer import posterior_predictive, predictive_moments
+from pyro_bnn.infer.data import Batches
+
+S = 5
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def traces(model: Callable[..., Any], draws: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> list[Any]:
+    """The model under each draw, by Pyro alone."""
+    found = []
+    for i in range(S):
+        conditioned = poutine.condition(model, data={name: value[i] for name, value in draws.items()})
+        trace = poutine.trace(conditioned).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        found.append(trace)
+    return found
+
+
+def joint_density(
+    model: Callable[..., Any], draws: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    return torch.stack([trace.log_prob_sum() for trace in traces(model, draws, *args, **kwargs)])
+
+
+def regression(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+
+def sensors(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("sensor", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1) + torch.arange(3.0).unsqueeze(-1), 1.0), obs=y)
+
+
+def sensors_last(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    """The data plate left of another one, and of its full size."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x), dim=-2), pyro.plate("sensor", 3, dim=-1):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1, True) + torch.arange(3.0), 1.0), obs=y)
+
+
+def scaled(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("penalty", -w.abs().sum(-1))
+    with poutine.scale(scale=3.0), pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+        pyro.factor("each", -0.1 * (x * w).sum(-1).square())
+
+
+def masked(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)), poutine.mask(mask=x[:, 0] > 0):
+        pyro.sample("obs", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+
+def one_density(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    """The rows are the dimension of an event."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("obs", dist.Normal((x * w).sum(-1), 1.0).to_event(1), obs=y)
+
+
+X = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+Y2 = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+CASES: list[tuple[Any, torch.Tensor, int]] = [
+    (regression, Y, 0),
+    (sensors, Y2, 1),
+    (sensors_last, Y2.T.contiguous(), 0),
+    (scaled, Y, 0),
+    (masked, Y, 0),
+]
+CUTS = [(8,), (4, 4), (2, 2, 2, 2), (1,) * 8, (5, 3), (3, 3, 2)]
+
+
+def cut(y: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(zip(X.split(sizes), y.split(sizes, dim), strict=True))
+
+
+@pytest.mark.parametrize("sizes", CUTS, ids=str)
+@pytest.mark.parametrize(("model", "y", "dim"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_results_do_not_depend_on_the_batches(
+    model: Any, y: torch.Tensor, dim: int, sizes: tuple[int, ...]
+) -> None:
+    draws = {"w": torch.randn(S, 3)}
+    reference = traces(model, draws, X, y)
+    mean = torch.stack([trace.nodes["obs"]["fn"].mean for trace in reference])
+    terms = torch.stack([trace.nodes["obs"]["unscaled_log_prob"] for trace in reference])
+    mask = reference[0].nodes["obs"]["mask"]
+    if mask is not None:
+        terms = terms * mask
+    batches = cut(y, dim, sizes)
+    found = posterior_predictive(model, draws, batches)
+    assert_close(found.mean, mean)
+    assert_close(found.observed, y)
+    assert_close(found.log_likelihood, terms)
+    assert_close(predictive_moments(model, draws, batches)["obs"].mean, mean.mean(0))
+    tree = to_datatree(model, draws, batches)
+    lp = joint_density(model, draws, X, y)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+    np.testing.assert_allclose(tree["observed_data"]["obs"], y)
+    likelihood = tree["log_likelihood"]["obs"].values[0]
+    expected = terms if mask is None else terms[:, mask]
+    np.testing.assert_allclose(likelihood, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("model", "y", "dim"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_pieces_of_one_batch(model: Any, y: torch.Tensor, dim: int) -> None:
+    draws = {"w": torch.randn(S, 3)}
+    whole = posterior_predictive(model, draws, (X, y))
+    for size in (1, 3, 8, 20):
+        found = posterior_predictive(model, draws, (X, y), batch_size=size)
+        for field in ("mean", "variance", "log_likelihood", "observed"):
+            assert_close(getattr(found, field), getattr(whole, field))
+    tree = to_datatree(model, draws, (X, y), batch_size=3)
+    np.testing.assert_allclose(
+        tree["sample_stats"]["lp"].values[0], joint_density(model, draws, X, y), rtol=1e-9
+    )
+
+
+def test_rows_with_one_density() -> None:
+    draws = {"w": torch.randn(S, 3)}
+    lp = joint_density(one_density, draws, X, Y)
+    for sizes in CUTS:
+        batches = cut(Y, 0, sizes)
+        found = posterior_predictive(one_density, draws, batches)
+        assert found.mean.shape == (S, 8)
+        assert found.log_likelihood.shape == (S,)
+        tree = to_datatree(one_density, draws, batches)
+        np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+    with pytest.raises(ValueError, match=r"batch_size=3.*event of site 'obs'"):
+        posterior_predictive(one_density, draws, (X, Y), batch_size=3)
+
+
+def test_plates_that_stand_for_more_rows() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor | None = None, n: int = 20) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", n, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1), 1.0), obs=y)
+
+    draws = {"w": torch.randn(S, 3)}
+    lp = joint_density(model, draws, X, Y)  # 20 / 8 times the likelihood
+    for sizes in CUTS:
+        tree = to_datatree(model, draws, cut(Y, 0, sizes))
+        np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+        assert posterior_predictive(model, draws, cut(Y, 0, sizes)).mean.shape == (S, 8)
+    # more rows than the plate has: a prediction does not need its size
+    found = posterior_predictive(model, draws, {"x": X, "y": Y, "n": 5})
+    assert_close(found.mean, draws["w"] @ X.T)
+
+
+def test_two_tables() -> None:
+    def model(x1: Any, y1: Any, x2: Any, y2: Any) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("a", len(x1)):
+            pyro.sample("first", dist.Normal(w * x1, 1.0), obs=y1)
+        with pyro.plate("b", len(x2)):
+            pyro.sample("second", dist.Normal(w + x2, 2.0), obs=y2)
+
+    draws = {"w": torch.randn(S)}
+    data = (torch.randn(40), torch.randn(40), torch.randn(25), torch.randn(25))
+    lp = joint_density(model, draws, *data)
+    tree = to_datatree(model, draws, data, batch_size=10)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+    assert tree["log_likelihood"]["first"].shape == (1, S, 40)
+    assert tree["log_likelihood"]["second"].shape == (1, S, 25)
+    assert tree["constant_data"]["x1"].dims == ("a",)
+    # the second table whole in every batch of the first
+    batches = [(*part, *data[2:]) for part in zip(data[0].split(16), data[1].split(16), strict=True)]
+    tree = to_datatree(model, draws, batches)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+
+
+def test_time_first_and_packed_sequences() -> None:
+    net = torch.nn.GRU(2, 3)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        hidden = net(x)[1][0]
+        with pyro.plate("data", len(hidden)):
+            pyro.sample("obs", dist.Normal((hidden * w).sum(-1), 1.0), obs=y)
+
+    draws = {"w": torch.randn(S, 3)}
+    x, y = torch.randn(8, 30, 2), torch.randn(30)
+    expected = (net(x)[1][0] @ draws["w"].T).T.detach()
+    for size in (None, 7):
+        assert_close(posterior_predictive(model, draws, (x, y), batch_size=size).mean, expected)
+    packed = pack_sequence([torch.randn(n, 2) for n in (3, 5, 2, 6)], enforce_sorted=False)
+    expected = (net(packed)[1][0] @ draws["w"].T).T.detach()
+    for size in (None, 1, 3):
+        assert_close(posterior_predictive(model, draws, (packed, y[:4]), batch_size=size).mean, expected)
+
+
+def test_nested_arguments() -> None:
+    def model(batch: dict[str, Any], y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        x, (offset, scale) = batch["x"], batch["rest"]
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1) + offset, scale), obs=y)
+
+    draws = {"w": torch.randn(S, 3)}
+    batch = {"x": X, "rest": [torch.arange(8.0), torch.tensor(2.0)]}
+    expected = draws["w"] @ X.T + torch.arange(8.0)
+    for size in (None, 3):
+        assert_close(posterior_predictive(model, draws, (batch, Y), batch_size=size).mean, expected)
+    constants = to_datatree(model, draws, (batch, Y))["constant_data"]
+    assert constants["batch.x"].dims == ("data", "batch.x_dim_1")
+    assert constants["batch.rest.0"].dims == ("data",)
+    broken = {"x": X, "rest": [torch.full((8,), torch.nan), torch.tensor(2.0)]}
+    with pytest.raises(ValueError, match=r"argument 0\['rest'\]\[0\] of the model holds 8 non-finite"):
+        posterior_predictive(model, draws, (broken, Y))
+    with torch.inference_mode():
+        frozen = {"x": X.clone(), "rest": [torch.arange(8.0), torch.tensor(2.0)]}
+    assert_close(posterior_predictive(model, draws, (frozen, Y)).mean, expected)
+
+
+def encoder_model(x: torch.Tensor) -> None:
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("obs", dist.Normal(z + shift, 0.1), obs=x)
+
+
+def encoder(x: torch.Tensor) -> None:
+    shift = pyro.sample("shift", dist.Normal(1.0, 1e-6))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x - shift, 1e-6))
+
+
+def test_latents_with_a_value_per_row() -> None:
+    x = torch.randn(12)
+    for data, size in (((x,), None), ((x,), 5), ([(part,) for part in x.split(4)], None)):
+        found = posterior_predictive(encoder_model, encoder, data, num_samples=S, batch_size=size)
+        assert_close(found.mean, x.expand(S, 12), atol=1e-4, rtol=0)
+        tree = to_datatree(encoder_model, encoder, data, num_samples=S, batch_size=size)
+        assert tree["posterior"]["z"].dims == ("chain", "draw", "data")
+        np.testing.assert_allclose(
+            tree["posterior"]["z"].values + tree["posterior"]["shift"].values[..., None],
+            np.broadcast_to(x, (1, S, 12)),
+            atol=1e-4,
+        )
+        z = torch.as_tensor(tree["posterior"]["z"].values[0])
+        shift = torch.as_tensor(tree["posterior"]["shift"].values[0])
+        lp = joint_density(encoder_model, {"z": z, "shift": shift}, x)
+        np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+    draws = {"z": torch.randn(S, 12), "shift": torch.zeros(S)}
+    expected = draws["z"]
+    assert_close(posterior_predictive(encoder_model, draws, (x,), batch_size=5).mean, expected)
+    with pytest.raises(
+        ValueError, match=r"the draws of 'z' have shape \(12,\) each, the model's site has \(4,\)"
+    ):
+        posterior_predictive(encoder_model, draws, [(part,) for part in x.split(4)])
+    guide = AutoNormal(encoder_model)
+    guide(x)
+    assert posterior_predictive(encoder_model, guide, (x,), num_samples=3, batch_size=5).mean.shape == (3, 12)
+
+
+def test_models_that_choose_rows_themselves_are_refused() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=4) as i:
+            pyro.sample("obs", dist.Normal((x[i] * w).sum(-1), 1.0), obs=y[i])
+
+    draws = {"w": torch.randn(S, 3)}
+    with pytest.raises(ValueError, match=r"plate 'data' \(4 of 8\): site 'obs' depends on which"):
+        posterior_predictive(model, draws, (X, Y))
+    with pytest.raises(ValueError, match=r"plate 'data' \(4 of 8\)"):
+        to_datatree(model, draws, (X, Y))
+
+
+def test_rows_that_interact_are_not_taken_apart() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(((x - x.mean(0)) * w).sum(-1), 1.0), obs=y)
+
+    draws = {"w": torch.randn(S, 3)}
+    with pytest.raises(ValueError, match="site 'obs' depends on which rows of plate 'data' run together"):
+        posterior_predictive(model, draws, (X, Y), batch_size=3)
+
+
+def test_batches_that_could_be_parts_of_two_plates() -> None:
+    def model(y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("a", y.shape[0], dim=-2), pyro.plate("b", y.shape[1], dim=-1):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    draws = {"w": torch.randn(S)}
+    y = torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"parts of any of the plates \['a', 'b'\]"):
+        posterior_predictive(model, draws, [(y[:2],), (y[2:],)])
+    assert_close(posterior_predictive(model, draws, [(y[:1],), (y[1:],)]).observed, y)
+    assert_close(posterior_predictive(model, draws, [(y[:, :2],), (y[:, 2:],)]).observed, y)
+
+
+def test_observations_of_another_shape_are_refused() -> None:
+    draws = {"w": torch.randn(S, 3)}
+    with pytest.raises(ValueError, match=r"Site 'obs': the observation has shape \(8, 1\)"):
+        posterior_predictive(regression, draws, (X, Y[:, None]))
+
+
+def test_a_plate_named_like_an_argument() -> None:
+    def model(data: torch.Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(data)):
+            pyro.sample("obs", dist.Normal(mean, data[:, 1]), obs=data[:, 0])
+
+    tree = to_datatree(model, {"mean": torch.randn(S)}, (torch.rand(8, 2) + 1,))
+    assert tree["log_likelihood"]["obs"].dims == ("chain", "draw", "data")
+    assert tree["constant_data"]["data"].dims == ("data_dim", "data_dim_1")
+
+
+def test_models_that_differentiate() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh())
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        x = x.detach().requires_grad_(True)
+        slope = torch.autograd.grad((net(x) @ w).sum(), x, create_graph=True)[0].squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(slope, 1.0), obs=y)
+
+    draws = {"w": torch.randn(S, 4)}
+    x = torch.randn(20, 1)
+    weight, bias = net[0].weight, net[0].bias
+    expected = ((1 - torch.tanh(x @ weight.T + bias) ** 2) * weight.T @ torch.diag_embed(draws["w"])).sum(-1)
+    found = posterior_predictive(model, draws, (x,))
+    assert_close(found.mean, expected.detach())
+    assert not found.mean.requires_grad
+
+
+def test_batches_are_checked_whole() -> None:
+    good = (torch.ones(4, 2), torch.ones(4))
+    for bad, message in (
+        ((torch.ones(4, 2), torch.ones(4, 1)), "batch 1 of the data differs .* argument 1 .* 2 dimensions"),
+        ((torch.ones(4, 2),), "argument 1 of the model is missing"),
+        ((torch.ones(4, 2), torch.full((4,), torch.inf)), "argument 1 of the model holds 4 non-finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(Batches([good, bad]))
+    stream = Batches(iter([good, good]))
+    assert len(stream.first) == 2
+    assert len(list(stream)) == 2
+    with pytest.raises(ValueError, match="an iterator, which can be run through once only"):
+        list(stream)
