@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, islice
+from itertools import islice
 from os import PathLike
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
-from pyro_bnn.infer.data import Batch, as_batch, check_finite, is_single_batch, iter_batches
+from pyro_bnn.infer.data import Batch, as_batches, check_finite
 from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
@@ -150,10 +150,11 @@ class _Run:
         self.losses: list[float] = []
         self.elapsed = 0.0
         self.generators = loader_generators(data)
-        self.shuffled = not is_single_batch(data)  # a pass over one batch draws no random number
+        self.batches = as_batches(data)
+        self.shuffled = not self.batches.is_single  # a pass over one batch draws no random number
         self.resume_random: dict[str, Any] | None = None
         states = random_state(self.generators)
-        first, self.epochs = _first_batch(data)
+        first = self.batches.first
         set_random_state(states, self.generators)  # looking at the first batch leaves the shuffling as it was
         with local_parameters():
             initialize_guide(model, guide, first)
@@ -279,7 +280,7 @@ class _Run:
             self.epoch_random = random_state(self.generators)
         if hasattr(self.sampler, "set_epoch"):  # DistributedSampler
             self.sampler.set_epoch(self.epoch)
-        batches = self.epochs()
+        batches = iter(self.batches)
         if self.resume_random is not None:
             for _ in islice(batches, self.batches_done):
                 pass
@@ -496,23 +497,3 @@ class _Run:
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
-
-
-def _first_batch(data: Any) -> tuple[Batch, Callable[[], Iterator[Batch]]]:
-    """The first batch, and a function that starts a pass over the data (the first included)."""
-    if is_single_batch(data):
-        batch = as_batch(data)
-        return batch, lambda: iter((batch,))
-    if (
-        iter(data) is data
-    ):  # a stream that cannot be started again: give its first batch back to the first pass
-        stream = iter_batches(data)
-        head = [next(stream)]
-
-        def one_pass() -> Iterator[Batch]:
-            rest = chain(head[:], stream) if head else iter_batches(())
-            head.clear()
-            return rest
-
-        return head[0], one_pass
-    return next(iter_batches(data)), lambda: iter_batches(data)

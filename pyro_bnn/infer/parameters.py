@@ -89,7 +89,8 @@ def named_parameters(
             for name, value in part.named_parameters():
                 add(f"{prefix}.{name}", value)
     # statements in plain functions, and modules that such a function closes over
-    with poutine.block(), poutine.trace(param_only=True) as capture, torch.no_grad():
+    # with gradients: a model may differentiate something itself
+    with poutine.block(), poutine.trace(param_only=True) as capture:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         poutine.replay(model, trace=guide_trace)(*args, **kwargs)
     for name, site in capture.trace.nodes.items():

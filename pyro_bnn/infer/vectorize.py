@@ -246,7 +246,7 @@ class ModelRunner:
                 except FAILURES:
                     self.check_shapes(batch)
                     raise
-                check_values(self.prototype or {})
+                check_values(self.prototype or {}, batch)
                 self.require_all_rows(batch)
 
     def prepare(self, batch: Batch) -> None:

@@ -323,6 +323,8 @@ def test_observations_of_another_shape_are_refused() -> None:
     draws = {"w": torch.randn(S, 3)}
     with pytest.raises(ValueError, match=r"Site 'obs': the observation has shape \(8, 1\)"):
         posterior_predictive(regression, draws, (X, Y[:, None]))
+    with pytest.raises(ValueError, match=r"has shape \(\), .* each value would count 8 times"):
+        posterior_predictive(regression, draws, (X, torch.tensor(1.0)))
 
 
 def test_a_plate_named_like_an_argument() -> None:
