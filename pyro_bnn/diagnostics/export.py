@@ -461,10 +461,10 @@ class Exporter:
             if not any(np.array_equal(leaf.numpy(force=True), o.values) for o in observed.values()):
                 values[name], places[path] = leaf, name
         rows = {
-            places[path]: (dim, found.plate)
+            places[path]: (dim, next(iter(found.plates)))
             for found in self.rows
             for path, dim in found.cuts.items()
-            if found.plate is not None and path in places
+            if len(found.plates) == 1 and path in places
         }
         return values, rows
 

@@ -16,6 +16,7 @@ from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.handlers import (
     Site,
     is_deterministic,
+    log_prob_of,
     mask_of,
     observation_draw,
     unscaled_log_prob,
@@ -163,7 +164,7 @@ class SiteReadings:
 
 def joint_term(site: Site, lead: torch.Size) -> Tensor:
     """The log density of a site as it enters the joint density, with scale and mask; at least of the shape ``lead``."""
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    log_prob = log_prob_of(site)
     term = torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
     return term.expand(torch.broadcast_shapes(term.shape, log_prob.shape, lead))
 

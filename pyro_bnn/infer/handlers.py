@@ -176,6 +176,27 @@ def subsample_scale(site: Site) -> float:
     return scale
 
 
+def log_prob_of(site: Site) -> Tensor:
+    """
+    What the distribution of a site says of its value.
+
+    :param site: a trace node whose value is set.
+    :return: a tensor of the batch shape of the site.
+    :raises ValueError: naming the site, if the value does not have a type that the distribution takes.
+    """
+    try:
+        log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except RuntimeError as error:
+        value = site["value"]
+        if site["is_observed"] and isinstance(value, Tensor) and not value.is_floating_point():
+            raise ValueError(
+                f"site {site['name']!r}: {type(base_distribution(site['fn'])).__name__} takes no observations of type "
+                f"{value.dtype} ({error}): pass them as floating point, e.g. y.float()."
+            ) from error
+        raise
+    return log_prob
+
+
 def unscaled_log_prob(site: Site) -> Tensor:
     """
     The pointwise log density of a site, without the factor of subsampled plates or
@@ -184,7 +205,7 @@ def unscaled_log_prob(site: Site) -> Tensor:
     :param site: a trace node whose value is set.
     :return: a tensor of the batch shape of the site.
     """
-    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    log_prob = log_prob_of(site)
     mask = site["mask"]
     if mask is not None:
         log_prob = log_prob * mask if isinstance(mask, bool) else log_prob.where(mask, log_prob.new_zeros(()))

@@ -30,6 +30,7 @@ class Join:
         self.shapes: dict[str, list[torch.Size]] = {}
         self.plates: dict[str, list[dict[int, DataPlate]]] = {}
         self.deterministic: set[str] = set()
+        self.known: Rows | None = None
         self.num_batches = 0
 
     def add(self, sites: Mapping[str, Site], ndims: Mapping[str, int] | None = None) -> None:
@@ -85,20 +86,26 @@ class Join:
     def rows(self) -> Rows | None:
         """What the first batch shows when fewer of its rows run; ``None`` if nothing follows."""
         found = self._find()
-        plates = [rows.plate for rows in found if rows.plate is not None]
-        if len(set(plates)) > 1:
+        if len({rows.plates for rows in found if rows.plates}) > 1:
+            names = sorted({name for rows in found for name in rows.plates})
             raise ValueError(
-                f"the batches could be parts of any of the plates {sorted(set(plates))}, which all follow the sizes of the "
+                f"the batches could be parts of any of the plates {names}, which all follow the sizes of the "
                 "arguments: write the plate along which the data are cut as pyro.plate(name, N, subsample_size=len(x)), "
                 "with the size N of the whole data, or pass the data in one batch."
             )
         return found[0] if found else None
+
+    def know(self, rows: Rows) -> None:
+        """The batches are pieces of one, cut in this way."""
+        self.known = rows
 
     def axis(self, name: str) -> int | None:
         """
         :param name: a site.
         :return: the dimension of the rows in one value of it, from the left; ``None`` outside the data plate.
         """
+        if self.known is not None:
+            return self.known.axes.get(name)
         axis = self.differing(name)
         if axis is not None or self.num_batches == 1:
             return axis

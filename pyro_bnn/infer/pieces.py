@@ -5,9 +5,11 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from pyro.infer.autoguide import AutoContinuous
+from torch import Tensor
 
-from pyro_bnn.infer.data import Batch, as_batches
+from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
 from pyro_bnn.infer.draws import Draws, Posterior, draws_given, posterior_draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.join import Join
@@ -60,7 +62,8 @@ class Pieces:
         self.given = draws
         self.redraw = redraw or draws is None
         self._known_runner, self._vectorize, self._max_memory = runner, vectorize, max_memory
-        self.join = Join(lambda: self.runner.rows(self.batches.first))
+        self.changing: set[Path] | None = None
+        self.join = Join(lambda: self.runner.rows(self.batches.first, changing=self.changing))
         self.runner: ModelRunner
         self.draws: Draws
         self.local: list[str] = []
@@ -73,7 +76,9 @@ class Pieces:
                 if self.batches.is_single and self.batch_size is not None:
                     yield from self.split(batch, self.batch_size)
                     return
-            elif self.local:
+            elif self.changing is None:
+                self.changing = differing_places(self.batches.first, batch)
+            if number and self.local:
                 with evaluation_mode(self.posterior):
                     self.runner.replace_draws(self.draws_of(batch))
             yield batch
@@ -103,6 +108,7 @@ class Pieces:
                 f"batch_size={size}: the rows of the data cannot be taken apart: {refusal(found)}. Leave batch_size out."
             )
         rows = found[0]
+        self.join.know(rows)
         for start in range(0, rows.size, size):
             index = slice(start, min(start + size, rows.size))
             part, draws = self.runner.part(rows, batch, index, self.draws)
@@ -128,6 +134,17 @@ class Pieces:
                 "one batch, with batch_size= to save memory."
             )
         return draws_given(posterior, known, batch)
+
+
+def differing_places(first: Batch, second: Batch) -> set[Path] | None:
+    """The places of tensors that are not the same in two batches; ``None`` if all are."""
+    others = leaves(second)
+    found = {
+        path
+        for path, leaf in leaves(first).items()
+        if not isinstance(leaf, Tensor) or path not in others or not torch.equal(leaf, others[path])
+    }
+    return found or None
 
 
 def refusal(found: list[Rows]) -> str:

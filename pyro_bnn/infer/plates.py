@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the examples are in a model's arguments and sites: read from its plates, and checked by running it on a part."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any
@@ -101,7 +101,8 @@ class Rows:
     :ivar int size: the number of rows of the batch.
     :ivar cuts: the dimension of the rows by the place of a tensor in ``(args, kwargs, draws)``.
     :ivar axes: the dimension of the rows by site, from the left in one value of the site.
-    :ivar plate: the name of the plate that has the rows, ``None`` where they are dimensions of events.
+    :ivar plates: the names of the plates that have the rows: usually one, none where rows are dimensions of events, several
+        where tables of the same length are cut together.
     :ivar reason: why the rows cannot be taken apart; empty if they can: some of them alone then give what they give
         among the others.
     """
@@ -109,7 +110,7 @@ class Rows:
     size: int
     cuts: Mapping[Path, int]
     axes: Mapping[str, int]
-    plate: str | None
+    plates: frozenset[str]
     reason: str
 
     @property
@@ -139,7 +140,9 @@ class Rows:
             yield self.take(tree, slice(start, min(start + size, self.size)))
 
 
-def find_rows(run: Callable[[Any], Sites], tree: Any) -> Iterator[Rows]:
+def find_rows(
+    run: Callable[[Any], Sites], tree: Any, changing: Collection[Path] | None = None
+) -> Iterator[Rows]:
     """
     Finds the rows of the data by running the model on a few of them.
 
@@ -150,36 +153,41 @@ def find_rows(run: Callable[[Any], Sites], tree: Any) -> Iterator[Rows]:
 
     :param run: runs the model on ``(args, kwargs, draws)`` and returns its sites; it must be a function of them.
     :param tree: ``(args, kwargs, draws)``, the draws by site with the site's own shape.
-    :return: an iterator over what was found, for each plate the first way with separate rows.
+    :param changing: the places of the tensors that have the rows, if that is known; no other is cut then.
+    :return: an iterator over what was found, for each set of plates the first way with separate rows.
     """
-    found: dict[str | None, Rows] = {}
+    found: dict[frozenset[str], Rows] = {}
     given = leaves(tree)
-    for size in _lengths(given):
-        for cuts in islice(_ways(given, size), WAYS):
-            rows = _try(run, tree, Rows(size, cuts, {}, None, ""))
-            if rows is None or (rows.plate in found and (found[rows.plate].separate or not rows.separate)):
+    inputs = {path: leaf for path, leaf in given.items() if path[0] != 2}
+    if changing is not None:
+        inputs = {path: leaf for path, leaf in inputs.items() if path in changing}
+        given = {path: leaf for path, leaf in given.items() if path in changing or path[0] == 2}
+    for size in _lengths(inputs.values()):
+        for cuts in islice(_ways(given, size, changing is None), WAYS):
+            rows = _try(run, tree, Rows(size, cuts, {}, frozenset(), ""))
+            if rows is None or (rows.plates in found and (found[rows.plates].separate or not rows.separate)):
                 continue
-            found[rows.plate] = rows
+            found[rows.plates] = rows
             if rows.separate:
                 yield rows
     yield from (rows for rows in found.values() if not rows.separate)
 
 
-def _lengths(given: Mapping[Path, Any]) -> list[int]:
+def _lengths(inputs: Iterable[Any]) -> list[int]:
     """Lengths that may be the number of rows: of first dimensions before others, of later arguments before earlier ones."""
-    inputs = [leaf for path, leaf in given.items() if path[0] != 2]
-    deepest = max((len(dims_of(leaf)) for leaf in inputs), default=0)
-    found = [rows_of(x, d) for d in range(deepest) for x in reversed(inputs) if d in dims_of(x)]
+    last = list(inputs)[::-1]
+    deepest = max((len(dims_of(leaf)) for leaf in last), default=0)
+    found = [rows_of(x, d) for d in range(deepest) for x in last if d in dims_of(x)]
     return sorted(dict.fromkeys(found), key=lambda n: n == 1)
 
 
-def _ways(given: Mapping[Path, Any], size: int) -> Iterator[dict[Path, int]]:
+def _ways(given: Mapping[Path, Any], size: int, may_leave: bool) -> Iterator[dict[Path, int]]:
     """The ways of cutting tensors that have a dimension of this length, with as few of them left whole as can be first."""
     options = {}
     for path, leaf in given.items():
         dims: list[int | None] = [d for d in dims_of(leaf) if rows_of(leaf, d) == size]
         if dims:
-            options[path] = [*dims, None]
+            options[path] = [*dims, None] if may_leave or path[0] == 2 else dims
     ways = [dict(zip(options, choice, strict=True)) for choice in islice(product(*options.values()), 4096)]
     ways.sort(key=lambda way: sum(options[path].index(dim) > 0 for path, dim in way.items()))
     for way in ways:
@@ -209,17 +217,16 @@ def _try(run: Callable[[Any], Sites], tree: Any, rows: Rows) -> Rows | None:
         own = plates_of(more[name])
         if changed[0] in own and not is_deterministic(more[name]):
             plates.add(own[changed[0]].name)
-    if not axes or len(plates) > 1:
+    if not axes:
         return None
-    plate = next(iter(plates), None)
     try:
-        reason = _coupling(more, fewer, axes, plate, kept)
+        reason = _coupling(more, fewer, axes, plates, kept)
     except FAILURES as failure:
         reason = str(failure).strip().partition("\n")[0]
-    return Rows(rows.size, rows.cuts, axes, plate, reason)
+    return Rows(rows.size, rows.cuts, axes, frozenset(plates), reason)
 
 
-def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plate: str | None, kept: Tensor) -> str:
+def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plates: set[str], kept: Tensor) -> str:
     """Why rows are not separate: what differs at a site when fewer of them run together; empty if nothing does."""
     if more.keys() != fewer.keys():
         return f"the sites {sorted(more.keys() ^ fewer.keys())} are there for some numbers of rows only"
@@ -244,7 +251,7 @@ def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plate: str | N
             if axis is not None:
                 whole = whole.index_select(axis, kept.to(whole.device))
             if not close(whole, part):
-                what = f"plate {plate!r}" if plate else "the data"
+                what = f"plate {', '.join(map(repr, sorted(plates)))}" if plates else "the data"
                 return f"site {name!r} depends on which rows of {what} run together"
     return ""
 

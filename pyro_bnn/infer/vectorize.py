@@ -3,7 +3,7 @@
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from itertools import islice
@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.infer.data import Batch, leaves
+from pyro_bnn.infer.data import Batch, Path, leaves
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import (
@@ -190,12 +190,15 @@ class ModelRunner:
         return sites
 
     @torch.no_grad()
-    def rows(self, batch: Batch, number: int | None = None) -> list[Rows]:
+    def rows(
+        self, batch: Batch, number: int | None = None, changing: Collection[Path] | None = None
+    ) -> list[Rows]:
         """
         Finds the rows of a batch, and of the draws of sites in plates; see :func:`~pyro_bnn.infer.plates.find_rows`.
 
         :param batch: the arguments of the model.
-        :param number: how many findings suffice; ``None`` for one per plate.
+        :param number: how many findings suffice; ``None`` for all.
+        :param changing: the places of the tensors that have the rows, if that is known.
         """
         sites = self.prototype or {}
         local = {n: v[0] for n, v in self.draws.items() if n in sites and plates_of(sites[n])}
@@ -210,7 +213,7 @@ class ModelRunner:
             stack.enter_context(poutine.block())
             stack.enter_context(pyro.validation_enabled(False))
             stack.enter_context(torch.random.fork_rng(devices=()))
-            return list(islice(find_rows(run, (*batch, local)), number))
+            return list(islice(find_rows(run, (*batch, local), changing), number))
 
     def part(self, rows: Rows, batch: Batch, index: Tensor | slice, draws: Draws) -> tuple[Batch, Draws]:
         """Some rows of a batch, and of the draws for it."""

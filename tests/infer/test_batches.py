@@ -197,6 +197,27 @@ def test_two_tables() -> None:
     np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
 
 
+def test_two_tables_of_one_length() -> None:
+    def model(x1: Any, y1: Any, x2: Any, y2: Any) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("a", len(x1)):
+            pyro.sample("first", dist.Normal(w * x1, 1.0), obs=y1)
+        with pyro.plate("b", len(x2)):
+            pyro.sample("second", dist.Normal(w + x2, 2.0), obs=y2)
+
+    draws = {"w": torch.randn(S)}
+    data = tuple(torch.randn(12) for _ in range(4))
+    lp = joint_density(model, draws, *data)
+    parts = [tensor.split(4) for tensor in data]
+    together = list(zip(*parts, strict=True))  # both tables cut
+    first_only = [(*part, *data[2:]) for part in zip(*parts[:2], strict=True)]
+    for batches, size in ((together, None), (first_only, None), (data, 4), (data, 5)):
+        tree = to_datatree(model, draws, batches, batch_size=size)
+        np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+        for name, y in (("first", data[1]), ("second", data[3])):
+            np.testing.assert_allclose(tree["observed_data"][name], y)
+
+
 def test_time_first_and_packed_sequences() -> None:
     net = torch.nn.GRU(2, 3)
 
@@ -325,6 +346,18 @@ def test_observations_of_another_shape_are_refused() -> None:
         posterior_predictive(regression, draws, (X, Y[:, None]))
     with pytest.raises(ValueError, match=r"has shape \(\), .* each value would count 8 times"):
         posterior_predictive(regression, draws, (X, torch.tensor(1.0)))
+
+
+def test_labels_of_a_type_that_the_distribution_does_not_take() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("label", dist.Bernoulli(logits=(x * w).sum(-1)), obs=y)
+
+    with pytest.raises(
+        ValueError, match=r"site 'label': Bernoulli takes no observations of type torch.int64"
+    ):
+        posterior_predictive(model, {"w": torch.randn(S, 3)}, (X, (Y > 0).long()))
 
 
 def test_a_plate_named_like_an_argument() -> None:
