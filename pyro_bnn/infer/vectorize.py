@@ -60,6 +60,9 @@ MAX_MEMORY = 24 * 2**20
 #: The number of draws whose joint run is compared with single runs.
 PAIR = 2
 
+#: With more rows than these the comparison is made on a few of them; finding them costs some runs too.
+LARGE = 1024
+
 #: The sample sites of a run by name.
 Sites = dict[str, Site]
 
@@ -258,8 +261,8 @@ class ModelRunner:
         if self.vectorize is None and self.num_draws <= PAIR:
             self.vectorize = False
         if self.vectorize is not False:
-            found = self.rows(batch, 1) if self.has_more_rows(batch, 2 * FEW) else []
-            if found and found[0].separate and found[0].size > 2 * FEW:
+            found = self.rows(batch, 1) if self.has_more_rows(batch, LARGE) else []
+            if found and found[0].separate and found[0].size > LARGE:
                 few, draws = self.part(found[0], batch, slice(0, FEW), self.draws)
                 all_rows, whole = self.prototype, self.draws
                 try:
