@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Pyro model's outputs as example-wise Jacobians, batch by batch, within a memory budget."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bnn.infer.data import Batch, batch_size, iter_batches, slice_batch
+from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
+from pyro_bnn.infer.parts import CurvatureWarning
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.examples import ExampleJacobian, Layouts
 from pyro_bnn.ops.fisher import score
+from pyro_bnn.ops.guard import checked_jacobian
 
 #: What the likelihood's curvature is made of.
 FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
@@ -25,6 +29,8 @@ DEFAULT_BUDGET = 2**27
 #: Floats of one tensor that the processor's caches hold.
 _CACHED = 3 * 2**19
 _FIRST_CHUNK = 64
+#: How many rows a few of them are compared among, see :meth:`ExampleStream._apart`.
+_WINDOW = 1024
 _SMALLEST_CHUNK = 32
 _LARGEST_CHUNK = 5000
 
@@ -115,6 +121,22 @@ class SiteExamples:
         yield self.arrange(scores).flatten(2)
 
 
+def same_rows(whole: Tensor, part: Tensor, dim: int, index: Tensor) -> bool:
+    """
+    :param whole: values for many rows.
+    :param part: those that the rows ``index`` have by themselves.
+    :param dim: the dimension of the rows.
+    :param index: positions of the rows, shape ``(n,)``.
+    :return: whether they are the same up to rounding.
+    """
+    whole, part = whole.detach(), part.detach()
+    if whole.dim() != part.dim() or part.shape[dim] != len(index):
+        return False
+    whole = whole.index_select(dim, index.to(whole.device))
+    tolerance = 1e3 * torch.finfo(whole.dtype).eps * float(whole.abs().amax()) if whole.numel() else 0.0
+    return whole.shape == part.shape and torch.allclose(whole, part, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
 class ExampleStream:
     """
     Runs a model over data and yields its example-wise Jacobians.
@@ -144,6 +166,8 @@ class ExampleStream:
         self._chunk: int | None = None
         self._layouts: dict[str, Layouts] = {}
         self._can_split: bool | None = None
+        self._dims: dict[str, int] = {}
+        self._named: set[str] = set()
         #: numbers per example in each of the tensors that the model's graph keeps
         self._kept: list[int] = []
 
@@ -172,8 +196,26 @@ class ExampleStream:
         """
         if self._can_split is None:
             size = batch_size(batch)
-            self._can_split = size is not None and self._splits(batch, size)
+            self._can_split = size is not None and self._splits(batch, size) and self._apart(batch, size)
         return self._can_split
+
+    def _apart(self, batch: Batch, size: int) -> bool:
+        """
+        Whether rows have the same outputs in other company: a few of them, at random and in another order, against
+        the same rows among many. Convolutions, recurrences and attention over the rows, statistics of a batch and
+        tables of positions all fail.
+        """
+        window = min(size, max(2 * _FIRST_CHUNK, min(_WINDOW, self.budget // max(1, sum(self._kept)))))
+        generator = torch.Generator().manual_seed(0)
+        start = int(torch.randint(size - window + 1, (), generator=generator))
+        picks = torch.randperm(window, generator=generator)[:_FIRST_CHUNK]
+        parts = slice(start, start + window), picks + start
+        whole, some = (self.model.outputs(self.latent, slice_batch(batch, size, part)) for part in parts)
+        for a, b in zip(whole, some, strict=True):
+            dim = self._dims[a.name] - a.event_dim
+            if not same_rows(a.outputs, b.outputs, dim - 1, picks) or not same_rows(a.weight, b.weight, dim, picks):
+                return False
+        return True
 
     def _splits(self, batch: Batch, size: int) -> bool:
         """Whether a plate of the model has the batch's size, also for a part of it, and holds no latent site."""
@@ -202,6 +244,10 @@ class ExampleStream:
         plates = {f for name in self.model.observed for f in a[name] if (a[name][f], b[name].get(f)) == sizes}
         if not plates or any(not (set(a[name]) & plates) for name in self.model.observed):
             return False
+        self._dims = {
+            name: next(f.dim for f in trace.nodes[name]["cond_indep_stack"] if f.name in plates)
+            for name in self.model.observed
+        }
         return not any(set(a[name]) & plates for name in self.model.space.slices)
 
     def run(self, data: Any) -> Iterator[tuple[Trace, list[SiteExamples]]]:
@@ -229,15 +275,7 @@ class ExampleStream:
             sites = []
             for site in outputs:
                 if site.outputs.shape[-1]:
-                    jacobian = ExampleJacobian(
-                        capture,
-                        self.latent,
-                        site.outputs,
-                        self._layouts.get(site.name),
-                        differentiable=self.differentiable,
-                    )
-                    if jacobian.B > 1:
-                        self._layouts[site.name] = jacobian.layouts
+                    jacobian = self._jacobian(site, capture)
                     node = trace.nodes[site.name]
                     sites.append(SiteExamples(site, jacobian, node["value"] if node["is_observed"] else None))
             if self._chunk is None:
@@ -248,3 +286,37 @@ class ExampleStream:
                 fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
                 self._chunk = max(1, min(fast, self.budget // max(1, floats)))
             yield trace, sites
+
+    def _jacobian(self, site: SiteOutputs, capture: Capture) -> ExampleJacobian:
+        before = self._layouts.get(site.name)
+        jacobian = checked_jacobian(
+            capture, self.latent, site.outputs, before, differentiable=self.differentiable
+        )
+        if jacobian.B > 1:
+            self._layouts[site.name] = jacobian.layouts
+        self._say(site.name, jacobian.layouts.mistaken)
+        if len(jacobian.generic):
+            numbers = min(len(jacobian.generic), jacobian.flat.numel()) + len(jacobian.generic)
+            require_memory(
+                numbers * jacobian.flat.numel() * self.latent.element_size(),
+                f"the Jacobian of site {site.name!r} in {len(jacobian.generic):,} latents that enter it in no way that "
+                f"is recognised, for {jacobian.B:,} data points at once,",
+                self.latent.device,
+                "Pass smaller batches if the model treats data points separately, or restrict sites=.",
+            )
+        return jacobian
+
+    def _say(self, site: str, mistaken: Tensor) -> None:
+        """Names, once, the latent sites whose uses the check found unlike what was seen."""
+        where = self.model.space.slices
+        new = [n for n, part in where.items() if n not in self._named and bool(mistaken[part].any())]
+        if new:
+            self._named.update(new)
+            warnings.warn(
+                f"observed site {site!r} depends on the latent sites {', '.join(map(repr, new))} in ways that do not show "
+                "in the calls of the model: a derivative of the network inside it, torch.jit, torch.compile, torch.vmap, a "
+                "custom autograd function, or rows that change places between data points. Their Jacobian is formed "
+                "output by output instead: exact, but slower.",
+                CurvatureWarning,
+                stacklevel=2,
+            )

@@ -19,6 +19,10 @@ class NotAMinimumError(RuntimeError):
     """The point estimate is not a minimum of the negative log joint density: its curvature is indefinite."""
 
 
+class CurvatureWarning(UserWarning):
+    """A curvature takes another way than the fast one, or its numbers are less precise than they look."""
+
+
 class Part:
     """
     Curvature over some entries.

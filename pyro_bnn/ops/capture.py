@@ -11,6 +11,7 @@ differentiated in another way.
 """
 
 import copy
+import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, sizes
-from pyro_bnn.ops.uses import ElementwiseUse, LinearUse, Use
+from pyro_bnn.ops.uses import ElementwiseUse, LinearUse, Output, Use
 
 #: Functions that only move entries: they act on the positions as they act on the values.
 _MOVES = frozenset(
@@ -93,6 +94,17 @@ _COPIES = frozenset(
         "alias",
     ]
 )
+#: Functions that write into their first argument, by the function whose result they write.
+_IN_PLACE = {
+    **dict.fromkeys(("mul_", "multiply_", "__imul__"), "mul"),
+    **dict.fromkeys(("add_", "sub_", "subtract_", "__iadd__", "__isub__"), "add"),
+}
+_WRITES = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"
+    )
+) | {"__setitem__"}  # fmt: skip
 _MATMULS = frozenset(["matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm"])
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
@@ -106,8 +118,10 @@ class Capture(TorchFunctionMode):
     :param active: which entries are of interest, bool, shape ``(p,)``; all by default.
     :param differentiable: whether the recorded inputs keep their graph.
     :ivar uses: the recorded :class:`~pyro_bnn.ops.uses.Use` objects.
-    :ivar outputs: the tensors that the gradients are to be taken in, one or several uses each.
+    :ivar outputs: the places that the gradients are to be taken in, one or several uses each.
     :ivar generic: entries that were used in a way that is not recognised, bool, shape ``(p,)``.
+    :ivar roots: the tensors that the function cut from the vector before all else, as places in the graph with the
+        positions of their entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
 
     Example::
 
@@ -125,10 +139,12 @@ class Capture(TorchFunctionMode):
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
         self.uses: list[Use] = []
-        self.outputs: list[Tensor] = []
+        self.outputs: list[Output] = []
+        self.roots: list[tuple[Output, Tensor]] | None = []
+        self.latent = latent
         # values are kept so that no id is used twice
         self._tracked: dict[int, tuple[Tensor, Tensor]] = {}
-        self._slots: dict[int, int] = {}
+        self._slots: dict[tuple[object, int], int] = {}
         self._track(latent, torch.arange(p, device=latent.device))
 
     def finish(self, result: Tensor) -> None:
@@ -180,10 +196,13 @@ class Capture(TorchFunctionMode):
             self.generic[index.reshape(-1)] = True
 
     def _record(self, y: Tensor, *uses: Use) -> Tensor:
-        slot = self._slots.get(id(y))
+        if not y.requires_grad:  # made without a graph
+            return y
+        output = Output(y)
+        slot = self._slots.get(output.key)
         if slot is None:
-            slot = self._slots[id(y)] = len(self.outputs)
-            self.outputs.append(y)
+            slot = self._slots[output.key] = len(self.outputs)
+            self.outputs.append(output)
         for use in uses:
             use.slot = slot
             self.uses.append(use)
@@ -204,30 +223,69 @@ class Capture(TorchFunctionMode):
         if not indices:
             return func(*args, **kwargs)
         name = _name(func)
+        result, moved = self._watch(name, func, flat, args, kwargs, indices)
+        if any(value is self.latent for value in flat):
+            self._note_roots(result, moved)
+        return result
+
+    def _watch(
+        self, name: str, func: Any, flat: list[Any], args: Any, kwargs: dict[str, Any], indices: list[Tensor]
+    ) -> tuple[Any, bool]:
+        """Runs a function of tracked tensors; returns its result, and whether it only moved entries."""
+        if _writes(name, kwargs):
+            return self._write(name, func, args, kwargs, indices), False
         if name in _MOVES or name in _COPIES:
             result = func(*args, **kwargs)
             if self._move(name, func, flat, args, kwargs, result):
-                return result
+                return result, True
         elif isinstance(func, types.FunctionType) and func.__module__.startswith("torch.nn.functional"):
             with self:
-                return _without_dispatch(func)(*args, **kwargs)
+                return _without_dispatch(func)(*args, **kwargs), False
         elif (handler := getattr(self, "_do_" + _FAMILIES.get(name, name).strip("_"), None)) is not None:
-            result = handler(name, func, *args, **kwargs)
+            result = _call(handler, name, func, args, kwargs)
             if result is not NotImplemented:
-                return result
+                return result, False
         result = func(*args, **kwargs)
         if any(isinstance(r, Tensor) and r.requires_grad for r in _leaves(result)):
             self._give_up(indices)
+        return result, False
+
+    def _write(
+        self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]
+    ) -> Any:
+        """Runs a function that writes into one of its arguments."""
+        target = kwargs.get("out", args[0] if args else None)
+        if name in _IN_PLACE and self._index(target) is None:
+            result = _call(getattr(self, "_do_" + _IN_PLACE[name]), name, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        self._give_up(indices)
+        self._tracked.pop(id(target), None)
         return result
+
+    def _note_roots(self, result: Any, moved: bool) -> None:
+        """Keeps what was cut from the vector itself."""
+        for value in _leaves(result):
+            if not (isinstance(value, Tensor) and value.requires_grad) or self.roots is None:
+                continue
+            index = self._index(value)
+            if not moved:
+                self.roots = None
+            elif index is not None:  # else its entries are not active
+                self.roots.append((Output(value), index))
 
     def _move(
         self, name: str, func: Any, flat: list[Any], args: Any, kwargs: dict[str, Any], result: Any
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
+        if name in _COPIES or name in ("expand_as", "view_as", "reshape_as"):
+            if self._index(tensors[0]) is None:  # only dtype, device or shape of a tracked tensor were asked for
+                return True
         if name in _COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
-            return self._index(tensors[0]) is not None
+            return True
         if name == "broadcast_tensors":
             for value, new in zip(tensors, result, strict=True):
                 index = self._index(value)
@@ -391,8 +449,10 @@ class Capture(TorchFunctionMode):
         index, other = (ia, b) if ia is not None else (ib, a)
         if (ia is not None and ib is not None) or not isinstance(other, Tensor) or index is None:
             return NotImplemented
-        y = func(a, b)
-        return self._record(y, ElementwiseUse(index, self._kept(other), 1.0))
+        kept = self._kept(other)
+        if name in _IN_PLACE:  # what is scaled is about to be overwritten
+            kept = kept.clone()
+        return self._record(func(a, b), ElementwiseUse(index, kept, 1.0))
 
     def _do_add(self, name: str, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         ia, ib = self._index(a), self._index(b)
@@ -402,7 +462,8 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         index = ib if ia is None else ia
         assert index is not None
-        sign = -1.0 if (name == "sub" and ib is not None) or (name == "__rsub__" and ia is not None) else 1.0
+        subtracted = ia if name in ("__rsub__", "rsub") else ib
+        sign = -1.0 if "sub" in name and subtracted is not None else 1.0
         return self._record(func(a, b), ElementwiseUse(index, None, sign))
 
     def _do_addcmul(
@@ -456,8 +517,8 @@ class Capture(TorchFunctionMode):
         if len(args) != 9:
             return NotImplemented
         input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
-        if isinstance(input, Tensor) and isinstance(hx, Tensor) and isinstance(params, Tensor):
-            return NotImplemented  # a packed sequence
+        if isinstance(hx, Tensor) and not hx.is_floating_point():
+            return NotImplemented  # a packed sequence, whose second argument are the sizes of its batches
         if dropout and train:
             return NotImplemented
         with self:
@@ -481,6 +542,24 @@ def _name(func: Any) -> str:
     if name == "__get__":
         name = getattr(func.__self__, "__name__", name)
     return name
+
+
+def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A handler's result, or ``NotImplemented`` for a way of calling the function that it does not know."""
+    try:
+        _signature(handler.__func__).bind(handler, name, func, *args, **kwargs)  # type: ignore[attr-defined]
+    except TypeError:
+        return NotImplemented
+    return handler(name, func, *args, **kwargs)
+
+
+_signature = cache(inspect.signature)
+
+
+def _writes(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes into one of its arguments."""
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return in_place or name in _WRITES or kwargs.get("out") is not None
 
 
 def _leaves(result: Any) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp, wide
 from pyro_bnn.ops.kronecker import Sharing, kronecker_inputs, kronecker_outputs
-from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Use, find_layout
+from pyro_bnn.ops.uses import ElementwiseUse, Layout, LinearUse, Output, Use, find_layout
 
 #: Gradients in the outputs of a capture, one tensor each.
 Gradients = Sequence[Tensor]
@@ -151,8 +151,11 @@ class ExampleJacobian:
     :param latent: the vector, shape ``(p,)``.
     :param outputs: the function's value, shape ``(*shape, C)``, with its graph.
     :param layouts: what :attr:`layouts` was for an earlier batch of the same function, to save two backward passes.
+    :param generic: further entries whose uses are not to be trusted, bool, shape ``(p,)``.
     :param differentiable: whether gradients and inputs keep their graph, so that functions of the Jacobian can be
         differentiated in the function's other parameters; the capture must then be differentiable too.
+    :ivar Capture capture: what was recorded for these outputs.
+    :ivar Tensor flat: the outputs, shape ``(B, M)``.
     :ivar int B: the number of examples.
     :ivar int M: outputs per example.
     :ivar int dim: the dimension of ``shape`` that runs over examples; -1 if everything counts as one example.
@@ -167,18 +170,21 @@ class ExampleJacobian:
         outputs: Tensor,
         layouts: "Layouts | None" = None,
         *,
+        generic: Tensor | None = None,
         differentiable: bool = False,
     ) -> None:
         self.differentiable = False  # while layouts are found
         capture = capture.fork()
+        if generic is not None:
+            capture.generic |= generic
         capture.finish(outputs)
         self.latent = latent
         self._outputs = outputs
-        self._capture = capture
+        self.capture = capture
         self.layouts = layouts if layouts is not None and self._restore(layouts) else self._find_layouts()
         self.blocks = self._make_blocks()
-        generic = capture.generic if capture.active is None else capture.generic & capture.active
-        self.generic = generic.nonzero().squeeze(-1)
+        mask = capture.generic if capture.active is None else capture.generic & capture.active
+        self.generic = mask.nonzero().squeeze(-1)
         self._columns: Tensor | None = None
         if len(self.layouts.slots) == len(capture.outputs):
             kept = sorted(set(self.layouts.slots))
@@ -200,17 +206,21 @@ class ExampleJacobian:
         self.B, self.M = self.flat.shape
 
     def _restore(self, layouts: "Layouts") -> bool:
-        uses = self._capture.uses
+        uses = self.capture.uses
         if len(layouts.found) != len(uses) or self._outputs.dim() - 1 <= layouts.dim:
             return False
         self._set_dim(layouts.dim)
+        outputs = self.capture.outputs
+        for use, layout in zip(uses, layouts.found, strict=True):
+            if layout is not None and not layout.fits(use, outputs[use.slot], self.B):
+                return False
         for use, layout in zip(uses, layouts.found, strict=True):
             use.layout = layout
         self._drop_unplaced()
         return True
 
     def _find_layouts(self) -> "Layouts":
-        uses = self._capture.uses
+        uses = self.capture.uses
         shape = self._outputs.shape[:-1]
         best: Layouts | None = None
         for dim in [d for d in range(len(shape)) if shape[d] > 1 or len(shape) == 1]:
@@ -231,11 +241,11 @@ class ExampleJacobian:
     def _try_dim(self, dim: int) -> "list[Layout | None]":
         self._set_dim(dim)
         self._slots: list[int] = []
-        uses = self._capture.uses
+        uses = self.capture.uses
         if not uses:
             return []
         if self.B == 1:
-            return [_single(use, self._capture.outputs[use.slot]) for use in uses]
+            return [_single(use, self.capture.outputs[use.slot]) for use in uses]
         generator = torch.Generator().manual_seed(0)
         weights = torch.randn(self.B, generator=generator).to(self.flat)
         mix = torch.randn(self.M, generator=generator).to(self.flat)
@@ -250,12 +260,12 @@ class ExampleJacobian:
                         self._slots[j] = i
                     break
         eps = max(
-            (torch.finfo(y.dtype).eps for y in self._capture.outputs if y.is_floating_point()), default=0.0
+            (torch.finfo(y.dtype).eps for y in self.capture.outputs if y.dtype.is_floating_point), default=0.0
         )
         return [find_layout(use, plain[use.slot], weighted[use.slot], weights, eps=eps) for use in uses]
 
     def _drop_unplaced(self) -> None:
-        capture = self._capture
+        capture = self.capture
         lost = [use for use in capture.uses if use.layout is None]
         for use in lost:
             capture.generic[use.index.reshape(-1)] = True
@@ -272,7 +282,7 @@ class ExampleJacobian:
 
     def _make_blocks(self) -> list[Block]:
         groups: dict[Any, list[Use]] = {}
-        for use in self._capture.uses:
+        for use in self.capture.uses:
             flat = use.index.reshape(-1)
             key = (type(use), tuple(use.index.shape), int(flat[0]), int(flat[-1]))
             group = groups.setdefault(key, [])
@@ -281,7 +291,7 @@ class ExampleJacobian:
             if group:
                 use.index = group[0].index
             group.append(use)
-        count = torch.zeros_like(self._capture.generic, dtype=torch.int8)
+        count = torch.zeros_like(self.capture.generic, dtype=torch.int8)
         for group in groups.values():
             count[group[0].index.reshape(-1)] += 1
         blocks: list[Block] = []
@@ -332,19 +342,31 @@ class ExampleJacobian:
         :param cotangent: shape ``(B, M)``.
         :return: the gradients in the outputs of the capture.
         """
-        targets = self._capture.outputs
-        if not targets:
+        return self.pull_back(cotangent, self.capture.outputs, differentiable=self.differentiable)
+
+    def pull_back(
+        self, cotangent: Tensor, outputs: Sequence[Output], *, differentiable: bool = False
+    ) -> Gradients:
+        """
+        One backward pass.
+
+        :param cotangent: shape ``(B, M)``.
+        :param outputs: where the gradients are wanted.
+        :param differentiable: whether they keep their graph.
+        :return: one gradient each.
+        """
+        if not outputs:
             return ()
         found = torch.autograd.grad(
             self.flat,
-            targets,
-            cotangent,
+            [output.edge for output in outputs],
+            cotangent.to(self.flat.dtype),
             retain_graph=True,
-            create_graph=self.differentiable,
+            create_graph=differentiable,
             allow_unused=True,
-            materialize_grads=True,
         )
-        return tuple(wide(g if self.differentiable else g.detach()) for g in found)
+        full = (output.zeros() if g is None else g for g, output in zip(found, outputs, strict=True))
+        return tuple(wide(g if differentiable else g.detach()) for g in full)
 
     @property
     def columns(self) -> Tensor:
@@ -413,10 +435,10 @@ class ExampleJacobian:
         :param total: shape ``(p,)``, changed in place.
         :param cotangent: shape ``(B, M)``.
         """
-        if any(callable(use.x) for use in self._capture.uses if isinstance(use, LinearUse)):
+        if any(callable(use.x) for use in self.capture.uses if isinstance(use, LinearUse)):
             # autograd's own weight gradient is cheaper than the patches of a convolution
             (found,) = torch.autograd.grad(self.flat, self.latent, cotangent, retain_graph=True)
-            active = self._capture.active
+            active = self.capture.active
             total += found if active is None else torch.where(active, found, torch.zeros_like(found))
             return
         gradients = self.gradients(cotangent)
@@ -437,8 +459,8 @@ class ExampleJacobian:
         :param K: how many cotangents.
         :return: a number of floats.
         """
-        outputs = sum(y.numel() for y in self._capture.outputs) // self.B
-        uses = [use for use in self._capture.uses if isinstance(use, LinearUse)]
+        outputs = sum(y.shape.numel() for y in self.capture.outputs) // self.B
+        uses = [use for use in self.capture.uses if isinstance(use, LinearUse)]
         largest = max((use.input_numel() for use in uses), default=0) // self.B
         return (K + 4) * outputs + 2 * largest + K * (self.M + len(self.generic))
 
@@ -446,7 +468,7 @@ class ExampleJacobian:
         """
         :return: how many floats per example the largest of the tensors has that gradients are taken in.
         """
-        return max((y.numel() for y in self._capture.outputs), default=0) // self.B
+        return max((y.shape.numel() for y in self.capture.outputs), default=0) // self.B
 
     def basis(self) -> Tensor:
         """The cotangents that give the Jacobian itself, shape ``(M, B, M)``."""
@@ -462,12 +484,14 @@ class Layouts:
         self.slots = slots
         self.found = found
         self.lost = lost
+        #: entries whose uses failed a check, and the source of its random numbers, see :mod:`~pyro_bnn.ops.guard`
+        self.mistaken: Tensor
+        self.generator: torch.Generator
 
 
-def _single(use: Use, output: Tensor) -> Layout | None:
+def _single(use: Use, output: Output) -> Layout | None:
     """Any free dimension will do for a single example."""
-    g = torch.zeros_like(output, requires_grad=False)
-    _, dims = use.batch_rows(g)
+    _, dims = use.batch_rows(output.zeros())
     for dim in range(dims):
         if not isinstance(use, ElementwiseUse) or use.allows(dim, dims):
             return Layout(dim)

@@ -139,6 +139,17 @@ class PatchInputs:
         """
         return patches(self.x[:1], *self.geometry).numel() * self.x.shape[0]
 
+    def project(self, v: Tensor) -> Tensor:
+        """
+        :param v: shape ``(in,)``.
+        :return: inner products of the patches with it, by a convolution, shape ``(B, T)``.
+        """
+        kernel, stride, padding, dilation = self.geometry
+        d = self.x.dim() - 2
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
+        weight = v.reshape(1, self.x.shape[1], *sizes(tuple(kernel), d))
+        return convolve(self.x, weight, None, stride, padding, dilation).flatten(1)
+
     def gram(self) -> tuple[Tensor, int]:
         """
         :return: see :func:`patch_gram`.

@@ -7,8 +7,33 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pyro_bnn.ops.patches import ChannelRows, PatchInputs, gram
+
+
+class Output:
+    """
+    A place in an autograd graph that gradients are taken in: that of a tensor when it was made. What the program
+    does to the tensor in place later moves the tensor on, not this place.
+
+    :param y: a tensor that requires a gradient.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        self.edge: GradientEdge = get_gradient_edge(y)
+        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
+
+    @property
+    def key(self) -> tuple[object, int]:
+        """The same for two outputs if they are the same place."""
+        return self.edge.node, self.edge.output_nr
+
+    def zeros(self) -> Tensor:
+        """
+        :return: the gradient where there is no path.
+        """
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -34,6 +59,19 @@ class Layout:
             parts = (B, size // B) if self.major else (size // B, B)
             x = x.unflatten(self.dim, parts)
         return x.movedim(self.dim if self.major or size == B else self.dim + 1, 0)
+
+    def fits(self, use: "Use", output: Output, B: int) -> bool:
+        """
+        :param use: a use.
+        :param output: the output that it belongs to.
+        :param B: the number of examples.
+        :return: whether the dimension is there, free, and a multiple of the examples.
+        """
+        # shapes only: no memory is touched
+        rows, dims = use.batch_rows(torch.empty(output.shape, device="meta"))
+        if self.dim >= dims or not rows.shape[self.dim] or rows.shape[self.dim] % B:
+            return False
+        return not isinstance(use, ElementwiseUse) or use.allows(self.dim, dims)
 
 
 @dataclass
@@ -125,6 +163,16 @@ class LinearUse(Use):
         assert self.layout is not None
         x = self.x if isinstance(self.x, Tensor) else self.x()
         return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
+
+    def projected(self, v: Tensor, B: int) -> Tensor:
+        """
+        :param v: shape ``(in,)``.
+        :param B: the number of examples.
+        :return: inner products of the inputs with it, shape ``(B, T)``.
+        """
+        assert self.layout is not None
+        x = self.x.project(v) if isinstance(self.x, PatchInputs) else self.inputs(B) @ v
+        return self.layout.split(x, B).reshape(B, -1) if isinstance(self.x, PatchInputs) else x
 
     def gradients(self, g: Tensor, B: int) -> Tensor:
         """
