@@ -205,7 +205,8 @@ class ExampleStream:
         the same rows among many. Convolutions, recurrences and attention over the rows, statistics of a batch and
         tables of positions all fail.
         """
-        window = min(size, max(2 * _FIRST_CHUNK, min(_WINDOW, self.budget // max(1, sum(self._kept)))))
+        affordable = self.budget // max(1, sum(self._kept))
+        window = min(size, max(2 * _FIRST_CHUNK, min(_WINDOW, size // 32, affordable)))
         generator = torch.Generator().manual_seed(0)
         start = int(torch.randint(size - window + 1, (), generator=generator))
         picks = torch.randperm(window, generator=generator)[:_FIRST_CHUNK]

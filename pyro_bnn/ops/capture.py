@@ -547,13 +547,15 @@ def _name(func: Any) -> str:
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A handler's result, or ``NotImplemented`` for a way of calling the function that it does not know."""
     try:
-        _signature(handler.__func__).bind(handler, name, func, *args, **kwargs)  # type: ignore[attr-defined]
+        _SIGNATURES[handler.__name__].bind(None, name, func, *args, **kwargs)
     except TypeError:
         return NotImplemented
     return handler(name, func, *args, **kwargs)
 
 
-_signature = cache(inspect.signature)
+_SIGNATURES = {
+    name: inspect.signature(value) for name, value in vars(Capture).items() if name.startswith("_do_")
+}
 
 
 def _writes(name: str, kwargs: dict[str, Any]) -> bool:

@@ -484,8 +484,9 @@ class Layouts:
         self.slots = slots
         self.found = found
         self.lost = lost
-        #: entries whose uses failed a check, and the source of its random numbers, see :mod:`~pyro_bnn.ops.guard`
+        #: for :mod:`~pyro_bnn.ops.guard`: entries whose uses failed a check, the graphs that passed, random numbers
         self.mistaken: Tensor
+        self.programs: set[int] = set()
         self.generator: torch.Generator
 
 

@@ -3,11 +3,13 @@
 r"""
 A check of example-wise Jacobians against an ordinary backward pass.
 
-A Jacobian in blocks rests on beliefs about the program: that every use of an entry was seen, and that the rows of each
-use belong to one example each. For random combinations of the outputs of a random half S of the examples,
-:math:`\sum_{n\in S} J_n^\top c_n` from the blocks must be the gradient that autograd finds. An unseen use, or a row that
-counts for an example outside S, breaks that with probability one. Both sides come from one and the same backward pass, and
-are compared through one random linear functional per block, so that the check costs little more than that pass.
+A Jacobian in blocks rests on two beliefs about the program: that every use of an entry was seen, and that the rows of each
+use belong to one example each. Both are checked with random combinations c of the outputs of a random half S of the
+examples. Then the gradients in all rows of other examples must vanish, in every batch. And
+:math:`\sum_{n\in S} J_n^\top c_n` from the blocks must be the gradient in the vector that autograd finds; as that depends
+on the program alone, it is looked at once for each autograd graph, told apart by the names of its nodes. Both sides come
+from one and the same backward pass, and are compared through one random linear functional per block, so that the check costs
+little more than that pass.
 """
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.examples import Block, ExampleJacobian, Gradients, Layouts, LinearBlock
+from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.uses import Output
 
@@ -64,45 +67,67 @@ def mistaken_entries(jacobian: ExampleJacobian, generator: torch.Generator) -> T
     :param generator: source of random numbers, on the CPU.
     :return: entries whose blocks are not right, bool, shape ``(p,)``, or ``None``.
     """
-    capture, flat = jacobian.capture, jacobian.flat
-    known = _known(jacobian)
-    roots = _roots(capture, known)
+    capture, flat, layouts = jacobian.capture, jacobian.flat, jacobian.layouts
+    roots = _roots(capture)
     if not flat.requires_grad or not roots:
         return None
     order = torch.randperm(jacobian.B, generator=generator)
-    weights = (order < (jacobian.B + 1) // 2).to(flat)
-    cotangent = torch.randn(jacobian.B, jacobian.M, generator=generator).to(flat) * weights.unsqueeze(-1)
-    targets = [*capture.outputs, *(output for output, _ in roots)]
-    gradients = jacobian.pull_back(cotangent, targets)
-    of_uses = gradients[: len(capture.outputs)]
+    chosen = (order < (jacobian.B + 1) // 2).to(flat.device)
+    noise = torch.randn(jacobian.B, jacobian.M, generator=generator).to(flat)
+    cotangent = noise * chosen.unsqueeze(-1)
+    program = hash(tuple(node.name() for node in graph_nodes(flat)))
+    if program in layouts.programs:
+        gradients = jacobian.pull_back(cotangent, capture.outputs)
+        return _misplaced(jacobian, gradients, ~chosen)
+    found = jacobian.pull_back(cotangent, [*capture.outputs, *(output for output, _ in roots)])
+    gradients, in_roots = found[: len(capture.outputs)], found[len(capture.outputs) :]
     expected = wide(torch.zeros_like(jacobian.latent.detach()))
-    for (_, index), g in zip(roots, gradients[len(of_uses) :], strict=True):
+    for (_, index), g in zip(roots, in_roots, strict=True):
         expected.index_add_(0, index.reshape(-1), g.reshape(-1).to(expected.dtype))
-    wrong = torch.zeros_like(known)
+    wrong = _unseen(jacobian, roots, expected)
     for block in jacobian.blocks:
-        if not _agrees(block, of_uses, wide(weights), expected, _precision(jacobian), generator):
+        if not _agrees(block, gradients, chosen, expected, _precision(jacobian), generator):
             wrong[block.index.reshape(-1)] = True
-    # entries of which no use was seen have no gradient
-    unseen = (expected != 0) & ~known
-    if bool(unseen.any()):
-        for _, index in roots:
-            if bool(unseen[index].any()):
-                wrong[index.reshape(-1)] = True
-        wrong &= ~capture.generic
+    if bool(wrong.any()):
+        return wrong
+    if all(bool(expected[index].any()) for _, index in roots):  # a gradient of zero shows nothing
+        layouts.programs.add(program)
+    return None
+
+
+def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) -> Tensor | None:
+    """Entries with a use whose gradient does not vanish for examples that should have none."""
+    uses = jacobian.capture.uses
+    index = others.nonzero().squeeze(-1)
+    if not len(index) or not uses:
+        return None
+    rows = [use.placed_rows(gradients[use.slot], jacobian.B).index_select(0, index) for use in uses]
+    if not bool(torch.stack([r.any() for r in rows]).any()):
+        return None
+    wrong = torch.zeros_like(jacobian.capture.generic)
+    share = min(1e3 * _precision(jacobian), 0.1)
+    for use, r in zip(uses, rows, strict=True):
+        if r.numel() and not bool(r.abs().max() <= share * gradients[use.slot].abs().max()):
+            wrong[use.index.reshape(-1)] = True
     return wrong if bool(wrong.any()) else None
 
 
-def _known(jacobian: ExampleJacobian) -> Tensor:
-    """Entries that are in a block or generic, or not of interest."""
+def _unseen(jacobian: ExampleJacobian, roots: list[tuple[Output, Tensor]], expected: Tensor) -> Tensor:
+    """Entries of which no use was seen, in a part of the vector where they have a gradient."""
     capture = jacobian.capture
     known = capture.generic.clone() if capture.active is None else capture.generic | ~capture.active
     for block in jacobian.blocks:
         known[block.index.reshape(-1)] = True
-    return known
+    unseen = (expected != 0) & ~known
+    wrong = torch.zeros_like(known)
+    if bool(unseen.any()):
+        for _, index in roots:
+            wrong[index.reshape(-1)] |= bool(unseen[index].any())
+    return wrong & ~known
 
 
-def _roots(capture: Capture, known: Tensor) -> list[tuple[Output, Tensor]]:
-    """Where the ordinary gradient is taken: the parts of the vector that hold entries about which something is believed."""
+def _roots(capture: Capture) -> list[tuple[Output, Tensor]]:
+    """Where the ordinary gradient is taken: the parts of the vector with entries about which something is believed."""
     latent = capture.latent
     if capture.roots is None:
         everything = torch.arange(len(latent), device=latent.device)
@@ -123,26 +148,26 @@ def _precision(jacobian: ExampleJacobian) -> float:
 def _agrees(
     block: Block,
     gradients: Gradients,
-    weights: Tensor,
+    chosen: Tensor,
     expected: Tensor,
     eps: float,
     generator: torch.Generator,
 ) -> bool:
-    """Whether a random functional of a block's sum over the examples of weight one is that of the expected gradient."""
+    """Whether a random functional of a block's sum over the chosen examples is that of the expected gradient."""
     if isinstance(block, LinearBlock):
         out, into = block.index.shape
-        u, v = (torch.randn(n, generator=generator).to(weights) for n in (out, into))
-        wanted = (u.to(expected) @ expected[block.index]) @ v.to(expected)
+        u, v = (torch.randn(n, generator=generator).to(expected) for n in (out, into))
+        wanted = (u @ expected[block.index]) @ v
         terms = torch.cat([
             (use.gradients(gradients[use.slot], block.B) @ u.to(gradients[use.slot]))
             * use.projected(v.to(gradients[use.slot]), block.B)
             for use in block.uses
         ], 1)  # fmt: skip
     else:
-        u = torch.randn(len(block.index), generator=generator).to(weights)
-        wanted = u.to(expected) @ expected[block.index]
-        terms = (block.rows(gradients) @ u.to(expected.dtype)).unsqueeze(-1)
-    terms = terms * weights.unsqueeze(-1)
+        u = torch.randn(len(block.index), generator=generator).to(expected)
+        wanted = u @ expected[block.index]
+        terms = (block.rows(gradients) @ u).unsqueeze(-1)
+    terms = terms * chosen.unsqueeze(-1)
     found = terms.sum()
     # rounding errors of a sum, and of the products in it
     tolerance = min(300 * eps, 0.1) * terms.square().sum().sqrt() + min(10 * eps, 0.02) * terms.abs().sum()

@@ -95,6 +95,15 @@ class Use:
         """
         raise NotImplementedError
 
+    def placed_rows(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: its rows, examples first.
+        """
+        assert self.layout is not None
+        return self.layout.split(self.batch_rows(g)[0], B)
+
 
 @dataclass
 class LinearUse(Use):
@@ -180,9 +189,7 @@ class LinearUse(Use):
         :param B: the number of examples.
         :return: shape ``(B, T, out)``.
         """
-        assert self.layout is not None
-        rows = self.rows(g)
-        return self.layout.split(rows, B).reshape(B, -1, rows.shape[-1])
+        return self.placed_rows(g, B).reshape(B, -1, self.index.shape[0])
 
 
 @dataclass

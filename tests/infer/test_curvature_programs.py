@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.infer.parts import CurvatureWarning
 from tests.common import assert_close
 
 NOISE = 0.5
@@ -267,3 +268,89 @@ def test_full_precision_is_that_of_dense_autograd(name, n):
         warnings.simplefilter("ignore")
         guide = case.fit()
     assert_close(guide.precision, case.precision(), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["inplace_scales", "derivative", "experts", "attention"])
+@pytest.mark.parametrize("structure", ["diagonal", "block", "function_space", "low_rank"])
+def test_every_structure(name, structure):
+    case = program(name, 90)
+    dense = case.precision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide = case.fit(structure=structure, rank=len(dense))
+    if structure == "diagonal":
+        expected = torch.diag(dense.diagonal())
+    elif structure == "block":
+        sizes = [v.numel() for v in case.values.values()]
+        expected = torch.block_diag(*(b.split(sizes, 1)[i] for i, b in enumerate(dense.split(sizes))))
+    else:
+        expected = dense
+    assert_close(guide.posterior.multiply(torch.eye(len(dense))), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["inplace_relu", "inplace_entries", "second_derivative", "experts", "time_recurrence"])
+@pytest.mark.parametrize("n", [9, 150])
+def test_predictions_and_gradient_are_those_of_dense_autograd(name, n):
+    case = program(name, n)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide = case.fit()
+        found = guide.linearized_outputs(case.x)["obs"].covariance
+    J = case.jacobian()
+    cov = J @ torch.linalg.inv(case.precision()) @ J.mT
+    # the elements of one event are told apart
+    assert_close(found.squeeze((-1, -2)), cov.diagonal(dim1=-2, dim2=-1), rtol=1e-7, atol=1e-9)
+    leaves = guide.packed.space.pack(case.values)
+    residual = (case.forward(case.values, case.x) - case.y) / NOISE**2
+    gradient = torch.einsum("nm,nmp->p", residual, J) + leaves
+    assert_close(guide.map_report.gradient_norm, gradient.norm(), rtol=1e-8)
+
+
+def batches_that_mislead(name):
+    """A first batch that shows nothing or something special, and others."""
+    torch.manual_seed(2)
+    x = torch.randn(40, 3)
+    if name == "dead":  # all units of the hidden layer are off: every gradient of the first layer is zero
+        special = -100 * torch.ones(6, 3)
+        values = {"a": torch.rand(5, 3), "b": torch.zeros(5), "c": torch.randn(5, 2)}
+        return (inplace_relu, MLP, values, [special, x])
+    if name == "sorted":
+        order = x[:10, 0].argsort()
+        return (sorted_rows, MLP, None, [x[:10][order], x[10:20], x[20:]])
+    # as many rows for one expert as for the other, and then not
+    left, right = x[x[:, 0] > 0.3], x[x[:, 0] <= 0.3]
+    return (experts, MLP | {"d": (5, 2)}, None, [right[:6], left[:6], x])
+
+
+@pytest.mark.parametrize("name", ["dead", "sorted", "experts"])
+@pytest.mark.parametrize("structure", ["full", "diagonal", "block"])
+def test_the_order_of_batches_does_not_matter(name, structure):
+    forward, shapes, values, batches = batches_that_mislead(name)
+    case = Program(forward, shapes, batches[0])
+    case.values = values or case.values
+    data = [(x, (case.forward(case.values, x) + 0.3).detach()) for x in batches]
+    dense = case.precision(batches)
+    for order in (data, data[::-1]):
+        found = case.fit(order, structure=structure).posterior.multiply(torch.eye(len(dense)))
+        if structure == "full":
+            assert_close(found, dense, rtol=1e-8, atol=1e-9)
+        else:
+            assert_close(found.diagonal(), dense.diagonal(), rtol=1e-8, atol=1e-9)
+
+
+def test_the_message_names_the_latents():
+    case = program("derivative", 9)
+    with pytest.warns(CurvatureWarning, match="'a', 'c'.*derivative of the network"):
+        case.fit()
+
+
+def test_random_numbers_of_the_program_are_left_alone():
+    case = program("derivative", 90)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide = case.guide()
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        guide.laplace_approximation((case.x, case.y), map_tolerance=float("inf"))
+    assert_close(torch.rand(3), expected)
