@@ -16,9 +16,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.infer.data import is_single_batch, iter_batches
+from pyro_bnn.infer.data import is_single_batch
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
-from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
+from pyro_bnn.infer.packed import PackedModel, SiteOutputs
 from pyro_bnn.infer.parts import NotAMinimumError
 from pyro_bnn.infer.structures import CurvatureSum, DenseSum, DiagonalSum
 from pyro_bnn.ops.distributed import all_reduce_sum, rank, world_size
@@ -128,27 +128,19 @@ class CurvatureAccumulator:
         :param data: one batch or an iterable of batches, with observations.
         :return: for each batch its trace and its negative log likelihood.
         """
-        coverage = PlateCoverage()
-        for batch in iter_batches(data):
-            trace = self.model.trace(self.latent, batch)
-            coverage.add(trace, self.model.observed)
+        for trace in self.model.traces(self.latent, data):
             yield trace, -self.model.log_likelihood(trace)
-        coverage.check()
 
     def _terms(self, data: Any) -> Iterator[tuple[Any, bool]]:
-        coverage = PlateCoverage()
-        for i, batch in enumerate(iter_batches(data)):
-            trace = self.model.trace(self.latent, batch)
+        for i, trace in enumerate(self.model.traces(self.latent, data)):
             if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                 yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent), True
-            coverage.add(trace, self.model.observed)
             negative_log_likelihood = -self.model.log_likelihood(trace)
             if self.curvature == "hessian":
                 yield hvp_operator(negative_log_likelihood, self.latent), False
             else:
                 self.model.check_factors(trace)
                 yield self.model.site_outputs(trace), False
-        coverage.check()
 
 
 def ggn_operator(site: SiteOutputs, latent: Tensor) -> LinearMap:

@@ -4,22 +4,26 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from pyro_bnn.infer.data import Batch, batch_size, iter_batches, slice_batch
+from pyro_bnn.infer.data import Batch, as_batches, leaves
 from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
 from pyro_bnn.infer.parts import CurvatureWarning
+from pyro_bnn.infer.plates import Rows, close, dims_of, rows_of
+from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.capture import Capture
 from pyro_bnn.ops.examples import ExampleJacobian, Layouts
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.guard import checked_jacobian
+from pyro_bnn.ops.jacobian import wide
 
 #: What the likelihood's curvature is made of.
 FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
@@ -58,7 +62,7 @@ class SiteExamples:
         lead = x.dim() - len(shape) - 1
         if jac.dim >= 0:
             x = x.movedim(lead + jac.dim, lead)
-        return x.reshape(x.shape[:lead] + (jac.B, -1, x.shape[-1]))
+        return x.reshape(x.shape[:lead] + (jac.B, -1, x.shape[-1])).to(jac.flat.dtype)
 
     def score(self) -> Tensor:
         """
@@ -67,7 +71,8 @@ class SiteExamples:
         assert self.value is not None
         base, weight = self.site.base, self.site.weight[..., None]
         value = self.value.expand(base.batch_shape + base.event_shape)
-        scores = score(self.site.rule, base, self.site.names, value) * weight
+        with pyro.validation_enabled(False):  # as in the model's run, where values may be what the user allows
+            scores = score(self.site.rule, base, self.site.names, value) * weight
         return self.arrange(torch.where(weight > 0, scores, scores.new_zeros(()))).flatten(1)
 
     def cotangents(
@@ -115,26 +120,11 @@ class SiteExamples:
             assert self.value is not None
             values = self.value.expand(base.batch_shape + base.event_shape).unsqueeze(0)
         weight = self.site.weight[..., None]
-        scores = score(self.site.rule, base, names, values, create_graph=differentiable)
+        with pyro.validation_enabled(False):
+            scores = score(self.site.rule, base, names, values, create_graph=differentiable)
         scores = scores * weight.sqrt() / values.shape[0] ** 0.5
         scores = torch.where(weight > 0, scores, scores.new_zeros(()))
         yield self.arrange(scores).flatten(2)
-
-
-def same_rows(whole: Tensor, part: Tensor, dim: int, index: Tensor) -> bool:
-    """
-    :param whole: values for many rows.
-    :param part: those that the rows ``index`` have by themselves.
-    :param dim: the dimension of the rows.
-    :param index: positions of the rows, shape ``(n,)``.
-    :return: whether they are the same up to rounding.
-    """
-    whole, part = whole.detach(), part.detach()
-    if whole.dim() != part.dim() or part.shape[dim] != len(index):
-        return False
-    whole = whole.index_select(dim, index.to(whole.device))
-    tolerance = 1e3 * torch.finfo(whole.dtype).eps * float(whole.abs().amax()) if whole.numel() else 0.0
-    return whole.shape == part.shape and torch.allclose(whole, part, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 class ExampleStream:
@@ -165,8 +155,8 @@ class ExampleStream:
         self.passes = 1
         self._chunk: int | None = None
         self._layouts: dict[str, Layouts] = {}
-        self._can_split: bool | None = None
-        self._dims: dict[str, int] = {}
+        self._rows: Rows | None = None
+        self._is_known = False
         self._named: set[str] = set()
         #: numbers per example in each of the tensors that the model's graph keeps
         self._kept: list[int] = []
@@ -176,80 +166,75 @@ class ExampleStream:
         :param batch: arguments of the model.
         :return: the batch, split to the budget where the model treats its examples separately.
         """
-        size = batch_size(batch)
-        if size is None or size <= _FIRST_CHUNK:
-            yield batch
-            return
-        if not self.can_split(batch):
+        rows = self.rows(batch)
+        if rows is None or rows.size <= _FIRST_CHUNK:
             yield batch
             return
         start = 0
-        while start < size:
-            stop = min(start + (self._chunk or _FIRST_CHUNK), size)
-            yield slice_batch(batch, size, slice(start, stop))
+        while start < rows.size:
+            stop = min(start + (self._chunk or _FIRST_CHUNK), rows.size)
+            yield rows.take((*batch, {}), slice(start, stop))[:2]
             start = stop
 
-    def can_split(self, batch: Batch) -> bool:
+    def rows(self, batch: Batch, more_than: int = _FIRST_CHUNK) -> Rows | None:
         """
-        :param batch: arguments of the model, at least five examples.
-        :return: whether the model treats its examples separately.
-        """
-        if self._can_split is None:
-            size = batch_size(batch)
-            self._can_split = size is not None and self._splits(batch, size) and self._apart(batch, size)
-        return self._can_split
+        Where the examples of a batch are, if the model treats them separately.
 
-    def _apart(self, batch: Batch, size: int) -> bool:
+        :param batch: arguments of the model.
+        :param more_than: fewer rows are not looked for.
+        :return: rows, found once for all batches of the stream.
+        """
+        here = leaves(batch)
+        enough = any(rows_of(leaf, d) > more_than for leaf in here.values() for d in dims_of(leaf))
+        if enough and not self._is_known:
+            self._is_known = True
+            found = self.model.rows(self.latent, batch, 1)
+            if found and found[0].separate and self._apart(found[0], batch):
+                self._rows = found[0]
+        if self._rows is None:
+            return None
+        sizes = {rows_of(here[path], dim) for path, dim in self._rows.cuts.items() if path in here}
+        return replace(self._rows, size=sizes.pop()) if len(sizes) == 1 else None
+
+    def _apart(self, rows: Rows, batch: Batch) -> bool:
         """
         Whether rows have the same outputs in other company: a few of them, at random and in another order, against
         the same rows among many. Convolutions, recurrences and attention over the rows, statistics of a batch and
         tables of positions all fail.
         """
-        affordable = self.budget // max(1, sum(self._kept))
-        window = min(size, max(2 * _FIRST_CHUNK, min(_WINDOW, size // 32, affordable)))
+        kept = self._kept = self._count_kept(rows, batch)
+        affordable = self.budget // max(1, sum(kept))
+        window = min(rows.size, max(2 * _FIRST_CHUNK, min(_WINDOW, rows.size // 32, affordable)))
         generator = torch.Generator().manual_seed(0)
-        start = int(torch.randint(size - window + 1, (), generator=generator))
+        start = int(torch.randint(rows.size - window + 1, (), generator=generator))
         picks = torch.randperm(window, generator=generator)[:_FIRST_CHUNK]
-        parts = slice(start, start + window), picks + start
-        whole, some = (self.model.outputs(self.latent, slice_batch(batch, size, part)) for part in parts)
+        parts = (rows.take((*batch, {}), part)[:2] for part in (slice(start, start + window), picks + start))
+        with torch.random.fork_rng(devices=()):
+            whole, some = (self.model.outputs(self.latent, part) for part in parts)
         for a, b in zip(whole, some, strict=True):
-            dim = self._dims[a.name] - a.event_dim
-            if not same_rows(a.outputs, b.outputs, dim - 1, picks) or not same_rows(a.weight, b.weight, dim, picks):
-                return False
+            for x, y in ((a.outputs, b.outputs), (a.weight, b.weight)):
+                x, axis = x.detach(), rows.axes.get(a.name)
+                if axis is not None:
+                    x = x.index_select(axis, picks.to(x.device))
+                if not close(x, y.detach()):
+                    return False
         return True
 
-    def _splits(self, batch: Batch, size: int) -> bool:
-        """Whether a plate of the model has the batch's size, also for a part of it, and holds no latent site."""
-        sizes = (3, 5)
-        seen = []
-        for n in sizes:
-            part = slice_batch(batch, size, slice(0, n))
-            given = {x.data_ptr() for x in (*part[0], *part[1].values()) if isinstance(x, Tensor)}
-            kept: list[int] = []
+    def _count_kept(self, rows: Rows, batch: Batch) -> list[int]:
+        """Numbers per example in each of the tensors that the graph of a run keeps."""
+        few = min(5, rows.size)
+        part = rows.take((*batch, {}), slice(0, few))[:2]
+        given = {leaf.data_ptr() for leaf in leaves(part).values() if isinstance(leaf, Tensor)}
+        kept: list[int] = []
 
-            def note(x: Tensor, n: int = n, given: set[int] = given, kept: list[int] = kept) -> Tensor:
-                if x.dim() and x.shape[0] == n and x.data_ptr() not in given:
-                    kept.append(x.numel() // n)
-                return x.new_empty(0)
+        def note(x: Tensor) -> Tensor:
+            if few in x.shape and x.data_ptr() not in given:
+                kept.append(x.numel() // few)
+            return x
 
-            try:
-                # what the graph of a run keeps is noted and thrown away
-                with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
-                    trace = self.model.trace(self.latent, part)
-                self._kept = kept
-            except (RuntimeError, ValueError, IndexError, AssertionError):
-                return False
-            seen.append({k: {f.name: f.size for f in s["cond_indep_stack"]} for k, s in trace.nodes.items()
-                         if s["type"] == "sample"})  # fmt: skip
-        a, b = seen
-        plates = {f for name in self.model.observed for f in a[name] if (a[name][f], b[name].get(f)) == sizes}
-        if not plates or any(not (set(a[name]) & plates) for name in self.model.observed):
-            return False
-        self._dims = {
-            name: next(f.dim for f in trace.nodes[name]["cond_indep_stack"] if f.name in plates)
-            for name in self.model.observed
-        }
-        return not any(set(a[name]) & plates for name in self.model.space.slices)
+        with torch.enable_grad(), torch.random.fork_rng(devices=()), saved_tensors_hooks(note, lambda x: x):
+            self.model.trace(self.latent, part)
+        return kept
 
     def run(self, data: Any) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
@@ -257,21 +242,30 @@ class ExampleStream:
         :return: for each chunk the trace and those sites that depend on the latents.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        coverage = PlateCoverage()
-        for batch in iter_batches(data):
-            for trace, sites in self.run_batch(batch):
+        batches, coverage = as_batches(data), PlateCoverage()
+        repeats = None if batches.is_single else self.model.repeats(self.latent, data)
+        for batch in batches:
+            for trace, sites in self.run_batch(batch, repeats):
                 coverage.add(trace, self.model.observed)
                 yield trace, sites
         coverage.check()
 
-    def run_batch(self, batch: Batch) -> Iterator[tuple[Trace, list[SiteExamples]]]:
+    def run_batch(
+        self, batch: Batch, repeats: Repeats | None = None
+    ) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
         :param batch: arguments of the model, with or without observations.
+        :param repeats: tells which terms of the likelihood were counted with an earlier batch.
         :return: for each chunk the trace and those sites that depend on the latents.
         """
-        for chunk in self.chunks(batch):
+        for number, chunk in enumerate(self.chunks(batch)):
             with Capture(self.latent, self.active, differentiable=self.differentiable) as capture:
                 trace = self.model.trace(self.latent, chunk)
+                terms = self.model.likelihood_names(trace)
+                if number and self._rows is not None:  # what has no rows counts with the first chunk
+                    self.model.leave_out(trace, frozenset(terms) - self._rows.axes.keys())
+                elif repeats is not None:
+                    self.model.leave_out(trace, repeats.add(trace, terms))
                 outputs = self.model.site_outputs(trace)
             sites = []
             for site in outputs:
@@ -291,7 +285,7 @@ class ExampleStream:
     def _jacobian(self, site: SiteOutputs, capture: Capture) -> ExampleJacobian:
         before = self._layouts.get(site.name)
         jacobian = checked_jacobian(
-            capture, self.latent, site.outputs, before, differentiable=self.differentiable
+            capture, self.latent, site.outputs.to(wide(self.latent).dtype), before, differentiable=self.differentiable
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts

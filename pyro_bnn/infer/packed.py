@@ -16,6 +16,7 @@ factor N/B of subsampled plates, so that batches add up; the rest is the prior.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,17 +31,20 @@ from torch import Tensor
 
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
-from pyro_bnn.infer.data import Batch, batch_size, check_finite, iter_batches, map_tensors, slice_batch
+from pyro_bnn.infer.data import Batch, as_batches, map_tensors
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
     is_deterministic,
     latent_names,
     observed_names,
+    sample_sites,
     subsample_scale,
     unscaled_log_prob,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
+from pyro_bnn.infer.plates import Rows, Sites, find_rows
+from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
 from pyro_bnn.ops.graph import graph_nodes
@@ -203,14 +207,16 @@ class PackedModel:
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
+        #: terms of the likelihood that were counted with another trace
+        self._counted: WeakKeyDictionary[Trace, frozenset[str]] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles carry no live traces."""
-        return {name: value for name, value in self.__dict__.items() if name != "_latent_of"}
+        return {k: value for k, value in self.__dict__.items() if k not in ("_latent_of", "_counted")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._latent_of = WeakKeyDictionary()
+        self._latent_of, self._counted = WeakKeyDictionary(), WeakKeyDictionary()
 
     def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
         """
@@ -236,6 +242,63 @@ class PackedModel:
         self._latent_of[trace] = latent
         return trace
 
+    def traces(self, latent: Tensor, data: Any) -> Iterator[Trace]:
+        """
+        Runs the model batch by batch. Terms of the likelihood outside the plate of the data that are the same in every
+        batch count with the first one only.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: one batch or an iterable of batches.
+        :return: an iterator over traces.
+        :raises ValueError: if the batches do not cover a plate of the model once.
+        """
+        batches, coverage = as_batches(data), PlateCoverage()
+        repeats = None if batches.is_single else self.repeats(latent, data)
+        for batch in batches:
+            trace = self.trace(latent, batch)
+            coverage.add(trace, self.observed)
+            if repeats is not None:
+                self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace)))
+            yield trace
+        coverage.check()
+
+    def leave_out(self, trace: Trace, names: frozenset[str]) -> None:
+        """
+        :param trace: a trace that :meth:`trace` made.
+        :param names: sites of its likelihood that do not count, because they count with another trace.
+        """
+        self._counted[trace] = names
+
+    def repeats(self, latent: Tensor, data: Any) -> Repeats:
+        """
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: an iterable of batches.
+        :return: tells which terms of the likelihood a batch repeats.
+        """
+        return Repeats(lambda: self.rows(latent, as_batches(data).first))
+
+    def likelihood_names(self, trace: Trace) -> list[str]:
+        """
+        :param trace: a trace of the model.
+        :return: the names of observed sites and factors.
+        """
+        return [name for name, site in sample_sites(trace).items() if _is_likelihood(site)]
+
+    @torch.enable_grad()
+    def rows(self, latent: Tensor, batch: Batch, number: int | None = None) -> list[Rows]:
+        """
+        :param latent: a packed vector of shape ``(p,)``.
+        :param batch: arguments of the model.
+        :param number: how many findings suffice; ``None`` for one per plate.
+        :return: see :func:`~pyro_bnn.infer.plates.find_rows`.
+        """
+
+        def run(tree: Any) -> Sites:
+            return sample_sites(self.trace(latent.detach(), tree[:2]))
+
+        with torch.random.fork_rng(devices=()):
+            return list(islice(find_rows(run, (*batch, {})), number))
+
     def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
         """
         The log density of observed sites and factors in a trace, without the scale of subsampled plates.
@@ -249,8 +312,9 @@ class PackedModel:
         self._check_observed(trace)
         total: Tensor | float = 0.0
         site: Site
+        left_out = self._counted.get(trace, frozenset())
         for name, site in trace.nodes.items():
-            if _is_likelihood(site):
+            if _is_likelihood(site) and name not in left_out:
                 scale = site["scale"] / subsample_scale(site)
                 log_prob = unscaled_log_prob(site)
                 if log_prob.shape != site["fn"].batch_shape:
@@ -274,16 +338,14 @@ class PackedModel:
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches, with observations; up to 64 examples of the first are used
-            where the model runs on a part of a batch, all of them where it does not.
+            where the model treats them separately, all of them where it does not.
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
-        batch = next(iter_batches(data))
-        size = batch_size(batch)
-        try:
-            part = batch if size is None else slice_batch(batch, size, slice(0, 64))
-            first, second = self._two_values(latent, part)
-        except Exception:  # whatever a model says of a part of its data
-            first, second = self._two_values(latent, batch)
+        batch = as_batches(data).first
+        found = self.rows(latent, batch, 1)
+        if found and found[0].separate:
+            batch = found[0].take((*batch, {}), slice(0, 64))[:2]
+        first, second = self._two_values(latent, batch)
         if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
             raise ValueError(
                 f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
@@ -327,14 +389,10 @@ class PackedModel:
         :param data: one batch or an iterable of batches.
         :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
-        coverage = PlateCoverage()
-        for i, batch in enumerate(iter_batches(data)):
-            trace = self.trace(latent, batch)
-            coverage.add(trace, self.observed)
+        for i, trace in enumerate(self.traces(latent, data)):
             loss = -self.log_likelihood(trace, require_finite=False)
             # the processes of a data-parallel run share one prior
             yield loss - self.log_prior(latent, trace) if i == 0 and rank() == 0 else loss
-        coverage.check()
 
     def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
         """
@@ -354,7 +412,12 @@ class PackedModel:
         :param trace: a trace that :meth:`trace` made.
         :return: one :class:`SiteOutputs` per observed site.
         """
-        return [self._site_outputs(name, trace.nodes[name], self._latent_of[trace]) for name in self.observed]
+        latent, left_out = self._latent_of[trace], self._counted.get(trace, frozenset())
+        return [
+            self._site_outputs(name, trace.nodes[name], latent)
+            for name in self.observed
+            if name not in left_out
+        ]
 
     def check_factors(self, trace: Trace) -> None:
         """
@@ -463,9 +526,5 @@ def check_data(data: Any) -> None:
     :param data: one batch or an iterable of batches.
     :raises ValueError: naming the argument.
     """
-    for batch in iter_batches(data):
-        args, kwargs = batch
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
-        # a finite sum proves it in one pass; only otherwise entries are looked at one by one
-        if not all(bool(torch.isfinite(v.detach().sum())) for v in tensors):
-            check_finite(batch)
+    for _ in as_batches(data):  # each is checked as it is read
+        pass

@@ -157,7 +157,7 @@ class KroneckerPart(Part):
     def _decompose(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         if self._decomposition is None:
             self._check_positive("the Kronecker structure")
-            G, A = self.tensors["outputs"], self.tensors["inputs"] / self.tensors["count"]
+            G, A = self.tensors["outputs"], self.tensors["inputs"] / self.tensors["count"].clamp(min=1)
             factors = rank_one(self.prior.reshape(G.shape[0], A.shape[0]))
             if factors is None:
                 raise ValueError(

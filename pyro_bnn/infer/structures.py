@@ -323,6 +323,8 @@ class KroneckerSum(CurvatureSum):
                     G = block.output_factor(gradients, self.sharing)
                     entry["outputs"] += G
                     if id(block) in with_offset:
+                        if any(present is not None for present in block.present):
+                            G = block.output_factor(gradients, self.sharing, everywhere=True)
                         self._add_matrix(with_offset[id(block)].index, G)
                 for other in dense:
                     rows[id(other)].append(other.rows(gradients))

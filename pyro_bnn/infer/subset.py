@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyro_bnn.infer.data import Batch, batch_size, iter_batches, slice_batch
+from pyro_bnn.infer.data import Batch, iter_batches
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 
 
@@ -34,13 +34,19 @@ class Subset:
             yield from stream.run_batch(batch)
 
 
-def count_examples(data: Any) -> int | None:
+def count_examples(stream: ExampleStream, data: Any) -> int | None:
     """
+    :param stream: tells where the examples are.
     :param data: one batch or an iterable of batches.
-    :return: how many examples there are, or ``None`` if a batch has no tensor with dimensions.
+    :return: how many examples there are, or ``None`` if the model does not treat them separately.
     """
-    sizes = [batch_size(batch) for batch in iter_batches(data)]
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    total = 0
+    for batch in iter_batches(data):
+        rows = stream.rows(batch, 0)
+        if rows is None:
+            return None
+        total += rows.size
+    return total
 
 
 def random_subset(
@@ -49,30 +55,29 @@ def random_subset(
     """
     A uniform sample of the examples without replacement, by two passes over the data in which the model does not run.
 
-    :param stream: tells whether the model treats examples separately.
+    :param stream: tells where the examples are.
     :param data: one batch or an iterable of batches, with observations.
     :param size: how many examples; all of them if there are no more.
     :param generator: source of random numbers.
     :return: the subset.
     :raises ValueError: if the model does not treat examples separately.
     """
-    total = count_examples(data)
-    if total is not None and total <= size:
+    total = count_examples(stream, data)
+    if total is None:
+        raise ValueError(
+            "subset_size needs a model that treats its examples separately: parts of a batch must have the outputs that they "
+            "have in the whole batch."
+        )
+    if total <= size:
         return Subset(list(iter_batches(data)), 1.0)
     found: list[Batch] = []
-    chosen = torch.empty(0, dtype=torch.long)
+    chosen = torch.randperm(total, generator=generator)[:size].sort().values
     start = 0
     for batch in iter_batches(data):
-        length = batch_size(batch)
-        if total is None or length is None or (start == 0 and not stream.can_split(batch)):
-            raise ValueError(
-                "subset_size needs a model that treats its examples separately: a plate of the length of the first "
-                "argument (at least five) that holds every observed site and no latent one."
-            )
-        if start == 0:
-            chosen = torch.randperm(total, generator=generator)[:size].sort().values
-        mine = chosen[(chosen >= start) & (chosen < start + length)] - start
+        rows = stream.rows(batch, 0)
+        assert rows is not None
+        mine = chosen[(chosen >= start) & (chosen < start + rows.size)] - start
         if len(mine):
-            found.append(slice_batch(batch, length, mine))
-        start += length
-    return Subset(found, (total or 0) / size)
+            found.append(rows.take((*batch, {}), mine)[:2])
+        start += rows.size
+    return Subset(found, total / size)

@@ -250,9 +250,7 @@ class Capture(TorchFunctionMode):
             self._give_up(indices)
         return result, False
 
-    def _write(
-        self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]
-    ) -> Any:
+    def _write(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]) -> Any:
         """Runs a function that writes into one of its arguments."""
         target = kwargs.get("out", args[0] if args else None)
         if name in _IN_PLACE and self._index(target) is None:
@@ -280,9 +278,8 @@ class Capture(TorchFunctionMode):
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
-        if name in _COPIES or name in ("expand_as", "view_as", "reshape_as"):
-            if self._index(tensors[0]) is None:  # only dtype, device or shape of a tracked tensor were asked for
-                return True
+        if name in _COPIES | {"expand_as", "view_as", "reshape_as"} and self._index(tensors[0]) is None:
+            return True  # only dtype, device or shape of a tracked tensor were asked for
         if name in _COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
             return True
@@ -313,7 +310,8 @@ class Capture(TorchFunctionMode):
         return True
 
     def _kept(self, x: Tensor) -> Tensor:
-        return wide(x if self.differentiable else x.detach())
+        x = x if self.differentiable else x.detach()
+        return x.to(wide(self.latent).dtype) if x.is_floating_point() else x
 
     # ------------------------------------------------------------------ linear maps
 

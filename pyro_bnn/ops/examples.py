@@ -9,6 +9,7 @@ together, and its gradient in a weight is :math:`\sum_t g_{nt} x_{nt}^\top`, nev
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ class LinearBlock:
         parts = [use.gradients(gradients[use.slot], self.B) for use in self.uses]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
+    @cached_property
+    def present(self) -> list[Tensor | None]:
+        """
+        For each use, which of its rows have an input other than zero, bool, in the shape of the rows; ``None`` for all. Rows
+        without input (padding) have no gradient in the weight.
+        """
+        found = [use.present() for use in self.uses]
+        return [None if bool(rows.all()) else rows for rows in found]
+
     def input_factor(self, sharing: Sharing, active: Tensor) -> tuple[Tensor, int]:
         """
         :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
@@ -64,22 +74,38 @@ class LinearBlock:
             total = grams[0][0]
             for matrix, _ in grams[1:]:
                 total = total + matrix
-            return total, sum(count for _, count in grams)
-        x = self.inputs()
-        return kronecker_inputs(x if whole else x[active], sharing)
+            rows = zip(grams, self.present, strict=True)
+            return total, sum(count if kept is None else int(kept.sum()) for (_, count), kept in rows)
+        x, kept = self.inputs(), self._placed_present()
+        if not whole:
+            x, kept = x[active], None if kept is None else kept[active]
+        return kronecker_inputs(x, sharing, kept)
 
-    def output_factor(self, gradients: Gradients, sharing: Sharing) -> Tensor:
+    def output_factor(self, gradients: Gradients, sharing: Sharing, *, everywhere: bool = False) -> Tensor:
         """
         :param gradients: gradients in the outputs of the capture.
         :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
+        :param everywhere: whether rows without input count, as they do for an offset of the outputs.
         :return: see :func:`~pyro_bnn.ops.kronecker.kronecker_outputs`.
         """
         if sharing == "expand":
-            total = self.uses[0].output_gram(gradients[self.uses[0].slot])
-            for use in self.uses[1:]:
-                total = total + use.output_gram(gradients[use.slot])
+            kept = [None] * len(self.uses) if everywhere else self.present
+            grams = [
+                use.output_gram(gradients[use.slot], k) for use, k in zip(self.uses, kept, strict=True)
+            ]
+            total = grams[0]
+            for matrix in grams[1:]:
+                total = total + matrix
             return total
-        return kronecker_outputs(self.gradients(gradients), sharing)
+        g = self.gradients(gradients)
+        placed = None if everywhere else self._placed_present()
+        return kronecker_outputs(g if placed is None else g * placed.unsqueeze(-1), sharing)
+
+    def _placed_present(self) -> Tensor | None:
+        """:attr:`present` of all uses together, shape ``(B, T)``."""
+        if all(kept is None for kept in self.present):
+            return None
+        return torch.cat([use.placed(use.present(), self.B) for use in self.uses], 1)
 
     def rows(self, gradients: Gradients) -> Tensor:
         """
@@ -366,7 +392,8 @@ class ExampleJacobian:
             allow_unused=True,
         )
         full = (output.zeros() if g is None else g for g, output in zip(found, outputs, strict=True))
-        return tuple(wide(g if differentiable else g.detach()) for g in full)
+        dtype = wide(self.latent).dtype
+        return tuple((g if differentiable else g.detach()).to(dtype) for g in full)
 
     @property
     def columns(self) -> Tensor:

@@ -139,10 +139,8 @@ def _precision(jacobian: ExampleJacobian) -> float:
     """The relative precision of the products in a backward pass."""
     dtypes = {jacobian.flat.dtype, *(output.dtype for output in jacobian.capture.outputs)}
     eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-    if jacobian.flat.is_cuda and torch.float32 in dtypes:
-        if torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32:
-            eps = max(eps, _TF32)
-    return eps
+    tensor_cores = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return max(eps, _TF32) if jacobian.flat.is_cuda and torch.float32 in dtypes and tensor_cores else eps
 
 
 def _agrees(

@@ -60,16 +60,23 @@ def squared_rows(g: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]
     return total, None
 
 
-def kronecker_inputs(x: Tensor, sharing: Sharing) -> tuple[Tensor, int]:
+def kronecker_inputs(x: Tensor, sharing: Sharing, present: Tensor | None = None) -> tuple[Tensor, int]:
     r"""
     The sum behind the input factor A.
 
     :param x: inputs, shape ``(B, T, in)``.
     :param sharing: ``"expand"`` (every row counts) or ``"reduce"`` (rows are averaged within an example).
+    :param present: which rows are not zero, bool, shape ``(B, T)``; all by default. The others have no gradient and do
+        not count.
     :return: :math:`\sum x x^\top`, shape ``(in, in)``, and the number of terms that A is to be divided by.
     """
-    rows = x.mean(1) if sharing == "reduce" else x.reshape(-1, x.shape[-1])
-    return gram(rows), rows.shape[0]
+    if present is None:
+        rows = x.mean(1) if sharing == "reduce" else x.reshape(-1, x.shape[-1])
+        return gram(rows), rows.shape[0]
+    if sharing == "expand":
+        return gram(x.reshape(-1, x.shape[-1])), int(present.sum())
+    number = present.sum(1, keepdim=True)
+    return gram(x.sum(1) / number.clamp(min=1)), int((number > 0).sum())
 
 
 def kronecker_outputs(g: Tensor, sharing: Sharing) -> Tensor:
@@ -104,7 +111,13 @@ def eigh_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     :param matrix: symmetric, shape ``(d, d)``.
     :return: eigenvalues clamped at zero, and eigenvectors.
     """
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
+    matrix = 0.5 * (matrix + matrix.mT)
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # float32 does not always converge where most eigenvalues are zero
+        if matrix.dtype == torch.float64:
+            raise
+        values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
     return values.clamp(min=0), vectors
 
 

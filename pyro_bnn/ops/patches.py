@@ -4,6 +4,7 @@
 Convolutions as linear maps: the patches of their inputs, and sums of outer products of patches without the patches.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -144,11 +145,21 @@ class PatchInputs:
         :param v: shape ``(in,)``.
         :return: inner products of the patches with it, by a convolution, shape ``(B, T)``.
         """
+        return self._convolved(self.x, v)
+
+    def present(self) -> Tensor:
+        """
+        :return: which patches hold an entry other than zero, bool, shape ``(B, T)``.
+        """
+        channels = (self.x != 0).any(1, keepdim=True).to(self.x)
+        return self._convolved(channels, channels.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))) > 0.5
+
+    def _convolved(self, x: Tensor, v: Tensor) -> Tensor:
         kernel, stride, padding, dilation = self.geometry
-        d = self.x.dim() - 2
+        d = x.dim() - 2
         convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
-        weight = v.reshape(1, self.x.shape[1], *sizes(tuple(kernel), d))
-        return convolve(self.x, weight, None, stride, padding, dilation).flatten(1)
+        weight = v.reshape(1, x.shape[1], *sizes(tuple(kernel), d))
+        return convolve(x, weight, None, stride, padding, dilation).flatten(1)
 
     def gram(self) -> tuple[Tensor, int]:
         """

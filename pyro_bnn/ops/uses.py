@@ -142,7 +142,7 @@ class LinearUse(Use):
         """
         if isinstance(self.x, PatchInputs):
             return self.x.numel()
-        return (self.x if isinstance(self.x, Tensor) else self.x()).numel()
+        return self._inputs().numel()
 
     def input_gram(self) -> tuple[Tensor, int]:
         """
@@ -150,19 +150,39 @@ class LinearUse(Use):
         """
         if isinstance(self.x, PatchInputs):
             return self.x.gram()
-        x = self.x if isinstance(self.x, Tensor) else self.x()
+        x = self._inputs()
         x = x.reshape(-1, x.shape[-1])
         return gram(x), x.shape[0]
 
-    def output_gram(self, g: Tensor) -> Tensor:
+    def present(self) -> Tensor:
+        """
+        :return: which rows have an input other than zero, bool, shape ``batch``.
+        """
+        return self.x.present() if isinstance(self.x, PatchInputs) else (self._inputs() != 0).any(-1)
+
+    def _inputs(self) -> Tensor:
+        return self.x if isinstance(self.x, Tensor) else self.x()
+
+    def output_gram(self, g: Tensor, present: Tensor | None = None) -> Tensor:
         """
         :param g: the gradient in the output.
+        :param present: which rows count, bool, shape ``batch``; all by default.
         :return: the sum of outer products of its rows, shape ``(out, out)``.
         """
-        if isinstance(self.rows, ChannelRows):
+        if isinstance(self.rows, ChannelRows) and present is None:
             return self.rows.gram(g)
         rows = self.rows(g)
-        return gram(rows.reshape(-1, rows.shape[-1]))
+        rows = rows.reshape(-1, rows.shape[-1])
+        return gram(rows if present is None else rows[present.reshape(-1)])
+
+    def placed(self, values: Tensor, B: int) -> Tensor:
+        """
+        :param values: one per row, shape ``batch``.
+        :param B: the number of examples.
+        :return: the same by example, shape ``(B, T)``.
+        """
+        assert self.layout is not None
+        return self.layout.split(values, B).reshape(B, -1)
 
     def inputs(self, B: int) -> Tensor:
         """
@@ -170,7 +190,7 @@ class LinearUse(Use):
         :return: the inputs, shape ``(B, T, in)``.
         """
         assert self.layout is not None
-        x = self.x if isinstance(self.x, Tensor) else self.x()
+        x = self._inputs()
         return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
 
     def projected(self, v: Tensor, B: int) -> Tensor:
@@ -179,9 +199,9 @@ class LinearUse(Use):
         :param B: the number of examples.
         :return: inner products of the inputs with it, shape ``(B, T)``.
         """
-        assert self.layout is not None
-        x = self.x.project(v) if isinstance(self.x, PatchInputs) else self.inputs(B) @ v
-        return self.layout.split(x, B).reshape(B, -1) if isinstance(self.x, PatchInputs) else x
+        return self.placed(
+            self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B
+        )
 
     def gradients(self, g: Tensor, B: int) -> Tensor:
         """

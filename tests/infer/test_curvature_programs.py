@@ -12,8 +12,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.parts import CurvatureWarning
@@ -35,7 +33,10 @@ class Program:
         self.y = (f + NOISE * torch.randn(f.shape, generator=generator)).detach()
 
     def model(self, x, y=None):
-        w = {k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s))) for k, s in self.shapes.items()}
+        w = {
+            k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s)))
+            for k, s in self.shapes.items()
+        }
         f = self.forward(w, x)
         with pyro.plate("data", len(x)):
             return pyro.sample("obs", dist.Normal(f, NOISE).to_event(f.dim() - 1), obs=y)
@@ -56,7 +57,9 @@ class Program:
         f = self.forward(leaves, self.x if x is None else x)
         rows = []
         for value in f.reshape(-1):
-            grads = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(
+                value, list(leaves.values()), retain_graph=True, materialize_grads=True
+            )
             rows.append(torch.cat([g.reshape(-1) for g in grads]))
         return torch.stack(rows).reshape(len(f), -1, sum(v.numel() for v in self.values.values()))
 
@@ -288,7 +291,9 @@ def test_every_structure(name, structure):
     assert_close(guide.posterior.multiply(torch.eye(len(dense))), expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["inplace_relu", "inplace_entries", "second_derivative", "experts", "time_recurrence"])
+@pytest.mark.parametrize(
+    "name", ["inplace_relu", "inplace_entries", "second_derivative", "experts", "time_recurrence"]
+)
 @pytest.mark.parametrize("n", [9, 150])
 def test_predictions_and_gradient_are_those_of_dense_autograd(name, n):
     case = program(name, n)

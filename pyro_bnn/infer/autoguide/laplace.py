@@ -22,7 +22,7 @@ from pyro_bnn.infer.curvature import (
     check_option,
     prior_curvature,
 )
-from pyro_bnn.infer.data import batch_size, iter_batches, slice_batch
+from pyro_bnn.infer.data import as_batches
 from pyro_bnn.infer.evidence import (
     HyperparameterReport,
     Per,
@@ -290,7 +290,7 @@ class AutoLaplace(LinearizedGuide):
         return self.active.nonzero().squeeze(-1)
 
     def _select(self, data: Any, generator: torch.Generator | None) -> None:
-        batch = next(iter(iter_batches(data)))
+        batch = as_batches(data).first
         if self.sites is not None:  # a few examples show which layer is the last
             batch = next(ExampleStream(self.packed, self.loc).chunks(batch))
         self.active = select(self.packed, self.sites, self.loc.detach(), batch)
@@ -329,7 +329,7 @@ class AutoLaplace(LinearizedGuide):
         if self.subset_size is not None:
             subset = random_subset(self._stream(), data, self.subset_size, generator)
         elif self.structure == "function_space":
-            options["num_examples"] = count_examples(data)
+            options["num_examples"] = count_examples(self._stream(), data)
         # every pass over the data must give the same rows
         seed = int(torch.randint(2**62, (), generator=generator))
 
@@ -408,15 +408,12 @@ class AutoLaplace(LinearizedGuide):
 
     def _linear_shapes(self, data: Any) -> list[tuple[int, int]]:
         """Shapes of the weights of linear maps, by one pass over two data points."""
-        batch = next(iter(iter_batches(data)))
-        size = batch_size(batch)
+        batch = as_batches(data).first
+        rows = self.packed.rows(self.loc, batch, 1)
         latent = self.loc.detach().clone().requires_grad_(True)
-        try:
-            with Capture(latent, self.active) as capture:
-                self.packed.trace(latent, batch if size is None else slice_batch(batch, size, slice(0, 2)))
-        except (RuntimeError, ValueError, IndexError):  # a model that takes only whole batches
-            with Capture(latent, self.active) as capture:
-                self.packed.trace(latent, batch)
+        with Capture(latent, self.active) as capture:
+            few = rows[0].take((*batch, {}), slice(0, 2))[:2] if rows and rows[0].separate else batch
+            self.packed.trace(latent, few)
         found = {}
         for use in capture.uses:
             if isinstance(use, LinearUse):
@@ -436,7 +433,7 @@ class AutoLaplace(LinearizedGuide):
         if isinstance(total, LowRankSum) or self.curvature == "hessian":
             value, gradient = self.negative_log_joint(data)
             latent = self.loc.detach().clone().requires_grad_(True)
-            trace = self.packed.trace(latent, next(iter(iter_batches(data))))
+            trace = self.packed.trace(latent, as_batches(data).first)
             if self.curvature != "hessian":
                 self.packed.check_factors(trace)
             prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)

@@ -1,0 +1,54 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Terms of a likelihood that every batch repeats: a factor of the latents, a table that is passed whole with each batch."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.infer.handlers import Site, unscaled_log_prob
+from pyro_bnn.infer.join import Join
+from pyro_bnn.infer.plates import Rows, close
+
+
+class Repeats:
+    """
+    Tells, batch by batch, which terms of the likelihood were there before: those outside the plate of the data that are the
+    same as in the first batch. They count once; where they differ, they add up.
+
+    :param callable find: finds the rows of the first batch, see :func:`~pyro_bnn.infer.plates.find_rows`; called only
+        where the batches do not tell which plate they cut.
+    """
+
+    def __init__(self, find: Callable[[], list[Rows]]) -> None:
+        self._join = Join(cache(find))
+        self._first: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def add(self, trace: Trace, names: list[str]) -> frozenset[str]:
+        """
+        :param trace: the run of one batch.
+        :param names: the sites of the likelihood, factors too.
+        :return: those of them that were counted with the first batch.
+        """
+        sites = {name: trace.nodes[name] for name in names}
+        self._join.add(sites)
+        same = [name for name, site in sites.items() if self._is_same(name, site)]
+        if not same:
+            return frozenset()
+        known = copy.copy(self._join)  # what it concludes from these batches is not for later ones
+        return frozenset(name for name in same if known.axis(name) is None)
+
+    def _is_same(self, name: str, site: Site) -> bool:
+        value = site["value"].detach()
+        if name not in self._first:
+            self._first[name] = value, unscaled_log_prob(site).detach()
+            return False
+        first, terms = self._first[name]
+        if first.shape != value.shape or not torch.equal(first, value):
+            return False
+        return close(terms, unscaled_log_prob(site).detach())
