@@ -12,13 +12,15 @@ from torch import Tensor
 
 from pyro_bnn.infer.handlers import Site, unscaled_log_prob
 from pyro_bnn.infer.join import Join
-from pyro_bnn.infer.plates import Rows, close
+from pyro_bnn.infer.plates import Rows, close, plates_of
 
 
 class Repeats:
     """
     Tells, batch by batch, which terms of the likelihood were there before: those outside the plate of the data that are the
     same as in the first batch. They count once; where they differ, they add up.
+
+    The plate of the data is the one that holds what changed. Where all is the same, it is found as for predictions.
 
     :param callable find: finds the rows of the first batch, see :func:`~pyro_bnn.infer.plates.find_rows`; called only
         where the batches do not tell which plate they cut.
@@ -40,6 +42,10 @@ class Repeats:
         same = [name for name, site in sites.items() if self._is_same(name, site)]
         if not same:
             return frozenset()
+        # where other data came, they are in the plate that the batches cut
+        cut = {plate.name for name in sites.keys() - same for plate in plates_of(sites[name]).values()}
+        if cut:
+            return frozenset(n for n in same if not any(p.name in cut for p in plates_of(sites[n]).values()))
         known = copy.copy(self._join)  # what it concludes from these batches is not for later ones
         return frozenset(name for name in same if known.axis(name) is None)
 

@@ -359,3 +359,12 @@ def test_random_numbers_of_the_program_are_left_alone():
         torch.manual_seed(0)
         guide.laplace_approximation((case.x, case.y), map_tolerance=float("inf"))
     assert_close(torch.rand(3), expected)
+
+
+def test_compiled_functions():
+    layer = torch.compile(lambda x, a, b: torch.tanh(F.linear(x, a, b)), backend="aot_eager")
+    case = Program(lambda w, x: layer(x, w["a"], w["b"]) @ w["c"], MLP, torch.randn(9, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide = case.fit()
+    assert_close(guide.precision, case.precision(), rtol=1e-8, atol=1e-9)

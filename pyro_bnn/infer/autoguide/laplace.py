@@ -477,7 +477,7 @@ class AutoLaplace(LinearizedGuide):
                 f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
                 f"precision. Use float64 or a narrower prior. ({error})"
             ) from None
-        if len(pieces) == 1 and len(pieces[0][0]) == len(loc):
+        if len(pieces) == 1 and torch.equal(pieces[0][0], torch.arange(len(loc), device=loc.device)):
             return pieces[0][1]
         return BlockNormal(loc, pieces)
 

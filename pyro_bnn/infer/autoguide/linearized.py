@@ -341,7 +341,10 @@ class LinearizedGuide(AutoContinuous):
                 covariances.setdefault(site.name, []).append(blocks)
         if chunks != 1 or len(last) != len(self.packed.observed):
             # means and distributions of the whole batch, without keeping its activations
-            with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+                    last = self.packed.outputs(stream.latent, (args, kwargs))
+            except RuntimeError:  # a model that takes derivatives itself
                 last = self.packed.outputs(stream.latent, (args, kwargs))
         result = {}
         for site in last:
