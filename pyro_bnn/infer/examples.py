@@ -230,10 +230,13 @@ class ExampleStream:
         def note(x: Tensor) -> Tensor:
             if few in x.shape and x.data_ptr() not in given:
                 kept.append(x.numel() // few)
-            return x
+            return x.detach()  # to return the tensor itself would tie it to the graph for good
 
         with torch.enable_grad(), torch.random.fork_rng(devices=()), saved_tensors_hooks(note, lambda x: x):
-            self.model.trace(self.latent, part)
+            try:
+                self.model.trace(self.latent, part)
+            except RuntimeError:  # a model that takes derivatives itself does without the estimate
+                return []
         return kept
 
     def run(self, data: Any) -> Iterator[tuple[Trace, list[SiteExamples]]]:

@@ -258,6 +258,7 @@ def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plates: set[st
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by rounding only."""
+    a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return False
     if not (a.is_floating_point() or a.is_complex()):
