@@ -123,8 +123,8 @@ class BayesianLinear(BayesianMixin, _Linear):
         :return: outputs, shape ``(*samples, *batch, out_features)``.
         """
         if not self._is_folded():
-            y = broadcast_linear(x, self.weight)
-            bias = self.bias
+            y = broadcast_linear(x, self.read("weight"))
+            bias = self.read("bias")
             return y if bias is None else y + bias
         if self._axis == 1 and x.dim() >= 3:
             return self._folded(x.transpose(0, 1)).transpose(0, 1)

@@ -20,7 +20,7 @@ class BayesianPerSampleMixin(PerSampleMixin, BayesianMixin):
         parameters = {}
         names = [*self._site_names(), *self._redirected()]
         for name in names:
-            value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
+            value = self._folding.value(self, name) if self._is_folded() else self.read(name)
             if self._is_folded() and value.dim() > self._event_dim(name):
                 if value.shape[1] > 1:
                     raise ValueError(

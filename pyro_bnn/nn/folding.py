@@ -17,6 +17,7 @@ from pyro_bnn.nn.plain_runs import PlainRuns
 from pyro_bnn.nn.sites import SiteModule, silence
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
+_ROWS: ContextVar[bool] = ContextVar("rows_per_example", default=True)
 
 
 @contextmanager
@@ -30,6 +31,21 @@ def split_batch() -> Iterator[None]:
         yield
     finally:
         _SPLIT.reset(token)
+
+
+@contextmanager
+def rows_per_example(present: bool) -> Iterator[None]:
+    """
+    Within this context the last batch dimension of a site is, or is not, one value per example where it has the size of
+    the batch.
+
+    :param bool present: whether sites may have values per example.
+    """
+    token = _ROWS.set(present)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
 
 
 class Folding:
@@ -183,7 +199,8 @@ class Folding:
         batch_shape = torch.broadcast_shapes(*set(shapes))
         slot = 1
         if batch_shape and (
-            batch_shape[-1] == 1 or (len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
+            batch_shape[-1] == 1
+            or (_ROWS.get() and len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
         ):
             slot = batch_shape[-1]
             self._sample_shape = batch_shape[:-1]

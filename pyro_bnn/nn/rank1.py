@@ -150,14 +150,14 @@ class Rank1Mixin(SiteModule):
     def _factor(self, name: str) -> Tensor | None:
         if name not in self._sites:
             return None
-        value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
+        value = self._folding.value(self, name) if self._is_folded() else self.read(name)
         clip = self._clips[name]
         return value if clip is None else value.clamp(-clip, clip)
 
     def _parameter(self, name: str) -> Any:
         """A weight or bias: a parameter, or the value of its site."""
         random = name in self._sites or name in self._redirected()
-        return self._folding.value(self, name) if self._is_folded() and random else getattr(self, name)
+        return self._folding.value(self, name) if self._is_folded() and random else self.read(name)
 
     def _plain(self, x: Tensor, *args: Any, **parameters: Any) -> Any:
         """The forward of the torch layer with some of its parameters replaced."""
