@@ -97,8 +97,8 @@ def check_alone(step: Step) -> tuple[Trace, dict[str, str]]:
 
 def _check_split(model_trace: Trace, guide_trace: Trace) -> None:
     """Examples meet their component inside the network only, so nothing else may differ between components."""
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample" and name in model_trace and SITE_KEY in site["infer"]:
+    for name, site in sample_sites(guide_trace).items():
+        if name in model_trace and SITE_KEY in site["infer"]:
             hint = site["infer"][SITE_KEY]
             if hint["role"] is None and hint["kind"] != "point":
                 raise ValueError(
@@ -272,7 +272,9 @@ def _check_rows(
     """Compares a run in which every example has its factors with runs in which all have those of one example."""
     mine = {name: _own_value(step, values[name], site, 0, 0) for name, site in own.items()}
     each = densities(sample_sites(component_run(step, mine | dict(frozen))))
-    factors = {site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"}
+    factors = {
+        site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"
+    }
     rows = {own[name]["value"].shape[-1 - site.event_dim] for name, site in factors.items()}
     for row in {0, max(rows) - 1}:
         shared = {}

@@ -55,7 +55,9 @@ class ComponentLoop:
             self.values = {name: site["value"] for name, site in guide_sites.items()}
             draws.append(self._scaled_values(guide_sites))
             pointwise.append(self._observe())
-        self.layers = {n for n, site in self.model_sites.items() if site["infer"].get(SITE_KEY, {}).get("role")}
+        self.layers = {
+            n for n, site in self.model_sites.items() if site["infer"].get(SITE_KEY, {}).get("role")
+        }
         if kl == "sum":
             self.kl = self.kl * step.K
         if kl == "exact" and step.K > 1:
@@ -112,9 +114,7 @@ class ComponentLoop:
 
 
 #: Where the log-mixture likelihood finds an observation that belongs to no example.
-OUTSIDE = (
-    "observed site {name!r} has no component dimension: the log-mixture likelihood needs it inside the data plate."
-)
+OUTSIDE = "observed site {name!r} has no component dimension: the log-mixture likelihood needs it inside the data plate."
 
 
 def example_key(log_prob: Tensor, site: Site) -> tuple[Any, Tensor]:

@@ -270,8 +270,9 @@ def subsamples(trace: Trace) -> dict[str, Tensor]:
     :param trace: a trace.
     :return: by plate, the rows that it took.
     """
-    nodes = trace.nodes.items()
-    return {n: s["value"] for n, s in nodes if s["type"] == "sample" and isinstance(s["fn"], _Subsample)}
+    nodes: dict[str, Site] = dict(trace.nodes.items())
+    found = (n for n, s in nodes.items() if s["type"] == "sample" and isinstance(s["fn"], _Subsample))
+    return {name: nodes[name]["value"] for name in found}
 
 
 @contextmanager

@@ -356,10 +356,7 @@ class AutoMixture(ComponentParameters):
             assert self._stratum is not None
             ones = (1,) * (-self._stratum - 1)
             joint = dist.LowRankMultivariateNormal(
-                *(
-                    t.unflatten(0, (-1, *ones))
-                    for t in (joint.loc, joint.cov_factor, joint.cov_diag)
-                )
+                *(t.unflatten(0, (-1, *ones)) for t in (joint.loc, joint.cov_factor, joint.cov_diag))
             )
         else:
             joint = dist.LowRankMultivariateNormal(
