@@ -258,7 +258,7 @@ class Mixture_ELBO(_Elbo):
             return int(self.max_plate_nesting)
         if model not in self._nestings:
             # this runs the model, which must not shift the random numbers of a run that was resumed
-            with rehearsal(model), torch.no_grad():
+            with rehearsal(model):
                 guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
                 trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
             sites = {**sample_sites(guide_trace), **sample_sites(trace)}.values()
@@ -276,12 +276,8 @@ class Mixture_ELBO(_Elbo):
         key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
         if key not in found:
             alone, readers = check_alone(step)
-            reason = ""
-            try:
-                run = self._joint_run(step, direct)
-            except FAILURES as failure:
-                reason = first_line(failure)
-            reason = reason or ("" if step.is_single else difference(step, run, alone))
+            reason = self._prepare(step) if direct else ""
+            reason = reason or ("" if step.is_single else difference(step, self._joint_run(step, direct), alone))
             if reason:
                 self._say(step, reason)
             found[key] = Decision(not reason, direct, readers)
@@ -322,13 +318,25 @@ class Mixture_ELBO(_Elbo):
         terms = self._joint_terms.get(step.guide) if self._is_joint(step.guide, step.mixtures) else None
         return terms if terms is not None and terms.is_current(step.guide) else None
 
+    def _prepare(self, step: Step) -> str:
+        """Finds the constant priors, so that the first direct run is like all later ones; what fails, if it does."""
+        if self._constant_terms(step) is not None or not self._is_joint(step.guide, step.mixtures):
+            return ""
+        run = DirectRun(step, {})
+        try:
+            with rehearsal(step.model):
+                run.draw()
+                sites = run.run()
+        except FAILURES as failure:
+            return first_line(failure)
+        priors = constant_priors(sites, run.layers, PLATES)
+        self._joint_terms[step.guide] = JointTerms(step.guide, priors)
+        return ""
+
     def _joint_run(self, step: Step, direct: bool) -> TracedRun | DirectRun:
-        """The run of all components, once the constant priors are known."""
+        """The run of all components."""
         if not direct:
             return TracedRun(step)
-        if self._constant_terms(step) is None and self._is_joint(step.guide, step.mixtures):
-            with rehearsal(step.model):
-                self._together(step, direct)
         terms = self._constant_terms(step)
         return DirectRun(step, {} if terms is None else terms.priors)
 
@@ -338,8 +346,7 @@ class Mixture_ELBO(_Elbo):
         read are evaluated together, those of all others one by one.
         """
         cached = self._constant_terms(step)
-        priors = {} if cached is None else cached.priors
-        run = DirectRun(step, priors) if direct else TracedRun(step)
+        run = self._joint_run(step, direct)
         run.draw()
         sites = run.run()
         check_latents(sites, run.values)
@@ -347,7 +354,7 @@ class Mixture_ELBO(_Elbo):
             self.kl, self._wants_entropy, step.S, step.mixtures, step.K, step.nesting, _points(step.guide)
         )
         done: set[str] = set()
-        if cached is not None and direct and priors and run.silent.taken == priors.keys():
+        if cached is not None and direct and run.silent.taken == cached.priors.keys():
             terms.add(*cached.evaluate(step.guide))
             done = run.silent.taken
         else:

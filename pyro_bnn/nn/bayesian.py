@@ -59,6 +59,8 @@ def fan_in(module: nn.Module, name: str, shape: torch.Size) -> int | None:
         return None
     if isinstance(module, nn.Embedding):
         return 1
+    if getattr(module, "weight_is_transposed", False):
+        return shape[0]
     if getattr(module, "transposed", False):
         return math.prod(shape) // shape[1] // getattr(module, "groups", 1)
     return math.prod(shape[1:])
@@ -142,6 +144,8 @@ class BayesianLinear(BayesianMixin, _Linear):
                 f"{self._pyro_name} has a weight per example, which full weights do not support."
             )
         shape = x.shape[:-1]
+        if not shared_input:
+            self._folding.check_rows(self, x.shape)
         if shared_input:
             rows = x.reshape(1, -1, self.in_features).expand(samples, -1, -1)
             shape = torch.Size((samples * shape[0], *shape[1:]))

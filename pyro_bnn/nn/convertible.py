@@ -169,6 +169,11 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
 
 
 def _check_parameters(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and module.sparse:
+        raise ValueError(
+            f"{describe_module(module, name)} has sparse=True, but the gradients of random tables are dense: set its "
+            "attribute sparse to False, or skip the layer."
+        )
     for key, value in module.named_parameters():
         if value.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(

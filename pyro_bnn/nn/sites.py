@@ -12,7 +12,7 @@ from typing import Any
 import pyro
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_bnn.nn.priors import map_distribution
@@ -256,6 +256,11 @@ class SiteModule(_PyroModule):
     def _read_site(self, name: str, spec: SiteSpec) -> Any:
         context = self.__dict__["_pyro_context"]
         if not context.active:
+            if am_i_wrapped():
+                raise ValueError(
+                    f"{name!r} of {describe_module(self, self.__dict__['_pyro_name'])} is random, and the model reads it "
+                    "outside of a call of the network, where it would be another draw: read it in the forward method."
+                )
             return self._site_prior(name, spec).sample()
         fullname = self._pyro_get_fullname(name)
         silent = _SILENT.get()
