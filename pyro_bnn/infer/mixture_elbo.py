@@ -277,7 +277,9 @@ class Mixture_ELBO(_Elbo):
         if key not in found:
             alone, readers = check_alone(step)
             reason = self._prepare(step) if direct else ""
-            reason = reason or ("" if step.is_single else difference(step, self._joint_run(step, direct), alone))
+            reason = reason or (
+                "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
+            )
             if reason:
                 self._say(step, reason)
             found[key] = Decision(not reason, direct, readers)

@@ -266,6 +266,7 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
         if self.max_norm is not None and not isinstance(weight, nn.Parameter):
             weight = renormed(weight, self.max_norm, self.norm_type)
         if self._is_folded():
+            input = self._folding.whole(input)
             self._folding.check_rows(self, input.shape)
         y = self._scaled(input, self._lookup(input, weight, 2), weight)
         if self.padding_idx is None:

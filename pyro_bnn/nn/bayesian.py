@@ -143,9 +143,10 @@ class BayesianLinear(BayesianMixin, _Linear):
             raise ValueError(
                 f"{self._pyro_name} has a weight per example, which full weights do not support."
             )
-        shape = x.shape[:-1]
         if not shared_input:
+            x = self._folding.whole(x)
             self._folding.check_rows(self, x.shape)
+        shape = x.shape[:-1]
         if shared_input:
             rows = x.reshape(1, -1, self.in_features).expand(samples, -1, -1)
             shape = torch.Size((samples * shape[0], *shape[1:]))

@@ -282,6 +282,17 @@ class Folding:
             return value
         return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
 
+    def whole(self, x: Tensor, dim: int = 0) -> Tensor:
+        """
+        :param x: an input of a layer.
+        :param dim: its dimension of rows.
+        :return: the same; a single row, which broadcasts against the batch, as indices of positions do, once for every
+            example of every sample.
+        """
+        if self.num_samples == 1 or x.dim() <= max(dim, 1) or x.shape[dim] != 1:
+            return x
+        return x.expand(*x.shape[:dim], self.num_samples * self.batch_size, *x.shape[dim + 1 :])
+
     def check_rows(self, layer: nn.Module, shape: Sequence[int]) -> None:
         """
         :param layer: a layer with values per sample.

@@ -76,6 +76,7 @@ class PerSampleMixin(SiteModule):
                 def take(t: Tensor, f: int = f) -> Tensor:
                     dim = self._batch_dim(index, t)
                     if index in MAIN_INPUTS and t.dim() > dim:
+                        t = self._folding.whole(t, dim)
                         self._folding.check_rows(self, (t.shape[dim], *t.shape[:dim], *t.shape[dim + 1 :]))
                     if t.dim() <= dim or t.shape[dim] % rows:
                         return t

@@ -218,6 +218,7 @@ class Rank1Mixin(SiteModule):
             else:
                 x = self._folding.repeat(x)
         elif self._is_folded():
+            x = self._folding.whole(x) if x.dim() > self._post + 1 else x
             self._folding.check_rows(self, x.shape)
         return self._map(x, weight, bias, r, s, *args)
 
