@@ -17,8 +17,8 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
+from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import CollectMessenger, Site, SubstituteMessenger, sample_sites
-from pyro_bnn.infer.predictive import evaluation_mode
 from pyro_bnn.nn.folding import rows_per_example, split_batch
 from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY, SilentSites, silent_sites

@@ -4,7 +4,6 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
@@ -53,6 +52,8 @@ class _BayesianAttention(AttentionMixin, BayesianPerSampleMixin):
 class _BayesianEmbedding(BayesianPerSampleMixin):
     """Rows of a random table, of which that of the padding symbol is not random."""
 
+    max_norm: float | None
+
     def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
         if self.padding_idx is not None:
             row = self.weight.detach()[self.padding_idx].clone()
@@ -67,14 +68,16 @@ class _BayesianEmbedding(BayesianPerSampleMixin):
         return with_row(value, self.padding_idx, self.padding_row)
 
     def _run(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "weight" not in parameters:
+        if "weight" not in parameters or self.max_norm is None:
             return super()._run(parameters, *args, **kwargs)
-        table = parameters["weight"]
-        if self.max_norm is not None:
-            table = renormed(table, self.max_norm, self.norm_type)
-        return F.embedding(
-            *args, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, **kwargs
-        )
+        table = renormed(
+            parameters["weight"], self.max_norm, self.norm_type
+        )  # torch would write into the draw
+        old, self.max_norm = self.max_norm, None
+        try:
+            return super()._run({**parameters, "weight": table}, *args, **kwargs)
+        finally:
+            self.max_norm = old
 
     def _batch_dim(self, index: int | str, value: Tensor) -> int:
         return self._axis if value.dim() > 1 else 0

@@ -48,7 +48,7 @@ class _Subclassed(PerSampleMixin, Rank1Mixin):
                 f"{self._pyro_name} has a value per example, which its own forward method does not take: use "
                 "noise='shared', or skip the layer."
             )
-        return Rank1PerSampleMixin._sample_parameters(self)  # type: ignore[arg-type]
+        return Rank1PerSampleMixin._sample_parameters(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :class:`~pyro_bnn.nn.per_sample.PerSampleMixin`."""
@@ -119,5 +119,5 @@ def _make(cls: type, layer: type) -> type:
 
 
 def _new_layer(cls: type, layer: type) -> Any:
-    made = _make(cls, layer)
+    made: Any = _make(cls, layer)
     return made.__new__(made)
