@@ -4,6 +4,7 @@
 """Inference: fitting, bounds, guides, predictions."""
 
 from pyro_bnn.infer.checkpoint import Checkpoint
+from pyro_bnn.infer.component_check import ComponentLoopWarning
 from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.infer.draws import posterior_draws
 from pyro_bnn.infer.fit import fit
@@ -19,6 +20,7 @@ from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
 
 __all__ = [
     "Checkpoint",
+    "ComponentLoopWarning",
     "ConvergenceTest",
     "CosineAnnealing",
     "CyclicalAnnealing",

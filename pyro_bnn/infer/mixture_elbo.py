@@ -3,37 +3,39 @@
 """Evidence lower bounds of mixture guides, with all components in one vectorised pass."""
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoGuideList
 from pyro.infer.elbo import ELBO
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.runtime import am_i_wrapped
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.handlers import CollectMessenger, Site, check_broadcast, sample_sites
+from pyro_bnn.infer.component_check import (
+    ComponentLoopWarning,
+    Decision,
+    check_alone,
+    check_latents,
+    check_used,
+    difference,
+    first_line,
+    structure,
+)
+from pyro_bnn.infer.component_loop import OUTSIDE, ComponentLoop, example_key
+from pyro_bnn.infer.component_runs import PLATES, DirectRun, Step, TracedRun, rehearsal
+from pyro_bnn.infer.handlers import Site, check_broadcast, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture_terms import SiteTerms, per_component
-from pyro_bnn.nn.folding import split_batch
-from pyro_bnn.nn.priors import unwrap
-from pyro_bnn.nn.sites import SITE_KEY, silent_sites
+from pyro_bnn.infer.vectorize import FAILURES
 
 _Elbo: Any = ELBO
-
-COMPONENT_PLATE = "_components"
-PARTICLE_PLATE = "_mixture_particles"
-PLATES = {COMPONENT_PLATE, PARTICLE_PLATE}
 
 
 class Mixture_ELBO(_Elbo):
@@ -77,6 +79,11 @@ class Mixture_ELBO(_Elbo):
         pass and the variance of the smaller part.
     :param float entropy_weight: adds this multiple of the entropy of the guide (a tempered posterior) [2].
     :param int max_plate_nesting: number of plate dimensions of the model; found by running it once if omitted.
+
+    The first evaluation, and the first on data of another structure, compares the joint run with runs of single
+    components on the path that all later evaluations take, in evaluation mode and without a random number spent. Where
+    they differ (networks that mix rows of the batch or hold tensors that are no batch, models that do not broadcast) the
+    components run through the model one by one, and a :class:`ComponentLoopWarning` says so once.
 
     :ivar int step: the number of evaluations with gradients so far; set it to resume a schedule.
 
@@ -139,6 +146,8 @@ class Mixture_ELBO(_Elbo):
         self.step = 0
         self._parts: dict[str, Any] = {}
         self._nestings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._decisions: weakref.WeakKeyDictionary[Any, dict[Any, Decision]] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakSet[Any] = weakref.WeakSet()
         self._joint_terms: weakref.WeakKeyDictionary[Any, JointTerms] = weakref.WeakKeyDictionary()
 
     @property
@@ -180,31 +189,19 @@ class Mixture_ELBO(_Elbo):
         :param guide: the guide.
         :return: a scalar tensor.
         """
-        mixtures = list(_mixtures(guide))
-        K = _common_num_components(mixtures)
-        for mixture in mixtures:
-            if mixture.prototype_trace is None:
-                mixture._setup_prototype(*args, **kwargs)
-            for name in PLATES & mixture.plate_names:
-                raise ValueError(
-                    f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
-                )
-        nesting = self._plate_nesting(model, guide, args, kwargs)
-        want_entropy = self.entropy_weight != 0.0
-        terms = SiteTerms(self.kl, want_entropy, self.num_particles, mixtures, K, nesting, _points(guide))
-        if self._is_direct(guide, mixtures):
-            model_sites = self._direct_sites(model, guide, terms, nesting, args, kwargs)
+        step = self._step(model, guide, args, kwargs)
+        decision = self._decide(step)
+        terms: SiteTerms | ComponentLoop
+        run: TracedRun | DirectRun | ComponentLoop
+        if decision.together:
+            terms, run = self._together(step, decision.direct)
+            likelihood = self._likelihood_term(run.sites, step)
         else:
-            with silent_sites({}, {}) as silent:
-                model_trace, guide_trace = self._component_traces(
-                    model, guide, mixtures, K, nesting, args, kwargs
-                )
-            model_sites, guide_sites = sample_sites(model_trace), sample_sites(guide_trace)
-            joint = set()
-            if self._is_joint(guide, mixtures):
-                joint = self._add_joint(guide, terms, constant_priors(model_sites, silent.seen, PLATES))
-            terms.collect(model_sites, {n: s for n, s in guide_sites.items() if n not in joint})
-        likelihood = self._likelihood_term(model_sites, K, nesting)
+            run = terms = ComponentLoop(step, self.likelihood, self.kl, self._wants_entropy, _points(guide))
+            likelihood = terms.likelihood
+        if not decision.used and torch.is_grad_enabled():
+            check_used(likelihood, run.values, run.layers, decision.readers)
+            decision.used = True
         scale = self.current_kl_scale()
         loss = scale * terms.kl - likelihood - terms.log_prior - self.entropy_weight * terms.entropy
         self._parts = {
@@ -235,117 +232,139 @@ class Mixture_ELBO(_Elbo):
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        mixtures = list(_mixtures(guide))
-        nesting = self._plate_nesting(model, guide, args, kwargs)
-        return self._component_traces(
-            model, guide, mixtures, _common_num_components(mixtures), nesting, args, kwargs
-        )
+        run = TracedRun(self._step(model, guide, args, kwargs))
+        run.draw()
+        run.run()
+        return run.traces()
 
-    # ------------------------------------------------------------------ traces
+    # ------------------------------------------------------------------ set-up
+
+    def _step(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
+        """What this evaluation is about; sets up guides that no call has initialised."""
+        mixtures = list(_mixtures(guide))
+        K = _common_num_components(mixtures)
+        _set_up(guide, args, kwargs)
+        for mixture in mixtures:
+            for name in PLATES & mixture.plate_names:
+                raise ValueError(
+                    f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
+                )
+        nesting = self._plate_nesting(model, guide, args, kwargs)
+        split = self.batch == "split"
+        return Step(model, guide, mixtures, K, self.num_particles, nesting, split, args, kwargs)
 
     def _plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> int:
         if self.max_plate_nesting != float("inf"):
             return int(self.max_plate_nesting)
         if model not in self._nestings:
-            # the guess runs the model, which must not shift the random numbers of a run that was resumed
-            state = get_rng_state()
-            with torch.no_grad():
-                self._guess_max_plate_nesting(model, guide, args, kwargs)
-            set_rng_state(state)
-            self._nestings[model] = int(self.max_plate_nesting)
-            self.max_plate_nesting = float("inf")
+            # this runs the model, which must not shift the random numbers of a run that was resumed
+            with rehearsal(model):
+                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+            sites = {**sample_sites(guide_trace), **sample_sites(trace)}.values()
+            frames = [frame for site in sites for frame in site["cond_indep_stack"]]
+            self._nestings[model] = max((-frame.dim for frame in frames if frame.vectorized), default=0)
         return self._nestings[model]
 
-    def _component_traces(
-        self,
-        model: Any,
-        guide: Any,
-        mixtures: list[AutoMixture],
-        K: int,
-        nesting: int,
-        args: Any,
-        kwargs: Any,
-    ) -> tuple[Any, Any]:
-        dim = -nesting - 1
-        with ExitStack() as stack:
-            single = self._is_single(mixtures)
-            for mixture in mixtures:
-                stack.enter_context(mixture.stratified(None if single else dim, self.num_particles))
-            if not single:
-                if self.batch == "split":
-                    stack.enter_context(split_batch())
-                guide, model = self._in_plates(guide, K, dim), self._in_plates(model, K, dim)
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, nesting + 1 + (self.num_particles > 1))
-        guide_trace = prune_subsample_sites(guide_trace)
-        if self.batch == "split":
-            _check_split(model_trace, guide_trace)
-        model_trace = prune_subsample_sites(model_trace)
-        _check_latents(sample_sites(model_trace), sample_sites(guide_trace))
-        return model_trace, guide_trace
+    def _decide(self, step: Step) -> Decision:
+        """
+        Whether all components go through the model in one run. The first evaluation on data of a structure finds out
+        whether that gives each of them what a run of its own gives, along the path that later evaluations take.
+        """
+        direct = self._is_direct(step.guide, step.mixtures)
+        found = self._decisions.setdefault(step.model, {})
+        key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
+        if key not in found:
+            alone, readers = check_alone(step)
+            reason = self._prepare(step) if direct else ""
+            reason = reason or (
+                "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
+            )
+            if reason:
+                self._say(step, reason)
+            found[key] = Decision(not reason, direct, readers)
+        return found[key]
 
-    def _is_single(self, mixtures: list[AutoMixture]) -> bool:
-        """Whether one draw of the guide is all: then model and guide run without plates of components."""
-        return self.num_particles == 1 and self.batch == "repeat" and all(m.is_single for m in mixtures)
+    def _say(self, step: Step, reason: str) -> None:
+        """Tells once per model why its components run one by one."""
+        if step.split:
+            raise ValueError(
+                f"batch='split' needs a network that keeps its examples apart, in the rows of its batch, but {reason}. Use "
+                "batch='repeat'."
+            )
+        if step.model not in self._told:
+            self._told.add(step.model)
+            warnings.warn(
+                f"the components of the mixture run through the model one by one, {step.K * step.S} runs per step, which is "
+                f"exact; one run of all would not be: {reason}",
+                ComponentLoopWarning,
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ all components in one run
 
     def _is_direct(self, guide: Any, mixtures: list[AutoMixture]) -> bool:
         """
         Whether the draw can be taken from the guide's distributions without calling it: nobody listens to its
-        statements, which after the first step (with Pyro's validation) nobody needs to check either.
+        statements.
         """
-        quiet = not am_i_wrapped() and not is_validation_enabled()
-        return quiet and mixtures == [guide] and self.batch == "repeat" and guide.is_factorized()
-
-    def _direct_sites(
-        self, model: Any, guide: AutoMixture, terms: "SiteTerms", nesting: int, args: Any, kwargs: Any
-    ) -> dict[str, Site]:
-        """
-        The sample sites of the model under a draw of a guide of independent sites. Their divergences go to ``terms``:
-        together for the sites with constant priors that layers of this package read, one by one for all others.
-        """
-        layout = None if self._is_single([guide]) else nesting
-        lead = (self.num_particles,) if self.num_particles > 1 else ()
-        cached = self._joint_terms.get(guide) if self._is_joint(guide, [guide]) else None
-        priors = cached.priors if cached is not None and cached.is_current(guide) else {}
-        values = guide.draw(layout, self.num_particles, args, kwargs)
-        blocks = {site.name: (site, loc, scale) for site, loc, scale in guide._blocks()}
-        for name, (site, loc, scale) in blocks.items():
-            if scale is None:
-                value = unwrap(guide.site_distribution(site, loc, None, layout)).v
-                values[name] = value.expand(*lead, *value.shape) if lead else value
-        points = {site.name: (site, fn) for site, fn in guide.point_distributions()}
-        values |= {name: fn.v for name, (_, fn) in points.items()}
-        with CollectMessenger(values) as collected, silent_sites(values, priors) as silent:
-            model(*args, **kwargs)
-        model_sites = collected.sites
-        _check_latents(model_sites, values)
-        if cached is not None and priors and silent.taken == priors.keys():
-            terms.add(*cached.evaluate(guide))
-            done = silent.taken
-        else:
-            for name in silent.taken:
-                model_sites[name] = _site(priors[name], values[name], {})
-            done = set()
-            if self._is_joint(guide, [guide]):
-                done = self._add_joint(guide, terms, constant_priors(model_sites, silent.seen, PLATES))
-        guide_sites = {}
-        for name in (n for n in (*points, *blocks) if n not in done):  # the order of the guide
-            if name in points:
-                site, fn = points[name]
-            else:
-                site, loc, scale = blocks[name]
-                fn = guide.site_distribution(site, loc, scale, layout)
-                fn = fn.expand(torch.Size((*lead, *fn.batch_shape))) if lead else fn
-            guide_sites[name] = _site(fn, values[name], {"kind": site.kind, "role": site.role})
-        terms.collect(model_sites, guide_sites)
-        return model_sites
+        return not am_i_wrapped() and mixtures == [guide] and self.batch == "repeat" and guide.is_factorized()
 
     def _is_joint(self, guide: Any, mixtures: list[AutoMixture]) -> bool:
         """Whether the terms of constant priors may be evaluated together."""
         plain = self.kl != "exact" and self.entropy_weight == 0.0
         return plain and mixtures == [guide] and guide.is_factorized()
+
+    def _constant_terms(self, step: Step) -> JointTerms | None:
+        """The terms of constant priors, if they are still those of the guide and the model."""
+        terms = self._joint_terms.get(step.guide) if self._is_joint(step.guide, step.mixtures) else None
+        return terms if terms is not None and terms.is_current(step.guide) else None
+
+    def _prepare(self, step: Step) -> str:
+        """Finds the constant priors, so that the first direct run is like all later ones; what fails, if it does."""
+        if self._constant_terms(step) is not None or not self._is_joint(step.guide, step.mixtures):
+            return ""
+        run = DirectRun(step, {})
+        try:
+            with rehearsal(step.model):
+                run.draw()
+                sites = run.run()
+        except FAILURES as failure:
+            return first_line(failure)
+        priors = constant_priors(sites, run.layers, PLATES)
+        self._joint_terms[step.guide] = JointTerms(step.guide, priors)
+        return ""
+
+    def _joint_run(self, step: Step, direct: bool) -> TracedRun | DirectRun:
+        """The run of all components."""
+        if not direct:
+            return TracedRun(step)
+        terms = self._constant_terms(step)
+        return DirectRun(step, {} if terms is None else terms.priors)
+
+    def _together(self, step: Step, direct: bool) -> tuple[SiteTerms, TracedRun | DirectRun]:
+        """
+        Draws all components and runs the model. The divergences of sites with constant priors that layers of this package
+        read are evaluated together, those of all others one by one.
+        """
+        cached = self._constant_terms(step)
+        run = self._joint_run(step, direct)
+        run.draw()
+        sites = run.run()
+        check_latents(sites, run.values)
+        terms = SiteTerms(
+            self.kl, self._wants_entropy, step.S, step.mixtures, step.K, step.nesting, _points(step.guide)
+        )
+        done: set[str] = set()
+        if cached is not None and direct and run.silent.taken == cached.priors.keys():
+            terms.add(*cached.evaluate(step.guide))
+            done = run.silent.taken
+        else:
+            run.restore()
+            if self._is_joint(step.guide, step.mixtures):
+                done = self._add_joint(step.guide, terms, constant_priors(sites, run.layers, PLATES))
+        terms.collect(sites, run.guide_sites(done))
+        return terms, run
 
     def _add_joint(self, guide: AutoMixture, terms: "SiteTerms", priors: dict[str, Any]) -> set[str]:
         """Adds the terms of the sites with constant priors and returns their names."""
@@ -359,21 +378,16 @@ class Mixture_ELBO(_Elbo):
         terms.add(*joint.evaluate(guide))
         return set(joint.priors)
 
-    def _in_plates(self, fn: Any, K: int, dim: int) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                if self.num_particles > 1:
-                    stack.enter_context(pyro.plate(PARTICLE_PLATE, self.num_particles, dim=dim - 1))
-                stack.enter_context(pyro.plate(COMPONENT_PLATE, K, dim=dim))
-                return fn(*args, **kwargs)
-
-        return run
-
     # ------------------------------------------------------------------ terms
 
-    def _likelihood_term(self, model_sites: dict[str, Site], K: int, nesting: int) -> Any:
+    @property
+    def _wants_entropy(self) -> bool:
+        return self.entropy_weight != 0.0
+
+    def _likelihood_term(self, model_sites: dict[str, Site], step: Step) -> Any:
+        K, nesting = step.K, step.nesting
         total: Any = 0.0
-        pointwise: dict[Any, Tensor] = {}
+        pointwise: dict[Any, tuple[Any, Tensor]] = {}
         for name, site in model_sites.items():
             if not site["is_observed"]:
                 continue
@@ -383,37 +397,15 @@ class Mixture_ELBO(_Elbo):
                 log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
                 total = total + per_component(log_prob, self.num_particles, K, nesting).mean()
                 continue
-            log_prob = scale_and_mask(log_prob, 1.0, site["mask"])
             if log_prob.dim() < nesting + 1:
-                raise ValueError(
-                    f"observed site {name!r} has no component dimension: the log-mixture likelihood needs it inside "
-                    "the data plate."
-                )
-            # sites that share their plates describe the same examples, so they share the component too
-            key = (
-                tuple(log_prob.shape),
-                site["scale"] if not isinstance(site["scale"], Tensor) else id(site["scale"]),
-            )
-            pointwise[key] = pointwise[key] + log_prob if key in pointwise else log_prob
-        for (_, scale), log_prob in pointwise.items():
+                raise ValueError(OUTSIDE.format(name=name))
+            key, log_prob = example_key(log_prob, site)
+            before = pointwise.get(key)
+            pointwise[key] = site["scale"], log_prob if before is None else before[1] + log_prob
+        for scale, log_prob in pointwise.values():
             mixed = log_prob.logsumexp(-nesting - 1) - math.log(K)
-            total = total + scale * mixed.sum() / self.num_particles
+            total = total + (scale * mixed).sum() / self.num_particles
         return total
-
-
-def _site(fn: Any, value: Tensor, hint: dict[str, Any]) -> Site:
-    """A node as a trace would have it."""
-    return {"fn": fn, "value": value, "infer": {SITE_KEY: hint}, "args": (), "kwargs": {}, "scale": 1.0, "mask": None,
-            "is_observed": False, "cond_indep_stack": ()}  # fmt: skip
-
-
-def _check_latents(model_sites: dict[str, Site], guide_sites: dict[str, Any]) -> None:
-    for name, site in model_sites.items():
-        if not site["is_observed"] and name not in guide_sites:
-            raise ValueError(
-                f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
-                "if it is latent, add a guide for it."
-            )
 
 
 def default_elbo(guide: Any) -> Any:
@@ -430,22 +422,16 @@ def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _check_split(model_trace: Any, guide_trace: Any) -> None:
-    """Examples meet their component inside the network only, so nothing else may differ between components."""
-    for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample" and name in model_trace and SITE_KEY in site["infer"]:
-            hint = site["infer"][SITE_KEY]
-            if hint["role"] is None and hint["kind"] != "point":
-                raise ValueError(
-                    f"site {name!r} lies outside the converted network and differs between components, which "
-                    "batch='split' cannot match with the examples: give it the family 'point', e.g. "
-                    f"component={{{name!r}: 'point'}}."
-                )
-
-
 def _mixtures(guide: Any) -> Iterator[AutoMixture]:
     if isinstance(guide, torch.nn.Module):
         yield from (module for module in guide.modules() if isinstance(module, AutoMixture))
+
+
+def _set_up(guide: Any, args: Any, kwargs: Any) -> None:
+    """Lets every guide that has not seen the model see it, lists before their parts."""
+    for module in guide.modules() if isinstance(guide, torch.nn.Module) else ():
+        if isinstance(module, (AutoMixture, AutoGuideList)) and module.prototype_trace is None:
+            module._setup_prototype(*args, **kwargs)
 
 
 def _points(guide: Any) -> set[str]:

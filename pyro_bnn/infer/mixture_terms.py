@@ -3,7 +3,7 @@
 """The terms of the bound of a mixture beside the likelihood: divergences, log priors, entropies."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pyro import distributions as dist
@@ -12,6 +12,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from pyro_bnn.infer.autoguide.components import LatentSite
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.handlers import Site
 from pyro_bnn.nn.hierarchical import closed_form_source
@@ -129,19 +130,36 @@ class SiteTerms:
         self.kl = self.kl + factor * per_component.mean()
 
     def _information(self, guide_sites: dict[str, Any]) -> Any:
-        r""":math:`\log K + \frac1K\sum_k \log \mathrm{softmax}_{k'}(\log q_{k'}(z_k))_k`, from 0 to log K."""
         lead = (self.num_particles, self.K)
-        log_q: Any = 0.0  # summed over all sites of all mixtures before the softmax: one index for all
-        for mixture in self.mixtures:
-            values = {
-                site.name: _one_draw(guide_sites[site.name], site, self.nesting).reshape(lead + site.shape)
-                for site, _, scale in mixture._blocks()
-                if scale is not None
-            }
-            log_q = log_q + mixture.component_log_prob(values)  # (S, K, K')
-        if not isinstance(log_q, Tensor):
-            return 0.0
-        return math.log(self.K) + log_q.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+        values = {
+            site.name: one_draw(guide_sites[site.name], site, self.nesting).reshape(lead + site.shape)
+            for site in scaled_sites(self.mixtures)
+        }
+        return information(self.mixtures, values)
+
+
+def scaled_sites(mixtures: list[AutoMixture]) -> list[LatentSite]:
+    """
+    :param mixtures: the mixtures in a guide.
+    :return: their sites with a density.
+    """
+    return [site for mixture in mixtures for site, _, scale in mixture._blocks() if scale is not None]
+
+
+def information(mixtures: list[AutoMixture], values: Mapping[str, Tensor]) -> Any:
+    r"""
+    :math:`\log K + \frac1K\sum_k \log \mathrm{softmax}_{k'}(\log q_{k'}(z_k))_k`, from 0 to log K.
+
+    :param mixtures: the mixtures in the guide.
+    :param values: the draws of their sites, shape ``(S, K, *site.shape)``.
+    :return: a scalar.
+    """
+    log_q: Any = 0.0  # summed over all sites of all mixtures before the softmax: one index for all
+    for mixture in mixtures:
+        log_q = log_q + mixture.component_log_prob(values)  # (S, K, K')
+    if not isinstance(log_q, Tensor):
+        return 0.0
+    return math.log(log_q.shape[-1]) + log_q.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 
 def _divergence(site: Any, prior: Any) -> Tensor:
@@ -171,8 +189,15 @@ def _once(site: Any, sample: Tensor) -> Tensor:
     return sample.mean(extra, keepdim=True) if extra else sample
 
 
-def _one_draw(node: Any, site: Any, nesting: int) -> Tensor:
-    """The value of a site; with a value per example, that of the first example."""
+def one_draw(node: Any, site: Any, nesting: int) -> Tensor:
+    """
+    The value of a site; with a value per example, that of the first example.
+
+    :param node: a node of the guide.
+    :param site: what the mixture knows of the site.
+    :param nesting: number of plate dimensions of the model.
+    :return: the value.
+    """
     value = node["value"]
     if nesting and not site.frames:
         dim = value.dim() - site.event_dim - 1

@@ -198,6 +198,32 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.dtype)
 
 
+def renormed(table: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """
+    The rows of an embedding's table as its ``max_norm`` leaves them, without changing the table.
+
+    :param table: shape ``(..., n, d)``.
+    :param max_norm: the largest norm of a row.
+    :param norm_type: the p of the norm.
+    :return: the same shape.
+    """
+    norm = table.norm(norm_type, -1, keepdim=True)
+    return torch.where(norm > max_norm, table * (max_norm / (norm + 1e-7)), table)
+
+
+def with_row(table: Tensor, index: int, row: Tensor) -> Tensor:
+    """
+    A table of which one row is given.
+
+    :param table: shape ``(..., n, d)``.
+    :param index: the row.
+    :param row: shape ``(d,)``.
+    :return: the shape of ``table``.
+    """
+    here = torch.arange(table.shape[-2], device=table.device) == index % table.shape[-2]
+    return torch.where(here.unsqueeze(-1), row, table)
+
+
 class Rank1Embedding(Rank1Mixin, _Embedding):
     r"""
     An embedding with rank-1 random factors: row i of the table becomes :math:`s_i\, (E_i \circ r)`. In one-hot terms
@@ -231,9 +257,43 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
         :param input: indices, shape ``(*batch)``.
         :return: shape ``(*batch, embedding_dim)``.
         """
+        if self._is_folded() and self._axis == 1 and input.dim() > 1:
+            return self._embed(input.transpose(0, 1)).transpose(0, 1)
+        return self._embed(input)
+
+    def _embed(self, input: Tensor) -> Tensor:
         weight = self._parameter("weight")
+        if self.max_norm is not None and not isinstance(weight, nn.Parameter):
+            weight = renormed(weight, self.max_norm, self.norm_type)
+        if self._is_folded():
+            input = self._folding.whole(input)
+            self._folding.check_rows(self, input.shape)
+        y = self._scaled(input, self._lookup(input, weight, 2), weight)
+        if self.padding_idx is None:
+            return y
+        return torch.where((input == self.padding_idx).unsqueeze(-1), self._padding_row(), y)
+
+    def _padding_row(self) -> Tensor:
+        """The row of the padding symbol, which is not random."""
+        spec = self._sites.get("weight")
+        table = self.read("weight") if spec is None or spec.init is None else spec.init
+        return table[self.padding_idx].detach()
+
+    def _read_from_outside(self, name: str) -> Any:
+        value = super()._read_from_outside(name)
+        if name != "weight" or self.padding_idx is None:
+            return value
+        return with_row(value, self.padding_idx, self._padding_row())
+
+    def _row_factor(self, r: Tensor) -> Tensor:
+        return r.unsqueeze(-2)
+
+    def _column_factor(self, s: Tensor) -> Tensor:
+        return s.unsqueeze(-1)
+
+    def _scaled(self, input: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Rows of the table with their factors."""
         r, s = self._factor("r"), self._factor("s")
-        y = self._lookup(input, weight, 2)
         if self._form == "additive":
             # the indicators of the symbols are shifted by s, which adds the same vector to every symbol
             y = y if s is None else self._combine(y, broadcast_linear(s, weight.mT), operator.add)
@@ -251,9 +311,11 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
 
     def _lookup(self, input: Tensor, table: Tensor, event_dim: int) -> Tensor:
         """Rows of a table that may have one copy per sample, ``(F, 1 or B, n, d)``, or leading sample dimensions."""
-        if table.dim() == event_dim:
+        if isinstance(table, nn.Parameter):
             return F.embedding(input, table, self.padding_idx, self.max_norm, self.norm_type,
-                               self.scale_grad_by_freq, self.sparse)  # fmt: skip
+                               self.scale_grad_by_freq)  # fmt: skip
+        if table.dim() == event_dim:
+            return F.embedding(input, table)
         if not self._is_folded():
             lead = table.shape[:-2]
             index = input.expand(torch.broadcast_shapes(lead, input.shape[: len(lead)] or lead))
@@ -263,8 +325,6 @@ class Rank1Embedding(Rank1Mixin, _Embedding):
             )
         samples, P, n, d = table.shape
         rows = input.shape[0]
-        if rows % (samples * P):
-            raise ValueError(f"indices of shape {tuple(input.shape)} do not split into {samples} samples.")
         if P > 1 and rows > samples * P:
             table = table.repeat_interleave(rows // (samples * P), dim=1)
             P = table.shape[1]

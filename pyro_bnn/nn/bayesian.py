@@ -59,6 +59,8 @@ def fan_in(module: nn.Module, name: str, shape: torch.Size) -> int | None:
         return None
     if isinstance(module, nn.Embedding):
         return 1
+    if getattr(module, "weight_is_transposed", False):
+        return shape[0]
     if getattr(module, "transposed", False):
         return math.prod(shape) // shape[1] // getattr(module, "groups", 1)
     return math.prod(shape[1:])
@@ -123,8 +125,8 @@ class BayesianLinear(BayesianMixin, _Linear):
         :return: outputs, shape ``(*samples, *batch, out_features)``.
         """
         if not self._is_folded():
-            y = broadcast_linear(x, self.weight)
-            bias = self.bias
+            y = broadcast_linear(x, self.read("weight"))
+            bias = self.read("bias")
             return y if bias is None else y + bias
         if self._axis == 1 and x.dim() >= 3:
             return self._folded(x.transpose(0, 1)).transpose(0, 1)
@@ -141,6 +143,9 @@ class BayesianLinear(BayesianMixin, _Linear):
             raise ValueError(
                 f"{self._pyro_name} has a weight per example, which full weights do not support."
             )
+        if not shared_input:
+            x = self._folding.whole(x)
+            self._folding.check_rows(self, x.shape)
         shape = x.shape[:-1]
         if shared_input:
             rows = x.reshape(1, -1, self.in_features).expand(samples, -1, -1)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """In-place conversion of torch networks that keeps their trained weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pyro.nn.module import to_pyro_module_
@@ -29,6 +29,7 @@ from pyro_bnn.nn.rank1_conv import (
 )
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import describe_module
+from pyro_bnn.nn.subclassed import subclass_layer
 
 
 def rank1_(
@@ -49,12 +50,14 @@ def rank1_(
     The network becomes a :class:`~pyro.nn.PyroModule`; its code does not change. With all multiplicative factors at
     1 and the biases at their trained values it computes what it computed before. Sample dimensions are folded into
     the batch dimension (:class:`~pyro_bnn.nn.folding.Folding`), so that any forward works, provided that it keeps
-    the batch in the first dimension. Linear, convolution, transposed convolution, embedding, recurrent and
-    attention layers are converted; normalisation layers stay shared, as in the paper.
+    the batch in the first dimension; others run their samples one after the other. Linear, convolution, transposed
+    convolution, embedding, recurrent and attention layers are converted, and subclasses of layers with one weight, whose
+    forward then runs with the weight of every sample; normalisation layers stay shared, as in the paper. Matrices that
+    modules hold beside such layers (class tokens, adapters) stay as they are, and a warning names them.
 
     :param net: any network.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
-    :param skip: leave these modules as they are.
+    :param skip: leave these modules as they are; paths of parameters keep the warning from naming them.
     :param bool freeze_base: do not train any of the network's own parameters, only the factors and biases: for
         pretrained networks. The running statistics of batch normalisation still follow the data, unless the network is
         in evaluation mode (``net.eval()``) while it is fitted.
@@ -84,7 +87,7 @@ def rank1_(
         raise ValueError(f"batchnorm must be 'shared' or 'component', found {batchnorm!r}.")
     if (batchnorm == "component") != (num_components is not None):
         raise ValueError("num_components goes with batchnorm='component' and nothing else.")
-    layers = convertible(net, only, skip, _RANK1)
+    layers = convertible(net, only, skip, _RANK1, _subclassed(_RANK1))
     with all_or_nothing(net):
         to_pyro_module_(net)
         if freeze_base:
@@ -124,7 +127,7 @@ def bayesian_(
     :param bool packed: draw all weights as one flat site ``"packed"`` of which the layers use views. Pyro's cost
         per site dominates the training of small networks. All priors must then be Normal.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
-    :param skip: leave these modules as they are.
+    :param skip: leave these modules as they are; paths of parameters keep the warning from naming them.
     :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
     :param bool fold: ``False`` leaves sample dimensions to broadcasting.
     :return: ``net``.
@@ -137,7 +140,7 @@ def bayesian_(
         >>> net(torch.zeros(3, 4)).shape
         torch.Size([3, 1])
     """
-    layers = convertible(net, only, skip, _BAYESIAN)
+    layers = convertible(net, only, skip, _BAYESIAN, _subclassed(_BAYESIAN))
     for name, layer, _ in layers:
         if parametrize.is_parametrized(layer):
             raise ValueError(
@@ -255,6 +258,10 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
         keeper = _FrozenParameters(frozen)
         net.register_forward_pre_hook(keeper.before)
         net.register_forward_hook(keeper.after, always_call=True)
+
+
+def _subclassed(table: Mapping[type, type]) -> Callable[[nn.Module], type | None]:
+    return lambda module: subclass_layer(module, torch_class(module), table)
 
 
 def _join(path: str, key: str) -> str:

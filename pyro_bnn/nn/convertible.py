@@ -47,6 +47,7 @@ def convertible(
     only: Selector | Iterable[Selector] | None,
     skip: Selector | Iterable[Selector],
     table: Mapping[type, type],
+    other: Callable[[nn.Module], type | None] = lambda module: None,
 ) -> list[tuple[str, Any, type]]:
     """
     The modules of a network that a conversion takes.
@@ -55,6 +56,7 @@ def convertible(
     :param only: see :func:`~pyro_bnn.nn.rank1_`.
     :param skip: see :func:`~pyro_bnn.nn.rank1_`.
     :param table: layers of the conversion by torch layer.
+    :param other: layers for modules of classes that the table does not have.
     :return: path, module and its layer, every module once.
     :raises TypeError: if ``net`` is no module.
     :raises ValueError: if a selector names nothing, nothing can be converted, or a module is in a state that does not
@@ -63,11 +65,13 @@ def convertible(
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
     names = sorted(cls.__name__ for cls in table)
+    find = lambda module: table.get(torch_class(module)) or other(module)  # noqa: E731
     admitted, refused = _as_list(only), _as_list(skip)
-    _check_selectors(net, admitted, refused, table, names)
+    _check_selectors(net, admitted, refused, find, names)
     found: list[tuple[str, Any, type]] = []
     left: list[str] = []
     settled: set[nn.Module] = set()
+    inside: set[nn.Module] = set()
     for name, module in net.named_modules():
         _check_wrapper(name, module)
         if any(_matches(s, name, module) for s in refused):
@@ -75,18 +79,24 @@ def convertible(
             continue
         if only is not None and not any(_matches(s, name, module) for s in admitted):
             continue
-        cls = table.get(torch_class(module))
-        if cls is not None:
-            _check_parameters(name, module)
-            found.append((name, module, cls))
-            settled.update(module.modules())
-        elif issubclass(type(module), LazyModuleMixin):
+        if issubclass(type(module), LazyModuleMixin):
             raise ValueError(
                 f"{describe_module(module, name)} does not know its shape yet: call the network once on data before "
                 "the conversion."
             )
-        elif only is None and module not in settled and _has_matrix(module):
-            left.append(describe_module(module, name))
+        cls = None if module in inside else table.get(torch_class(module))
+        if (
+            cls is None and module not in inside and module not in settled
+        ):  # what is skipped may read its parts' weights itself
+            cls = other(module)
+        if cls is not None:
+            _check_parameters(name, module)
+            found.append((name, module, cls))
+            inside.update(module.modules())
+        if only is None and module not in settled and (cls is not None or module not in inside):
+            keys = _left_out(name, module, cls, cls in table.values())
+            keys = [key for key in keys if f"{name}.{key}".strip(".") not in refused]
+            left += [f"{describe_module(module, name)}: {keys}"] if keys else []
     if not found:
         classes = sorted({type(m).__name__ for m in net.modules()})
         converted = [describe_module(m, n) for n, m in net.named_modules() if isinstance(m, SiteModule)]
@@ -96,8 +106,8 @@ def convertible(
         )
     if left:
         warnings.warn(
-            f"the conversion has no layer for {left[:10]}, which keep their weights as they are: name them in skip= if "
-            "that is intended.",
+            f"the conversion leaves out {left[:10]}{' and more' if len(left) > 10 else ''}, which keep their values: name "
+            "them in skip= if that is intended.",
             stacklevel=3,
         )
     return found
@@ -139,13 +149,15 @@ def _check_selectors(
     net: nn.Module,
     admitted: list[Selector],
     refused: list[Selector],
-    table: Mapping[type, type],
+    find: Callable[[nn.Module], type | None],
     names: list[str],
 ) -> None:
     paths = {name for name, _ in net.named_modules(remove_duplicate=False)}
+    parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     for argument, selectors in (("only", admitted), ("skip", refused)):
         for selector in selectors:
-            if isinstance(selector, str) and selector not in paths:
+            known = paths | parameters if argument == "skip" else paths
+            if isinstance(selector, str) and selector not in known:
                 raise ValueError(
                     f"{argument} names {selector!r}, which is no module of the network; the modules are "
                     f"{sorted(paths - {''})[:20]}."
@@ -153,7 +165,7 @@ def _check_selectors(
     for selector in admitted:
         if isinstance(selector, str):
             module = net.get_submodule(selector)
-            if not any(torch_class(part) in table for part in module.modules()):
+            if not any(find(part) for part in module.modules()):
                 raise ValueError(
                     f"only names {describe_module(module, selector)}, which neither is nor holds a layer that can be "
                     f"converted; those are {names}."
@@ -169,6 +181,11 @@ def _check_wrapper(name: str, module: nn.Module) -> None:
 
 
 def _check_parameters(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding) and module.sparse:
+        raise ValueError(
+            f"{describe_module(module, name)} has sparse=True, but the gradients of random tables are dense: set its "
+            "attribute sparse to False, or skip the layer."
+        )
     for key, value in module.named_parameters():
         if value.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
@@ -191,10 +208,18 @@ def _check_parameters(name: str, module: nn.Module) -> None:
         )
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    """Whether a module is a layer with weights of its own."""
-    own = any(p.dim() > 1 for p in module.parameters(recurse=False))
-    return own and not isinstance(module, SiteModule) and not any(True for _ in module.children())
+#: Layers that stay as they are, as in the papers.
+_NORMALIZATION = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def _left_out(name: str, module: nn.Module, cls: type | None, whole: bool) -> list[str]:
+    """The matrices (class tokens, tables, factors of adapters) that a module holds itself and no conversion takes."""
+    if isinstance(module, (SiteModule, *_NORMALIZATION)) or whole:
+        return []
+    keys = [key for key, value in module._parameters.items() if value is not None and value.dim() > 1]
+    if cls is None:
+        return keys
+    return [key for key in keys if key != "weight"] if hasattr(cls, "_groups") else []
 
 
 def _matches(selector: Selector, name: str, module: nn.Module) -> bool:

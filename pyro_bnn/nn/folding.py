@@ -4,9 +4,10 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pyro_bnn.nn.plain_runs import PlainRuns
-from pyro_bnn.nn.sites import SiteModule, silence
+from pyro_bnn.nn.sites import SiteModule, describe_module, silence
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
+_ROWS: ContextVar[bool] = ContextVar("rows_per_example", default=True)
 
 
 @contextmanager
@@ -30,6 +32,21 @@ def split_batch() -> Iterator[None]:
         yield
     finally:
         _SPLIT.reset(token)
+
+
+@contextmanager
+def rows_per_example(present: bool) -> Iterator[None]:
+    """
+    Within this context the last batch dimension of a site is, or is not, one value per example where it has the size of
+    the batch.
+
+    :param bool present: whether sites may have values per example.
+    """
+    token = _ROWS.set(present)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
 
 
 class Folding:
@@ -67,6 +84,8 @@ class Folding:
         self.split = False
         self._sample_shape = torch.Size()
         self._values: dict[tuple[int, str], Tensor] = {}
+        # dimensions of the batch in arguments, -1 for none, as far as calls have told them
+        self._known_dims: dict[tuple[int | str, int], int] = {}
         for layer in self.layers:
             layer.__dict__["_folding"] = self
             layer.__dict__.setdefault("_axis", batch_dim)
@@ -118,7 +137,8 @@ class Folding:
             return None
         if self._first is not None and len(args) == 1 and not kwargs:
             return None
-        return tuple(map(self.repeat, args)), {key: self.repeat(value) for key, value in kwargs.items()}
+        repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
+        return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
 
     def _starts_plain_runs(self, module: nn.Module) -> bool:
         silent = silence()
@@ -183,7 +203,8 @@ class Folding:
         batch_shape = torch.broadcast_shapes(*set(shapes))
         slot = 1
         if batch_shape and (
-            batch_shape[-1] == 1 or (len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
+            batch_shape[-1] == 1
+            or (_ROWS.get() and len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
         ):
             slot = batch_shape[-1]
             self._sample_shape = batch_shape[:-1]
@@ -227,13 +248,64 @@ class Folding:
         """
         return value if self.num_samples == 1 else map_structure(value, self._repeat, self._repeat_packed)
 
-    def _repeat(self, value: Tensor) -> Tensor:
+    def _repeat_argument(self, key: int | str, value: Any) -> Any:
+        """
+        Repeats an argument. Where a size agrees with that of the batch by chance, as that of a mask over as many time steps
+        as there are examples, other batches tell what it is.
+        """
+        if self.num_samples == 1:
+            return value
+        places = count()
+
+        def repeat(tensor: Tensor) -> Tensor:
+            place = key, next(places)
+            known = self._known_dims.get(place)
+            dim = self._batch_dim_of(tensor)
+            if known is not None and (tensor.dim() <= known or tensor.shape[known] in (1, self.batch_size)):
+                dim = known
+            elif tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] not in (1, self.batch_size):
+                self._known_dims[place] = dim
+            return self._repeat(tensor, dim)
+
+        return map_structure(value, repeat, self._repeat_packed)
+
+    def _batch_dim_of(self, value: Tensor) -> int:
+        """The dimension of the batch in a tensor by its sizes, -1 if there is none."""
         B, dim = self.batch_size, self.batch_dim
         if dim == 0 and value.dim() == 3 and value.shape[0] != B and value.shape[1] == B:
-            dim = 1  # a state of a recurrent layer
-        if value.dim() > dim and value.shape[dim] == B:
-            return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
-        return value
+            return 1  # a state of a recurrent layer
+        return dim if value.dim() > dim and value.shape[dim] == B else -1
+
+    def _repeat(self, value: Tensor, dim: int | None = None) -> Tensor:
+        dim = self._batch_dim_of(value) if dim is None else dim
+        if dim < 0 or value.dim() <= dim or value.shape[dim] != self.batch_size:
+            return value
+        return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
+
+    def whole(self, x: Tensor, dim: int = 0) -> Tensor:
+        """
+        :param x: an input of a layer.
+        :param dim: its dimension of rows.
+        :return: the same; a single row, which broadcasts against the batch, as indices of positions do, once for every
+            example of every sample.
+        """
+        if self.num_samples == 1 or x.dim() <= max(dim, 1) or x.shape[dim] != 1:
+            return x
+        return x.expand(*x.shape[:dim], self.num_samples * self.batch_size, *x.shape[dim + 1 :])
+
+    def check_rows(self, layer: nn.Module, shape: Sequence[int]) -> None:
+        """
+        :param layer: a layer with values per sample.
+        :param shape: the shape of its input, rows first.
+        :raises ValueError: if the rows are not those of the examples of all samples.
+        """
+        samples, examples = self.num_samples, self.batch_size
+        if samples > 1 and shape[0] % (samples * examples):
+            raise ValueError(
+                f"{describe_module(layer, getattr(layer, '_pyro_name', ''))} has an input of shape {tuple(shape)}, whose "
+                f"{shape[0]} rows are no multiple of {samples} samples times {examples} examples: the network must keep the "
+                "batch in the first dimension"
+            )
 
     def _repeat_packed(self, value: PackedSequence) -> PackedSequence:
         if int(value.batch_sizes[0]) != self.batch_size:

@@ -55,6 +55,8 @@ class ComponentBatchNormMixin(SiteModule):
         index = self._folding.value(self, "component") if self._is_folded() else self.read("component")
         index = index.reshape(-1)  # one component per sample
         S = len(index)
+        if self._is_folded():
+            self._folding.check_rows(self, x.shape)
         y = x.unflatten(0, (S, -1)).transpose(0, 1)  # (B, S, C, ...)
         y = y.flatten(1, 2)
         track = self.training or self.running_mean is None

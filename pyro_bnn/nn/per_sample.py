@@ -12,6 +12,9 @@ from pyro_bnn.nn.folding import map_structure, repack
 from pyro_bnn.nn.rank1 import Rank1LinearMixin
 from pyro_bnn.nn.sites import SiteModule
 
+#: The first argument of a layer, by position or name.
+MAIN_INPUTS = (0, "input", "query", "x")
+
 
 class PerSampleMixin(SiteModule):
     """
@@ -72,6 +75,9 @@ class PerSampleMixin(SiteModule):
 
                 def take(t: Tensor, f: int = f) -> Tensor:
                     dim = self._batch_dim(index, t)
+                    if index in MAIN_INPUTS and t.dim() > dim:
+                        t = self._folding.whole(t, dim)
+                        self._folding.check_rows(self, (t.shape[dim], *t.shape[:dim], *t.shape[dim + 1 :]))
                     if t.dim() <= dim or t.shape[dim] % rows:
                         return t
                     size = t.shape[dim] // F

@@ -3,7 +3,7 @@
 """Rank-1 layers: a shared weight and random vectors that scale its inputs and outputs."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +137,7 @@ class Rank1Mixin(SiteModule):
                         )
                     placed = place_prior(resolved, self, weight_name, weight.shape, weight)
                     self._add_site(weight_name, placed, "base", event_dim=weight.dim())
+        self.__dict__["_weights"] = {name: suffix for suffix, (name, _, _) in self._groups().items()}
         for name, _ in self._biases().items():
             bias = self._parameters.get(name)  # a tied one is read elsewhere
             if bias is not None:
@@ -145,19 +146,30 @@ class Rank1Mixin(SiteModule):
                     placed = place_prior(resolved, self, name, bias.shape, bias)
                     self._add_site(name, placed, "bias", event_dim=bias.dim())
 
+    def _random_parameters(self) -> Collection[str]:
+        return {*self.__dict__.get("_sites", ()), *self.__dict__.get("_weights", ())}
+
+    def _read_from_outside(self, name: str) -> Any:
+        """A weight with its factors, which is what a module that reads it means to compute with."""
+        suffix = self._weights.get(name)
+        called = self.__dict__["_pyro_context"].active and not self._is_folded()
+        if suffix is None or not called or self._form == "additive":
+            return self.read(name)
+        return self._scaled_weight(self.read(name), self._factor("r" + suffix), self._factor("s" + suffix))
+
     # ------------------------------------------------------------------ values in the present call
 
     def _factor(self, name: str) -> Tensor | None:
         if name not in self._sites:
             return None
-        value = self._folding.value(self, name) if self._is_folded() else getattr(self, name)
+        value = self._folding.value(self, name) if self._is_folded() else self.read(name)
         clip = self._clips[name]
         return value if clip is None else value.clamp(-clip, clip)
 
     def _parameter(self, name: str) -> Any:
         """A weight or bias: a parameter, or the value of its site."""
         random = name in self._sites or name in self._redirected()
-        return self._folding.value(self, name) if self._is_folded() and random else getattr(self, name)
+        return self._folding.value(self, name) if self._is_folded() and random else self.read(name)
 
     def _plain(self, x: Tensor, *args: Any, **parameters: Any) -> Any:
         """The forward of the torch layer with some of its parameters replaced."""
@@ -205,6 +217,9 @@ class Rank1Mixin(SiteModule):
                 s = None
             else:
                 x = self._folding.repeat(x)
+        elif self._is_folded():
+            x = self._folding.whole(x) if x.dim() > self._post + 1 else x
+            self._folding.check_rows(self, x.shape)
         return self._map(x, weight, bias, r, s, *args)
 
     def _map(

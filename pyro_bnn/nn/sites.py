@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules whose attributes are sample sites that say what they are and where they start."""
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import pyro
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_bnn.nn.priors import map_distribution
@@ -112,6 +113,35 @@ def silent_sites(
         _SILENT.reset(token)
 
 
+_READERS: ContextVar[dict[str, str] | None] = ContextVar("readers", default=None)
+
+
+@contextmanager
+def note_readers() -> Iterator[dict[str, str]]:
+    """
+    Within this context it is noted who reads random parameters of layers without calling the layer.
+
+    :return: by name of the layer, a description of the module that reads.
+    """
+    readers: dict[str, str] = {}
+    token = _READERS.set(readers)
+    try:
+        yield readers
+    finally:
+        _READERS.reset(token)
+
+
+def _reader(layer: nn.Module) -> str:
+    """The module whose code is running, other than a layer."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module is not layer:
+            return describe_module(module, getattr(module, "_pyro_name", ""))
+        frame = frame.f_back
+    return "the model"
+
+
 def silence() -> SilentSites | None:
     """
     :return: where layers read from, if at present neither their sites nor their parameters need statements.
@@ -162,12 +192,36 @@ class SiteModule(_PyroModule):
 
     def read(self, name: str) -> Any:
         """
-        Reads a random attribute.
+        Reads an attribute as the layer itself does: a parameter, or the value of a site.
 
         :param str name: its name.
         :return: its value.
         """
-        return getattr(self, name)
+        sites = self.__dict__.get("_sites")
+        if sites is not None and name in sites:
+            return self._read_site(name, sites[name])
+        redirects = self.__dict__.get("_redirects")
+        if redirects is not None and name in redirects:
+            owner, key = redirects[name]
+            return owner.read(key)
+        parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
+        if parametrized is not None and name in parametrized:
+            return parametrized[name]()
+        parameters = self.__dict__.get("_parameters", {})  # torch's constructors ask before it is there
+        if name in parameters and silence() is not None:
+            return parameters[name]
+        return super().__getattr__(name)
+
+    def _read_from_outside(self, name: str) -> Any:
+        """
+        What code gets that reads a random parameter to use it in place of the layer; to be replaced where the layer computes
+        with something else than the value of a site.
+        """
+        return self.read(name)
+
+    def _random_parameters(self) -> Collection[str]:
+        """The names of parameters whose values depend on sites."""
+        return self.__dict__.get("_sites", ())
 
     def _is_folded(self) -> bool:
         """Whether a network runs that carries samples in its batch dimension."""
@@ -192,22 +246,21 @@ class SiteModule(_PyroModule):
         overrides = self.__dict__.get("_overrides")
         if overrides is not None and name in overrides:
             return overrides[name]
-        sites = self.__dict__.get("_sites")
-        if sites is None or name not in sites:
-            redirects = self.__dict__.get("_redirects")
-            if redirects is not None and name in redirects:
-                owner, key = redirects[name]
-                return owner.read(key)
-            parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
-            if parametrized is not None and name in parametrized:
-                return parametrized[name]()
-            parameters = self.__dict__.get("_parameters", {})  # torch's constructors ask before it is there
-            if name in parameters and silence() is not None:
-                return parameters[name]
-            return super().__getattr__(name)
-        spec = sites[name]
+        if name not in self._random_parameters():
+            return self.read(name)
+        readers = _READERS.get()
+        if readers is not None:
+            readers[self.__dict__["_pyro_name"]] = _reader(self)
+        return self._read_from_outside(name)
+
+    def _read_site(self, name: str, spec: SiteSpec) -> Any:
         context = self.__dict__["_pyro_context"]
         if not context.active:
+            if am_i_wrapped():
+                raise ValueError(
+                    f"{name!r} of {describe_module(self, self.__dict__['_pyro_name'])} is random, and the model reads it "
+                    "outside of a call of the network, where it would be another draw: read it in the forward method."
+                )
             return self._site_prior(name, spec).sample()
         fullname = self._pyro_get_fullname(name)
         silent = _SILENT.get()

@@ -20,6 +20,8 @@ from pyro_bnn.nn.folding import split_batch
 from tests.common import assert_close
 from tests.nn import architectures as arch
 
+pytestmark = pytest.mark.filterwarnings("ignore:the conversion leaves out")  # class tokens and positions
+
 B = 4
 
 

@@ -115,16 +115,24 @@ def test_states_that_cannot_be_converted(make, message):
 
 
 def test_layers_that_stay_as_they_are_are_named():
-    class Scaled(nn.Linear):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 6))
+            self.inner = nn.Linear(4, 6)
+
         def forward(self, x):
-            return 2 * super().forward(x)
+            return self.inner(x) + self.token
 
     def make():
-        return nn.Sequential(Scaled(4, 6), nn.LayerNorm(6), nn.PReLU(), nn.Linear(6, 2))
+        return nn.Sequential(Shifted(), nn.LayerNorm(6), nn.PReLU(), nn.Linear(6, 2))
 
-    with pytest.warns(UserWarning, match=r"no layer for \['0 \(Scaled\)'\], which keep"):
-        rank1_(make())
+    for convert in (rank1_, bayesian_):
+        with pytest.warns(UserWarning, match=r"leaves out \[\"0 \(Shifted\): \['token'\]\"\], which keep"):
+            net = convert(make())
+        assert type(net[0].inner) is not nn.Linear
     rank1_(make(), skip="0")
+    rank1_(make(), skip="0.token")
     rank1_(make(), only="3")
     attention = nn.TransformerEncoderLayer(4, 2, 8)  # its inner projections are the attention's own
     rank1_(attention, skip=nn.MultiheadAttention)

@@ -40,6 +40,7 @@ class ComponentParameters(_Guide):
     sites: list[LatentSite]
     _mixed: list[LatentSite]
     _num_scaled: int
+    _component: int | None = None  # the one that is drawn; all if None
 
     def _make_parameters(self, nodes: Mapping[str, Any]) -> None:
         rows = []
@@ -92,17 +93,21 @@ class ComponentParameters(_Guide):
         return raw
 
     def _blocks(self) -> Iterator[tuple[LatentSite, Tensor, Tensor | None]]:
-        """Sites with their locations and scales, shape ``(K, *raw_shape)``."""
+        """Sites with their locations and scales, shape ``(K, *raw_shape)``, of one component alone if there is one."""
         if not self._mixed:
             return
         sizes = [site.size for site in self._mixed]
-        locs = self.loc.split(sizes, -1)
+        locs = self._present(self.loc).split(sizes, -1)
         num = self._num_scaled
-        scale: Any = self._full_scale() if num else None
+        scale: Any = self._present(self._full_scale()) if num else None
         scales = scale.split(sizes[:num], -1) if num else ()
         for i, site in enumerate(self._mixed):
-            shape = (self.num_components, *site.raw_shape)
+            shape = (len(locs[i]), *site.raw_shape)
             yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
+
+    def _present(self, rows: Tensor) -> Tensor:
+        """The rows of the components that are drawn: all, or one."""
+        return rows if self._component is None else rows.narrow(0, self._component, 1)
 
     def _full_scale(self) -> Tensor:
         """The scales of all scaled columns."""
@@ -123,7 +128,7 @@ class ComponentParameters(_Guide):
                 loc.append(mean.reshape(len(mean), -1))
                 scale.append(spread.reshape(len(spread), -1))
         return dist.LowRankMultivariateNormal(
-            torch.cat(loc, -1), self.cov_factor, torch.cat(scale, -1).square()
+            torch.cat(loc, -1), self._present(self.cov_factor), torch.cat(scale, -1).square()
         )
 
     def _low_rank_sites(self) -> list[LatentSite]:
@@ -153,7 +158,7 @@ class ComponentParameters(_Guide):
             shape = site.raw_shape
         else:  # the model's own plates fill the dimensions right of the components
             ones = (1,) * (nesting - len(site.shape) + site.event_dim)
-            shape = torch.Size((self.num_components, *ones, *site.raw_shape))
+            shape = torch.Size((len(loc), *ones, *site.raw_shape))
         spread = None if scale is None else scale.view(shape)
         return component_distribution(site, loc.view(shape), spread, site.event_dim)
 

@@ -10,27 +10,30 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pyro_bnn.infer.handlers import observed_names
 
+#: An argument, by position or name, one of its dimensions, and the size that it had.
+RowSource = tuple[int | str, int, int]
 
-def row_sources(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, int]]:
+
+def row_sources(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[RowSource]:
     """
-    Arguments, by position or name, and dimensions that are as long as the data plate, the most telling ones first:
-    observations come last and have one row per example, while inputs may have the time in front.
+    Arguments and dimensions that are as long as the data plate, the most telling ones first: observations come last and
+    have one row per example, while inputs may have the time in front.
 
     :param trace: a trace of the model.
     :param args: its arguments.
     :param kwargs: its keyword arguments.
-    :return: keys and dimensions.
+    :return: keys, dimensions and sizes.
     """
     sizes = {f.size for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"] if f.dim == -1}
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return [(key, dim) for dim in (0, 1) for key, value in reversed(named) if _size(value, dim) in sizes]
+    found = [(key, dim, _size(value, dim)) for dim in (0, 1) for key, value in reversed(named)]
+    return [(key, dim, size) for key, dim, size in found if size is not None and size in sizes]
 
 
-def num_rows(
-    sources: Sequence[tuple[int | str, int]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> int:
+def num_rows(sources: Sequence[RowSource], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """
-    The number of examples in a call.
+    The number of examples in a call. An argument that was as long as the data plate by chance keeps its size where that
+    of the data changes.
 
     :param sources: what :func:`row_sources` found.
     :param args: arguments of the model.
@@ -38,11 +41,16 @@ def num_rows(
     :return: the number of rows.
     :raises ValueError: if no argument tells.
     """
-    for key, dim in sources:
+    sizes = []
+    for key, dim, first in sources:
         value = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
         size = _size(value, dim)
-        if size is not None:
+        if size is not None and size != first:
             return size
+        if size is not None:
+            sizes.append(size)
+    if sizes:
+        return sizes[0]
     raise ValueError(
         "noise='per_example' needs a model with a data plate and an argument with one row per example."
     )

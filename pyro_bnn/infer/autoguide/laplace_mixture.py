@@ -230,8 +230,12 @@ class AutoLaplaceMixture(AutoContinuous):
         """
         if self.is_fitted:
             return self.posterior
-        k = int(torch.randint(self.num_components, ()))
-        return dist.Delta(self.components[k].loc).to_event(1)
+        # all are read, so that whoever collects parameters meets those of every component
+        modes = [guide.loc for guide in self.components]
+        if torch.jit.is_tracing():  # a compiled step chooses anew every time
+            index = torch.randint(self.num_components, (1,))
+            return dist.Delta(torch.stack(modes)[index].squeeze(0)).to_event(1)
+        return dist.Delta(modes[int(torch.randint(self.num_components, ()))]).to_event(1)
 
     @torch.no_grad()
     def sample_posterior(

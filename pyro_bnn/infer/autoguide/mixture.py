@@ -133,6 +133,7 @@ class AutoMixture(ComponentParameters):
         self.scale_mode, self.rank, self.noise = scale, rank, noise
         self._index: LatentSite | None = None
         self._stratum: int | None = None
+        self._component: int | None = None
         self._is_stratified = False
         self._lead: tuple[int, ...] = ()
 
@@ -234,12 +235,16 @@ class AutoMixture(ComponentParameters):
             if self.noise == "per_example"
             else None
         )
-        return self._joint.draw(self.loc, self._full_scale(), particles, nesting, rows)
+        return self._joint.draw(
+            self._present(self.loc), self._present(self._full_scale()), particles, nesting, rows
+        )
 
     # ------------------------------------------------------------------ sampling
 
     @contextmanager
-    def stratified(self, dim: int | None, num_particles: int = 1) -> Iterator[None]:
+    def stratified(
+        self, dim: int | None, num_particles: int = 1, component: int | None = None
+    ) -> Iterator[None]:
         """
         Within this context a call of the guide draws every component once, component k in slot k of batch
         dimension ``dim``. :class:`~pyro_bnn.infer.Mixture_ELBO` uses it.
@@ -247,13 +252,14 @@ class AutoMixture(ComponentParameters):
         :param dim: the batch dimension, negative, left of all plates of the model; ``None`` for one component without
             a dimension.
         :param int num_particles: draws per component, in the dimension left of it, inside a plate of this size.
+        :param component: draw this component only, in a dimension of size 1, or without one if ``dim`` is ``None``.
         """
-        self._stratum, self._is_stratified = dim, True
+        self._stratum, self._is_stratified, self._component = dim, True, component
         self._lead = (num_particles,) if num_particles > 1 else ()
         try:
             yield
         finally:
-            self._stratum, self._is_stratified = None, False
+            self._stratum, self._is_stratified, self._component = None, False, None
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """
@@ -272,6 +278,11 @@ class AutoMixture(ComponentParameters):
                 values[self._index.name] = self._sample_index(self._index)
             self._sample_low_rank(values, plates)
             self._sample_all(values, plates, -self._stratum - 1, args, kwargs)
+        elif self._component is not None:
+            if self._index is not None:
+                values[self._index.name] = self._sample_index(self._index)
+            self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
+            self._sample_all(values, plates, None, args, kwargs)
         elif self._index is not None:
             # the model knows the index, so that the density given the index is the right one
             probs = self.loc.new_full((self.num_components,), 1.0 / self.num_components)
@@ -330,10 +341,9 @@ class AutoMixture(ComponentParameters):
 
     def _sample_index(self, site: LatentSite) -> Tensor:
         """Component k has index k."""
-        K = self.num_components
-        assert self._stratum is not None
-        probs = torch.eye(K, device=self.loc.device).view(K, *(1,) * (-self._stratum - 1), K)
-        return self._sample(site, dist.Categorical(probs=probs), {})
+        probs = self._present(torch.eye(self.num_components, device=self.loc.device))
+        lead = () if self._stratum is None else (len(probs), *(1,) * (-self._stratum - 1))
+        return self._sample(site, dist.Categorical(probs=probs.view(*lead, -1)), {})
 
     def _sample_low_rank(
         self, values: dict[str, Tensor], plates: Mapping[str, Any], index: Tensor | None = None
@@ -346,10 +356,7 @@ class AutoMixture(ComponentParameters):
             assert self._stratum is not None
             ones = (1,) * (-self._stratum - 1)
             joint = dist.LowRankMultivariateNormal(
-                *(
-                    t.unflatten(0, (self.num_components, *ones))
-                    for t in (joint.loc, joint.cov_factor, joint.cov_diag)
-                )
+                *(t.unflatten(0, (-1, *ones)) for t in (joint.loc, joint.cov_factor, joint.cov_diag))
             )
         else:
             joint = dist.LowRankMultivariateNormal(

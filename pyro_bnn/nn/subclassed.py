@@ -1,0 +1,123 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Subclasses of torch layers: their own forward with the weights of every sample."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pyro_bnn.nn.bayesian_layers import BayesianPerSampleMixin
+from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
+from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options
+from pyro_bnn.nn.sites import SiteModule
+
+
+class _Made(SiteModule):
+    """A class that no file can name: it is made again."""
+
+    _recipe: tuple[type, type]
+
+    def __reduce__(self) -> Any:
+        return _new_layer, self._recipe, self.__getstate__()
+
+
+class _Subclassed(PerSampleMixin, Rank1Mixin):
+    r"""
+    A rank-1 layer whose forward is that of a class which torch does not know: it runs with the weight of each sample,
+    :math:`W \circ r s^\top`, in place of its own.
+    """
+
+    def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
+        if options.resolved_form == "additive":
+            raise ValueError(
+                f"{prefix.rstrip('.') or 'the network itself'} has a forward method of its own, which takes no additive "
+                "factors: choose another form, or skip the layer."
+            )
+        super()._make_rank1(options, prefix)
+
+    def _sample_parameters(self) -> dict[str, Tensor]:
+        event_dim = 2 if self._form == "residual" else 1
+        factors = [self._factor(kind + suffix) for suffix in self._groups() for kind in "rs"]
+        biases = [self._parameter(name) for name in self._biases()]
+        if any(self._has_rows(f, event_dim) for f in factors) or any(self._has_rows(b, 1) for b in biases):
+            raise ValueError(
+                f"{self._pyro_name} has a value per example, which its own forward method does not take: use "
+                "noise='shared', or skip the layer."
+            )
+        return Rank1PerSampleMixin._sample_parameters(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See :class:`~pyro_bnn.nn.per_sample.PerSampleMixin`."""
+        return PerSampleMixin.forward(self, *args, **kwargs)
+
+
+class _InputsFirst(Rank1Mixin):
+    """A linear layer whose weight has the inputs in its first dimension, as the Conv1D of transformers."""
+
+    weight_is_transposed = True
+
+    def _groups(self) -> dict[str, tuple[str, int, int]]:
+        inputs, outputs = self._parameter_templates()["weight"].shape
+        return {"": ("weight", outputs, inputs)}
+
+    def _row_factor(self, r: Tensor) -> Tensor:
+        return r.unsqueeze(-2)
+
+    def _column_factor(self, s: Tensor) -> Tensor:
+        return s.unsqueeze(-1)
+
+
+def subclass_layer(module: nn.Module, cls: type, table: Mapping[type, type]) -> type | None:
+    """
+    The layer for a module of a class that a conversion does not know itself.
+
+    :param module: a module.
+    :param cls: its class.
+    :param table: layers of the conversion by torch layer.
+    :return: a layer that runs the forward of the module's class; ``None`` if the class is no subclass of a torch layer
+        with a single weight, nor a linear layer with its inputs first.
+    """
+    if isinstance(module, SiteModule) or parametrize.is_parametrized(module):
+        return None
+    if any(True for child in module.children() for _ in child.parameters()):
+        return None
+    base = next((known for known in cls.__mro__ if known in table), None)
+    rank1 = any(issubclass(made, Rank1Mixin) for made in table.values())
+    if base is None and is_inputs_first(module):
+        return _make(cls, _InputsFirst) if rank1 else _make(cls, SiteModule)
+    if base is None or issubclass(base, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+        return None
+    return _make(cls, table[base])
+
+
+def is_inputs_first(module: nn.Module) -> bool:
+    """
+    :param module: a module.
+    :return: whether it is like the Conv1D of transformers: ``x @ weight + bias``.
+    """
+    weight = module._parameters.get("weight")
+    sizes = getattr(module, "nx", None), getattr(module, "nf", None)
+    return type(module).__name__.endswith("Conv1D") and weight is not None and tuple(weight.shape) == sizes
+
+
+@cache
+def _make(cls: type, layer: type) -> type:
+    base: Any = PyroModule[cls]
+    bayesian = not issubclass(layer, Rank1Mixin)
+    if bayesian:
+        mixins: tuple[type, ...] = (_Made, BayesianPerSampleMixin)
+    else:
+        mixins = (_Made, _Subclassed, layer)
+    name = ("Bayesian" if bayesian else "Rank1") + cls.__name__
+    extra = {"weight_is_transposed": True} if layer is SiteModule else {}
+    attributes = {"_torch_layer": cls, "_recipe": (cls, layer), "__module__": __name__, **extra}
+    return type(base)(name, (*mixins, base), attributes)
+
+
+def _new_layer(cls: type, layer: type) -> Any:
+    made: Any = _make(cls, layer)
+    return made.__new__(made)
