@@ -1,0 +1,106 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The networks that a model calls, wherever it holds them, and the tensors in them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.packed import called_modules
+from pyro_bnn.infer.parameters import local_parameters
+
+
+@contextmanager
+def unchanged_buffers() -> Iterator[list[nn.Module]]:
+    """
+    A context that lists the modules whose forward methods run within it, and puts their buffers (running statistics)
+    back at its end.
+
+    :return: the list, complete at the end.
+    """
+    found: list[nn.Module] = []
+    before: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(module: nn.Module, *_: Any) -> None:
+        if id(module) not in before:
+            buffers = [b for b in module.buffers(recurse=False) if not is_lazy(b)]
+            before[id(module)] = [(buffer, buffer.clone()) for buffer in buffers]
+            found.append(module)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, value in (pair for pairs in before.values() for pair in pairs):
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """
+    Those of some modules that are part of no other.
+
+    :param modules: modules in the order of their first calls.
+    :return: some of them, in this order.
+    """
+    parts = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in parts]
+
+
+def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """
+    The parameters and persistent buffers of the networks among some modules.
+
+    :param modules: modules in the order of their first calls.
+    :return: live tensors by class, number and name, such as ``"Sequential[0].1.running_mean"``; each appears once.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for i, module in enumerate(outermost(modules)):
+        for name, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, Tensor) and id(value) not in seen:
+                seen.add(id(value))
+                found[f"{type(module).__name__}[{i}].{name}"] = value
+    return found
+
+
+def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> dict[str, Tensor]:
+    """
+    The tensors that the predictions of a model depend on beside its latent sites: those of the networks that it calls,
+    and those of its :func:`pyro.param` statements.
+
+    :param model: a Pyro model.
+    :param guide: its guide.
+    :param batch: arguments of both, with observations.
+    :param latents: a trace with values of the latent sites; by default the guide draws them.
+    :return: live, unconstrained tensors by name.
+    """
+    args, kwargs = batch
+    with ExitStack() as stack:
+        for context in (local_parameters(), torch.no_grad(), pyro.validation_enabled(False), poutine.block()):
+            stack.enter_context(context)
+        stack.enter_context(torch.random.fork_rng())
+        if latents is None:
+            latents = poutine.trace(guide).get_trace(*args, **kwargs)
+        modules = stack.enter_context(called_modules())
+        trace = poutine.trace(poutine.replay(model, trace=latents), param_only=True).get_trace(
+            *args, **kwargs
+        )
+    found = tensors_of(modules)
+    held = {id(value) for value in found.values()}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param" and isinstance(site["value"], Tensor):
+            value: Any = site["value"]
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if leaf.is_leaf and id(leaf) not in held:
+                found[f"param {name!r}"] = leaf
+    return found
