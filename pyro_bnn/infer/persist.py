@@ -54,7 +54,7 @@ def _value_of(kind: str, value: Any, dtype: str, device: torch.device) -> Any:
         return torch.zeros(value, dtype=getattr(torch, dtype), device=device)
     if kind == "value":
         return value
-    items = [(key, _value_of(*rest, device)) for key, *rest in value]
+    items = [(key, _value_of(*rest, device=device)) for key, *rest in value]
     return dict(items) if kind == "dict" else {"list": list, "tuple": tuple}[kind](v for _, v in items)
 
 
@@ -85,7 +85,7 @@ def save_guide(
             "save and load."
         )
     batch = next(iter_batches(data)) if data is not None else _remembered_batch(guide)
-    example = example_of(batch) if data is not None else getattr(guide, EXAMPLE, None)
+    example = getattr(guide, EXAMPLE, None) if data is None else None
     if example is None and batch is not None:
         example = example_of(batch)
     tensors = None

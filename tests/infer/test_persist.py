@@ -218,7 +218,7 @@ def test_arguments_of_any_nesting(tmp_path: Path) -> None:
     other = AutoNormal(nested)
     other(Table(x), y)
     save_guide(other, tmp_path / "other")
-    with pytest.raises(ValueError, match="other does not say what data .*; pass data"):
+    with pytest.raises(ValueError, match=r"other does not say what data .*; pass data"):
         load_guide(AutoNormal(nested), tmp_path / "other")
     load_guide(AutoNormal(nested), tmp_path / "other", (Table(x), y))
 
@@ -392,7 +392,7 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="guide (is damaged|cannot be read)") as caught:
+        with pytest.raises(ValueError, match=r"guide (is damaged|cannot be read)") as caught:
             load_guide(AutoNormal(linear_model), path)
         assert "weights_only" not in "".join(traceback.format_exception(caught.value))
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 48, len(whole) - 1):
@@ -418,7 +418,7 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
         load_guide(guide, path)
     assert "weights_only" not in "".join(traceback.format_exception(caught.value))
     atomic_save({"format": 3}, path)
-    with pytest.raises(ValueError, match="file was written by a later version of pyro_bnn .format 3"):
+    with pytest.raises(ValueError, match=r"file was written by a later version of pyro_bnn .format 3"):
         load_guide(guide, path)
     save_guide(guide, path)
     with pytest.raises(ValueError, match="file is no checkpoint of pyro_bnn"):
