@@ -126,12 +126,12 @@ def set_random_state(state: dict[str, Any], generators: list[torch.Generator]) -
     """
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     kind, keys, pos, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
-    for generator, value in zip(generators, state["generators"], strict=True):
+    for generator, value in zip(generators, state["generators"], strict=False):  # fit says if they differ
         generator.set_state(value)
 
 

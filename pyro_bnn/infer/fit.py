@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for any model, guide and bound."""
 
+import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
 from pyro_bnn.infer.data import Batch, as_batches, check_finite
@@ -23,16 +26,32 @@ from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLos
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture_elbo import default_elbo
+from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
+from pyro_bnn.infer.resume import (
+    check_optimizer,
+    describe,
+    describe_elbo,
+    describe_optimizer,
+    describe_sites,
+    differences,
+    load_callbacks,
+    load_optimizer,
+    names_of,
+    say_differences,
+)
 from pyro_bnn.ops.distributed import (
     all_reduce_mean,
     any_process,
     broadcast,
     rank,
     share_random_state,
+    share_statistics,
     world_size,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
@@ -85,10 +104,12 @@ def fit(
     :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
         :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
     :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
-        the rate.
+        the rate; only terminals and notebooks show it.
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint`, or a path, which is saved every minute. If the file
         exists, the run continues from it, and takes the same steps that the run would have taken without the
-        interruption, bit by bit on one device.
+        interruption, bit by bit on one device. This is logged once. Settings (learning rate, bound, prior, ...) that
+        are not those of the interrupted run are said in a warning and count from then on, except those that a scheduler
+        governs, which continues; another optimiser or scheduler is refused.
     :return: the losses, the number of steps, why the run stopped, and its time.
     :raises NonFiniteLossError: if the loss is NaN or infinite. The message names the step and the site, and
         the parameters are those of the last good state.
@@ -96,7 +117,8 @@ def fit(
         :func:`~pyro_bnn.infer.initialize.initialize_guide`.
 
     In several processes (``torchrun``, :mod:`torch.distributed` initialised) training is data-parallel: gradients are
-    averaged over the processes, each of which passes its own part of the data.
+    averaged over the processes, each of which passes its own part of the data. Running statistics (batch normalisation)
+    are averaged after each step; the variances leave out how the processes' means differ.
 
     The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"`` and saves a checkpoint;
     the second raises. An error in a callback, the model or the loader raises with a note of the step; the parameters are
@@ -156,9 +178,11 @@ class _Run:
         states = random_state(self.generators)
         first = self.batches.first
         set_random_state(states, self.generators)  # looking at the first batch leaves the shuffling as it was
-        with local_parameters():
+        self.first = first
+        with local_parameters(), unchanged_buffers() as called:
             initialize_guide(model, guide, first)
             self.parameters = named_parameters(model, guide, *first)
+        self.networks = named_networks(model, guide, called)
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
         self.tensors = list(self.parameters.values())
@@ -167,7 +191,9 @@ class _Run:
         self.world = world_size()
         if self.world > 1:
             self.check_scale(first)
-            broadcast(self.tensors)
+            buffers = self.buffers().values()
+            broadcast([*self.tensors, *buffers])
+            self.statistics = [b for b in buffers if not isinstance(b, torch.nn.Parameter)]
             share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
@@ -209,14 +235,32 @@ class _Run:
         )
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers of the modules, such as running statistics."""
+        """What else the modules hold: persistent buffers, such as running statistics, and parameters that are not trained."""
         found = {}
-        for prefix, part in (("model", self.model), ("guide", self.guide)):
-            if isinstance(part, torch.nn.Module):
-                for name, value in part.state_dict(keep_vars=True).items():
-                    if isinstance(value, Tensor) and f"{prefix}.{name}" not in self.parameters:
-                        found[f"{prefix}.{name}"] = value
+        trained = {id(p) for p in self.tensors}
+        for prefix, part in self.networks.items():
+            for name, value in part.state_dict(keep_vars=True).items():
+                full = f"{prefix}.{name}"
+                is_own = prefix in ("model", "guide") or id(value) not in trained
+                if isinstance(value, Tensor) and full not in self.parameters and is_own:
+                    found[full] = value
         return found
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, by name and in plain values; random numbers stay where they are."""
+        states = random_state(self.generators)
+        sites = describe_sites(self.model, self.first)
+        set_random_state(states, self.generators)
+        return {
+            **describe_optimizer(self.optimizer, self.scheduler),
+            **describe_elbo(self.elbo),
+            "clip_grad_norm": describe(self.clip_grad_norm),
+            "kl_scale": describe(self.kl_scale),
+            "autocast": describe(self.autocast),
+            "callbacks": ", ".join(map(describe, self.callbacks)),
+            "random generators of the loader": len(self.generators),
+            **sites,
+        }
 
     def save(self) -> None:
         """Writes a checkpoint; of several processes the first one does."""
@@ -235,6 +279,8 @@ class _Run:
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "elbo_step": getattr(self.elbo, "step", None),
             "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
+            "callback_names": names_of(self.callbacks),
+            "settings": self.described,
             "random": random,
             "epoch_random": self.epoch_random if self.shuffled else random,
         }
@@ -242,12 +288,50 @@ class _Run:
 
     def load(self) -> None:
         """Continues from the checkpoint, if there is one."""
-        state = self.checkpoint.load() if self.checkpoint is not None else None
-        if state is None or self.checkpoint is None:
+        if self.checkpoint is None:
             return
-        own = self.parameters | self.buffers()
+        self.described = self.settings()
+        state = self.checkpoint.load()
+        if state is None:
+            return
+        path, own = self.checkpoint.path, self.parameters | self.buffers()
+        self.check_tensors(own, state)
+        check_optimizer(self.optimizer, self.scheduler, state, path)
+        self.guess_nesting()
+        with torch.no_grad():
+            for name, value in state["tensors"].items():
+                own[name].copy_(value)
+        load_optimizer(self.optimizer, state["optimizer"], self.scheduler is None)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if state["elbo_step"] is not None:
+            self.elbo.step = state["elbo_step"]
+        names = state.get("callback_names", names_of(self.callbacks))
+        load_callbacks(self.callbacks, names, state["callbacks"])
+        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
+        self.losses, self.elapsed = state["losses"].tolist(), state["elapsed"]
+        self.snapshot = self.candidate = self.copy_parameters()
+        set_random_state(state["epoch_random"], self.generators)
+        self.resume_random = state["random"]
+        if rank() == 0:
+            logger.warning("fit: resuming from step %d of %s", self.step, path)
+            different = differences(state.get("settings", self.described), self.described)
+            if different:
+                warnings.warn(
+                    say_differences(different, self.scheduler is not None, path), UserWarning, stacklevel=4
+                )
+
+    def check_tensors(self, own: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """A checkpoint holds the tensors of the same model and guide."""
+        assert self.checkpoint is not None
         found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
         expected = {name: tuple(value.shape) for name, value in own.items()}
+        if state["format"] == 1:  # without networks that a function holds
+            expected = {
+                n: s
+                for n, s in expected.items()
+                if n in found or n in self.parameters or n[:5] in ("model", "guide")
+            }
         if found != expected:
             odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
             raise ValueError(
@@ -255,22 +339,18 @@ class _Run:
                 f"{found.get(odd[0])} in the file and {expected.get(odd[0])} here. Choose another path, or pass "
                 "Checkpoint(path, resume=False) to start again."
             )
-        with torch.no_grad():
-            for name, value in state["tensors"].items():
-                own[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if state["elbo_step"] is not None:
-            self.elbo.step = state["elbo_step"]
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-            if saved is not None:
-                callback.load_state_dict(saved)  # type: ignore[attr-defined]
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
-        self.losses, self.elapsed = state["losses"].tolist(), state["elapsed"]
-        self.snapshot = self.candidate = self.copy_parameters()
-        set_random_state(state["epoch_random"], self.generators)
-        self.resume_random = state["random"]
+
+    def guess_nesting(self) -> None:
+        """
+        Lets a bound that looks at the model before its first step do so before the state of the run is loaded, as the
+        interrupted run has done it.
+        """
+        if getattr(self.elbo, "max_plate_nesting", 0) == math.inf and self.buffers():
+            step = getattr(self.elbo, "step", None)
+            with local_parameters(), unchanged_buffers():
+                self.loss(self.first)
+            if step is not None:
+                self.elbo.step = step
 
     # ------------------------------------------------------------------ loop
 
@@ -294,11 +374,12 @@ class _Run:
 
     def run(self, num_epochs: int | None, num_steps: int | None, progress_bar: bool) -> FitResult:
         self.load()
+        del self.first
         start = time.perf_counter() - self.elapsed
         bar = tqdm(
             total=num_steps,
             initial=self.step,
-            disable=not progress_bar or rank() > 0,
+            disable=not (progress_bar and rank() == 0 and _shows_bars()),
             desc="fit",
             unit="step",
             dynamic_ncols=True,
@@ -453,6 +534,8 @@ class _Run:
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
         self.optimizer.step()
+        if self.world > 1:
+            share_statistics(self.statistics)
         if self.scheduler is not None:
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             self.scheduler.step(*((value,) if plateau else ()))
@@ -493,6 +576,11 @@ class _Run:
             if sites[1:]:
                 causes.append(f"so have {sites[1:]}")
         return f"{head}: {'; '.join(causes) or 'no single site shows it'}. {tail}"
+
+
+def _shows_bars() -> bool:
+    """Whether there is a terminal or a notebook; a file would be filled with carriage returns."""
+    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
 
 
 def _finite(value: Any) -> bool:

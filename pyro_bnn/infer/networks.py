@@ -73,6 +73,21 @@ def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     return found
 
 
+def named_networks(model: Any, guide: Any, called: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """
+    Model and guide, where they are modules, and the networks that they call without holding them as parts.
+
+    :param model: a Pyro model.
+    :param guide: its guide.
+    :param called: the modules that run when they run.
+    :return: modules by name: ``"model"``, ``"guide"``, ``"Sequential[0]"``.
+    """
+    found = {n: m for n, m in (("model", model), ("guide", guide)) if isinstance(m, nn.Module)}
+    held = {id(part) for module in found.values() for part in module.modules()}
+    others = outermost([module for module in called if id(module) not in held])
+    return found | {f"{type(module).__name__}[{i}]": module for i, module in enumerate(others)}
+
+
 def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> dict[str, Tensor]:
     """
     The tensors that the predictions of a model depend on beside its latent sites: those of the networks that it calls,

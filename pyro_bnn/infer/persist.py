@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, iter_batches
+from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.files import atomic_save, checked_load
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
 from pyro_bnn.infer.networks import model_tensors
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.predictive import evaluation_mode
 
 #: Attributes of guides that say what their parameters and buffers mean.
 SETTINGS = (
@@ -54,7 +54,7 @@ def _value_of(kind: str, value: Any, dtype: str, device: torch.device) -> Any:
         return torch.zeros(value, dtype=getattr(torch, dtype), device=device)
     if kind == "value":
         return value
-    items = [(key, _value_of(*rest, device=device)) for key, *rest in value]
+    items = [(key, _value_of(of, item, item_dtype, device)) for key, of, item, item_dtype in value]
     return dict(items) if kind == "dict" else {"list": list, "tuple": tuple}[kind](v for _, v in items)
 
 
