@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training loop for any model, guide and bound."""
 
-import logging
 import math
 import sys
 import time
@@ -29,18 +28,7 @@ from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
-from pyro_bnn.infer.resume import (
-    check_optimizer,
-    describe,
-    describe_elbo,
-    describe_optimizer,
-    describe_sites,
-    differences,
-    load_callbacks,
-    load_optimizer,
-    names_of,
-    say_differences,
-)
+from pyro_bnn.infer.resume import describe_run, names_of, resume
 from pyro_bnn.ops.distributed import (
     all_reduce_mean,
     any_process,
@@ -50,8 +38,6 @@ from pyro_bnn.ops.distributed import (
     share_statistics,
     world_size,
 )
-
-logger = logging.getLogger(__name__)
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
@@ -162,6 +148,7 @@ class _Run:
     clip_grad_norm: float | None
     callbacks: list[Callback]
     checkpoint: Checkpoint | None
+    settings: dict[str, Any]
 
     def __init__(
         self, model: Any, guide: Any, data: Any, elbo: Any, kl_scale: Any, autocast: torch.dtype | None
@@ -186,14 +173,13 @@ class _Run:
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
         self.tensors = list(self.parameters.values())
+        self.statistics = [b for b in self.buffers().values() if not isinstance(b, torch.nn.Parameter)]
         self.device = self.tensors[0].device
         self.loss_fn = elbo(model, guide)
         self.world = world_size()
         if self.world > 1:
             self.check_scale(first)
-            buffers = self.buffers().values()
-            broadcast([*self.tensors, *buffers])
-            self.statistics = [b for b in buffers if not isinstance(b, torch.nn.Parameter)]
+            broadcast([*self.tensors, *self.buffers().values()])
             share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
@@ -201,7 +187,7 @@ class _Run:
     def check_scale(self, batch: Batch) -> None:
         """In several processes each sees a part of the data, which only a plate of the full size can tell."""
         args, kwargs = batch
-        with poutine.block(), local_parameters(), torch.no_grad():
+        with poutine.block(), local_parameters(), torch.no_grad(), unchanged_buffers():
             sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
         for name, site in sites.items():
             if site["is_observed"] and site["cond_indep_stack"] and subsample_scale(site) == 1:
@@ -214,7 +200,8 @@ class _Run:
     # ------------------------------------------------------------------ state
 
     def copy_parameters(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.tensors]
+        """Copies of the parameters and the running statistics."""
+        return [t.detach().clone() for t in (*self.tensors, *self.statistics)]
 
     def result(self, stop_reason: str) -> FitResult:
         return FitResult(torch.tensor(self.losses, dtype=torch.float64), self.step, stop_reason, self.elapsed)
@@ -246,22 +233,6 @@ class _Run:
                     found[full] = value
         return found
 
-    def settings(self) -> dict[str, Any]:
-        """What a checkpoint says of the run, by name and in plain values; random numbers stay where they are."""
-        states = random_state(self.generators)
-        sites = describe_sites(self.model, self.first)
-        set_random_state(states, self.generators)
-        return {
-            **describe_optimizer(self.optimizer, self.scheduler),
-            **describe_elbo(self.elbo),
-            "clip_grad_norm": describe(self.clip_grad_norm),
-            "kl_scale": describe(self.kl_scale),
-            "autocast": describe(self.autocast),
-            "callbacks": ", ".join(map(describe, self.callbacks)),
-            "random generators of the loader": len(self.generators),
-            **sites,
-        }
-
     def save(self) -> None:
         """Writes a checkpoint; of several processes the first one does."""
         assert self.checkpoint is not None
@@ -280,77 +251,11 @@ class _Run:
             "elbo_step": getattr(self.elbo, "step", None),
             "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
             "callback_names": names_of(self.callbacks),
-            "settings": self.described,
+            "settings": self.settings,
             "random": random,
             "epoch_random": self.epoch_random if self.shuffled else random,
         }
         self.checkpoint.save(state, self.step)
-
-    def load(self) -> None:
-        """Continues from the checkpoint, if there is one."""
-        if self.checkpoint is None:
-            return
-        self.described = self.settings()
-        state = self.checkpoint.load()
-        if state is None:
-            return
-        path, own = self.checkpoint.path, self.parameters | self.buffers()
-        self.check_tensors(own, state)
-        check_optimizer(self.optimizer, self.scheduler, state, path)
-        self.guess_nesting()
-        with torch.no_grad():
-            for name, value in state["tensors"].items():
-                own[name].copy_(value)
-        load_optimizer(self.optimizer, state["optimizer"], self.scheduler is None)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if state["elbo_step"] is not None:
-            self.elbo.step = state["elbo_step"]
-        names = state.get("callback_names", names_of(self.callbacks))
-        load_callbacks(self.callbacks, names, state["callbacks"])
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
-        self.losses, self.elapsed = state["losses"].tolist(), state["elapsed"]
-        self.snapshot = self.candidate = self.copy_parameters()
-        set_random_state(state["epoch_random"], self.generators)
-        self.resume_random = state["random"]
-        if rank() == 0:
-            logger.warning("fit: resuming from step %d of %s", self.step, path)
-            different = differences(state.get("settings", self.described), self.described)
-            if different:
-                warnings.warn(
-                    say_differences(different, self.scheduler is not None, path), UserWarning, stacklevel=4
-                )
-
-    def check_tensors(self, own: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """A checkpoint holds the tensors of the same model and guide."""
-        assert self.checkpoint is not None
-        found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
-        expected = {name: tuple(value.shape) for name, value in own.items()}
-        if state["format"] == 1:  # without networks that a function holds
-            expected = {
-                n: s
-                for n, s in expected.items()
-                if n in found or n in self.parameters or n[:5] in ("model", "guide")
-            }
-        if found != expected:
-            odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            raise ValueError(
-                f"checkpoint: {self.checkpoint.path} belongs to another model or guide; {odd[0]!r} has shape "
-                f"{found.get(odd[0])} in the file and {expected.get(odd[0])} here. Choose another path, or pass "
-                "Checkpoint(path, resume=False) to start again."
-            )
-
-    def guess_nesting(self) -> None:
-        """
-        Lets a bound that looks at the model before its first step do so before the state of the run is loaded, as the
-        interrupted run has done it.
-        """
-        if getattr(self.elbo, "max_plate_nesting", 0) == math.inf and self.buffers():
-            step = getattr(self.elbo, "step", None)
-            with local_parameters(), unchanged_buffers():
-                self.loss(self.first)
-            if step is not None:
-                self.elbo.step = step
 
     # ------------------------------------------------------------------ loop
 
@@ -373,7 +278,9 @@ class _Run:
             yield batch
 
     def run(self, num_epochs: int | None, num_steps: int | None, progress_bar: bool) -> FitResult:
-        self.load()
+        if self.checkpoint is not None:
+            self.settings = describe_run(self)
+            resume(self)
         del self.first
         start = time.perf_counter() - self.elapsed
         bar = tqdm(
@@ -487,7 +394,7 @@ class _Run:
             )
         state = random_state(self.generators)
         step = getattr(self.elbo, "step", None)
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers():
             low = float(self.loss(batch))
             set_random_state(state, self.generators)
             low_precision, self.autocast = self.autocast, None
@@ -521,7 +428,7 @@ class _Run:
         if not math.isfinite(value):
             reason = self.explain(batch, rng_state, value)
             with torch.no_grad():
-                torch._foreach_copy_(self.tensors, self.snapshot)
+                torch._foreach_copy_([*self.tensors, *self.statistics], self.snapshot)
             raise NonFiniteLossError(reason, self.result(reason)) from cause
         self.snapshot = self.candidate
         for p in self.tensors:  # what zero_grad does, without the records for a profiler

@@ -1,8 +1,11 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a run in a few plain values, and what differs between those of a checkpoint and the present ones."""
+"""Continuing a run from its checkpoint: the settings of both in plain values, what differs, and what is loaded."""
 
+import logging
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +15,14 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_bnn.infer.checkpoint import random_state, set_random_state
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.handlers import base_distribution, sample_sites
 from pyro_bnn.infer.networks import unchanged_buffers
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.ops.distributed import rank
+
+logger = logging.getLogger(__name__)
 
 #: What the scheduler of an interrupted run governs.
 SCHEDULED = ("optimizer", "scheduler")
@@ -239,3 +246,105 @@ def load_callbacks(callbacks: Sequence[Any], names: Sequence[str], states: Seque
             saved = left.pop(index)[1]
             if saved is not None:
                 callback.load_state_dict(saved)
+
+
+# ---------------------------------------------------------------------------- runs of fit
+
+
+def describe_run(run: Any) -> dict[str, Any]:
+    """
+    What a checkpoint says of a run of :func:`~pyro_bnn.infer.fit`; random numbers stay where they are.
+
+    :param run: the run, before its first step.
+    :return: plain values by name.
+    """
+    states = random_state(run.generators)
+    sites = describe_sites(run.model, run.first)
+    set_random_state(states, run.generators)
+    return {
+        **describe_optimizer(run.optimizer, run.scheduler),
+        **describe_elbo(run.elbo),
+        "clip_grad_norm": describe(run.clip_grad_norm),
+        "kl_scale": describe(run.kl_scale),
+        "autocast": describe(run.autocast),
+        "callbacks": ", ".join(map(describe, run.callbacks)),
+        "random generators of the loader": len(run.generators),
+        **sites,
+    }
+
+
+def resume(run: Any) -> None:
+    """
+    Continues a run of :func:`~pyro_bnn.infer.fit` from its checkpoint, if there is one.
+
+    :param run: the run, before its first step.
+    :raises ValueError: if the file is broken, or if it belongs to another model, guide, optimiser or scheduler.
+    """
+    state, path = run.checkpoint.load(), run.checkpoint.path
+    if state is None:
+        return
+    own = run.parameters | run.buffers()
+    check_tensors(own, run.parameters, state, path)
+    check_optimizer(run.optimizer, run.scheduler, state, path)
+    look_ahead(run)
+    with torch.no_grad():
+        for name, value in state["tensors"].items():
+            own[name].copy_(value)
+    load_optimizer(run.optimizer, state["optimizer"], run.scheduler is None)
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"])
+    if state["elbo_step"] is not None:
+        run.elbo.step = state["elbo_step"]
+    load_callbacks(run.callbacks, state.get("callback_names", names_of(run.callbacks)), state["callbacks"])
+    run.step, run.epoch, run.batches_done = state["step"], state["epoch"], state["batches_done"]
+    run.losses, run.elapsed = state["losses"].tolist(), state["elapsed"]
+    run.snapshot = run.candidate = run.copy_parameters()
+    set_random_state(state["epoch_random"], run.generators)
+    run.resume_random = state["random"]
+    if rank() == 0:
+        logger.warning("fit: resuming from step %d of %s", run.step, path)
+        different = differences(state.get("settings", run.settings), run.settings)
+        if different:
+            text = say_differences(different, run.scheduler is not None, path)
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+
+def look_ahead(run: Any) -> None:
+    """
+    Lets a bound that runs the model before its first step do so before the state of the run is loaded, as the interrupted
+    run has done it.
+
+    :param run: the run, before its first step.
+    """
+    if getattr(run.elbo, "max_plate_nesting", 0) == math.inf and run.statistics:
+        step = getattr(run.elbo, "step", None)
+        with local_parameters(), unchanged_buffers():
+            run.loss(run.first)
+        if step is not None:
+            run.elbo.step = step
+
+
+def check_tensors(
+    own: Mapping[str, Tensor], trained: Mapping[str, Tensor], state: Mapping[str, Any], path: os.PathLike[str]
+) -> None:
+    """
+    Checks that a checkpoint holds the tensors of the same model and guide.
+
+    :param own: the present tensors.
+    :param trained: those that are trained.
+    :param state: what the checkpoint holds.
+    :param path: the file.
+    :raises ValueError: naming a tensor in which they differ.
+    """
+    found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
+    expected = {name: tuple(value.shape) for name, value in own.items()}
+    if state["format"] == 1:  # without the networks that functions hold
+        held = (*trained, *found, *(n for n in expected if n.startswith(("model.", "guide."))))
+        expected = {name: shape for name, shape in expected.items() if name in held}
+    if found != expected:
+        odd = min(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        raise ValueError(
+            f"checkpoint: {os.fspath(path)} belongs to another model or guide; {odd!r} has shape {found.get(odd)} in "
+            f"the file and {expected.get(odd)} here. Choose another path, or pass Checkpoint(path, resume=False) to "
+            "start again."
+        )

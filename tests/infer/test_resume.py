@@ -3,6 +3,7 @@
 """What a resumed run says, refuses, and takes from its checkpoint."""
 
 import logging
+import math
 import os
 import random
 import traceback
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import Checkpoint, ConvergenceTest, EarlyStopping, FitState, Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.fit_state import FitResult
+from pyro_bnn.infer.fit_state import FitResult, NonFiniteLossError
 from pyro_bnn.nn import rank1_
 from tests.infer.models import linear_data, linear_model
 
@@ -188,7 +189,7 @@ def test_resuming_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     train(tmp_path / "run")
     assert not caplog.records
     train(tmp_path / "run", num_steps=9)
-    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.fit"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.resume"] == [
         f"fit: resuming from step 5 of {tmp_path / 'run'}"
     ]
     assert caplog.records[0].levelno == logging.WARNING  # shown without any set-up
@@ -370,3 +371,31 @@ def test_progress_bar_is_for_terminals(
     assert shown() == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     assert "fit" in shown()
+
+
+def test_statistics_go_back_to_the_last_good_state() -> None:
+    net, (model, guide), elbo = network("closure")
+    x, y = linear_data(40)
+    quiet(model, guide, (x, y), num_steps=3, elbo=elbo)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    steps: list[int] = []
+    net[1].register_forward_hook(lambda _, inputs, output: output * math.nan if len(steps) > 1 else output)
+    with pytest.raises(NonFiniteLossError):
+        quiet(model, guide, (x, y), num_steps=9, elbo=elbo, callbacks=lambda state: steps.append(state.step))
+    assert len(steps) == 2
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_autocast_is_checked_without_a_trace(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    x, y = linear_data(40)
+
+    def run(stops: list[int], path: Path) -> torch.Tensor:
+        for stop in stops:
+            pyro.set_rng_seed(3)
+            net, (model, guide), elbo = network("closure")
+            quiet(model, guide, (x, y), num_steps=stop, elbo=elbo, autocast=torch.bfloat16, checkpoint=path)
+        return net[0][1].running_mean  # type: ignore[no-any-return,union-attr,index]
+
+    assert torch.equal(run([9], tmp_path / "whole"), run([3, 5, 9], tmp_path / "run"))
