@@ -3,7 +3,6 @@
 """One training loop for any model, guide and bound."""
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,6 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
 from pyro_bnn.infer.data import Batch, as_batches, check_finite
@@ -28,6 +26,7 @@ from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
+from pyro_bnn.infer.progress import shows_bars
 from pyro_bnn.infer.resume import describe_run, names_of, resume
 from pyro_bnn.ops.distributed import (
     all_reduce_mean,
@@ -286,7 +285,7 @@ class _Run:
         bar = tqdm(
             total=num_steps,
             initial=self.step,
-            disable=not (progress_bar and rank() == 0 and _shows_bars()),
+            disable=not (progress_bar and rank() == 0 and shows_bars()),
             desc="fit",
             unit="step",
             dynamic_ncols=True,
@@ -483,11 +482,6 @@ class _Run:
             if sites[1:]:
                 causes.append(f"so have {sites[1:]}")
         return f"{head}: {'; '.join(causes) or 'no single site shows it'}. {tail}"
-
-
-def _shows_bars() -> bool:
-    """Whether there is a terminal or a notebook; a file would be filled with carriage returns."""
-    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
 
 
 def _finite(value: Any) -> bool:
