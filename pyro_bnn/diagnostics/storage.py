@@ -173,7 +173,9 @@ def write_tree(tree: xr.DataTree, path: str | PathLike[str]) -> None:
     :param path: the file, which appears when it is complete.
     :raises OSError: if the disk has no room for the tree, which is whole then, as is a file that was there before.
     """
-    space = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+    folder = Path(os.path.realpath(path)).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    space = shutil.disk_usage(folder).free
     if space < tree.nbytes:
         raise OSError(errno.ENOSPC, f"the tree takes {tree.nbytes} bytes, the disk has {space}", str(path))
     with TreeWriter(path) as writer:

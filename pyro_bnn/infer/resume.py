@@ -115,7 +115,10 @@ def describe_sites(model: Any, batch: Batch) -> dict[str, Any]:
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(0)
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        try:
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        except (NotImplementedError, RuntimeError, ValueError):  # flat priors, whose sites cannot be drawn
+            return {}
     found = {}
     for name, site in sample_sites(trace).items():
         fn = base_distribution(site["fn"])
