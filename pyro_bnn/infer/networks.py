@@ -90,13 +90,14 @@ def named_networks(model: Any, guide: Any, called: Sequence[nn.Module]) -> dict[
 
 def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> dict[str, Tensor]:
     """
-    The tensors that the predictions of a model depend on beside its latent sites: those of the networks that it calls,
-    and those of its :func:`pyro.param` statements.
+    The tensors that predictions depend on beside the guide's own: those of the networks that model and guide call, and
+    those of their :func:`pyro.param` statements.
 
     :param model: a Pyro model.
     :param guide: its guide.
     :param batch: arguments of both, with observations.
-    :param latents: a trace with values of the latent sites; by default the guide draws them.
+    :param latents: a trace with values of the latent sites, for a guide that holds all that it draws from; by default the
+        guide runs too.
     :return: live, unconstrained tensors by name.
     """
     args, kwargs = batch
@@ -104,15 +105,21 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
         for context in (local_parameters(), torch.no_grad(), pyro.validation_enabled(False), poutine.block()):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
+        called = stack.enter_context(called_modules())
+        nodes: dict[str, Any] = {}
         if latents is None:
             latents = poutine.trace(guide).get_trace(*args, **kwargs)
-        modules = stack.enter_context(called_modules())
-        trace = poutine.trace(poutine.replay(model, trace=latents), param_only=True).get_trace(
-            *args, **kwargs
-        )
-    found = tensors_of(modules)
-    held = {id(value) for value in found.values()}
-    for name, site in trace.nodes.items():
+            nodes.update(latents.nodes)
+        replayed = poutine.replay(model, trace=latents)
+        nodes.update(poutine.trace(replayed, param_only=True).get_trace(*args, **kwargs).nodes)
+    own = list(guide.modules()) if isinstance(guide, nn.Module) else []
+    parts = {id(module) for module in own}
+    found = tensors_of([module for module in called if id(module) not in parts])
+    held = {
+        id(value)
+        for value in (*found.values(), *(p for module in own for p in module.parameters(recurse=False)))
+    }
+    for name, site in nodes.items():
         if site["type"] == "param" and isinstance(site["value"], Tensor):
             value: Any = site["value"]
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value

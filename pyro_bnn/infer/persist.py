@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide.guides import AutoCallable
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, iter_batches
@@ -90,7 +91,7 @@ def save_guide(
         example = example_of(batch)
     tensors = None
     if batch is not None:
-        tensors = _tensors(guide, model, batch, None if data is not None else _prototype(guide))
+        tensors = _tensors(guide, model, batch, None if data is not None else _latents(guide))
     elif _model_of(guide, model) is not None:
         raise ValueError(
             "save_guide: the guide does not remember the data that it was initialised on, and the networks of its model "
@@ -146,6 +147,13 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, mo
     saved = checked_load(path, "saved guide", {"guide", "state", "example"})
     _check_class(guide, saved, path)
     batch = _initialized_on(guide, saved, path, data)
+    own = guide.state_dict()
+    lossy = [n for n, v in saved["state"].items() if isinstance(own.get(n), Tensor) and not _keeps(v, own[n])]
+    if lossy:
+        raise ValueError(
+            f"{path} holds {lossy[0]} in {saved['state'][lossy[0]].dtype}, the guide here in {own[lossy[0]].dtype}, which "
+            "would round it. Build model and guide in the precision of the file, e.g. by torch.set_default_dtype."
+        )
     try:
         guide.load_state_dict(saved["state"], strict=True)
     except (RuntimeError, KeyError) as error:
@@ -176,6 +184,12 @@ def _prototype(guide: Any) -> Any:
     """The whole trace that a guide was initialised with, for guides that keep it."""
     trace = getattr(guide, "prototype_trace", None)
     return trace if trace is not None and "args" in trace.nodes.get("_INPUT", {}) else None
+
+
+def _latents(guide: torch.nn.Module) -> Any:
+    """The trace with its latent sites, unless functions among the parts of the guide have parameters of their own."""
+    is_whole = not any(isinstance(part, AutoCallable) for part in guide.modules())
+    return _prototype(guide) if is_whole else None
 
 
 def _remembered_batch(guide: Any) -> Batch | None:
@@ -260,7 +274,14 @@ def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> 
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network
-        getattr(guide, "initialize", guide)(*batch[0], **batch[1])
+        try:
+            getattr(guide, "initialize", guide)(*batch[0], **batch[1])
+        except Exception as error:
+            origin = (
+                "data" if data is not None else f"zeros in the shapes that {path} holds; pass data instead"
+            )
+            error.add_note(f"load_guide initialised the guide of {path} on {origin}.")
+            raise
     return batch
 
 
@@ -268,7 +289,7 @@ def _load_network(
     guide: Any, model: Any, saved: dict[str, Any] | None, path: str, batch: Batch | None
 ) -> None:
     """Copies the tensors of the networks, or compares their digests."""
-    own = _tensors(guide, model, batch, _prototype(guide)) if batch is not None else None
+    own = _tensors(guide, model, batch, _latents(guide)) if batch is not None else None
     if saved is None:
         if own:
             warnings.warn(
@@ -283,7 +304,7 @@ def _load_network(
     odd += [n for n in saved.keys() & own.keys() if not _fits(saved[n], own[n])]
     if odd:
         raise ValueError(
-            f"{path} belongs to another model: of the tensors of its networks, those that differ from this model are "
+            f"{path} belongs to another model: of the tensors of its networks, those that differ from this model in name, shape, precision or digest are "
             f"{_first(sorted(odd))}. Build the model, and load its network, as when the guide was saved."
         )
     with torch.no_grad():
@@ -293,7 +314,14 @@ def _load_network(
 
 
 def _fits(saved: Any, own: Tensor) -> bool:
-    return saved.shape == own.shape if isinstance(saved, Tensor) else saved == digest(own)
+    if not isinstance(saved, Tensor):
+        return saved == digest(own)
+    return saved.shape == own.shape and _keeps(saved, own)
+
+
+def _keeps(saved: Tensor, own: Tensor) -> bool:
+    """Whether a tensor can take the values of another without rounding."""
+    return torch.promote_types(saved.dtype, own.dtype) == own.dtype
 
 
 def _first(names: Any) -> str:

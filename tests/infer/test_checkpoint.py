@@ -51,6 +51,8 @@ def test_killed_at_random_points_and_resumed(tmp_path: Path) -> None:
     while not run_script(tmp_path, "killed", (chance.randrange(60, 160), chance.uniform(0, 0.01))):
         kills += 1
     assert kills >= 2
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["killed.ckpt", "killed.pt", "whole.ckpt", "whole.pt"]  # nothing left of killed writes
     whole, killed = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "killed.pt")
     assert torch.equal(whole["losses"], killed["losses"])
     assert torch.equal(whole["random"], killed["random"])

@@ -317,7 +317,7 @@ def test_network_that_is_kept_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "guide").stat().st_size < 6000
     other_features, other = normal_network(seed=5)
     with pytest.raises(
-        ValueError, match=r"guide belongs to another model.*differ from this model are Seq.*0\].0.bias"
+        ValueError, match=r"guide belongs to another model.*differ from this model .* are Seq.*0\].0.bias"
     ):
         load_guide(AutoNormal(other), tmp_path / "guide")
     other_features.load_state_dict(features.state_dict())
@@ -338,7 +338,7 @@ def test_network_of_another_architecture(tmp_path: Path) -> None:
             pyro.sample("obs", dist.Bernoulli(logits=(features(x) * weight).sum(-1)), obs=y)
 
     with pytest.raises(
-        ValueError, match=r"differ from this model are Linear\[0\].bias, Linear\[0\].weight, Seq"
+        ValueError, match=r"differ from this model .* are Linear\[0\].bias, Linear\[0\].weight, Seq"
     ):
         load_guide(AutoNormal(other), tmp_path / "guide")
 
@@ -377,6 +377,66 @@ def test_settings_that_differ_are_refused(build: Any, other: Any, name: str, tmp
     load_guide(build(linear_model), tmp_path / "guide")
     with pytest.raises(ValueError, match=f"guide holds a .* with {name}"):
         load_guide(other(linear_model), tmp_path / "guide")
+
+
+def test_precision_of_the_file(tmp_path: Path) -> None:
+    _, _, guide = fitted("normal")
+    save_guide(guide, tmp_path / "double")
+    torch.set_default_dtype(torch.float32)
+    _, model = normal_network()
+    with pytest.raises(
+        ValueError, match=r"double holds locs.* in torch.float64, the guide here in torch.float32"
+    ):
+        load_guide(AutoNormal(model), tmp_path / "double", (torch.zeros(40, 3), torch.zeros(40)))
+    with pytest.raises(RuntimeError, match="same dtype") as caught:
+        load_guide(AutoNormal(model), tmp_path / "double")
+    assert "double" in caught.value.__notes__[0]
+    single = AutoNormal(model)
+    fit(model, single, (torch.randn(40, 3), torch.ones(40)), num_steps=2, progress_bar=False)
+    save_guide(single, tmp_path / "single")
+    torch.set_default_dtype(torch.float64)
+    pyro.clear_param_store()
+    loaded = load_guide(
+        AutoNormal(normal_network()[1]), tmp_path / "single", (torch.zeros(40, 3), torch.zeros(40))
+    )
+    assert torch.equal(loaded.median()["head"], single.median()["head"].double())  # widening is exact
+
+
+def parts_of_functions(seed: int) -> tuple[Any, Any]:
+    """A guide with a function that calls an encoder and has a parameter of its own."""
+    torch.manual_seed(seed)
+    encoder = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.BatchNorm1d(1))
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("obs", dist.Normal(slope * z, 0.5), obs=y)
+
+    def local(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        scale = pyro.param("scale", torch.tensor(1.0 + seed), constraint=dist.constraints.positive)
+        with guide.plates["data"]:
+            pyro.sample("z", dist.Normal(encoder(x).squeeze(-1), scale))
+
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["slope"])))
+    guide.append(local)
+    return encoder, guide
+
+
+def test_functions_in_a_guide(tmp_path: Path) -> None:
+    x, y = linear_data(12)
+    encoder, guide = parts_of_functions(0)
+    fit(guide.model, guide, (x, y), num_steps=5, optim=0.1, progress_bar=False)
+    save_guide(guide, tmp_path / "guide")
+    scale = pyro.param("scale").item()
+    pyro.clear_param_store()  # as in a fresh process
+    other, fresh = parts_of_functions(1)
+    load_guide(fresh, tmp_path / "guide")
+    assert pyro.param("scale").item() == scale
+    assert scale != 1.0
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
 
 
 # ---------------------------------------------------------------------------- files
