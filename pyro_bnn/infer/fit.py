@@ -172,7 +172,6 @@ class _Run:
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
         self.tensors = list(self.parameters.values())
-        self.statistics = [b for b in self.buffers().values() if not isinstance(b, torch.nn.Parameter)]
         self.device = self.tensors[0].device
         self.loss_fn = elbo(model, guide)
         self.world = world_size()
@@ -200,7 +199,7 @@ class _Run:
 
     def copy_parameters(self) -> list[Tensor]:
         """Copies of the parameters and the running statistics."""
-        return [t.detach().clone() for t in (*self.tensors, *self.statistics)]
+        return [t.detach().clone() for t in (*self.tensors, *self.statistics())]
 
     def result(self, stop_reason: str) -> FitResult:
         return FitResult(torch.tensor(self.losses, dtype=torch.float64), self.step, stop_reason, self.elapsed)
@@ -231,6 +230,10 @@ class _Run:
                 if isinstance(value, Tensor) and full not in self.parameters and is_own:
                     found[full] = value
         return found
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers alone; a module may have put others in their place since the last step."""
+        return [b for b in self.buffers().values() if not isinstance(b, torch.nn.Parameter)]
 
     def save(self) -> None:
         """Writes a checkpoint; of several processes the first one does."""
@@ -427,7 +430,7 @@ class _Run:
         if not math.isfinite(value):
             reason = self.explain(batch, rng_state, value)
             with torch.no_grad():
-                torch._foreach_copy_([*self.tensors, *self.statistics], self.snapshot)
+                torch._foreach_copy_([*self.tensors, *self.statistics()], self.snapshot)
             raise NonFiniteLossError(reason, self.result(reason)) from cause
         self.snapshot = self.candidate
         for p in self.tensors:  # what zero_grad does, without the records for a profiler
@@ -441,7 +444,7 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
         self.optimizer.step()
         if self.world > 1:
-            share_statistics(self.statistics)
+            share_statistics(self.statistics())
         if self.scheduler is not None:
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             self.scheduler.step(*((value,) if plateau else ()))

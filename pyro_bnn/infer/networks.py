@@ -26,13 +26,16 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
     :return: the list, complete at the end.
     """
     found: list[nn.Module] = []
-    before: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    seen: set[int] = set()
+    before: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def note(module: nn.Module, *_: Any) -> None:
-        if id(module) not in before:
-            buffers = [b for b in module.buffers(recurse=False) if not is_lazy(b)]
-            before[id(module)] = [(buffer, buffer.clone()) for buffer in buffers]
+        if id(module) not in seen:
+            seen.add(id(module))
             found.append(module)
+            for name, buffer in module.named_buffers(recurse=False):
+                if not is_lazy(buffer):
+                    before.append((module, name, buffer, buffer.clone()))
 
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
@@ -40,9 +43,10 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
     finally:
         handle.remove()
         with torch.no_grad():
-            for buffer, value in (pair for pairs in before.values() for pair in pairs):
-                if buffer.shape == value.shape:
-                    buffer.copy_(value)
+            for module, name, buffer, value in before:
+                buffer.copy_(value)
+                if getattr(module, name, None) is not buffer:  # the module has put another in its place
+                    setattr(module, name, buffer)
 
 
 def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -102,7 +106,12 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
     """
     args, kwargs = batch
     with ExitStack() as stack:
-        for context in (local_parameters(), torch.no_grad(), pyro.validation_enabled(False), poutine.block()):
+        for context in (
+            local_parameters(),
+            torch.enable_grad(),
+            pyro.validation_enabled(False),
+            poutine.block(),
+        ):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         called = stack.enter_context(called_modules())

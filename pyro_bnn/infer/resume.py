@@ -319,7 +319,7 @@ def look_ahead(run: Any) -> None:
 
     :param run: the run, before its first step.
     """
-    if getattr(run.elbo, "max_plate_nesting", 0) == math.inf and run.statistics:
+    if getattr(run.elbo, "max_plate_nesting", 0) == math.inf and run.statistics():
         step = getattr(run.elbo, "step", None)
         with local_parameters(), unchanged_buffers():
             run.loss(run.first)

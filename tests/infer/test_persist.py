@@ -325,6 +325,28 @@ def test_network_that_is_kept_elsewhere(tmp_path: Path) -> None:
     assert torch.equal(probabilities(other, loaded), probabilities(model, guide))
 
 
+def test_model_that_takes_derivatives(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        x = x.detach().requires_grad_()
+        slope = torch.autograd.grad(net(x).sum(), x, create_graph=True)[0].squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(slope, scale), obs=y)
+
+    guide = AutoNormal(model)
+    guide(torch.zeros(5, 1), torch.zeros(5))
+    save_guide(guide, tmp_path / "guide")
+    weight = net[0].weight.clone()
+    with torch.no_grad():
+        net[0].weight.zero_()
+    fresh = AutoNormal(model)
+    fresh(torch.zeros(5, 1), torch.zeros(5))
+    load_guide(fresh, tmp_path / "guide")
+    assert torch.equal(net[0].weight, weight)
+
+
 def test_network_of_another_architecture(tmp_path: Path) -> None:
     _, _, guide = fitted("normal")
     save_guide(guide, tmp_path / "guide")

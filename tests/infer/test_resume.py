@@ -261,6 +261,33 @@ def test_batch_statistics_after_two_resumptions(kind: str, tmp_path: Path) -> No
         assert torch.equal(value, resumed[name]), name
 
 
+class Counter(torch.nn.Module):
+    """Puts a new tensor in the place of its buffer in every call."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls = self.calls + 1
+        return x
+
+
+def test_buffers_that_are_replaced(tmp_path: Path) -> None:
+    counter = Counter()
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        linear_model(counter(x), y)
+
+    for steps in (3, 8):
+        quiet(model, AutoNormal(model), linear_data(), num_steps=steps, checkpoint=tmp_path / "run")
+        assert int(counter.calls) == steps
+        counter = Counter()
+
+
 def test_first_look_leaves_the_statistics(tmp_path: Path) -> None:
     """One step of training is one update of the statistics, by hand."""
     x, y = linear_data(40)
