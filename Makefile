@@ -17,7 +17,7 @@ $(VENV)/.installed-tutorials: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-tutorials
-	$(PIP_INSTALL) -e '.[test]' arviz-base arviz-stats
+	$(PIP_INSTALL) -e '.[test]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed-tutorials

@@ -80,7 +80,7 @@ def to_datatree(
     :param float max_memory: see :func:`~pyro_bnn.infer.posterior_predictive`.
     :param attrs: further attributes of the tree.
     :param path: a file for posteriors that do not fit into memory: netCDF (with h5netcdf), or Zarr if the name ends in
-        ``.zarr``. Draws are made, run through the model and appended to the file block by block; only two to four numbers
+        ``.zarr``. It appears under its name when it is complete (attribute ``complete``). Draws are made, run through the model and appended to the file block by block; only two to four numbers
         per draw (``sample_stats``) and the observations are held for all blocks.
     :param int block_size: draws of each chain in a block. By default one block without ``path``, and with it as many as
         ``max_block_memory`` allows. A guide makes its random numbers block by block, so that two exports with the same seed
@@ -91,6 +91,7 @@ def to_datatree(
         close it with ``tree.close()``.
     :raises ValueError: if ``data`` is a loader that shuffles and there are several blocks, if not one draw fits into
         ``max_block_memory``, or if the model observes nothing in ``data``.
+    :raises OSError: if the disk is full; a file that was at ``path`` before is unchanged.
 
     Example::
 
@@ -140,13 +141,13 @@ def to_datatree(
             return attributes(posterior) | {"left_out": exporter.left_out or ""} | dict(attrs or {})
 
         if path is not None:
-            writer = TreeWriter(path)
-            for block in blocks:
-                for name, group in block.items():
+            with TreeWriter(path) as writer:
+                for block in blocks:
+                    for name, group in block.items():
+                        writer.append(name, described(group))
+                for name, group in exporter.rest.items():
                     writer.append(name, described(group))
-            for name, group in exporter.rest.items():
-                writer.append(name, described(group))
-            writer.set_attrs(common())
+                writer.set_attrs(common())
             return writer.open()
         parts = list(blocks)
     groups = {

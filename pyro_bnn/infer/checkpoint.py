@@ -4,7 +4,6 @@
 
 import os
 import random
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Version of the file format.
-FORMAT = 1
+from pyro_bnn.infer.files import atomic_save, checked_load
+
+#: The entries that every checkpoint has.
+KEYS = {"step", "epoch", "losses", "tensors", "optimizer", "random"}
 
 
 class Checkpoint:
@@ -22,8 +23,8 @@ class Checkpoint:
     Where and how often :func:`~pyro_bnn.infer.fit` saves its state.
 
     A file appears under its name only when it is complete, so a process killed while it writes leaves the
-    previous one. It holds tensors, numbers and strings alone and is read with ``weights_only=True``: no code in
-    it is run.
+    previous one. It holds tensors, numbers and strings alone and a digest of them, which is checked; no code in it
+    is run.
 
     :param path: the file.
     :param int every_steps: steps between two checkpoints; by default only the time decides.
@@ -68,11 +69,10 @@ class Checkpoint:
         self.last_time = time.monotonic()
         self.last_step = step
         try:
-            atomic_save({"format": FORMAT, **state}, self.path)
-        except (OSError, RuntimeError) as error:  # torch reports failed writes as RuntimeError
+            atomic_save(state, self.path)
+        except OSError as error:
             warnings.warn(
-                f"The checkpoint {self.path} could not be written ({error}); the one of before is unchanged "
-                "and the run continues.",
+                f"The checkpoint {self.path} could not be written ({error}). The run continues.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -84,36 +84,13 @@ class Checkpoint:
         Reads the checkpoint.
 
         :return: what was saved, or ``None`` if there is no file or ``resume`` is off.
-        :raises ValueError: if the file was written by another version.
+        :raises ValueError: naming the file, if it is damaged, of a later version, or no checkpoint.
         """
         if not (self.resume and self.path.exists()):
             return None
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        if state.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is no checkpoint of this version (format {state.get('format')}).")
+        state = checked_load(self.path, "checkpoint", KEYS)
         self.last_step = state["step"]
         return state
-
-
-def atomic_save(state: Any, path: Path) -> None:
-    """
-    Writes a file completely or not at all.
-
-    :param state: what :func:`torch.save` takes.
-    :param path: the file; its folder is created.
-    :raises OSError: if it cannot be written; a file that was there before is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def random_state(generators: list[torch.Generator]) -> dict[str, Any]:
@@ -149,12 +126,12 @@ def set_random_state(state: dict[str, Any], generators: list[torch.Generator]) -
     """
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     kind, keys, pos, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), pos, has_gauss, cached))  # noqa: NPY002
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
-    for generator, value in zip(generators, state["generators"], strict=True):
+    for generator, value in zip(generators, state["generators"], strict=False):  # fit says if they differ
         generator.set_state(value)
 
 

@@ -23,14 +23,18 @@ from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLos
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture_elbo import default_elbo
+from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
+from pyro_bnn.infer.progress import shows_bars
+from pyro_bnn.infer.resume import describe_run, names_of, resume
 from pyro_bnn.ops.distributed import (
     all_reduce_mean,
     any_process,
     broadcast,
     rank,
     share_random_state,
+    share_statistics,
     world_size,
 )
 
@@ -85,10 +89,12 @@ def fit(
     :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
         :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
     :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
-        the rate.
+        the rate; only terminals and notebooks show it.
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint`, or a path, which is saved every minute. If the file
         exists, the run continues from it, and takes the same steps that the run would have taken without the
-        interruption, bit by bit on one device.
+        interruption, bit by bit on one device. This is logged once. Settings (learning rate, bound, prior, ...) that
+        are not those of the interrupted run are said in a warning and count from then on, except those that a scheduler
+        governs, which continues; another optimiser or scheduler is refused.
     :return: the losses, the number of steps, why the run stopped, and its time.
     :raises NonFiniteLossError: if the loss is NaN or infinite. The message names the step and the site, and
         the parameters are those of the last good state.
@@ -96,7 +102,8 @@ def fit(
         :func:`~pyro_bnn.infer.initialize.initialize_guide`.
 
     In several processes (``torchrun``, :mod:`torch.distributed` initialised) training is data-parallel: gradients are
-    averaged over the processes, each of which passes its own part of the data.
+    averaged over the processes, each of which passes its own part of the data. Running statistics (batch normalisation)
+    are averaged after each step; the variances leave out how the processes' means differ.
 
     The first Ctrl-C ends the run after the current step with ``stop_reason="interrupted"`` and saves a checkpoint;
     the second raises. An error in a callback, the model or the loader raises with a note of the step; the parameters are
@@ -140,6 +147,7 @@ class _Run:
     clip_grad_norm: float | None
     callbacks: list[Callback]
     checkpoint: Checkpoint | None
+    settings: dict[str, Any]
 
     def __init__(
         self, model: Any, guide: Any, data: Any, elbo: Any, kl_scale: Any, autocast: torch.dtype | None
@@ -156,9 +164,11 @@ class _Run:
         states = random_state(self.generators)
         first = self.batches.first
         set_random_state(states, self.generators)  # looking at the first batch leaves the shuffling as it was
-        with local_parameters():
+        self.first = first
+        with local_parameters(), unchanged_buffers() as called:
             initialize_guide(model, guide, first)
             self.parameters = named_parameters(model, guide, *first)
+        self.networks = named_networks(model, guide, called)
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
         self.tensors = list(self.parameters.values())
@@ -167,7 +177,7 @@ class _Run:
         self.world = world_size()
         if self.world > 1:
             self.check_scale(first)
-            broadcast(self.tensors)
+            broadcast([*self.tensors, *self.buffers().values()])
             share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
@@ -175,7 +185,7 @@ class _Run:
     def check_scale(self, batch: Batch) -> None:
         """In several processes each sees a part of the data, which only a plate of the full size can tell."""
         args, kwargs = batch
-        with poutine.block(), local_parameters(), torch.no_grad():
+        with poutine.block(), local_parameters(), torch.no_grad(), unchanged_buffers():
             sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
         for name, site in sites.items():
             if site["is_observed"] and site["cond_indep_stack"] and subsample_scale(site) == 1:
@@ -188,7 +198,8 @@ class _Run:
     # ------------------------------------------------------------------ state
 
     def copy_parameters(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.tensors]
+        """Copies of the parameters and the running statistics."""
+        return [t.detach().clone() for t in (*self.tensors, *self.statistics())]
 
     def result(self, stop_reason: str) -> FitResult:
         return FitResult(torch.tensor(self.losses, dtype=torch.float64), self.step, stop_reason, self.elapsed)
@@ -209,14 +220,20 @@ class _Run:
         )
 
     def buffers(self) -> dict[str, Tensor]:
-        """Persistent buffers of the modules, such as running statistics."""
+        """What else the modules hold: persistent buffers, such as running statistics, and parameters that are not trained."""
         found = {}
-        for prefix, part in (("model", self.model), ("guide", self.guide)):
-            if isinstance(part, torch.nn.Module):
-                for name, value in part.state_dict(keep_vars=True).items():
-                    if isinstance(value, Tensor) and f"{prefix}.{name}" not in self.parameters:
-                        found[f"{prefix}.{name}"] = value
+        trained = {id(p) for p in self.tensors}
+        for prefix, part in self.networks.items():
+            for name, value in part.state_dict(keep_vars=True).items():
+                full = f"{prefix}.{name}"
+                is_own = prefix in ("model", "guide") or id(value) not in trained
+                if isinstance(value, Tensor) and full not in self.parameters and is_own:
+                    found[full] = value
         return found
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers alone; a module may have put others in their place since the last step."""
+        return [b for b in self.buffers().values() if not isinstance(b, torch.nn.Parameter)]
 
     def save(self) -> None:
         """Writes a checkpoint; of several processes the first one does."""
@@ -235,42 +252,12 @@ class _Run:
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "elbo_step": getattr(self.elbo, "step", None),
             "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
+            "callback_names": names_of(self.callbacks),
+            "settings": self.settings,
             "random": random,
             "epoch_random": self.epoch_random if self.shuffled else random,
         }
         self.checkpoint.save(state, self.step)
-
-    def load(self) -> None:
-        """Continues from the checkpoint, if there is one."""
-        state = self.checkpoint.load() if self.checkpoint is not None else None
-        if state is None or self.checkpoint is None:
-            return
-        own = self.parameters | self.buffers()
-        found = {name: tuple(value.shape) for name, value in state["tensors"].items()}
-        expected = {name: tuple(value.shape) for name, value in own.items()}
-        if found != expected:
-            odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-            raise ValueError(
-                f"checkpoint: {self.checkpoint.path} belongs to another model or guide; {odd[0]!r} has shape "
-                f"{found.get(odd[0])} in the file and {expected.get(odd[0])} here. Choose another path, or pass "
-                "Checkpoint(path, resume=False) to start again."
-            )
-        with torch.no_grad():
-            for name, value in state["tensors"].items():
-                own[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if state["elbo_step"] is not None:
-            self.elbo.step = state["elbo_step"]
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-            if saved is not None:
-                callback.load_state_dict(saved)  # type: ignore[attr-defined]
-        self.step, self.epoch, self.batches_done = state["step"], state["epoch"], state["batches_done"]
-        self.losses, self.elapsed = state["losses"].tolist(), state["elapsed"]
-        self.snapshot = self.candidate = self.copy_parameters()
-        set_random_state(state["epoch_random"], self.generators)
-        self.resume_random = state["random"]
 
     # ------------------------------------------------------------------ loop
 
@@ -293,12 +280,15 @@ class _Run:
             yield batch
 
     def run(self, num_epochs: int | None, num_steps: int | None, progress_bar: bool) -> FitResult:
-        self.load()
+        if self.checkpoint is not None:
+            self.settings = describe_run(self)
+            resume(self)
+        del self.first
         start = time.perf_counter() - self.elapsed
         bar = tqdm(
             total=num_steps,
             initial=self.step,
-            disable=not progress_bar or rank() > 0,
+            disable=not (progress_bar and rank() == 0 and shows_bars()),
             desc="fit",
             unit="step",
             dynamic_ncols=True,
@@ -406,7 +396,7 @@ class _Run:
             )
         state = random_state(self.generators)
         step = getattr(self.elbo, "step", None)
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers():
             low = float(self.loss(batch))
             set_random_state(state, self.generators)
             low_precision, self.autocast = self.autocast, None
@@ -440,7 +430,7 @@ class _Run:
         if not math.isfinite(value):
             reason = self.explain(batch, rng_state, value)
             with torch.no_grad():
-                torch._foreach_copy_(self.tensors, self.snapshot)
+                torch._foreach_copy_([*self.tensors, *self.statistics()], self.snapshot)
             raise NonFiniteLossError(reason, self.result(reason)) from cause
         self.snapshot = self.candidate
         for p in self.tensors:  # what zero_grad does, without the records for a profiler
@@ -453,6 +443,8 @@ class _Run:
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
         self.optimizer.step()
+        if self.world > 1:
+            share_statistics(self.statistics())
         if self.scheduler is not None:
             plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             self.scheduler.step(*((value,) if plateau else ()))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult:
     """
     What a run of :func:`fit` leaves behind.
@@ -33,6 +33,13 @@ class FitResult:
     num_steps: int
     stop_reason: str
     wall_time: float
+
+    def __repr__(self) -> str:
+        loss = f"{float(self.losses[-1]):.6g}" if len(self.losses) else "none"
+        return (
+            f"FitResult(num_steps={self.num_steps}, stop_reason={self.stop_reason!r}, last loss={loss}, "
+            f"wall_time={self.wall_time:.3g} s)"
+        )
 
     def plot(
         self, *, smooth: int = 50, color: str = "C0", label: str | None = None, ax: "Axes | None" = None
@@ -94,7 +101,7 @@ class FitState:
     step: int
     epoch: int
     loss: float
-    losses: list[float]
+    losses: list[float] = field(repr=False)
     model: Callable[..., Any]
     guide: Callable[..., Any]
     elbo: Any

@@ -25,16 +25,22 @@ def example_of(batch: Batch) -> dict[str, Any] | None:
     :param batch: ``(args, kwargs)``.
     :return: what :func:`~pyro_bnn.infer.save_guide` stores, or ``None`` if an argument is neither a tensor nor a plain value.
     """
-    described = []
     args, kwargs = batch
-    for key, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor):
-            described.append([key, "tensor", list(value.shape), str(value.dtype).removeprefix("torch.")])
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            described.append([key, "value", value, ""])
-        else:
-            return None
-    return {"arguments": described}
+    described = [_describe_value(key, value) for key, value in [*enumerate(args), *kwargs.items()]]
+    return {"arguments": described} if all(described) else None
+
+
+def _describe_value(key: Any, value: Any) -> list[Any] | None:
+    """``[key, kind, shape or value or items, type]``, or ``None`` for what a file does not hold."""
+    if isinstance(value, Tensor):
+        return [key, "tensor", list(value.shape), str(value.dtype).removeprefix("torch.")]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return [key, "value", value, ""]
+    if type(value) in (list, tuple, dict):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        items = [_describe_value(k, v) for k, v in pairs]
+        return [key, type(value).__name__, items, ""] if all(items) else None
+    return None
 
 
 def is_initialized(guide: Any) -> bool:

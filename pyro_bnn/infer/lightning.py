@@ -78,7 +78,8 @@ class ElboModule(_Module):
 
     def configure_optimizers(self) -> Any:
         """The optimiser and, if there is one, its scheduler."""
-        optimizer = make_optimizer(self.optim, [p for p in self.parameters() if p.requires_grad])
+        # Lightning's mixed precision does not clip the gradients of the fused kernel
+        optimizer = make_optimizer(self.optim, [p for p in self.parameters() if p.requires_grad], fused=False)
         if self.scheduler is None:
             return optimizer
         return {

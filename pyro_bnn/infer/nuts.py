@@ -18,6 +18,7 @@ from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import latent_names, sample_sites
 from pyro_bnn.infer.initialize import check_observations
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.progress import shows_bars
 
 _Nuts: Any = NUTS
 
@@ -202,7 +203,7 @@ def nuts(
     :param int warmup_steps: steps of adaptation per chain.
     :param int num_chains: the number of chains.
     :param bool use_mass_matrix: whether to take the covariance of the guide.
-    :param bool progress_bar: whether to show a bar per chain.
+    :param bool progress_bar: whether to show a bar per chain, in terminals and notebooks.
     :param kwargs: arguments of :class:`~pyro.infer.NUTS`, such as ``target_accept_prob``.
     :return: draws and statistics, which :func:`~pyro_bnn.diagnostics.to_datatree` and
         :func:`~pyro_bnn.infer.posterior_predictive` take.
@@ -250,7 +251,7 @@ def nuts(
                 num_samples=num_samples,
                 warmup_steps=warmup_steps,
                 initial_params=initial,
-                disable_progbar=not progress_bar,
+                disable_progbar=not (progress_bar and shows_bars()),
             )
             mcmc.run(*args, **model_kwargs)
             samples.append({n: v[None] for n, v in mcmc.get_samples().items()})

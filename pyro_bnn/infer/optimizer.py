@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_bnn.infer.handlers import Site
 
 
-def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(optim: Any, params: Sequence[Tensor], *, fused: bool = True) -> torch.optim.Optimizer:
     """
     One torch optimiser over all parameters.
 
@@ -22,6 +22,8 @@ def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimize
         parameters and returns an optimiser (``functools.partial(torch.optim.AdamW, lr=1e-3)``), a
         :class:`pyro.optim.PyroOptim` with fixed arguments, or a :class:`torch.optim.Optimizer`.
     :param params: the parameters.
+    :param bool fused: whether Adam by default or by a learning rate may be the fused kernel, which takes its gradients
+        as they are (a scaler of gradients and clipping under mixed precision refuse it).
     :return: the optimiser.
     :raises ValueError: if an optimiser object leaves parameters out.
 
@@ -34,7 +36,7 @@ def make_optimizer(optim: Any, params: Sequence[Tensor]) -> torch.optim.Optimize
         optim = 5e-3
     if isinstance(optim, (int, float)):
         # the fused kernel is one call for all parameters; it exists for floating-point tensors only
-        fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+        fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
         return torch.optim.Adam(params, lr=float(optim), fused=fused or None)
     if isinstance(optim, torch.optim.Optimizer):
         held = {id(p) for group in optim.param_groups for p in group["params"]}

@@ -106,6 +106,29 @@ def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
         torch._foreach_div_(list(tensors), size)
 
 
+def share_statistics(tensors: Sequence[Tensor]) -> None:
+    """
+    Averages running statistics over all processes, in place and in two messages per type. What all processes agree on
+    stays as it is to the last bit; of integers (counters) those of process 0 count.
+
+    :param tensors: tensors of the same shapes in every process.
+    """
+    if world_size() == 1:
+        return
+    with torch.no_grad():
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            group = [t for t in tensors if t.dtype == dtype]
+            own = torch.cat([t.reshape(-1) for t in group]).to(message_device(group[0].device))
+            flat = own.clone()
+            td.broadcast(flat, 0)
+            if dtype.is_floating_point:
+                deviation = own - flat
+                td.all_reduce(deviation)
+                flat += deviation / world_size()
+            for target, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                target.copy_(part.view_as(target))
+
+
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """
     Copies tensors from process 0 to all others, in place.

@@ -194,9 +194,29 @@ def wrapped(rank: int, world: int) -> dict[str, Tensor]:
     return found
 
 
+def statistics(rank: int, world: int) -> dict[str, Tensor]:
+    """Batch normalisation, a counter and a constant of the network, after a run with a checkpoint."""
+    pyro.set_rng_seed(0)
+    net: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    net.register_buffer("third", torch.tensor(1 / 3 + rank))
+    for parameter in net.parameters():
+        parameter.requires_grad_(False).add_(rank)
+
+    def shifted(x: Tensor, y: Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", 40, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal((net[0](x) * weight).sum(-1) + net(x).squeeze(-1), NOISE), obs=y)
+
+    found = {}
+    fit(shifted, AutoNormal(shifted), training_part(rank, world), num_epochs=3, progress_bar=False)
+    for name, value in net.state_dict().items():
+        found[f"statistics {name}"] = value
+    return found
+
+
 def everything(rank: int, world: int) -> dict[str, Tensor]:
     """All of the above."""
-    parts = (train, curvature, laplace, hessian_free, wrapped)
+    parts = (train, curvature, laplace, hessian_free, wrapped, statistics)
     return {name: value for part in parts for name, value in part(rank, world).items()}
 
 

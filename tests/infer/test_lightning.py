@@ -45,3 +45,30 @@ def test_takes_the_steps_of_fit(tmp_path: Path) -> None:
     fit(net, other, loader, num_epochs=3, optim=0.01, progress_bar=False)
     for name, value in guide.named_parameters():
         assert_close(value.detach(), dict(other.named_parameters())[name].detach(), rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("optim", [None, 0.01])
+def test_mixed_precision_with_clipping(optim: float | None, tmp_path: Path) -> None:
+    from pyro_bnn.infer.lightning import ElboModule
+
+    torch.set_default_dtype(torch.float32)
+    x, y = linear_data(40)
+    net = TextbookNet()
+    guide = AutoDelta(poutine.block(net, hide=[]))
+    loader = DataLoader(TensorDataset(x, y), batch_size=10)
+    module = ElboModule(net, guide, optim=optim).initialize(next(iter(loader)))
+    before = [p.detach().clone() for p in guide.parameters()]
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, loader)
+    assert all(not torch.equal(p, q) for p, q in zip(guide.parameters(), before, strict=True))

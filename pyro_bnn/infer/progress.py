@@ -1,0 +1,17 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Where progress bars are shown."""
+
+import sys
+
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
+
+def shows_bars() -> bool:
+    """
+    Tells whether somebody watches; a file would be filled with carriage returns.
+
+    :return: whether the process writes to a terminal or a notebook.
+    """
+    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
