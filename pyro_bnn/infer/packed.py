@@ -124,17 +124,19 @@ def unwrap(d: td.Distribution) -> tuple[td.Distribution, Tensor | bool, int]:
     :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
         of batch dimensions of the base that ``Independent`` counted as event dimensions.
     """
-    mask: Tensor | bool = True
+    masks: list[tuple[Tensor | bool, int]] = []
     event_dim = 0
     while isinstance(d, (td.Independent, MaskedDistribution)):
         if isinstance(d, td.Independent):
             event_dim += d.reinterpreted_batch_ndims
         else:
-            inner = d._mask
-            if isinstance(inner, Tensor):
-                inner = inner.reshape(inner.shape + (1,) * event_dim)
-            mask = inner if mask is True else inner & mask
+            masks.append((d._mask, event_dim))
         d = d.base_dist
+    mask: Tensor | bool = True
+    for inner, outside in masks:
+        if isinstance(inner, Tensor):  # a mask covers the event dimensions that were declared below it
+            inner = inner.reshape(inner.shape + (1,) * (event_dim - outside))
+        mask = inner if mask is True else inner & mask
     return d, mask, event_dim
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batches
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
+from pyro_bnn.infer.output_covariances import event_covariance, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
@@ -320,41 +320,18 @@ class LinearizedGuide(AutoContinuous):
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior = self.posterior
-        stream = self._stream()
-        covariances: dict[str, list[Tensor]] = {}
-        last: list[SiteOutputs] = []
-        chunks = 0
-        for _, sites in stream.run_batch((args, kwargs)):
-            last, chunks = [examples.site for examples in sites], chunks + 1
-            for examples in sites:
-                site, jac = examples.site, examples.jacobian
-                shape = site.outputs.shape[:-1]
-                with torch.no_grad():
-                    elements = jac.M // site.outputs.shape[-1]
-                    blocks = element_covariance(posterior, jac, elements)
-                if jac.dim >= 0:
-                    rest = shape[: jac.dim] + shape[jac.dim + 1 :]
-                    blocks = blocks.reshape((jac.B,) + rest + blocks.shape[-2:]).movedim(0, jac.dim)
-                else:
-                    blocks = blocks.reshape(shape + blocks.shape[-2:])
-                covariances.setdefault(site.name, []).append(blocks)
-        if chunks != 1 or len(last) != len(self.packed.observed):
+        posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
+        covariances, events, sites = output_covariances(posterior, stream, batch)
+        if len(sites) != len(self.packed.observed):
             # means and distributions of the whole batch, without keeping its activations
             with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
-                last = self.packed.outputs(stream.latent, (args, kwargs))
+                sites = self.packed.outputs(stream.latent, batch)
         result = {}
-        for site in last:
+        for site in sites:
             mean = site.outputs.detach()
-            if site.name in covariances:
-                parts = covariances[site.name]
-                # chunks differ from the whole in the dimension along which the batch was split
-                sizes = zip(parts[0].shape[:-2], mean.shape[:-1], strict=True)
-                dim = next((d for d, (part, whole) in enumerate(sizes) if part != whole), 0)
-                covariance = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-            else:
-                covariance = mean.new_zeros(mean.shape + mean.shape[-1:])
-            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site)
+            covariance = covariances.get(site.name, mean.new_zeros(mean.shape + mean.shape[-1:]))
+            joint = events.get(site.name, partial(event_covariance, posterior, stream, batch, site.name))
+            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint)
         return result
 
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
