@@ -23,7 +23,6 @@ import pyro
 import torch
 import torch.distributions as td
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -39,6 +38,7 @@ from pyro_bnn.infer.handlers import (
     observed_names,
     subsample_scale,
     unscaled_log_prob,
+    unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -114,30 +114,6 @@ class SiteOutputs:
         shape = outputs.shape[:-1]
         d = self.rule.build(self.base, parts) if parts else self.base.expand(shape)
         return td.Independent(d, self.event_dim) if self.event_dim else d
-
-
-def unwrap(d: td.Distribution) -> tuple[td.Distribution, Tensor | bool, int]:
-    """
-    Removes ``Independent`` and mask wrappers.
-
-    :param d: the distribution of a site.
-    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
-        of batch dimensions of the base that ``Independent`` counted as event dimensions.
-    """
-    masks: list[tuple[Tensor | bool, int]] = []
-    event_dim = 0
-    while isinstance(d, (td.Independent, MaskedDistribution)):
-        if isinstance(d, td.Independent):
-            event_dim += d.reinterpreted_batch_ndims
-        else:
-            masks.append((d._mask, event_dim))
-        d = d.base_dist
-    mask: Tensor | bool = True
-    for inner, outside in masks:
-        if isinstance(inner, Tensor):  # a mask covers the event dimensions that were declared below it
-            inner = inner.reshape(inner.shape + (1,) * (event_dim - outside))
-        mask = inner if mask is True else inner & mask
-    return d, mask, event_dim
 
 
 def depends_on(value: Tensor, latent: Tensor) -> bool:
