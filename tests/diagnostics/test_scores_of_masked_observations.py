@@ -163,7 +163,7 @@ def test_masks_of_models(form: str) -> None:
 @pytest.mark.parametrize("form", [f for f in FORMS if f != "obs_mask"])
 def test_masks_under_linearised_guides(form: str) -> None:
     """The model is linear, so that the linearised predictive is that of plain algebra."""
-    model, site, data, whole, y = case(form)
+    model, _, data, whole, y = case(form)
     guide = AutoLaplace(model).initialize(*data).polish(data).laplace_approximation(data)
     found = posterior_predictive(model, guide, data, num_samples=30)
     right = expected(found.draws["w"], form, whole, y)

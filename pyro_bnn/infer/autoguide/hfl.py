@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_bnn.distributions.factor_normal import FactorNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, check_option
+from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.infer.hfl.api import Method, solve
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
@@ -226,16 +226,28 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         """The diagonal of Λ: that of the GGN, or the mean curvature of the dimensions without targets."""
         accumulator = CurvatureAccumulator(self.packed, self.loc, "ggn", chunk_size=self.chunk_size)
         if self.remainder == "diagonal":
-            return accumulator.diagonal(data) + proximal
+            diagonal = accumulator.diagonal(data) + proximal
+            self._require_curvature(int((diagonal <= 0).sum()), float(diagonal.min()))
+            return diagonal
         assert self.basis is not None
+        r, p = self.basis.shape
+        if r == p:  # nothing remains
+            return torch.ones_like(self.loc).detach()
         generator = torch.Generator(device=self.loc.device).manual_seed(0)
-        probes = torch.randn(
-            32, self.loc.shape[0], dtype=self.loc.dtype, device=self.loc.device, generator=generator
-        )
-        free = probes - probes @ self.basis.mT @ self.basis
-        mean = (free * accumulator.operator(data)(free)).sum() / free.square().sum().clamp(min=1e-30)
+        probes = torch.randn(32, p, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+        for _ in range(2):  # twice is enough where few dimensions remain
+            probes = probes - probes @ self.basis.mT @ self.basis
+        mean = float((probes * accumulator.operator(data)(probes)).sum() / probes.square().sum()) + proximal
+        self._require_curvature(0 if mean > 0 else p - r, mean)
         # the mean curvature minimises KL(q || Laplace) over isotropic remainders
-        return (mean.clamp(min=1e-30) + proximal).expand(self.loc.shape[0]).clone()
+        return torch.full_like(self.loc, mean).detach()
+
+    def _require_curvature(self, number: int, value: float) -> None:
+        if number:
+            raise NotAMinimumError(
+                f"remainder={self.remainder!r}: {number} dimensions have a curvature of {value:.3g}, so that no proper Gaussian "
+                "describes them without targets: give their latents a proper prior, or leave remainder out."
+            )
 
     def _make_posterior(self) -> dist.TorchDistribution | None:
         if self.factor is None:

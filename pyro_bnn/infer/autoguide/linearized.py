@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
 from pyro_bnn.infer.output_covariances import event_covariance, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
+from pyro_bnn.infer.warn import warn_user
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
@@ -33,6 +33,10 @@ DENSE_LIMIT = 1000
 
 class UnconvergedMAPWarning(UserWarning):
     """The gradient at the point estimate is large in units of posterior standard deviations."""
+
+
+class PointEstimateWarning(UserWarning):
+    """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
 
 
 @dataclass
@@ -198,12 +202,25 @@ class LinearizedGuide(AutoContinuous):
         """
         :param sample_shape: leading shape of the draws.
         :param generator: source of random numbers; torch's default if ``None``.
-        :return: by site name, draws of shape ``sample_shape + site_shape``.
+        :return: by site name, draws of shape ``sample_shape + site_shape``; before ``laplace_approximation`` all the same, with
+            a :class:`PointEstimateWarning`, once.
         """
         shape = torch.Size(sample_shape)
         if not self.is_fitted:
+            self._warn_point_estimate()
             return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
         return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
+
+    def _warn_point_estimate(self) -> None:
+        if self.__dict__.get("_said_so"):
+            return
+        self.__dict__["_said_so"] = True
+        warn_user(
+            f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance of "
+            "predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate on purpose "
+            "pass its draw, {name: value[None] for name, value in guide.median().items()}.",
+            PointEstimateWarning,
+        )
 
     def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         posterior: Any = self.posterior
@@ -297,12 +314,11 @@ class LinearizedGuide(AutoContinuous):
         report = self.map_report
         assert report is not None
         if not report.newton_decrement <= limit:
-            warnings.warn(
+            warn_user(
                 f"the point estimate is {report.newton_decrement:.3g} posterior standard deviations away from the "
                 f"minimum (Newton decrement; gradient norm {report.gradient_norm:.3g}). The approximation describes "
                 "the point it is at: train longer or call guide.polish(data) first.",
                 UnconvergedMAPWarning,
-                stacklevel=3,
             )
 
     # ------------------------------------------------------------------ predictions
