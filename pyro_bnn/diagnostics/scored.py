@@ -31,12 +31,12 @@ def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
     if isinstance(source, PosteriorPredictive):
         return source[_choose(list(source), site)]
     present = source.children if hasattr(source, "children") else source.groups()
-    wanted = ("posterior_predictive", "log_likelihood", "observed_data")
+    wanted = ("posterior_predictive", "log_likelihood", "observed_data", "constant_data")
     groups = {name: source[name] for name in wanted if name in present}
-    names = sorted({str(v) for group in groups.values() for v in group.data_vars})
+    names = sorted({str(v) for n, group in groups.items() if n != "constant_data" for v in group.data_vars})
     name = _choose(names, site)
 
-    def read(group: str) -> Tensor | None:
+    def read(group: str, name: str = name) -> Tensor | None:
         if group not in groups or name not in groups[group].data_vars:
             return None
         variable = groups[group][name]
@@ -46,7 +46,21 @@ def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
     samples = read("posterior_predictive")
     labels = samples is not None and not samples.is_floating_point()
     kind = "classes" if labels else "numeric"
-    return SitePrediction(samples, None, None, read("observed_data"), read("log_likelihood"), (), kind)
+    mask, log_likelihood = read("constant_data", f"{name}_mask"), read("log_likelihood")
+    if mask is not None and log_likelihood is not None:
+        log_likelihood = _with_masked(log_likelihood, mask)
+    return SitePrediction(samples, None, None, read("observed_data"), log_likelihood, (), kind, mask)
+
+
+def _with_masked(log_likelihood: Tensor, mask: Tensor) -> Tensor:
+    """The densities of a tree, which holds those of the observations that count, ``(S, n)``, at their places."""
+    if log_likelihood.shape[1:] == mask.shape[: log_likelihood.dim() - 1]:
+        return log_likelihood
+    while mask.dim() > 1 and int(mask.sum()) != log_likelihood.shape[-1]:
+        mask = mask.any(-1)
+    whole = log_likelihood.new_zeros(log_likelihood.shape[:1] + mask.shape)
+    whole[:, mask] = log_likelihood
+    return whole
 
 
 def _choose(names: list[str], site: str | None) -> str:
