@@ -263,7 +263,9 @@ def test_validation_density_of_masked_labels():
 def test_masks_inside_and_outside_of_events(inside):
     """As many observations as elements, so that a mask of one would fit the other."""
     x, y = torch.randn(3, 4), torch.randn(3, 3)
-    mask = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 1]]).bool() if inside else torch.tensor([1, 0, 1]).bool()
+    mask = (
+        torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 1]]).bool() if inside else torch.tensor([1, 0, 1]).bool()
+    )
 
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))

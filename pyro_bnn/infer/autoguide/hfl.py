@@ -235,10 +235,15 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             return torch.ones_like(self.loc).detach()
         generator = torch.Generator(device=self.loc.device).manual_seed(0)
         probes = torch.randn(32, p, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+        free = probes
         for _ in range(2):  # twice is enough where few dimensions remain
-            probes = probes - probes @ self.basis.mT @ self.basis
-        mean = float((probes * accumulator.operator(data)(probes)).sum() / probes.square().sum()) + proximal
-        self._require_curvature(0 if mean > 0 else p - r, mean)
+            free = free - free @ self.basis.mT @ self.basis
+        both = torch.stack([probes, free])
+        products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape)
+        whole, mean = ((both * products).sum((1, 2)) / both.square().sum((1, 2))).tolist()
+        noise = 1e2 * torch.finfo(self.loc.dtype).eps * whole
+        mean += proximal
+        self._require_curvature(0 if mean > noise else p - r, mean)
         # the mean curvature minimises KL(q || Laplace) over isotropic remainders
         return torch.full_like(self.loc, mean).detach()
 
