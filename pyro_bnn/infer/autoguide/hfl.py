@@ -15,10 +15,12 @@ from pyro_bnn.distributions.factor_normal import FactorNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
 from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.infer.hfl.api import Method, solve
+from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.solver import Preconditioner
+from pyro_bnn.infer.options import require_number
 
 Remainder = Literal["isotropic", "diagonal"]
 
@@ -96,6 +98,10 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         check_option("curvature", curvature, Curvature)
         if remainder is not None:
             check_option("remainder", remainder, Remainder)
+        check_accuracy(epsilon, tolerance)
+        check_sizes(chunk_size=chunk_size)
+        if proximal != "auto":
+            require_number("proximal", proximal, least=0)
         super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size)
         self.method = method
         self.curvature = curvature

@@ -20,10 +20,10 @@ from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batch
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
+from pyro_bnn.infer.notice import warn_user
 from pyro_bnn.infer.output_covariances import event_covariance, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
-from pyro_bnn.infer.warn import warn_user
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
 
