@@ -122,6 +122,8 @@ def fit(
     require_count(*("num_epochs", num_epochs) if num_steps is None else ("num_steps", num_steps))
     if clip_grad_norm is not None:  # a negative norm turns gradients round
         require_number("clip_grad_norm", clip_grad_norm, above=0)
+    if kl_scale is not None and not callable(kl_scale):
+        require_number("kl_scale", kl_scale, least=0)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     run = _Run(model, guide, data, default_elbo(guide) if elbo is None else elbo, kl_scale, autocast)
@@ -389,6 +391,7 @@ class _Run:
         with ExitStack() as stack:
             if self.kl_scale is not None:
                 scale = self.kl_scale(self.step) if callable(self.kl_scale) else self.kl_scale
+                require_number(f"kl_scale at step {self.step}", scale, least=0)
                 stack.enter_context(ScaleLatents(scale))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))

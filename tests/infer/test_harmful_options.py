@@ -70,7 +70,7 @@ def test_sizes_of_hessian_free_laplace(name, value, fitted):
 )
 def test_training(options, message):
     model, x, y = linear_regression()
-    for guide in (AutoMixture(model, 2), AutoNormal(model)):
+    for guide in (AutoMixture(model, 1), AutoNormal(model)):
         with pytest.raises(ValueError, match=message):
             fit(model, guide, (x, y), progress_bar=False, **options)
 
