@@ -44,6 +44,7 @@ def prediction_draws(
     :param int batch_size: splits one batch of tensors into pieces of this many rows.
     :param vectorize: see :func:`~pyro_bnn.infer.posterior_predictive`.
     :return: by observed site, the means (class probabilities for labels).
+    :raises ValueError: if no observed site has a mean.
 
     Example::
 
@@ -72,6 +73,11 @@ def prediction_draws(
             value = site.mean.cpu().numpy()
             dims = [*site.dims, f"{name}_class"][: value.ndim - 1]
             variables[name] = (["chain", "draw", *dims], value.reshape(*shape, *value.shape[1:]))
+    if not variables:
+        raise ValueError(
+            f"prediction_draws: the distributions of the observed sites {list(found)} have no mean. Export a function of the "
+            "latents with pyro.deterministic in its place."
+        )
     return xr.Dataset(variables, coords={"chain": np.arange(shape[0]), "draw": np.arange(shape[1])})
 
 

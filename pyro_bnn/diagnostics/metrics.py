@@ -372,7 +372,9 @@ def evaluate(
     scores = {"nll": nll(found)} if found.log_likelihood is not None else {}
     if found.kind != "numeric":
         return scores | {"accuracy": accuracy(found), "brier": brier(found), "ece": ece(found)}
-    scores |= {"rmse": rmse(found), "crps": crps(found)}
+    if found.mean is None or bool(found.mean.isfinite().any()):  # a Cauchy distribution has no mean
+        scores["rmse"] = rmse(found)
+    scores["crps"] = crps(found)
     for level in levels:
         scores[f"coverage_{level * 100:g}"] = interval_coverage(found, level=level)
         scores[f"width_{level * 100:g}"] = interval_width(found, level)
