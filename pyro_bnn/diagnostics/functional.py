@@ -69,7 +69,7 @@ def prediction_draws(
     found = posterior_predictive(model, source, data, draws=draws, batch_size=batch_size, vectorize=vectorize)
     variables = {}
     for name, site in found.items():
-        if site.mean is not None:
+        if site.mean is not None and bool(site.mean.isfinite().any()):  # a Cauchy distribution has none
             value = site.mean.cpu().numpy()
             dims = [*site.dims, f"{name}_class"][: value.ndim - 1]
             variables[name] = (["chain", "draw", *dims], value.reshape(*shape, *value.shape[1:]))

@@ -4,10 +4,13 @@
 
 from collections.abc import Callable
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_bnn.diagnostics import metrics, quality
+from pyro_bnn.diagnostics import metrics, prediction_draws, quality
+from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.predictive import SitePrediction
 
 NUMERIC: dict[str, Callable[..., object]] = {
@@ -157,3 +160,25 @@ def test_predictions_are_checked_like_arrays() -> None:
     for score in (metrics.rmse, metrics.crps, metrics.pit, metrics.evaluate, metrics.interval_coverage):
         with pytest.raises(ValueError, match=r"observed has shape \(5, 1\)"):
             score(prediction)
+
+
+def test_distributions_without_a_mean() -> None:
+    def model(y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("obs", dist.Cauchy(w, 1.0), obs=y)
+
+    draws = {"w": torch.randn(6)}
+    prediction = posterior_predictive(model, draws, torch.zeros(5))
+    assert set(metrics.evaluate(prediction)) == {
+        "nll",
+        "crps",
+        "coverage_50",
+        "coverage_90",
+        "width_50",
+        "width_90",
+    }
+    with pytest.raises(ValueError, match=r"mean .*not finite"):
+        metrics.rmse(prediction)
+    with pytest.raises(ValueError, match="have no mean"):
+        prediction_draws(model, draws, torch.zeros(5))
