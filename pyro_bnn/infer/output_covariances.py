@@ -22,45 +22,52 @@ JOINT_LIMIT = 64
 
 
 @dataclass
-class _SiteCovariances:
-    """Covariances of one site, chunk by chunk, and the dimension along which chunks follow each other."""
+class SiteCovariances:
+    """
+    Covariances of one site, chunk by chunk.
+
+    :ivar elements: of the parameters of each element, shape ``shape + (C, C)``.
+    :ivar events: of those of each observation of E elements, shape ``batch_shape + (E C, E C)``; empty where there are no
+        event dimensions, where they were not wanted, or where the model's examples are no observations.
+    """
 
     elements: list[Tensor] = field(default_factory=list)
     events: list[Tensor] = field(default_factory=list)
-    dim: int = 0
+
+
+def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """
+    :param parts: covariances of chunks.
+    :param shape: what their leading dimensions are in the whole batch.
+    :return: the whole.
+    """
+    # chunks are smaller than the whole in the dimension along which the batch was split, and there only; sites without that
+    # dimension are the same in all of them
+    dims = [d for d, size in enumerate(shape) if parts[0].shape[d] != size]
+    return torch.cat(parts, *dims) if dims else parts[0]
 
 
 def output_covariances(
     posterior: Any, stream: ExampleStream, batch: Batch, *, joint: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[SiteOutputs]]:
+) -> tuple[dict[str, SiteCovariances], list[SiteOutputs]]:
     """
     :param posterior: a Gaussian over the packed vector.
     :param stream: runs the model.
     :param batch: arguments of the model.
     :param joint: whether covariances of whole observations are wanted, however large.
-    :return: by site, covariances of elements, shape ``shape + (C, C)``; by site, covariances of observations with E
-        elements, shape ``batch_shape + (E C, E C)``, where there are event dimensions and the model's examples are
-        observations; and the outputs, if the batch ran in one piece.
+    :return: covariances by site; and the outputs, if the batch ran in one piece.
     """
-    found: dict[str, _SiteCovariances] = {}
+    found: dict[str, SiteCovariances] = {}
     outputs: list[list[SiteOutputs]] = []
     for _, sites in stream.run_batch(batch):
         outputs.append([examples.site for examples in sites])
         for examples in sites:
-            mine = found.setdefault(examples.site.name, _SiteCovariances())
-            mine.dim = max(mine.dim, examples.jacobian.dim)
             with torch.no_grad():
-                _add(mine, posterior, examples, joint)
-    elements = {name: _cat(site.elements, site.dim) for name, site in found.items()}
-    events = {name: _cat(site.events, site.dim) for name, site in found.items() if site.events}
-    return elements, events, outputs[0] if len(outputs) == 1 else []
+                _add(found.setdefault(examples.site.name, SiteCovariances()), posterior, examples, joint)
+    return found, outputs[0] if len(outputs) == 1 else []
 
 
-def _cat(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _add(mine: _SiteCovariances, posterior: Any, examples: SiteExamples, joint: bool) -> None:
+def _add(mine: SiteCovariances, posterior: Any, examples: SiteExamples, joint: bool) -> None:
     site, jac = examples.site, examples.jacobian
     shape, C = site.outputs.shape[:-1], site.outputs.shape[-1]
     batch = len(shape) - site.event_dim
@@ -86,7 +93,9 @@ def _placed(blocks: Tensor, size: int, dim: int, shape: torch.Size) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def event_covariance(posterior: Any, stream: ExampleStream, batch: Batch, name: str) -> Tensor:
+def event_covariance(
+    posterior: Any, stream: ExampleStream, batch: Batch, name: str, shape: torch.Size
+) -> Tensor:
     """
     The covariance of all parameters of each observation of one site.
 
@@ -94,14 +103,14 @@ def event_covariance(posterior: Any, stream: ExampleStream, batch: Batch, name: 
     :param stream: runs the model.
     :param batch: arguments of the model.
     :param name: the site.
+    :param shape: its batch shape.
     :return: shape ``batch_shape + (E C, E C)``.
     """
-    _, events, _ = output_covariances(posterior, stream, batch, joint=True)
-    if name in events:
-        return events[name]
+    found, _ = output_covariances(posterior, stream, batch, joint=True)
+    if found[name].events:
+        return joined(found[name].events, shape)
     # the model treats the elements of an observation as examples: rows of the Jacobian, one observation at a time
     site = next(s for s in stream.model.outputs(stream.latent, batch) if s.name == name)
-    shape = site.outputs.shape[: site.outputs.dim() - 1 - site.event_dim]
     groups = site.outputs.reshape(shape.numel(), -1)
     blocks = [
         posterior.quadratic_form(wide(jacobian(group, stream.latent, chunk_size=256))).detach()

@@ -5,6 +5,8 @@ The elements of one observation (``to_event``) share the latents: their predicti
 algebra, and quadrature.
 """
 
+from contextlib import ExitStack
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -278,3 +280,32 @@ def test_masks_inside_and_outside_of_events(inside):
     for curvature in ("ggn", "hessian"):
         guide = fitted(model, x, y, curvature=curvature)
         assert_close(guide.posterior.covariance_matrix, torch.linalg.inv(expected), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("plates", [("data",), ("sensor", "data"), ("data", "sensor")])
+@pytest.mark.parametrize("n", [5, 150])
+def test_plates_and_chunks(plates, n):
+    """Blocks of observations in their places, also where the data are cut into chunks, against the dense covariance."""
+    x = torch.randn(n, 4)
+    shape = torch.Size({"data": n, "sensor": 2}[name] for name in plates)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        f = features(torch.tanh(x), 3) @ w.exp()
+        with ExitStack() as stack:
+            for name, size in zip(plates, shape, strict=True):
+                size = len(x) if name == "data" else size
+                stack.enter_context(pyro.plate(name, size, dim=plates.index(name) - len(plates)))
+            if len(plates) == 2:
+                f = torch.stack([f, -2 * f + 1], 1 - plates.index("data"))
+            return pyro.sample("obs", dist.Normal(f, NOISE).to_event(1), obs=y)
+
+    few = x[:5], torch.randn((*(min(size, 5) for size in shape), 3))
+    guide = AutoLaplace(model, curvature="ggn").initialize(*few)
+    guide.laplace_approximation(few, map_tolerance=float("inf"))
+    found = guide.predictive(x)["obs"]
+    size = 3 * shape.numel()
+    dense = guide.joint_covariance(x)["obs"].reshape(size, size)
+    rows = torch.arange(size).reshape(-1, 3)
+    expected = dense[rows[:, :, None], rows[:, None]].reshape((*shape, 3, 3)) + NOISE**2 * torch.eye(3)
+    assert_close(found.covariance_matrix, expected, rtol=1e-7, atol=1e-10)

@@ -21,7 +21,7 @@ from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
 from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.output_covariances import event_covariance, output_covariances
+from pyro_bnn.infer.output_covariances import SiteCovariances, event_covariance, joined, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
@@ -337,7 +337,7 @@ class LinearizedGuide(AutoContinuous):
         Source: Khan et al. (2019), Immer et al. (2021).
         """
         posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
-        covariances, events, sites = output_covariances(posterior, stream, batch)
+        found, sites = output_covariances(posterior, stream, batch)
         if len(sites) != len(self.packed.observed):
             # means and distributions of the whole batch, without keeping its activations
             with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
@@ -345,8 +345,12 @@ class LinearizedGuide(AutoContinuous):
         result = {}
         for site in sites:
             mean = site.outputs.detach()
-            covariance = covariances.get(site.name, mean.new_zeros(mean.shape + mean.shape[-1:]))
-            joint = events.get(site.name, partial(event_covariance, posterior, stream, batch, site.name))
+            mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
+            parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
+            covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
+            if mine.events:
+                joint = joined(mine.events, shape)
             result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint)
         return result
 
