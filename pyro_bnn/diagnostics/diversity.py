@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
@@ -97,11 +98,11 @@ def diversity(
     :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoMixture`, an
         :class:`~pyro.infer.autoguide.AutoGuideList` with one, or a
         :class:`~pyro_bnn.infer.autoguide.LaplaceMixture`.
-    :param data: one batch or an iterable of batches, with observations.
+    :param data: one batch or an iterable of batches, with observations; masked ones do not count.
     :param int num_samples: draws per component, over which the predictions of a component are averaged.
     :param str site: the observed site, if there are several.
     :return: a report that prints itself.
-    :raises ValueError: if the model has no such observed site, or the guide no components.
+    :raises ValueError: if the model has no such observed site, the guide no components, or a density is NaN.
 
     Example::
 
@@ -124,9 +125,9 @@ def diversity(
     draws = _draws_by_component(guide, mixture, num_samples)
     prediction = posterior_predictive(model, {n: v.flatten(0, 1) for n, v in draws.items()}, data)
     name = _observed(prediction, site)
-    found = prediction[name]
-    assert found.log_likelihood is not None
-    log_prob = found.log_likelihood.unflatten(0, (K, num_samples)).flatten(2)
+    found = _observed_part(prediction[name])
+    log_prob = need(found.log_likelihood, "log_likelihood").unflatten(0, (K, num_samples)).flatten(2)
+    check_numbers(log_prob, "log_likelihood", infinite=True)
     log_prob = log_prob.logsumexp(1) - math.log(num_samples)
     own = isinstance(mixture, AutoMixture)
     return DiversityReport(
@@ -173,6 +174,21 @@ def _observed(prediction: PosteriorPredictive, site: str | None) -> str:
     )
 
 
+def _observed_part(found: SitePrediction) -> SitePrediction:
+    """A prediction without its masked entries, whose dimensions are flattened if there are any."""
+
+    def keep(value: Tensor | None) -> Tensor | None:
+        return None if value is None else observed_only(value, found.mask, 1)
+
+    return replace(
+        found,
+        samples=None,
+        mean=keep(found.mean),
+        variance=keep(found.variance),
+        log_likelihood=keep(found.log_likelihood),
+    )
+
+
 def _members(value: Tensor, K: int, keep: int = 0) -> Tensor:
     """The mean of each component over its draws, shape (K, everything else but the last ``keep`` dimensions, ...)."""
     mean = value.unflatten(0, (K, -1)).mean(1)
@@ -195,7 +211,8 @@ def _predictive_kl(found: SitePrediction, K: int, num_observations: int) -> Tens
     make: Callable[..., Any] = {"classes": Categorical, "binary": Bernoulli}.get(found.kind, Normal)
     parameters = [_members(mean, K, keep=int(found.kind == "classes"))]
     if found.kind == "numeric":
-        scale = (_members(variance + mean.square(), K) - parameters[0].square()).sqrt()
+        between = mean.unflatten(0, (K, -1)).var(1, correction=0).reshape(K, -1)
+        scale = (_members(variance, K) + between).sqrt()
         if not (scale.isfinite() & (scale > 0)).all():
             return None
         parameters.append(scale)

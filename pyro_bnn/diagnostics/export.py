@@ -391,9 +391,10 @@ class Exporter:
         for name, value in found.log_likelihood.items():
             dims = self.site_dims[name]
             if name in found.masks:  # what does not count has no likelihood
-                kept = found.masks[name].flatten()
-                value, dims = value.flatten(1)[:, kept], (f"{name}_kept",)
-                self.coords.setdefault(dims[0], kept.nonzero().squeeze(-1).numpy())
+                kept = found.masks[name].reshape(value.shape[1:] + (-1,)).any(-1).flatten()
+                if not kept.all():
+                    value, dims = value.flatten(1)[:, kept], (f"{name}_kept",)
+                    self.coords.setdefault(dims[0], kept.nonzero().squeeze(-1).numpy())
             likelihoods[name] = self.chained(value), dims
         groups = {
             "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in found.log_prior.items()}),

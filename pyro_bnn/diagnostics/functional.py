@@ -44,6 +44,7 @@ def prediction_draws(
     :param int batch_size: splits one batch of tensors into pieces of this many rows.
     :param vectorize: see :func:`~pyro_bnn.infer.posterior_predictive`.
     :return: by observed site, the means (class probabilities for labels).
+    :raises ValueError: if no observed site has a mean.
 
     Example::
 
@@ -68,10 +69,15 @@ def prediction_draws(
     found = posterior_predictive(model, source, data, draws=draws, batch_size=batch_size, vectorize=vectorize)
     variables = {}
     for name, site in found.items():
-        if site.mean is not None:
+        if site.mean is not None and bool(site.mean.isfinite().any()):  # a Cauchy distribution has none
             value = site.mean.cpu().numpy()
             dims = [*site.dims, f"{name}_class"][: value.ndim - 1]
             variables[name] = (["chain", "draw", *dims], value.reshape(*shape, *value.shape[1:]))
+    if not variables:
+        raise ValueError(
+            f"prediction_draws: the distributions of the observed sites {list(found)} have no mean. Export a function of the "
+            "latents with pyro.deterministic in its place."
+        )
     return xr.Dataset(variables, coords={"chain": np.arange(shape[0]), "draw": np.arange(shape[1])})
 
 

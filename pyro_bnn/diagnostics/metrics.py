@@ -5,7 +5,10 @@ Scores of predictions under posterior draws.
 
 Every function takes either a prediction (:class:`~pyro_bnn.infer.PosteriorPredictive`, one of its sites, an
 :class:`xarray.DataTree` or :class:`arviz.InferenceData` of :mod:`pyro_bnn.diagnostics.arviz`) or plain arrays
-with the S posterior draws in the first dimension.
+with the S posterior draws in the first dimension. Observations that the model masks do not count.
+
+NaN, infinite values, shapes that do not fit, labels that are no class and probabilities that do not sum to one raise a
+``ValueError`` that names the argument.
 """
 
 import math
@@ -16,73 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction
+from pyro_bnn.diagnostics.scored import (
+    Kind,
+    check_numbers,
+    check_probability,
+    draws_and_observations,
+    field_of,
+    need,
+    probabilities_and_labels,
+)
+from pyro_bnn.diagnostics.scored import as_prediction as as_prediction
+from pyro_bnn.infer.predictive import SitePrediction as SitePrediction
 
 #: Nominal coverages of a calibration curve.
 LEVELS = tuple(np.arange(1, 20) / 20)
-
-
-def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
-    """
-    Reads predictions at one observed site from any of the forms that the scores take.
-
-    :param source: a :class:`~pyro_bnn.infer.PosteriorPredictive`, a
-        :class:`~pyro_bnn.infer.SitePrediction`, or an ArviZ tree with ``posterior_predictive``,
-        ``observed_data`` or ``log_likelihood``.
-    :param str site: the observed site; needed if there are several.
-    :return: the predictions, with chains joined.
-    :raises ValueError: if the site is not given and there are several, or is not there.
-    """
-    if isinstance(source, SitePrediction):
-        return source
-    if isinstance(source, PosteriorPredictive):
-        return source[_choose(list(source), site)]
-    present = source.children if hasattr(source, "children") else source.groups()
-    wanted = ("posterior_predictive", "log_likelihood", "observed_data")
-    groups = {name: source[name] for name in wanted if name in present}
-    names = sorted({str(v) for group in groups.values() for v in group.data_vars})
-    name = _choose(names, site)
-
-    def read(group: str) -> Tensor | None:
-        if group not in groups or name not in groups[group].data_vars:
-            return None
-        variable = groups[group][name]
-        value = torch.as_tensor(np.array(variable.values))
-        return value.flatten(0, 1) if "draw" in variable.dims else value
-
-    samples = read("posterior_predictive")
-    labels = samples is not None and not samples.is_floating_point()
-    kind = "classes" if labels else "numeric"
-    return SitePrediction(samples, None, None, read("observed_data"), read("log_likelihood"), (), kind)
-
-
-def _choose(names: list[str], site: str | None) -> str:
-    if site is None and len(names) == 1:
-        return names[0]
-    if site not in names:
-        raise ValueError(f"site={site!r}: choose one of the observed sites {names}.")
-    return site
-
-
-def _is_array(source: Any) -> bool:
-    return isinstance(source, (Tensor, np.ndarray, list, tuple, float, int))
-
-
-def _need(value: Any, what: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"The score needs {what}, which the prediction does not hold.")
-    return torch.as_tensor(value)
-
-
-def _pair(source: Any, observed: Any, site: str | None, field: str) -> tuple[Tensor, Tensor]:
-    """Predictions (S, ...) from ``field`` (samples where there is no such field) and the observations."""
-    if _is_array(source):
-        return torch.as_tensor(source), _need(observed, "observed")
-    prediction = as_prediction(source, site)
-    value = getattr(prediction, field)
-    value = prediction.samples if value is None and field == "mean" else value
-    found = prediction.observed if observed is None else observed
-    return _need(value, field), _need(found, "observations")
 
 
 def nll(log_likelihood: Any, *, site: str | None = None) -> float:
@@ -101,9 +51,10 @@ def nll(log_likelihood: Any, *, site: str | None = None) -> float:
         >>> round(nll(torch.tensor([[0.2], [0.4]]).log()), 4) == round(-math.log(0.3), 4)
         True
     """
-    if not _is_array(log_likelihood):
-        log_likelihood = as_prediction(log_likelihood, site).log_likelihood
-    value = _need(log_likelihood, "log_likelihood")
+    value = field_of(log_likelihood, site, "log_likelihood", "log_likelihood")
+    value = check_numbers(value, "log_likelihood", infinite=True)
+    if bool((value == math.inf).any()):
+        raise ValueError("log_likelihood holds infinite densities: the score would be minus infinity.")
     return float(-(torch.logsumexp(value, 0) - math.log(len(value))).mean())
 
 
@@ -121,7 +72,7 @@ def rmse(mean: Any, observed: Any = None, *, site: str | None = None) -> float:
         >>> rmse(torch.tensor([[0.0], [2.0]]), torch.tensor([4.0]))
         3.0
     """
-    value, y = _pair(mean, observed, site, "mean")
+    value, y = draws_and_observations(mean, observed, site, "mean", "mean")
     return float((value.mean(0) - y).square().mean().sqrt())
 
 
@@ -144,12 +95,12 @@ def crps(samples: Any, observed: Any = None, *, site: str | None = None) -> floa
         >>> crps(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0]))
         0.0
     """
-    value, y = _pair(samples, observed, site, "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
     size = len(value)
     if size < 2:
         return float((value - y).abs().mean())
     # sum over pairs |a - b| = sum_i (2i - S + 1) a_(i) of the sorted draws
-    weight = 2 * torch.arange(size, dtype=value.dtype) - size + 1
+    weight = 2 * torch.arange(size, dtype=value.dtype, device=value.device) - size + 1
     pairs = (value.sort(0).values * weight.reshape(-1, *(1,) * (value.dim() - 1))).sum(0)
     return float(((value - y).abs().mean(0) - pairs / (size * (size - 1))).mean())
 
@@ -174,11 +125,18 @@ def crps_normal(mean: Any, variance: Any, observed: Any) -> float:
         >>> round(crps_normal(torch.zeros(1, 1), torch.ones(1, 1), y), 4)
         0.2337
     """
-    mean, variance, y = torch.as_tensor(mean), torch.as_tensor(variance), torch.as_tensor(observed)
+    mean, y = draws_and_observations(mean, observed, None, "mean", "mean")
+    variance = check_numbers(need(variance, "variance"), "variance")
+    if variance.shape != mean.shape or bool((variance < 0).any()):
+        raise ValueError(
+            f"variance of shape {tuple(variance.shape)}, smallest {float(variance.min()):.3g}: expected numbers that are not "
+            f"negative, of the shape {tuple(mean.shape)} of mean."
+        )
+    mean, variance, y = mean.flatten(1), variance.flatten(1), y.flatten()
 
     def absolute(location: Tensor, var: Tensor) -> Tensor:
         """E|X| of X ~ N(location, var)."""
-        scale = var.sqrt()
+        scale = var.sqrt().clamp(min=torch.finfo(var.dtype).tiny)
         return location * torch.erf(location / (scale * math.sqrt(2))) + scale * math.sqrt(
             2 / math.pi
         ) * torch.exp(-0.5 * (location / scale).square())
@@ -208,8 +166,8 @@ def interval_coverage(
         >>> interval_coverage(torch.linspace(-1, 1, 101)[:, None].expand(-1, 2), torch.tensor([0.3, 0.8]), 0.5)
         0.5
     """
-    value, y = _pair(samples, observed, site, "samples")
-    low, high = _interval(value, level)
+    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    low, high = _interval(value, check_probability(level, "level"))
     return float(((y >= low) & (y <= high)).double().mean())
 
 
@@ -222,13 +180,13 @@ def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None)
     :param str site: the observed site, if there are several.
     :return: the mean width, in units of y.
     """
-    value = samples if _is_array(samples) else as_prediction(samples, site).samples
-    low, high = _interval(_need(value, "samples"), level)
+    value = check_numbers(field_of(samples, site, "samples", "samples"), "samples")
+    low, high = _interval(value, check_probability(level, "level"))
     return float((high - low).mean())
 
 
 def _interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=samples.dtype)
+    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=samples.dtype, device=samples.device)
     low, high = torch.quantile(samples, levels, dim=0)
     return low, high
 
@@ -249,7 +207,9 @@ def calibration_curve(
     :param str site: the observed site, if there are several.
     :return: nominal and empirical coverage.
     """
-    value, y = _pair(samples, observed, site, "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    for level in levels:
+        check_probability(level, "levels")
     return np.asarray(levels), np.asarray([interval_coverage(value, y, level) for level in levels])
 
 
@@ -261,58 +221,62 @@ def pit(samples: Any, observed: Any = None, *, site: str | None = None) -> np.nd
     :param samples: draws of the observation ``(S, N)``, or a prediction.
     :param observed: observations ``(N,)``; by default those of the prediction.
     :param str site: the observed site, if there are several.
-    :return: one value per observation.
+    :return: one value per observation; masked ones are left out.
     """
-    value, y = _pair(samples, observed, site, "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
     below, equal = (value < y).sum(0), (value == y).sum(0)
-    rank = below + torch.rand(y.shape, dtype=torch.float64) * (equal + 1)
-    return (rank / (len(value) + 1)).numpy()
+    rank = below + torch.rand(y.shape, dtype=torch.float64, device=y.device) * (equal + 1)
+    return (rank / (len(value) + 1)).cpu().numpy()
 
 
-def mean_probs(probs: Any, labels: Any = None, *, site: str | None = None) -> tuple[Tensor, Tensor]:
+def mean_probs(
+    probs: Any, labels: Any = None, *, site: str | None = None, kind: Kind | None = None
+) -> tuple[Tensor, Tensor]:
     """
     Class probabilities averaged over draws, and labels.
 
     :param probs: probabilities ``(S, N, C)`` or already averaged ``(N, C)``; of two classes those of the second,
-        ``(S, N)``, will do; or a prediction. Of a tree, which holds no probabilities, the frequencies of the classes
-        among its draws.
+        ``(S, N)``, will do; whole numbers ``(S, N)`` are labels that were drawn; or a prediction. Of a tree, which holds no
+        probabilities, the frequencies of the classes among its draws.
     :param labels: labels ``(N,)``; by default the observations of the prediction.
     :param str site: the observed site, if there are several.
+    :param str kind: what an array holds, where its shape leaves that open, which happens for N = C: ``"classes"`` for
+        probabilities of all classes, ``"binary"`` for those of the second of two under draws, ``"labels"`` for drawn labels.
     :return: probabilities ``(N, C)`` and labels ``(N,)``.
+    :raises ValueError: if the shape can be read in two ways, for labels that are no class (negative, fractional, C or more),
+        and for probabilities that are not between 0 and 1 or do not sum to one.
+
+    Example::
+
+        >>> mean_probs(torch.eye(2), torch.tensor([0, 1]), kind="classes")[0]
+        tensor([[1., 0.],
+                [0., 1.]])
     """
-    value, y = _pair(probs, labels, site, "mean")
-    y = y.long()
-    if not value.is_floating_point():  # labels that were drawn
-        classes = int(max(value.max(), y.max())) + 1
-        return torch.nn.functional.one_hot(value.long(), classes).double().mean(0), y
-    if value.dim() == y.dim() + 2:
-        value = value.mean(0)
-    elif value.shape[1:] == y.shape:
-        second = value.mean(0)
-        value = torch.stack([1 - second, second], -1)
-    return value, y
+    return probabilities_and_labels(probs, labels, site, kind)
 
 
-def accuracy(probs: Any, labels: Any = None, *, site: str | None = None) -> float:
+def accuracy(probs: Any, labels: Any = None, *, site: str | None = None, kind: Kind | None = None) -> float:
     """
     The fraction of labels that have the largest mean probability.
 
     :param probs: see :func:`mean_probs`.
     :param labels: see :func:`mean_probs`.
     :param str site: the observed site, if there are several.
+    :param str kind: see :func:`mean_probs`.
     :return: the fraction.
     """
-    value, y = mean_probs(probs, labels, site=site)
+    value, y = mean_probs(probs, labels, site=site, kind=kind)
     return float((value.argmax(-1) == y).double().mean())
 
 
-def brier(probs: Any, labels: Any = None, *, site: str | None = None) -> float:
+def brier(probs: Any, labels: Any = None, *, site: str | None = None, kind: Kind | None = None) -> float:
     r"""
     The Brier score :math:`\frac1N\sum_n \sum_c (p_{nc} - 1[y_n = c])^2` (between 0 and 2).
 
     :param probs: see :func:`mean_probs`.
     :param labels: see :func:`mean_probs`.
     :param str site: the observed site, if there are several.
+    :param str kind: see :func:`mean_probs`.
     :return: the mean over points.
 
     Example::
@@ -320,12 +284,19 @@ def brier(probs: Any, labels: Any = None, *, site: str | None = None) -> float:
         >>> brier(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
         0.5
     """
-    value, y = mean_probs(probs, labels, site=site)
+    value, y = mean_probs(probs, labels, site=site, kind=kind)
     hot = torch.nn.functional.one_hot(y, value.shape[-1])
     return float((value - hot).square().sum(-1).mean())
 
 
-def ece(probs: Any, labels: Any = None, num_bins: int = 15, *, site: str | None = None) -> float:
+def ece(
+    probs: Any,
+    labels: Any = None,
+    num_bins: int = 15,
+    *,
+    site: str | None = None,
+    kind: Kind | None = None,
+) -> float:
     r"""
     Expected calibration error: the mean distance of confidence and accuracy over ``num_bins`` bins of equal
     width of the confidence (the largest mean probability), weighted by their counts.
@@ -336,11 +307,15 @@ def ece(probs: Any, labels: Any = None, num_bins: int = 15, *, site: str | None 
     :param labels: see :func:`mean_probs`.
     :param int num_bins: the number of bins.
     :param str site: the observed site, if there are several.
+    :param str kind: see :func:`mean_probs`.
     :return: the error.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    value, y = mean_probs(probs, labels, site=site)
+    if not isinstance(num_bins, int) or num_bins < 1:
+        raise ValueError(f"num_bins={num_bins!r}: expected a whole number of at least 1.")
+    value, y = mean_probs(probs, labels, site=site, kind=kind)
+    value, y = value.flatten(0, -2), y.flatten()
     return float(
         multiclass_calibration_error(value, y, num_classes=value.shape[-1], n_bins=num_bins, norm="l1")
     )
@@ -364,7 +339,8 @@ def auroc(scores_in: Any, scores_out: Any) -> float:
     """
     from torchmetrics.functional.classification import binary_auroc
 
-    inside, outside = torch.as_tensor(scores_in).reshape(-1), torch.as_tensor(scores_out).reshape(-1)
+    inside = check_numbers(torch.as_tensor(scores_in), "scores_in", infinite=True).reshape(-1)
+    outside = check_numbers(torch.as_tensor(scores_out), "scores_out", infinite=True).reshape(-1)
     scores = torch.cat([inside, outside])
     # ranks: torchmetrics takes probabilities and would push other scores through a sigmoid
     ranks = torch.unique(scores, return_inverse=True)[1].double() / len(scores)
@@ -392,11 +368,13 @@ def evaluate(
         ['coverage_50', 'coverage_90', 'crps', 'nll', 'rmse', 'width_50', 'width_90']
     """
     found = as_prediction(prediction, site)
-    y = _need(found.observed, "observations")
+    need(found.observed, "observations")
     scores = {"nll": nll(found)} if found.log_likelihood is not None else {}
-    if not y.is_floating_point() and found.kind != "numeric":
+    if found.kind != "numeric":
         return scores | {"accuracy": accuracy(found), "brier": brier(found), "ece": ece(found)}
-    scores |= {"rmse": rmse(found), "crps": crps(found)}
+    if found.mean is None or bool(found.mean.isfinite().any()):  # a Cauchy distribution has no mean
+        scores["rmse"] = rmse(found)
+    scores["crps"] = crps(found)
     for level in levels:
         scores[f"coverage_{level * 100:g}"] = interval_coverage(found, level=level)
         scores[f"width_{level * 100:g}"] = interval_width(found, level)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
+from pyro_bnn.diagnostics.scored import draws_and_observations
 from pyro_bnn.infer.fit_state import FitResult
 
 if TYPE_CHECKING:
@@ -96,9 +97,8 @@ def plot_intervals(
     :return: the axes.
     """
     ax = _axes(ax)
-    values = _samples(samples, site)
-    y = np.asarray(as_prediction(samples, site).observed if observed is None else observed).reshape(-1)
-    values = values.reshape(len(values), -1)
+    drawn, found = draws_and_observations(samples, observed, site, "samples", "samples")
+    values, y = drawn.flatten(1).cpu().numpy(), found.flatten().cpu().numpy()
     low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
     order = np.argsort(middle)
     rank = np.arange(len(order))

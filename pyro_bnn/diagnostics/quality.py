@@ -16,6 +16,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from pyro_bnn.diagnostics.export import Exporter
+from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.draws import Draws, posterior_draws
 from pyro_bnn.infer.handlers import is_deterministic, sample_sites
 from pyro_bnn.infer.nuts import nuts
@@ -64,6 +65,7 @@ def pareto_k(log_ratios: Any) -> float:
 
     :param log_ratios: log importance ratios ``(S,)``.
     :return: the shape; ``inf`` if there are too few draws for a tail.
+    :raises ValueError: for no draws, NaN, or infinite weights.
 
     **References**
 
@@ -76,8 +78,19 @@ def pareto_k(log_ratios: Any) -> float:
         >>> abs(pareto_k(0.5 * exponential) - 0.5) < 0.1
         True
     """
-    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    ratios = _ratios(log_ratios)
     return _tail_shape(torch.exp(ratios - ratios.max()))
+
+
+def _ratios(log_ratios: Any) -> Tensor:
+    """Log importance ratios as a vector; minus infinity is a weight of zero, anything else must be finite."""
+    ratios = check_numbers(torch.as_tensor(log_ratios).double(), "log_ratios", infinite=True).flatten()
+    if not bool(ratios.max().isfinite()):
+        raise ValueError(
+            f"log_ratios: the largest is {float(ratios.max())}, expected finite numbers (or minus infinity for weights of "
+            "zero, but not for all): look at the draws whose density is not finite."
+        )
+    return ratios
 
 
 def _tail_shape(values: Tensor) -> float:
@@ -112,9 +125,13 @@ def functional_k(log_ratios: Any, values: Any) -> np.ndarray:
         >>> found.shape, bool((found < 0.3).all())
         ((2,), True)
     """
-    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    ratios = _ratios(log_ratios)
     weights = torch.exp(ratios - ratios.max())
-    functions = torch.as_tensor(values, dtype=torch.float64)
+    functions = check_numbers(torch.as_tensor(values).double(), "values")
+    if functions.shape[:1] != ratios.shape:
+        raise ValueError(
+            f"values has shape {tuple(functions.shape)}, expected (S, ...) with S = {len(ratios)}, the number of log_ratios."
+        )
     shape = functions.shape[1:]
     base = _tail_shape(weights)
     found = []
@@ -143,7 +160,7 @@ def elbo_gap(log_ratios: Any) -> dict[str, float]:
         >>> elbo_gap(torch.full((10,), -3.0))["gap"]
         0.0
     """
-    ratios = torch.as_tensor(log_ratios, dtype=torch.float64).flatten()
+    ratios = _ratios(log_ratios)
     elbo = float(ratios.mean())
     bound = float(torch.logsumexp(ratios, 0)) - math.log(len(ratios))
     error = float(ratios.std()) / math.sqrt(len(ratios))
@@ -254,6 +271,7 @@ def simulation_based_calibration(
         draws = posterior_draws(fitted, num_draws, (args, {}))
         truth = quantities({n: values[n][None] for n in draws})
         for name, found in quantities(draws).items():
+            check_numbers(found, f"draws of {name!r}", infinite=True)
             below = (found < truth[name]).sum(0)
             ranks.setdefault(name, []).append(below.reshape(-1).cpu().numpy())
     return CalibrationRanks({name: np.stack(rows) for name, rows in ranks.items()}, num_draws)

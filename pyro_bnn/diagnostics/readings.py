@@ -91,7 +91,7 @@ class SiteReadings:
                 if name in predicted and site["is_observed"]:
                     readings["likelihood", name] = name, unscaled_log_prob(site), 0
                     if (mask := mask_of(site)) is not None:
-                        readings["mask", name] = name, mask, 0
+                        readings["mask", name] = name, mask, mask.dim() - len(site["fn"].batch_shape)
                     if self.predictions:
                         value = observation_draw(site)
                         readings["sample", name] = name, value, value.dim() - len(site["fn"].batch_shape)

@@ -19,7 +19,8 @@ class FactorNormal(TorchDistribution):
 
     Without a remainder it is concentrated on a subspace, has no density with respect to Lebesgue measure, and
     :meth:`log_prob` raises. The remainder is :math:`e\sim N(0, \Lambda^{-1})` conditioned on :math:`B e = 0`, so that
-    linear functionals in the row space of B keep exactly the variances that W gives them.
+    linear functionals in the row space of B keep exactly the variances that W gives them. Where B spans all p dimensions
+    nothing remains, whatever Λ is.
 
     :param Tensor loc: mean μ, shape ``(p,)``.
     :param Tensor factor: W, shape ``(p, r)``.
@@ -63,10 +64,12 @@ class FactorNormal(TorchDistribution):
         self.factor = factor
         self.basis = basis
         self.remainder_precision = remainder_precision
+        self._remains = basis is not None and basis.shape[0] < p
         if basis is not None and remainder_precision is not None:
-            self._gain = basis / remainder_precision  # B Λ⁻¹
-            self._cholesky = torch.linalg.cholesky(self._gain @ basis.mT)
             self._mixing = basis @ factor
+            if self._remains:
+                self._gain = basis / remainder_precision  # B Λ⁻¹
+                self._cholesky = torch.linalg.cholesky(self._gain @ basis.mT)
         super().__init__(torch.Size(), loc.shape, validate_args=False)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> TorchDistribution:
@@ -85,7 +88,7 @@ class FactorNormal(TorchDistribution):
     def variance(self) -> Tensor:
         """Marginal variances, shape ``(p,)``."""
         variance = self.factor.square().sum(-1)
-        if self.remainder_precision is None:
+        if self.remainder_precision is None or not self._remains:
             return variance
         explained = torch.linalg.solve_triangular(self._cholesky, self._gain, upper=False).square().sum(0)
         return variance + (self.remainder_precision.reciprocal() - explained).clamp(min=0)
@@ -100,7 +103,7 @@ class FactorNormal(TorchDistribution):
         options: Any = {"dtype": self.loc.dtype, "device": self.loc.device, "generator": generator}
         noise = torch.randn(shape, **options)
         draws = self.loc + noise @ self.factor.mT
-        if self.remainder_precision is None:
+        if self.remainder_precision is None or not self._remains:
             return draws
         free = torch.randn(draws.shape, **options)
         return draws + self._condition(free * self.remainder_precision.rsqrt())
@@ -120,12 +123,14 @@ class FactorNormal(TorchDistribution):
         difference = value - self.loc
         coordinates = difference @ self.basis.mT
         z = torch.linalg.solve(self._mixing, coordinates.unsqueeze(-1)).squeeze(-1)
+        volume = torch.linalg.slogdet(self._mixing).logabsdet
+        quadratic = z.square().sum(-1) + self.loc.shape[0] * math.log(2 * math.pi)
+        if not self._remains:
+            return -volume - 0.5 * quadratic
         e = difference - z @ self.factor.mT
         # in coordinates (B x, N x) with [B; N] orthogonal; det(N Λ N') = det(Λ) det(B Λ⁻¹ B')
         half_log_det = 0.5 * self.remainder_precision.log().sum() + self._cholesky.diagonal().log().sum()
-        quadratic = z.square().sum(-1) + (e.square() * self.remainder_precision).sum(-1)
-        volume = torch.linalg.slogdet(self._mixing).logabsdet
-        return half_log_det - volume - 0.5 * (quadratic + self.loc.shape[0] * math.log(2 * math.pi))
+        return half_log_det - volume - 0.5 * (quadratic + (e.square() * self.remainder_precision).sum(-1))
 
     def quadratic_form(self, rows: Tensor) -> Tensor:
         r"""
@@ -136,7 +141,7 @@ class FactorNormal(TorchDistribution):
         """
         half = rows @ self.factor
         covariance = half @ half.mT
-        if self.remainder_precision is None:
+        if self.remainder_precision is None or not self._remains:
             return covariance
         scaled = rows * self.remainder_precision.rsqrt()
         explained = torch.linalg.solve_triangular(self._cholesky, self._gain @ rows.mT, upper=False)

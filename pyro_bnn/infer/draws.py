@@ -14,6 +14,8 @@ from torch.distributions import biject_to
 
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.handlers import SubstituteMessenger, sample_sites
+from pyro_bnn.infer.memory import require_memory
+from pyro_bnn.infer.options import require_count
 from pyro_bnn.infer.parameters import local_parameters
 
 #: Where draws come from: a guide, an MCMC run (anything with ``get_samples``), or draws by site name.
@@ -42,13 +44,14 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         >>> draws["w"]
         tensor([0., 2., 5.])
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+    if num_samples is not None:
+        require_count("num_samples", num_samples)
     if hasattr(posterior, "get_samples"):  # MCMC and NUTSResult
         posterior = posterior.get_samples()
     if isinstance(posterior, Mapping):
         return _thin(posterior, num_samples)
     num_samples = 100 if num_samples is None else num_samples
+    _require_memory_for(posterior, num_samples)
     args, kwargs = batch
     with local_parameters(), poutine.block():
         if hasattr(posterior, "sample_posterior"):
@@ -58,6 +61,23 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
             if vectorized is not None:
                 return vectorized
         return _loop_draws(posterior, num_samples, batch)
+
+
+def _require_memory_for(guide: Any, num_samples: int) -> None:
+    """Draws of an initialised autoguide must fit into memory; of others their size is not known before."""
+    prototype: Any = getattr(guide, "prototype_trace", None)
+    if prototype is None:
+        return
+    sites = [s for s in prototype.nodes.values() if s.get("type") == "sample" and not s["is_observed"]]
+    values = [site["value"] for site in sites if isinstance(site.get("value"), Tensor)]
+    needed = float(num_samples) * sum(value.numel() * value.element_size() for value in values)
+    if needed > 2**30:
+        require_memory(
+            needed,
+            f"num_samples={num_samples}",
+            values[0].device,
+            "Take fewer draws, or export them block by block.",
+        )
 
 
 def component_draws(guide: Any, num_samples: int) -> Draws:

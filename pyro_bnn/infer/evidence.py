@@ -446,13 +446,10 @@ def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int
             outputs = guide.linearized_outputs(*args, **kwargs)
             trace = guide.packed.trace(guide.loc.detach(), (args, kwargs))
         for name, found in outputs.items():
-            value, weight = trace.nodes[name]["value"], found.site.weight
+            value = trace.nodes[name]["value"]
             assert isinstance(value, Tensor)
             generator = torch.Generator(device=found.mean.device).manual_seed(seed)
-            density = found.distribution(num_samples=num_samples, generator=generator).log_prob(value)
-            for _ in range(found.site.event_dim):
-                weight = weight.amax(-1)
-            total += float(torch.where(weight > 0, density, density.new_zeros(())).sum())
+            total += float(found.log_density(value, num_samples=num_samples, generator=generator).sum())
     return total
 
 

@@ -71,7 +71,9 @@ class SiteExamples:
         assert self.value is not None
         base, weight = self.site.base, self.site.weight[..., None]
         value = self.value.expand(base.batch_shape + base.event_shape)
-        with pyro.validation_enabled(False):  # as in the model's run, where values may be what the user allows
+        with pyro.validation_enabled(
+            False
+        ):  # as in the model's run, where values may be what the user allows
             scores = score(self.site.rule, base, self.site.names, value) * weight
         return self.arrange(torch.where(weight > 0, scores, scores.new_zeros(()))).flatten(1)
 
@@ -288,7 +290,11 @@ class ExampleStream:
     def _jacobian(self, site: SiteOutputs, capture: Capture) -> ExampleJacobian:
         before = self._layouts.get(site.name)
         jacobian = checked_jacobian(
-            capture, self.latent, site.outputs.to(wide(self.latent).dtype), before, differentiable=self.differentiable
+            capture,
+            self.latent,
+            site.outputs.to(wide(self.latent).dtype),
+            before,
+            differentiable=self.differentiable,
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts

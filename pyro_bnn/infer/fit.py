@@ -25,6 +25,7 @@ from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
+from pyro_bnn.infer.options import require_count, require_number
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
 from pyro_bnn.infer.progress import shows_bars
 from pyro_bnn.infer.resume import describe_run, names_of, resume
@@ -125,9 +126,11 @@ def fit(
     """
     if (num_epochs is None) == (num_steps is None):
         raise ValueError("fit: pass exactly one of num_epochs and num_steps.")
-    limit = num_steps if num_steps is not None else num_epochs
-    if limit is not None and limit < 1:
-        raise ValueError(f"fit: num_epochs or num_steps must be at least 1, not {limit}.")
+    require_count(*("num_epochs", num_epochs) if num_steps is None else ("num_steps", num_steps))
+    if clip_grad_norm is not None:  # a negative norm turns gradients round
+        require_number("clip_grad_norm", clip_grad_norm, above=0)
+    if kl_scale is not None and not callable(kl_scale):
+        require_number("kl_scale", kl_scale, least=0)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     run = _Run(model, guide, data, default_elbo(guide) if elbo is None else elbo, kl_scale, autocast)
@@ -378,6 +381,7 @@ class _Run:
         with ExitStack() as stack:
             if self.kl_scale is not None:
                 scale = self.kl_scale(self.step) if callable(self.kl_scale) else self.kl_scale
+                require_number(f"kl_scale at step {self.step}", scale, least=0)
                 stack.enter_context(ScaleLatents(scale))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))

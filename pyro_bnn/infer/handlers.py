@@ -17,6 +17,8 @@ from pyro_bnn.infer.data import leaves
 #: A node of a trace, or a message of Pyro's effect handlers: a dictionary whose keys depend on its type.
 Site = Any
 
+_WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution)
+
 
 class SubstituteMessenger(Messenger):
     """
@@ -212,30 +214,65 @@ def unscaled_log_prob(site: Site) -> Tensor:
     return log_prob
 
 
+def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
+    """
+    Removes ``Independent`` and mask wrappers.
+
+    :param d: the distribution of a site.
+    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
+        of batch dimensions of the base that ``Independent`` counted as event dimensions.
+    """
+    masks: list[tuple[Tensor | bool, int]] = []
+    event_dim = 0
+    while isinstance(d, _WRAPPERS):
+        if isinstance(d, torch.distributions.Independent):
+            event_dim += d.reinterpreted_batch_ndims
+        else:
+            masks.append((d._mask, event_dim))
+        d = d.base_dist
+    mask: Tensor | bool = True
+    for inner, outside in masks:
+        if isinstance(inner, Tensor):  # a mask covers the event dimensions that were declared below it
+            inner = inner.reshape(inner.shape + (1,) * (event_dim - outside))
+        mask = inner if mask is True else inner & mask
+    return d, mask, event_dim
+
+
+def masked_like(fn: Any, other: Any) -> Any:
+    """
+    :param fn: a distribution.
+    :param other: another of the same batch and event shape.
+    :return: ``fn`` under the masks of ``other``, of which it has none of its own.
+    """
+    mask = unwrap(other)[1]
+    if mask is True:
+        return fn
+    base, _, event_dim = unwrap(fn)
+    masked = dist.MaskedDistribution(base, mask)
+    return dist.Independent(masked, event_dim) if event_dim else masked
+
+
 def mask_of(site: Site) -> Tensor | None:
     """
     Which elements of a site count: the masks of its distribution and of :func:`poutine.mask`.
 
     :param site: a trace node.
-    :return: bool, shape of the batch shape of the site; ``None`` if the site has no mask.
+    :return: bool, the batch shape of the site, or with its event shape where a mask lies inside of the event dimensions;
+        ``None`` if the site has no mask.
     """
-    shape, fn = site["fn"].batch_shape, site["fn"]
-    masks, event = [], 0
-    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
+    fn, own = site["fn"], False
+    inside = False  # whether elements of an event are masked one by one
+    while isinstance(fn, _WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = torch.as_tensor(fn._mask)
-            # an element of an event that does not count leaves the others of the event
-            masks.append(mask.flatten(-event).any(-1) if event and mask.dim() >= event else mask)
-        else:
-            event += fn.reinterpreted_batch_ndims
+            own, inside = True, inside or fn.event_shape != site["fn"].event_shape
         fn = fn.base_dist
-    if site["mask"] is not None:
-        masks.append(torch.as_tensor(site["mask"]))
-    whole = None
-    for mask in masks:
-        mask = mask.expand(shape)
-        whole = mask if whole is None else whole & mask
-    return whole
+    if not own and site["mask"] is None:
+        return None
+    base, mask, event_dim = unwrap(site["fn"])
+    whole, outside = torch.as_tensor(mask), torch.as_tensor(True if site["mask"] is None else site["mask"])
+    whole = whole.bool() & outside.reshape(outside.shape + (1,) * event_dim).to(whole.device).bool()
+    whole = whole.expand(base.batch_shape)
+    return whole if inside or not event_dim else whole.flatten(whole.dim() - event_dim)[..., 0]
 
 
 def base_distribution(fn: Any) -> Any:
@@ -245,9 +282,7 @@ def base_distribution(fn: Any) -> Any:
     :param fn: a distribution.
     :return: the innermost base distribution of :class:`Independent` and :class:`MaskedDistribution`.
     """
-    while isinstance(fn, (dist.Independent, torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
+    return unwrap(fn)[0]
 
 
 def class_probabilities(base: Any) -> Tensor:

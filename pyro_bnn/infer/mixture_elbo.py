@@ -33,6 +33,7 @@ from pyro_bnn.infer.component_runs import PLATES, DirectRun, Step, TracedRun, re
 from pyro_bnn.infer.handlers import Site, check_broadcast, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture_terms import SiteTerms, per_component
+from pyro_bnn.infer.options import require_number
 from pyro_bnn.infer.vectorize import FAILURES
 
 _Elbo: Any = ELBO
@@ -141,6 +142,9 @@ class Mixture_ELBO(_Elbo):
         self.batch = batch
         self.likelihood = likelihood
         self.kl = kl
+        if not callable(kl_scale):
+            require_number("kl_scale", kl_scale, least=0)
+        require_number("entropy_weight", entropy_weight, least=0)
         self.kl_scale = kl_scale
         self.entropy_weight = float(entropy_weight)
         self.step = 0
@@ -168,7 +172,11 @@ class Mixture_ELBO(_Elbo):
 
         :return: :math:`\beta`.
         """
-        return float(self.kl_scale(self.step)) if callable(self.kl_scale) else float(self.kl_scale)
+        if not callable(self.kl_scale):
+            return float(self.kl_scale)
+        scale = float(self.kl_scale(self.step))
+        require_number(f"kl_scale at step {self.step}", scale, least=0)
+        return scale
 
     @property
     def parts(self) -> dict[str, float]:

@@ -24,7 +24,6 @@ import pyro
 import torch
 import torch.distributions as td
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -41,6 +40,7 @@ from pyro_bnn.infer.handlers import (
     sample_sites,
     subsample_scale,
     unscaled_log_prob,
+    unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.infer.plates import Rows, Sites, find_rows
@@ -118,28 +118,6 @@ class SiteOutputs:
         shape = outputs.shape[:-1]
         d = self.rule.build(self.base, parts) if parts else self.base.expand(shape)
         return td.Independent(d, self.event_dim) if self.event_dim else d
-
-
-def unwrap(d: td.Distribution) -> tuple[td.Distribution, Tensor | bool, int]:
-    """
-    Removes ``Independent`` and mask wrappers.
-
-    :param d: the distribution of a site.
-    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
-        of batch dimensions of the base that ``Independent`` counted as event dimensions.
-    """
-    mask: Tensor | bool = True
-    event_dim = 0
-    while isinstance(d, (td.Independent, MaskedDistribution)):
-        if isinstance(d, td.Independent):
-            event_dim += d.reinterpreted_batch_ndims
-        else:
-            inner = d._mask
-            if isinstance(inner, Tensor):
-                inner = inner.reshape(inner.shape + (1,) * event_dim)
-            mask = inner if mask is True else inner & mask
-        d = d.base_dist
-    return d, mask, event_dim
 
 
 def depends_on(value: Tensor, latent: Tensor) -> bool:

@@ -13,8 +13,9 @@ from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
 from pyro_bnn.infer.draws import Draws, Posterior, draws_given, posterior_draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.join import Join
+from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.plates import Rows, plates_of
-from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner
+from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Sites, predicted_names
 
 
 class Pieces:
@@ -92,10 +93,27 @@ class Pieces:
         self.runner.replace_draws(self.draws)
         self.runner.look(batch)
         sites = self.runner.prototype or {}
+        self.require_memory(sites)
         self.local = [n for n in self.draws if n in sites and plates_of(sites[n])]
         if self.local and not self.batches.is_single:
             axes = {n for rows in self.runner.rows(batch, 1) for n in rows.axes}
             self.local = [n for n in self.local if n in axes]
+
+    def require_memory(self, sites: Sites) -> None:
+        """Draws, means and variances of the observations in one piece must fit into memory."""
+        for name in predicted_names(sites, self.draws):
+            fn, plates = sites[name]["fn"], plates_of(sites[name])
+            rows = max((plate.size for plate in plates.values()), default=1)
+            part = 1.0 if self.batch_size is None else min(1.0, self.batch_size / rows)
+            value = sites[name]["value"]
+            needed = 3.0 * self.runner.num_draws * fn.shape().numel() * value.element_size() * part
+            if needed > 2**30:
+                require_memory(
+                    needed,
+                    f"the predictions of site {name!r} under {self.runner.num_draws} draws",
+                    value.device,
+                    "Take fewer draws (num_samples=), or predictive_moments with batch_size=.",
+                )
 
     def split(self, batch: Batch, size: int) -> Iterator[Batch]:
         """One batch in pieces of rows."""

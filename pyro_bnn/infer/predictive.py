@@ -19,6 +19,7 @@ from pyro_bnn.infer.handlers import (
     base_distribution,
     class_probabilities,
     mask_of,
+    masked_like,
     observation_draw,
     unscaled_log_prob,
 )
@@ -43,8 +44,8 @@ class SitePrediction:
     :param dims: names of the dims of ``samples`` after the draws.
     :param kind: ``"classes"`` where ``mean`` holds class probabilities, ``"binary"`` where it holds the probability
         of one, ``"numeric"`` elsewhere.
-    :param mask: which observations count, bool, shape ``(*batch,)``; ``None`` if all do. The log likelihood of the others
-        is zero.
+    :param mask: which observations count, bool, shape ``(*batch,)``, or ``(*batch, *event)`` where elements of an event are
+        masked one by one; ``None`` if all do. The log likelihood of the others is zero.
     """
 
     samples: Tensor | None
@@ -322,8 +323,7 @@ def predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
             mean, variance = observation_moments(site["fn"])
             for key, value in (("samples", samples), ("mean", mean), ("variance", variance), ("mask", mask)):
                 if value is not None:
-                    rest = 0 if key == "mask" else value.dim() - lead
-                    readings[name, key] = name, value, rest
+                    readings[name, key] = name, value, value.dim() - lead
         return readings
 
     found = runner.run(batch, read)
@@ -360,7 +360,7 @@ def predict_by_guide(
         mean, variance = observation_moments(fn)
         log_likelihood = None
         if site["is_observed"]:
-            log_likelihood = unscaled_log_prob({**site, "fn": fn})
+            log_likelihood = unscaled_log_prob({**site, "fn": masked_like(fn, site["fn"])})
         sites[name] = SitePrediction(
             fn.sample(),
             mean,
@@ -414,6 +414,23 @@ def value_dims(site: Any) -> tuple[str, ...]:
 FIELDS = {"samples": 1, "mean": 1, "variance": 1, "observed": 0, "log_likelihood": 1, "mask": 0}
 
 
+def _complete_masks(masks: list[Tensor | None], parts: list[Any]) -> list[Tensor | None]:
+    """Masks of batches without one, where others have one; those of elements and of whole events as those of elements."""
+    present = [mask for mask in masks if mask is not None]
+    if not present:
+        return masks
+    ndim = max(mask.dim() for mask in present)
+    whole: list[Tensor | None] = []
+    for mask, part in zip(masks, parts, strict=True):
+        value = part.observed
+        if value is None:
+            value = part.samples[0] if hasattr(part, "samples") else part.mean
+        shape = value.shape[:ndim]
+        mine = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else mask
+        whole.append(mine.reshape(mine.shape + (1,) * (ndim - mine.dim() if mine.dim() else 0)).expand(shape))
+    return whole
+
+
 def join_fields(join: Join, name: str, parts: list[Any], fields: Mapping[str, int]) -> Any:
     """
     Joins what was said of a site in the batches.
@@ -429,6 +446,7 @@ def join_fields(join: Join, name: str, parts: list[Any], fields: Mapping[str, in
     whole: dict[str, Tensor | None] = {}
     for field, lead in fields.items():
         values = [getattr(part, field) for part in parts]
+        values = _complete_masks(values, parts) if field == "mask" else values
         present = [v for v in values if v is not None]
         if len(present) < len(values):
             whole[field] = None

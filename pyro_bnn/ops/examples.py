@@ -90,9 +90,7 @@ class LinearBlock:
         """
         if sharing == "expand":
             kept = [None] * len(self.uses) if everywhere else self.present
-            grams = [
-                use.output_gram(gradients[use.slot], k) for use, k in zip(self.uses, kept, strict=True)
-            ]
+            grams = [use.output_gram(gradients[use.slot], k) for use, k in zip(self.uses, kept, strict=True)]
             total = grams[0]
             for matrix in grams[1:]:
                 total = total + matrix

@@ -152,7 +152,12 @@ class PatchInputs:
         :return: which patches hold an entry other than zero, bool, shape ``(B, T)``.
         """
         channels = (self.x != 0).any(1, keepdim=True).to(self.x)
-        return self._convolved(channels, channels.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))) > 0.5
+        return (
+            self._convolved(
+                channels, channels.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))
+            )
+            > 0.5
+        )
 
     def _convolved(self, x: Tensor, v: Tensor) -> Tensor:
         kernel, stride, padding, dilation = self.geometry

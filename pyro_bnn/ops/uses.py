@@ -199,9 +199,7 @@ class LinearUse(Use):
         :param B: the number of examples.
         :return: inner products of the inputs with it, shape ``(B, T)``.
         """
-        return self.placed(
-            self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B
-        )
+        return self.placed(self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B)
 
     def gradients(self, g: Tensor, B: int) -> Tensor:
         """

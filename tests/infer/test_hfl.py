@@ -8,7 +8,12 @@ from pyro.infer.autoguide import init_to_sample
 
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import NotAMinimumError
-from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide import (
+    AutoHessianFreeLaplace,
+    AutoLaplace,
+    PointEstimateWarning,
+    UnconvergedMAPWarning,
+)
 from pyro_bnn.infer.hfl.functionals import output_functionals
 from tests.common import assert_close
 from tests.contracts.posterior import LinearGaussian
@@ -122,7 +127,8 @@ def test_state_dict_loads_into_a_fresh_guide(tmp_path):
 
 def test_exports_predictions_of_the_linearised_model():
     _, guide, (x, y) = fitted_pair(0, method="cg")
-    point = to_datatree(tanh_network(), guide, (x, y), num_samples=3)
+    with pytest.warns(PointEstimateWarning):
+        point = to_datatree(tanh_network(), guide, (x, y), num_samples=3)
     assert "log_q" not in point["sample_stats"]
     guide.laplace_approximation((x, y), (x,))
     tree = to_datatree(tanh_network(), guide, (x, y), num_samples=4000)

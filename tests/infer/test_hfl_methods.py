@@ -369,7 +369,7 @@ def test_bad_input():
         hfl.variance(guide, (x, y), functional=lambda z: z["w"] / torch.tensor([1.0, 0.0, 1.0]))
     with pytest.raises(ValueError, match="unknown preconditioner 'jacobi'"):
         hfl.variance(guide, (x, y), (x[:2],), preconditioner="jacobi")
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be a number above 0"):
         hfl.variance(guide, (x, y), (x[:2],), epsilon=-1.0)
     with pytest.raises(ValueError, match="robust=True needs"):
         hfl.solve(guide, (x, y), (x[:2],), method="probe", robust=True)

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_bnn.infer import NotAMinimumError, posterior_predictive
-from pyro_bnn.infer.autoguide import AutoLaplace, UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide import AutoLaplace, PointEstimateWarning, UnconvergedMAPWarning
 from pyro_bnn.ops.newton import newton_cg
 from tests.common import assert_close
 from tests.contracts.curvature import assert_batches_add_up, assert_equals_dense_hessian
@@ -182,7 +182,8 @@ def test_posterior_predictive_uses_the_linearized_model():
     x, y = in_between_data()
     model = tanh_network(hidden=5, noise=None)
     guide = AutoLaplace(model, init_loc_fn=init_to_sample).initialize(x, y).polish((x, y))
-    point = posterior_predictive(model, guide, (x, y), num_samples=2)
+    with pytest.warns(PointEstimateWarning):
+        point = posterior_predictive(model, guide, (x, y), num_samples=2)
     assert_close(point.mean[0], point.mean[1], rtol=0)
     assert point.mean.shape == point.log_likelihood.shape == (2, len(x))
     guide.laplace_approximation((x, y))

@@ -288,7 +288,7 @@ def test_draws_of_other_sites_are_refused() -> None:
     # what a guide draws beside the sites of the model does no harm
     extra = posterior_predictive(linear_model, {"weight": draws, "unused": torch.zeros(4)}, (x, y))
     assert_close(extra.mean, draws @ x.T)
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1, found 0"):
         posterior_predictive(linear_model, AutoNormal(linear_model), (x, y), num_samples=0)
 
 

@@ -12,7 +12,7 @@ from pyro_bnn.infer.autoguide.initialization import (
 )
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
-from pyro_bnn.infer.autoguide.linearized import MAPReport, UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide.linearized import MAPReport, PointEstimateWarning, UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
 
@@ -23,6 +23,7 @@ __all__ = [
     "AutoMixture",
     "LinearizedOutputs",
     "MAPReport",
+    "PointEstimateWarning",
     "UnconvergedMAPWarning",
     "dropout_scale",
     "init_component",

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from pyro_bnn.distributions.factor_normal import FactorNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, check_option
+from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.infer.hfl.api import Method, solve
+from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.solver import Preconditioner
+from pyro_bnn.infer.options import require_number
 
 Remainder = Literal["isotropic", "diagonal"]
 
@@ -96,6 +98,10 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         check_option("curvature", curvature, Curvature)
         if remainder is not None:
             check_option("remainder", remainder, Remainder)
+        check_accuracy(epsilon, tolerance)
+        check_sizes(chunk_size=chunk_size)
+        if proximal != "auto":
+            require_number("proximal", proximal, least=0)
         super().__init__(model, init_loc_fn=init_loc_fn, chunk_size=chunk_size)
         self.method = method
         self.curvature = curvature
@@ -226,16 +232,33 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         """The diagonal of Λ: that of the GGN, or the mean curvature of the dimensions without targets."""
         accumulator = CurvatureAccumulator(self.packed, self.loc, "ggn", chunk_size=self.chunk_size)
         if self.remainder == "diagonal":
-            return accumulator.diagonal(data) + proximal
+            diagonal = accumulator.diagonal(data) + proximal
+            self._require_curvature(int((diagonal <= 0).sum()), float(diagonal.min()))
+            return diagonal
         assert self.basis is not None
+        r, p = self.basis.shape
+        if r == p:  # nothing remains
+            return torch.ones_like(self.loc).detach()
         generator = torch.Generator(device=self.loc.device).manual_seed(0)
-        probes = torch.randn(
-            32, self.loc.shape[0], dtype=self.loc.dtype, device=self.loc.device, generator=generator
-        )
-        free = probes - probes @ self.basis.mT @ self.basis
-        mean = (free * accumulator.operator(data)(free)).sum() / free.square().sum().clamp(min=1e-30)
+        probes = torch.randn(32, p, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
+        free = probes
+        for _ in range(2):  # twice is enough where few dimensions remain
+            free = free - free @ self.basis.mT @ self.basis
+        both = torch.stack([probes, free])
+        products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape)
+        whole, mean = ((both * products).sum((1, 2)) / both.square().sum((1, 2))).tolist()
+        noise = 1e2 * torch.finfo(self.loc.dtype).eps * whole
+        mean += proximal
+        self._require_curvature(0 if mean > noise else p - r, mean)
         # the mean curvature minimises KL(q || Laplace) over isotropic remainders
-        return (mean.clamp(min=1e-30) + proximal).expand(self.loc.shape[0]).clone()
+        return torch.full_like(self.loc, mean).detach()
+
+    def _require_curvature(self, number: int, value: float) -> None:
+        if number:
+            raise NotAMinimumError(
+                f"remainder={self.remainder!r}: {number} dimensions have a curvature of {value:.3g}, so that no proper Gaussian "
+                "describes them without targets: give their latents a proper prior, or leave remainder out."
+            )
 
     def _make_posterior(self) -> dist.TorchDistribution | None:
         if self.factor is None:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batches
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
+from pyro_bnn.infer.notice import warn_user
+from pyro_bnn.infer.output_covariances import SiteCovariances, event_covariance, joined, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
 from pyro_bnn.infer.precision import double_precision, doubled
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
@@ -33,6 +33,10 @@ DENSE_LIMIT = 1000
 
 class UnconvergedMAPWarning(UserWarning):
     """The gradient at the point estimate is large in units of posterior standard deviations."""
+
+
+class PointEstimateWarning(UserWarning):
+    """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
 
 
 @dataclass
@@ -198,12 +202,25 @@ class LinearizedGuide(AutoContinuous):
         """
         :param sample_shape: leading shape of the draws.
         :param generator: source of random numbers; torch's default if ``None``.
-        :return: by site name, draws of shape ``sample_shape + site_shape``.
+        :return: by site name, draws of shape ``sample_shape + site_shape``; before ``laplace_approximation`` all the same, with
+            a :class:`PointEstimateWarning`, once.
         """
         shape = torch.Size(sample_shape)
         if not self.is_fitted:
+            self._warn_point_estimate()
             return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
         return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
+
+    def _warn_point_estimate(self) -> None:
+        if self.__dict__.get("_said_so"):
+            return
+        self.__dict__["_said_so"] = True
+        warn_user(
+            f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance of "
+            "predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate on purpose "
+            "pass its draw, {name: value[None] for name, value in guide.median().items()}.",
+            PointEstimateWarning,
+        )
 
     def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         posterior: Any = self.posterior
@@ -297,12 +314,11 @@ class LinearizedGuide(AutoContinuous):
         report = self.map_report
         assert report is not None
         if not report.newton_decrement <= limit:
-            warnings.warn(
+            warn_user(
                 f"the point estimate is {report.newton_decrement:.3g} posterior standard deviations away from the "
                 f"minimum (Newton decrement; gradient norm {report.gradient_norm:.3g}). The approximation describes "
                 "the point it is at: train longer or call guide.polish(data) first.",
                 UnconvergedMAPWarning,
-                stacklevel=3,
             )
 
     # ------------------------------------------------------------------ predictions
@@ -320,44 +336,25 @@ class LinearizedGuide(AutoContinuous):
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior = self.posterior
-        stream = self._stream()
-        covariances: dict[str, list[Tensor]] = {}
-        last: list[SiteOutputs] = []
-        chunks = 0
-        for _, sites in stream.run_batch((args, kwargs)):
-            last, chunks = [examples.site for examples in sites], chunks + 1
-            for examples in sites:
-                site, jac = examples.site, examples.jacobian
-                shape = site.outputs.shape[:-1]
-                with torch.no_grad():
-                    elements = jac.M // site.outputs.shape[-1]
-                    blocks = element_covariance(posterior, jac, elements)
-                if jac.dim >= 0:
-                    rest = shape[: jac.dim] + shape[jac.dim + 1 :]
-                    blocks = blocks.reshape((jac.B,) + rest + blocks.shape[-2:]).movedim(0, jac.dim)
-                else:
-                    blocks = blocks.reshape(shape + blocks.shape[-2:])
-                covariances.setdefault(site.name, []).append(blocks)
-        if chunks != 1 or len(last) != len(self.packed.observed):
+        posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
+        found, sites = output_covariances(posterior, stream, batch)
+        if len(sites) != len(self.packed.observed):
             # means and distributions of the whole batch, without keeping its activations
             try:
                 with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
-                    last = self.packed.outputs(stream.latent, (args, kwargs))
+                    sites = self.packed.outputs(stream.latent, batch)
             except RuntimeError:  # a model that takes derivatives itself
-                last = self.packed.outputs(stream.latent, (args, kwargs))
+                sites = self.packed.outputs(stream.latent, batch)
         result = {}
-        for site in last:
+        for site in sites:
             mean = site.outputs.detach()
-            if site.name in covariances:
-                parts = covariances[site.name]
-                # chunks differ from the whole in the dimension along which the batch was split
-                sizes = zip(parts[0].shape[:-2], mean.shape[:-1], strict=True)
-                dim = next((d for d, (part, whole) in enumerate(sizes) if part != whole), 0)
-                covariance = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-            else:
-                covariance = mean.new_zeros(mean.shape + mean.shape[-1:])
-            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site)
+            mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
+            parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
+            covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
+            if mine.events:
+                joint = joined(mine.events, shape)
+            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint)
         return result
 
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:

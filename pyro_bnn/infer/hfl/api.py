@@ -3,7 +3,6 @@
 """Variances and covariances of any functional of a model's latents."""
 
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from pyro_bnn.infer.curvature import Curvature, NotAMinimumError, check_option
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes, require_slopes, warn_of
 from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.paired import paired
@@ -23,6 +23,8 @@ from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.score import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
+from pyro_bnn.infer.notice import warn_user
+from pyro_bnn.infer.options import require_count, require_number
 from pyro_bnn.infer.packed import PackedModel, check_data
 from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.krylov import smallest_eigenvalue
@@ -104,6 +106,8 @@ def solve(
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
+    :raises ValueError: for a functional that depends on the latents without a gradient (an argmax, a probability of
+        exceeding a threshold, a detached value): take draws of functions.
     """
     if method == "regvar":
         raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
@@ -111,15 +115,20 @@ def solve(
     check_option("curvature", curvature, Curvature)
     if robust and method == "probe":
         raise ValueError("robust=True needs the displacement of every functional: use method='cg'")
+    check_accuracy(epsilon, tolerance)
+    check_sizes(
+        rank=rank, block_size=block_size, num_probes=num_probes, num_epochs=num_epochs, chunk_size=chunk_size,
+        max_iter=max_iter,
+    )  # fmt: skip
     problem, functionals = _setup(
         guide, data, targets, functional, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
     )
+    if functional is not None:
+        require_slopes(functionals, by_direction=method == "probe")
     notes: list[str] = []
     double = problem.latent.dtype == torch.float64
     epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
     tolerance = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
-    if not epsilon > 0 or not tolerance > 0:
-        raise ValueError(f"epsilon and tolerance must be positive, got {epsilon} and {tolerance}")
     if not double and method in ("one_sided", "central") and not 1e-3 <= epsilon <= 3e-2:
         notes.append(
             f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
@@ -127,7 +136,7 @@ def solve(
         )
     _set_proximal(problem, proximal, notes)
     for text in notes:  # now, because what follows may raise
-        warnings.warn(text, HFLWarning, stacklevel=2)
+        warn_user(text, HFLWarning)
     solver = Solver(
         problem,
         tolerance=tolerance,
@@ -190,7 +199,7 @@ def solve(
         gradient_evaluations=problem.gradient_evaluations,
         warnings=notes,
     )
-    _warn(result, tolerance, solver.largest_curvature, map_tolerance)
+    warn_of(result, tolerance, solver.largest_curvature, map_tolerance)
     return result
 
 
@@ -228,11 +237,10 @@ def variance(
     options = {"calibrate": 16, **{k: v for k, v in options.items() if k != "method"}}
     score = regvar(guide, data, targets, **options)
     if score.spread is not None and score.spread > 0.1:
-        warnings.warn(
+        warn_user(
             f"the calibrated RegVar score differs from the variance by factors of about {math.exp(score.spread):.2g}: "
             "it is a score. Use method='probe' for variances of many outputs",
             HFLWarning,
-            stacklevel=2,
         )
     return score.calibrated.reshape(score.shape)
 
@@ -287,6 +295,10 @@ def regvar(
     :param chunk_size: how many reverse passes run at once.
     :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
     """
+    check_option("curvature", curvature, Curvature)
+    check_accuracy(epsilon, tolerance)
+    check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
+    require_count("calibrate", calibrate, least=0)
     problem, functionals = _setup(
         guide, data, targets, None, curvature, correct_gradient=True, chunk_size=chunk_size
     )
@@ -354,8 +366,7 @@ def _setup(
 
 def _set_proximal(problem: Problem, proximal: float | Literal["auto"], notes: list[str]) -> None:
     if proximal != "auto":
-        if proximal < 0:
-            raise ValueError(f"proximal must not be negative, got {proximal}")
+        require_number("proximal", proximal, least=0)
         problem.proximal = float(proximal)
         return
     smallest = smallest_eigenvalue(problem.operator, problem.latent)
@@ -431,43 +442,3 @@ def _from_probes(probes: Probes) -> Parts:
         probes.half,
         0.0,
     )
-
-
-def _warn(result: HFLResult, tolerance: float, largest_curvature: float, map_tolerance: float) -> None:
-    notes: list[str] = []
-    if not result.newton_decrement <= map_tolerance:
-        notes.append(
-            f"the point estimate is {result.newton_decrement:.3g} posterior standard deviations away from the minimum "
-            "(Newton decrement). Variances are those of the Laplace approximation at the point it is at: train longer "
-            "or call guide.polish(data) first"
-        )
-    eps = torch.finfo(result.variances.dtype).eps
-    if eps * largest_curvature > 1e-2 * result.smallest_curvature:
-        notes.append(
-            f"curvatures range from {result.smallest_curvature:.2g} to {largest_curvature:.2g}, more than "
-            f"{str(result.variances.dtype).removeprefix('torch.')} resolves to 1 %: use float64"
-        )
-    if result.method in ("cg", "probe"):
-        if result.residual > 10 * tolerance:
-            notes.append(
-                f"the solves stopped at a relative residual of {result.residual:.2g}, not {tolerance:.2g}: variances are "
-                "lower bounds. Use a preconditioner, a larger max_iter, or float64"
-            )
-    elif result.residual > (0.02 if result.method == "paired" else 0.1):
-        notes.append(
-            f"the perturbed minimisations stopped {result.residual:.2g} epsilon short of their minima, so that variances "
-            "may be wrong by as large a fraction: use method='cg', float64, a preconditioner, or more epochs"
-        )
-    if result.agreement is not None and result.agreement > 0.01:
-        notes.append(
-            f"variances at epsilon and epsilon / 3 differ by {result.agreement:.2g}: epsilon is too large for the basin of "
-            "the point estimate, or too small for the precision. Use method='cg', or float64"
-        )
-    if result.antisymmetry > 0.05:
-        notes.append(
-            f"the responses are antisymmetric by {result.antisymmetry:.2g} standard deviations, which at a minimum they "
-            "cannot be: covariances are inaccurate"
-        )
-    for text in notes:
-        warnings.warn(text, HFLWarning, stacklevel=3)
-    result.warnings += notes

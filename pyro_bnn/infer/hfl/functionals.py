@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch
-from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.infer.packed import PackedModel, depends_on
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
 
 #: A user's function: the latents by site name, then the targets, to a tensor.
@@ -59,6 +59,16 @@ class Functionals:
 
     def __len__(self) -> int:
         return self.values.shape[0]
+
+    @property
+    def latent(self) -> Tensor:
+        """The point estimate, shape ``(p,)``."""
+        return self._leaf.detach()
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether gradients of the values reach the latents."""
+        return depends_on(self._graph, self._leaf)
 
     @property
     def gradients(self) -> Tensor:
@@ -112,6 +122,13 @@ class Functionals:
             return displacements @ self._rows.mT
         operator = jvp_operator(self._graph, self._leaf)
         return torch.cat([operator(part) for part in displacements.split(self.chunk_size)])
+
+    def evaluate(self, latent: Tensor) -> Tensor:
+        """
+        :param latent: shape ``(p,)``.
+        :return: the values of the function itself there, linearised or not, shape ``(m,)``.
+        """
+        return self._function(latent).reshape(-1)
 
     def at(self, latent: Tensor) -> Tensor:
         """

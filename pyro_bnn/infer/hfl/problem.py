@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.infer.data import Batch, is_single_batch, iter_batches
 from pyro_bnn.infer.handlers import Site
-from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.infer.packed import PackedModel, PlateCoverage
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.jacobian import LinearMap, jvp_operator, vjp
 from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
@@ -147,10 +147,11 @@ class Problem:
         return extra - self.gradient if self.correct_gradient else extra
 
     def _linearized_gradients(self, offsets: Tensor, batches: Iterable[Batch]) -> Tensor:
-        total = torch.zeros_like(offsets)
+        total, coverage = torch.zeros_like(offsets), PlateCoverage()
         for batch in batches:
             leaf = self.latent.clone().requires_grad_(True)
             trace = self.model.trace(leaf, batch)
+            coverage.add(trace, self.model.observed)
             for site in self.model.site_outputs(trace):
                 if not site.outputs.shape[-1]:
                     continue

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.handlers import Site, subsample_scale, unscaled_log_prob
-from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.infer.packed import PackedModel, PlateCoverage
 from pyro_bnn.ops.jacobian import jvp_operator
 
 
@@ -29,10 +29,11 @@ def score_responses(model: PackedModel, latent: Tensor, data: Any, displacements
 
     Source: Giordano et al. (2019), "A Swiss army infinitesimal jackknife".
     """
-    parts = []
+    parts, coverage = [], PlateCoverage()
     for batch in iter_batches(data):
         leaf = latent.detach().clone().requires_grad_(True)
         trace = model.trace(leaf, batch)
+        coverage.add(trace, model.observed)
         points: dict[tuple[Any, ...], Tensor] = {}
         for name in model.observed:
             site: Site = trace.nodes[name]
