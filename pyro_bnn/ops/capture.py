@@ -402,7 +402,8 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         index = ib if ia is None else ia
         assert index is not None
-        sign = -1.0 if (name == "sub" and ib is not None) or (name == "__rsub__" and ia is not None) else 1.0
+        subtracted = ia if name in ("__rsub__", "rsub") else ib
+        sign = -1.0 if "sub" in name and subtracted is not None else 1.0
         return self._record(func(a, b), ElementwiseUse(index, None, sign))
 
     def _do_addcmul(
