@@ -84,7 +84,8 @@ class Recorder:
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
         self.seconds: Counter[str] = Counter()
-        self.bad: set[str] = set()
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -94,8 +95,10 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
-        if report.outcome != "passed":
-            self.bad.add(report.nodeid)
+        if report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+        if report.failed:
+            self.failed.add(report.nodeid)
 
 
 def in_fork(function: Any, *arguments: Any, cpu: float, root: Path) -> tuple[Any, bool]:
@@ -152,7 +155,7 @@ def measure(part: str) -> dict[str, Any]:
     tests: dict[str, Any] = {
         name: {"seconds": seconds, "lines": {}}
         for name, seconds in recorder.seconds.items()
-        if name not in recorder.bad
+        if name in recorder.passed - recorder.failed
     }
     imported: dict[str, list[int]] = {}
     for file in data.measured_files():
@@ -163,7 +166,7 @@ def measure(part: str) -> dict[str, Any]:
                     tests[context]["lines"].setdefault(name, []).append(line)
                 elif not context:
                     imported.setdefault(name, []).append(line)
-    return {"tests": tests, "imported": imported, "failed": sorted(recorder.bad)}
+    return {"tests": tests, "imported": imported, "failed": sorted(recorder.failed)}
 
 
 def digest(paths: Iterable[Path]) -> str:
