@@ -189,21 +189,24 @@ class Finder(ast.NodeVisitor):
             self.visit(node.slice)
 
 
-def candidates(root: Path, paths: Iterable[Path]) -> dict[tuple[str, int], list[Mutant]]:
-    """By file and line, the mutants that compile."""
+def draw(root: Path, paths: Iterable[Path], seed: int) -> Iterator[Mutant]:
+    """One mutant of each line that can be changed, lines in random order."""
     lines: dict[tuple[str, int], list[Mutant]] = {}
     for path in sorted(paths):
         name = str(path.relative_to(root))
-        source = path.read_bytes()
-        for mutant in Finder(name, source).found:
-            with suppress(SyntaxError):
-                if ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source)):
-                    lines.setdefault((name, mutant.line), []).append(mutant)
-    return lines
+        for mutant in Finder(name, path.read_bytes()).found:
+            lines.setdefault((name, mutant.line), []).append(mutant)
+    source = random.Random(seed)
+    for name, line in source.sample(sorted(lines), len(lines)):
+        text = (root / name).read_bytes()
+        some = source.sample(lines[name, line], len(lines[name, line]))
+        found = next((mutant for mutant in some if is_change(mutant, text)), None)
+        if found is not None:
+            yield found
 
 
-def draw(root: Path, paths: Iterable[Path], seed: int) -> Iterator[Mutant]:
-    """One mutant of each line, lines in random order."""
-    lines, source = candidates(root, paths), random.Random(seed)
-    for place in source.sample(sorted(lines), len(lines)):
-        yield source.choice(lines[place])
+def is_change(mutant: Mutant, source: bytes) -> bool:
+    """Whether a mutant compiles and is another program."""
+    with suppress(SyntaxError):
+        return ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+    return False
