@@ -119,13 +119,14 @@ class DenseBlock:
 
     :param uses: uses that together touch these entries.
     :param B: the number of examples.
+    :param shared: whether several uses, or one at several places, may touch the same entry.
     :ivar index: positions, shape ``(q,)``, each once.
     """
 
-    def __init__(self, uses: Sequence[Use], B: int) -> None:
+    def __init__(self, uses: Sequence[Use], B: int, *, shared: bool) -> None:
         self.uses = uses
         self.B = B
-        if len({id(use.index) for use in uses}) == 1:
+        if not shared:
             self.index = uses[0].index.reshape(-1)
             self._places: list[Tensor | None] = [None] * len(uses)
         else:
@@ -315,9 +316,10 @@ class ExampleJacobian:
             if group:
                 use.index = group[0].index
             group.append(use)
-        count = torch.zeros_like(self.capture.generic, dtype=torch.int8)
+        count = torch.zeros_like(self.capture.generic, dtype=torch.int32)
         for group in groups.values():
-            count[group[0].index.reshape(-1)] += 1
+            flat = group[0].index.reshape(-1)
+            count.index_add_(0, flat, torch.ones_like(flat, dtype=count.dtype))
         blocks: list[Block] = []
         shared: list[Use] = []
         for group in groups.values():
@@ -326,9 +328,9 @@ class ExampleJacobian:
             elif isinstance(group[0], LinearUse):
                 blocks.append(LinearBlock([u for u in group if isinstance(u, LinearUse)], self.B))
             else:
-                blocks.append(DenseBlock(group, self.B))
+                blocks.append(DenseBlock(group, self.B, shared=False))
         if shared:
-            blocks.append(DenseBlock(shared, self.B))
+            blocks.append(DenseBlock(shared, self.B, shared=True))
         return blocks
 
     def _find_offsets(self) -> dict[int, DenseBlock]:

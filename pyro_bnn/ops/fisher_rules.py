@@ -248,13 +248,12 @@ class NegativeBinomialFisher(FisherRule):
     def _count_information(self, d: td.NegativeBinomial) -> Tensor:
         r""":math:`F_{rr} = E[\psi_1(r) - \psi_1(r+y)] = \sum_{j\ge 0} P(y > j)/(r+j)^2`."""
         r = d.total_count
-        total = torch.zeros_like(r)
-        tail = torch.ones_like(r)
-        j = 0
-        # the tail decreases geometrically, so that the rest is below the last term's tail times the step count
-        while float(tail.max()) > torch.finfo(r.dtype).eps and j < _MAX_TERMS:
-            count = torch.full_like(r, float(j))
-            tail = (tail - d.log_prob(count).exp()).clamp(min=0)
+        total, tail = torch.zeros_like(r), torch.ones_like(r)
+        mean, mass, j = float(d.mean.max()), tail, 0
+        # beyond the mean the probabilities decrease geometrically; the tail itself ends at its rounding error
+        while (j <= mean or float(mass.max()) > torch.finfo(r.dtype).eps) and j < _MAX_TERMS:
+            mass = d.log_prob(torch.full_like(r, float(j))).exp()
+            tail = (tail - mass).clamp(min=0)
             total = total + tail / (r + j).square()
             j += 1
         return total

@@ -48,7 +48,7 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
         is_grads_batched=True,
         materialize_grads=True,
     )
-    return product
+    return product.expand(cotangents.shape[0], *inputs.shape)  # zeros come unbatched where nothing is reached
 
 
 def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tensor:

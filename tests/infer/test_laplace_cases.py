@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 """
-Every structure, curvature, likelihood and layer of a table against dense autograd in float64.
+Every structure, curvature, likelihood and layer of a table against dense autograd in float64, with Fisher information
+by enumeration and quadrature over the observation.
 
 ``python benchmarks/laplace_cases.py`` runs the table and prints its size and the largest errors.
 """
@@ -16,16 +17,18 @@ import torch.nn as nn
 from torch.func import functional_call
 
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.ops.fisher import fisher_rule
 from tests.common import assert_close
+from tests.contracts.fisher import by_divergence, by_points, counts, gauss, half_line
 
 COVARIANCE = torch.tensor([[0.5, 0.1], [0.1, 0.3]], dtype=torch.float64)
+DIAGONAL = torch.tensor([[0.3, 0.0], [0.0, 0.7]], dtype=torch.float64)
+CUTS = torch.tensor([-1.0, 0.5], dtype=torch.float64)
 
 #: name -> (number of network outputs, distribution of the observation given them, observations of N points)
 LIKELIHOODS = {
     "normal": (1, lambda f: dist.Normal(f[..., 0], 0.3), lambda n: torch.randn(n)),
     "heteroscedastic": (2, lambda f: dist.Normal(f[..., 0], (0.3 * f[..., 1]).exp()), lambda n: torch.randn(n)),
-    "vector": (2, lambda f: dist.Normal(f, torch.tensor([0.3, 0.7])).to_event(1), lambda n: torch.randn(n, 2)),
+    "vector": (2, lambda f: dist.Normal(f, DIAGONAL.diagonal()).to_event(1), lambda n: torch.randn(n, 2)),
     "multivariate": (2, lambda f: dist.MultivariateNormal(f, COVARIANCE), lambda n: torch.randn(n, 2)),
     "student": (1, lambda f: dist.StudentT(4.0, f[..., 0], 0.5), lambda n: torch.randn(n)),
     "laplace": (1, lambda f: dist.Laplace(f[..., 0], 0.5), lambda n: torch.randn(n)),
@@ -37,9 +40,55 @@ LIKELIHOODS = {
     "bernoulli": (1, lambda f: dist.Bernoulli(logits=f[..., 0]), lambda n: torch.randint(0, 2, (n,)).double()),
     "binomial": (1, lambda f: dist.Binomial(5, logits=f[..., 0]), lambda n: torch.randint(0, 6, (n,)).double()),
     "categorical": (3, lambda f: dist.Categorical(logits=f), lambda n: torch.randint(0, 3, (n,))),
-    "ordinal": (1, lambda f: dist.OrderedLogistic(f[..., 0], torch.tensor([-1.0, 0.5])), lambda n: torch.randint(0, 3, (n,))),
-    "masked": (1, lambda f: dist.Normal(f[..., 0], 0.3).mask(torch.arange(len(f)) % 3 > 0), lambda n: torch.randn(n)),
+    "ordinal": (1, lambda f: dist.OrderedLogistic(f[..., 0], CUTS), lambda n: torch.randint(0, 3, (n,))),
+    "masked": (1, lambda f: dist.Normal(f[..., 0], 0.3).mask(torch.arange(f.shape[-2]) % 3 > 0), lambda n: torch.randn(n)),
 }  # fmt: skip
+
+
+def scalar_gauss(scale):
+    """Points of one Normal observation, whose event shape is empty."""
+    points = gauss(lambda f: f[..., :1], lambda f: scale(f)[..., None, None] * torch.eye(1))
+
+    def squeezed(f):
+        values, weights = points(f)
+        return values.squeeze(-1), weights
+
+    return squeezed
+
+
+def exponentiated(points):
+    def moved(f):
+        values, weights = points(f)
+        return values.exp(), weights
+
+    return moved
+
+
+CONSTANT = scalar_gauss(lambda f: torch.full(f.shape[:-1], 0.3))
+#: name -> points to sum over, in place of the expectation over the observation; None where torch knows the divergence
+POINTS = {
+    "normal": CONSTANT,
+    "heteroscedastic": scalar_gauss(lambda f: (0.3 * f[..., 1]).exp()),
+    "vector": gauss(lambda f: f, lambda f: DIAGONAL),
+    "multivariate": gauss(lambda f: f, lambda f: torch.linalg.cholesky(COVARIANCE)),
+    "student": half_line(LIKELIHOODS["student"][1], start=lambda f: f[..., 0]),
+    "laplace": half_line(LIKELIHOODS["laplace"][1], start=lambda f: f[..., 0]),
+    "lognormal": exponentiated(scalar_gauss(lambda f: torch.full(f.shape[:-1], 0.5))),
+    "gamma": half_line(LIKELIHOODS["gamma"][1]),
+    "beta": None,
+    "masked": CONSTANT,
+    **{
+        name: counts(LIKELIHOODS[name][1], size)
+        for name, size in {
+            "poisson": 150, "negative_binomial": 3000, "bernoulli": 2, "binomial": 6, "categorical": 3, "ordinal": 3,
+        }.items()
+    },
+}  # fmt: skip
+#: name -> the real-valued parameters that predictions are given in; the network's outputs by default
+PARAMETERS = {
+    "heteroscedastic": lambda f: f * torch.tensor([1.0, 0.3]),
+    "categorical": lambda f: f.log_softmax(-1),
+}
 
 
 class Last(nn.Module):
@@ -79,6 +128,7 @@ class Case:
         self.shapes = {name: value.shape for name, value in self.net.named_parameters()}
         self.scales = {name: 0.5 + 0.25 * i for i, name in enumerate(self.shapes)}
         self.family = family
+        self.likelihood = likelihood
         self.dim = sum(shape.numel() for shape in self.shapes.values())
         self.point = 0.5 * torch.randn(self.dim)
         self.prior = torch.cat(
@@ -95,46 +145,31 @@ class Case:
         with pyro.plate("data", len(x)):
             return pyro.sample("obs", self.family(f), obs=y)
 
-    def function(self, u, x):
-        """The real-valued parameters of the likelihood that depend on the network, shape (n, C)."""
-        d = self.distribution(u, x)
-        parameters = {k: v for k, v in fisher_rule(d).parameters(d).items() if v.requires_grad}
-        flat = torch.cat([v.expand(d.batch_shape + v.shape[-1:]) for v in parameters.values()], -1)
-        return flat.reshape(len(x), -1)
+    def values(self, u):
+        parts = u.split([s.numel() for s in self.shapes.values()])
+        return {k: part.reshape(s) for (k, s), part in zip(self.shapes.items(), parts, strict=True)}
 
-    def distribution(self, u, x):
-        values = {
-            k: part.reshape(s)
-            for (k, s), part in zip(
-                self.shapes.items(), u.split([s.numel() for s in self.shapes.values()]), strict=True
-            )
-        }
-        d = self.family(functional_call(self.net, values, (x,)))
-        while hasattr(d, "base_dist"):
-            d = d.base_dist
-        return d
+    def outputs(self, u, x):
+        """What the likelihood is given, shape (n, outputs)."""
+        return functional_call(self.net, self.values(u), (x,))
 
     def jacobian(self, x):
-        return torch.autograd.functional.jacobian(lambda u: self.function(u, x), self.point)
+        """Of the real-valued parameters of the likelihood, shape (n, C, p)."""
+        return torch.autograd.functional.jacobian(
+            lambda u: PARAMETERS.get(self.likelihood, lambda f: f)(self.outputs(u, x)), self.point
+        )
+
+    def log_prob(self, u):
+        return self.family(self.outputs(u, self.x)).log_prob(self.y)
 
     def information(self):
-        """The Fisher information by definition: the expected Hessian, by the rules tested on their own."""
-        u = self.point.clone().requires_grad_(True)
-        d = self.distribution(u, self.x)
-        rule = fisher_rule(d)
-        names = [k for k, v in rule.parameters(d).items() if v.requires_grad]
-        F = rule.block(d, names).detach()
-        n, C = len(self.x), F.shape[-1]
-        F = F.reshape(n, -1, C, C)
-        R = F.shape[1]
-        blocks = torch.stack([torch.block_diag(*f) for f in F])
-        assert blocks.shape == (n, R * C, R * C)
-        mask = getattr(self.family(torch.zeros(n, 2)), "_mask", None)
-        return blocks if mask is None else blocks * mask[:, None, None]
+        """In the network's outputs, shape (n, outputs, outputs)."""
+        f, points = self.outputs(self.point, self.x), POINTS[self.likelihood]
+        return by_divergence(self.family, f) if points is None else by_points(self.family, f, points)
 
     def dense(self):
-        J, F = self.jacobian(self.x), self.information()
-        return torch.einsum("nci,ncd,ndj->ij", J, F, J)
+        J = torch.autograd.functional.jacobian(lambda u: self.outputs(u, self.x), self.point)
+        return torch.einsum("nci,ncd,ndj->ij", J, self.information(), J)
 
     def guide(self, **options):
         guide = AutoLaplace(self.model, **options).initialize(self.x, self.y)
@@ -201,8 +236,7 @@ def test_exact_structures(network, likelihood):
 def kronecker_by_definition(case, sharing):
     """Factors from the per-example inputs and output gradients of each linear layer, by hooks and autograd."""
     F = case.information()
-    parts = case.point.split([s.numel() for s in case.shapes.values()])
-    values = {k: p.reshape(s) for (k, s), p in zip(case.shapes.items(), parts, strict=True)}
+    values = case.values(case.point)
     dense, total = case.dense(), torch.zeros(case.dim, case.dim)
     places = dict(zip(case.shapes, case.places, strict=True))
     for name, module in case.net.named_modules():
@@ -221,19 +255,7 @@ def kronecker_by_definition(case, sharing):
 
         def shifted(shift, seen=seen):
             seen["shift"] = shift
-            f = functional_call(case.net, values, (case.x,))
-            d = case.family(f)
-            while hasattr(d, "base_dist"):
-                d = d.base_dist
-            flat = torch.cat(
-                [
-                    v.expand(d.batch_shape + v.shape[-1:])
-                    for v in fisher_rule(d).parameters(d).values()
-                    if v.requires_grad
-                ],
-                -1,
-            )
-            return flat.reshape(len(case.x), -1)
+            return functional_call(case.net, values, (case.x,))
 
         J = torch.autograd.functional.jacobian(shifted, torch.zeros(size)).reshape(
             len(case.x), -1, *seen["shape"]
@@ -279,16 +301,7 @@ def test_kronecker_equals_its_definition(network, likelihood, sharing):
 def test_empirical_fisher_equals_per_example_gradients(network, likelihood):
     case = Case(network, likelihood)
 
-    def pointwise(u):
-        values = {
-            k: p.reshape(s)
-            for (k, s), p in zip(
-                case.shapes.items(), u.split([s.numel() for s in case.shapes.values()]), strict=True
-            )
-        }
-        return case.family(functional_call(case.net, values, (case.x,))).log_prob(case.y)
-
-    gradients = torch.autograd.functional.jacobian(pointwise, case.point)
+    gradients = torch.autograd.functional.jacobian(case.log_prob, case.point)
     dense = gradients.mT @ gradients
     for structure in ("full", "block", "diagonal"):
         guide = case.guide(structure=structure, curvature="empirical_fisher")
@@ -317,19 +330,10 @@ def test_monte_carlo_fisher_in_distribution(structure, likelihood):
 def test_exact_hessian_of_the_likelihood(structure):
     case = Case("mlp", "poisson")
 
-    def negative(u):
-        values = {
-            k: p.reshape(s)
-            for (k, s), p in zip(
-                case.shapes.items(), u.split([s.numel() for s in case.shapes.values()]), strict=True
-            )
-        }
-        return -case.family(functional_call(case.net, values, (case.x,))).log_prob(case.y).sum()
-
     case.prior = case.prior * 0 + 0.2**-2  # wide enough apart from zero that P is positive definite
     case.scales = dict.fromkeys(case.scales, 0.2)
     case.point = 0.1 * case.point
-    dense = torch.autograd.functional.hessian(negative, case.point)
+    dense = torch.autograd.functional.hessian(lambda u: -case.log_prob(u).sum(), case.point)
     if structure == "low_rank":  # reduces to the eigenvalues of largest size
         guide = case.guide(structure=structure, curvature="hessian", rank=case.dim)
         check(case, guide, dense + torch.diag(case.prior))

@@ -1,11 +1,14 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
+
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributions as td
-from scipy import integrate
+from scipy import integrate, special, stats
 
 import pyro_bnn.infer  # registers the rules of Pyro's own distributions  # noqa: F401
 from pyro_bnn.ops.fisher import MonteCarloFisher, fisher_rule, score
@@ -98,6 +101,38 @@ def test_gaussian_information_equals_the_hessian_of_the_divergence(d):
     expected = torch.autograd.functional.hessian(divergence, torch.cat(list(start.values())))
     assert_close(rule.information(d), expected, rtol=1e-9, atol=1e-10)
     assert_close(rule.block(d, ["loc"]), rule.information(d)[:3, :3], rtol=1e-9, atol=1e-12)
+
+
+GAUSSIANS = {
+    "multivariate": lambda: dist.MultivariateNormal(torch.tensor([[0.1, 0.2, 0.3], [0.0, 1.0, 2.0]]), COV),
+    "low_rank": lambda: dist.LowRankMultivariateNormal(
+        torch.tensor([[0.1, 0.2, 0.3], [0.0, 1.0, 2.0]]), W, torch.tensor([0.5, 1.0, 0.2])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *GAUSSIANS])
+def test_a_block_is_that_of_the_whole(name):
+    d = {**CONTINUOUS, **DISCRETE, **GAUSSIANS}[name]()
+    rule = fisher_rule(d)
+    whole, sizes = rule.information(d), {k: v.shape[-1] for k, v in rule.parameters(d).items()}
+    assert whole.shape == d.batch_shape + (sum(sizes.values()),) * 2
+    places = dict(zip(sizes, torch.arange(sum(sizes.values())).split(list(sizes.values())), strict=True))
+    for r in range(1, len(sizes) + 1):
+        for names in itertools.combinations(sizes, r):
+            keep = torch.cat([places[k] for k in names])
+            assert_close(rule.block(d, list(names)), whole[..., keep[:, None], keep], rtol=1e-12, atol=1e-14)
+
+
+def test_the_count_of_a_negative_binomial_from_few_to_many_failures():
+    # E[trigamma(r) - trigamma(r + y)], summed by scipy
+    for r, probs in ((0.2, 0.3), (1.5, 0.9), (40.0, 0.5)):
+        y = np.arange(20_000)
+        mass = stats.nbinom.pmf(y, r, 1 - probs)
+        expected = r**2 * (mass * (special.polygamma(1, r) - special.polygamma(1, r + y))).sum()
+        d = dist.NegativeBinomial(torch.tensor([r]), probs=torch.tensor([probs]))
+        F = fisher_rule(d).information(d)[0]
+        assert_close(F, [[expected, r * probs], [r * probs, r * probs]], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
