@@ -197,7 +197,7 @@ def family(fn: Any) -> tuple[type, tuple[str, ...]]:
 
 def quadrature(cls: type, d: Any) -> tuple[Tensor, Tensor]:
     """Observations and their weights, so that sums are expectations under d; shape (Q,) + batch (+ event)."""
-    dtype = torch.get_default_dtype()
+    dtype = torch.float64
     if cls in (td.Bernoulli, td.Categorical, td.OneHotCategorical):
         y = d.enumerate_support()
         return y, d.log_prob(y).exp()
@@ -248,6 +248,7 @@ def information(cls: type, names: tuple[str, ...], d: Any) -> Tensor:
     """Fisher information in the parameters of one family by its definition, shape batch + (C, C)."""
     batch = d.batch_shape
     detached = {n: getattr(d, n).detach() for n in names}
+    detached = {n: v.double() if v.is_floating_point() else v for n, v in detached.items()}
     detached = {n: v.expand(batch + v.shape[v.dim() - _event(cls, n) :]) for n, v in detached.items()}
     fixed = cls(**detached, **({"validate_args": False} if cls is not td.OneHotCategorical else {}))
     y, w = quadrature(cls, fixed)
@@ -312,8 +313,8 @@ def ggn(case: Case, space: Space, u: Tensor) -> Tensor:
     for name in space.observed:
         site = trace.nodes[name]
         phi, F, weight = site_parameters(site)
-        J = jacobian(phi, u).reshape(*phi.shape, -1).to(F.dtype)
-        total += torch.einsum("nci,ncd,ndj,n->ij", J, F, J, weight.to(F.dtype).detach())
+        J = jacobian(phi, u).reshape(*phi.shape, -1).double()
+        total += torch.einsum("nci,ncd,ndj,n->ij", J, F, J, weight.double().detach())
     return total
 
 
@@ -329,7 +330,7 @@ def empirical(case: Case, space: Space, u: Tensor) -> Tensor:
         weight = torch.ones(log_prob.shape) * torch.as_tensor(site["scale"])
         if site["mask"] is not None:
             weight = weight * site["mask"]
-        J = jacobian(log_prob, u)
+        J = jacobian(log_prob, u).double()
         total += J.mT @ (J * weight.reshape(-1, 1))
     return total
 

@@ -3,6 +3,7 @@
 """Runs a cell, and judges it."""
 
 import inspect
+import math
 import re
 import traceback
 import warnings
@@ -96,14 +97,14 @@ def judge(operation: Operation, facts: Facts) -> Verdict:
             warnings.simplefilter("ignore")
             for what, actual, expected, *tolerance in operation.run(facts):
                 error, detail = error_of(actual, expected)
-                if error != error:
+                if math.isnan(error):
                     return Verdict("not finite", error, f"{what}: {detail}")
                 limit = max([case.digits, *tolerance])
                 if error > limit:
                     return Verdict("wrong", error, f"{what}: {detail} (error {error:.1e})")
                 worst, note = max(worst, error), what
     except Undefined as reason:
-        return Verdict("undefined", message=str(reason))
+        return Verdict("wrong", message=f"answered, where there is no answer: {reason}")
     except Exception as error:
         return refusal(error, names_of(case, facts))
     if must_refuse:

@@ -293,7 +293,7 @@ def log_mixture(facts: Facts) -> Pairs:
 def one_step(facts: Facts) -> Pairs:
     case = facts.program.make()
     guide, before = mixture(facts, case, 2)
-    lr = 1e-4
+    lr = 0.01  # the step is linear in it
     expected = []
     for values in before:
         u = torch.cat([facts.space.transforms[n].inv(values[n]).reshape(-1) for n in facts.space.sites])
@@ -307,7 +307,7 @@ def one_step(facts: Facts) -> Pairs:
             (facts.space.transforms[n].inv(values[n]) - facts.space.transforms[n].inv(before[k][n])).reshape(-1)
             for n in facts.space.sites
         ]
-        yield f"component {k}", torch.cat(moved) / lr, expected[k], 1e-6  # type: ignore[misc]
+        yield f"component {k}", torch.cat(moved) / lr, expected[k], 1e-7  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------- Laplace
@@ -340,9 +340,19 @@ def covariance(facts: Facts, guide: Any) -> Tensor:
 
 def expected_covariance(precision: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(precision)
-    if not values[0] > 1e-10 * values[-1]:
+    if not values[0] > 1e-14 * values[-1]:
         raise Undefined("the precision is not positive definite")
     return torch.linalg.inv(precision)
+
+
+def variances(J: Tensor, precision: Tensor) -> Tensor:
+    """The diagonal of J P^-1 J', which exists if J does not see the flat directions of P."""
+    values, vectors = torch.linalg.eigh(precision.double())
+    rows = J.double() @ vectors
+    flat = values <= 1e-13 * values[-1]
+    if bool((rows[..., flat].abs() > 1e-7 * (1e-9 + rows.abs().max())).any()):
+        raise Undefined("the precision is not positive definite")
+    return (rows[..., ~flat].square() / values[~flat]).sum(-1)
 
 
 def masked_precision(facts: Facts, kind: str, structure: str) -> Tensor:
@@ -499,10 +509,10 @@ def evidence(facts: Facts) -> Pairs:
 )
 def laplace_loader(facts: Facts) -> Pairs:
     case = facts.program.make()
-    expected = expected_covariance(facts.curvature("ggn"))
     for size, backwards in ((4, False), (3, True)):
         batches = case.batches(size)
         guide = approximation(facts, case, batches[::-1] if backwards else batches)
+        expected = expected_covariance(facts.curvature("ggn"))
         yield f"batches of {size}", covariance(facts, guide), expected, factor(facts, "ggn")  # type: ignore[misc]
 
 
@@ -520,13 +530,15 @@ def linearized(facts: Facts) -> Pairs:
     case = facts.program.make()
     guide = approximation(facts, case)
     expected = facts.outputs()
-    Sigma = expected_covariance(facts.curvature("ggn"))
+    P = facts.curvature("ggn")
     for args in (case.inputs, case.data):
         for name, found in guide.linearized_outputs(*args).items():
             if name not in expected:
                 continue
             phi, J = expected[name]
-            variance = torch.einsum("...i,ij,...j->...", J, Sigma, J)
+            if not J.any() and not found.variance.numel():
+                continue
+            variance = variances(J, P)
             yield f"mean of {name}", found.mean.reshape(phi.shape), phi
             yield f"variance of {name}", found.variance.reshape(phi.shape), variance, factor(facts, "ggn")  # type: ignore[misc]
 
@@ -545,11 +557,12 @@ def hessian_free(kind: str, facts: Facts) -> Pairs:
         P = facts.get("ggn at mode", lambda: dense.ggn(c, s, u)) + facts.get(
             "prior at mode", lambda: dense.hessian(lambda v: -dense.log_prior(c, s, v), u)
         )
-    Sigma = expected_covariance(P)
     for name, found in guide.linearized_outputs(*case.inputs).items():
         if name in expected:
             phi, J = expected[name]
-            variance = torch.einsum("...i,ij,...j->...", J, Sigma, J)
+            if not J.any() and not found.variance.numel():
+                continue
+            variance = variances(J, P)
             yield f"variance of {name}", found.variance.reshape(phi.shape), variance, max(1e-6, factor(facts, "ggn"))  # type: ignore[misc]
 
 
@@ -786,7 +799,6 @@ def save_mixture(facts: Facts) -> Pairs:
 
 @operation("save and load a Laplace guide", "at most 60 latents, none belongs to a row", lambda f: few(f) and real_line(f))
 def save_laplace(facts: Facts) -> Pairs:
-    expected_covariance(facts.curvature("ggn"))
     yield from restored(facts, lambda case: approximation(facts, case))
 
 

@@ -30,6 +30,7 @@ class Case:
     :ivar must_refuse: operations (prefixes of names) whose answer cannot be known.
     :ivar spread: how far from zero, in unconstrained space, latents are put.
     :ivar train: whether the network is in training mode.
+    :ivar split: the rows of each batch; batches of four by default.
     :ivar hessian: whether the dense Hessian takes seconds at most.
     """
 
@@ -49,6 +50,7 @@ class Case:
     spread: float = 0.3
     train: bool = False
     hessian: bool = True
+    split: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.rows is not None:
@@ -60,11 +62,10 @@ class Case:
     def inputs(self) -> tuple[Any, ...]:
         return self.data[: self.num_inputs]
 
-    def batches(self, size: int = 4, order: Sequence[int] | None = None) -> list[tuple[Any, ...]]:
+    def batches(self, size: int = 4) -> list[tuple[Any, ...]]:
         """The data in batches of some rows, the last of which may be smaller."""
         assert self.take is not None
-        parts = list(torch.arange(self.size).split(size))
-        return [self.take(parts[i]) for i in (order or range(len(parts)))]
+        return [self.take(part) for part in (self.split or torch.arange(self.size).split(size))]
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
