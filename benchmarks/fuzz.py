@@ -29,11 +29,15 @@ from tests.properties.generator import spec_of_seed  # noqa: E402
 
 def main() -> None:
     """Runs the cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000, help="number of programs")
     parser.add_argument("--seed", type=int, default=0, help="number of the first program")
     parser.add_argument("--case", type=int, help="run this program only, and say what comes out")
-    parser.add_argument("--operations", type=int, default=3, help="operations for each program; 0 for all that apply")
+    parser.add_argument(
+        "--operations", type=int, default=3, help="operations for each program; 0 for all that apply"
+    )
     parser.add_argument("--smoke", action="store_true", help="twenty programs")
     parser.add_argument("--out", help="write the counts and all cells that are not right to this file")
     options = parser.parse_args()
@@ -60,7 +64,9 @@ def main() -> None:
                 rows.append({"case": seed, "operation": operation, "outcome": verdict.outcome,
                              "message": verdict.message, "program": str(spec)})  # fmt: skip
     seconds = time.perf_counter() - start
-    print(f"{len(seeds)} programs in {seconds:.0f} s: {dict(cases)}; {sum(cells.values())} operations: {dict(cells)}")
+    print(
+        f"{len(seeds)} programs in {seconds:.0f} s: {dict(cases)}; {sum(cells.values())} operations: {dict(cells)}"
+    )
     for message, count in refusals.most_common(15):
         print(f"  refused {count} times: {message}")
     if options.out:

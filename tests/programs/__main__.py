@@ -4,4 +4,5 @@
 
 from tests.programs.page import main
 
-main()
+if __name__ == "__main__":
+    main()

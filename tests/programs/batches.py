@@ -25,7 +25,9 @@ def sensors(data_dim: int, full: bool = False) -> Case:
     """Three sensors with an offset each see eight examples."""
 
     def model(x: Tensor, y: Tensor | None = None) -> Any:
-        rows = dict(size=8, subsample=torch.arange(len(x))) if full else dict(size=len(x))
+        rows: dict[str, Any] = {"size": len(x)}
+        if full:
+            rows = {"size": 8, "subsample": torch.arange(len(x))}
         f = linear(x)
         sensor, data = pyro.plate("sensors", 3, dim=-3 - data_dim), pyro.plate("data", dim=data_dim, **rows)
         with sensor:
@@ -80,7 +82,9 @@ def subsamples_itself() -> Case:
         with pyro.plate("data", len(x), subsample_size=5) as at:
             return pyro.sample("obs", dist.Normal(f[..., at], 0.5), obs=None if y is None else y[at])
 
-    return Case(model, (inputs(), torch.randn(10)), 1, (0, 0), noise=True, must_refuse=("Laplace, full, ggn",))
+    return Case(
+        model, (inputs(), torch.randn(10)), 1, (0, 0), noise=True, must_refuse=("Laplace, full, ggn",)
+    )
 
 
 @program
@@ -234,7 +238,9 @@ def dictionary_into_network() -> Case:
         return normal(net(batch), y)
 
     x, z, y = torch.randn(10, 2), torch.randn(10, 1), torch.randn(10)
-    return Case(model, ({"x": x, "z": z}, y), 1, size=10, take=lambda at: ({"x": x[at], "z": z[at]}, y[at]), net=net)
+    return Case(
+        model, ({"x": x, "z": z}, y), 1, size=10, take=lambda at: ({"x": x[at], "z": z[at]}, y[at]), net=net
+    )
 
 
 @program

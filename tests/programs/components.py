@@ -149,7 +149,10 @@ def class_token() -> Case:
 @program
 def body_and_head_apart() -> Case:
     """Two networks, converted one by one, called one after the other."""
-    body, head = bayesian_(nn.Sequential(nn.Linear(2, 2), nn.Tanh())), bayesian_(nn.Sequential(nn.Linear(2, 1)))
+    body, head = (
+        bayesian_(nn.Sequential(nn.Linear(2, 2), nn.Tanh())),
+        bayesian_(nn.Sequential(nn.Linear(2, 1))),
+    )
 
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
@@ -78,17 +77,14 @@ class Space:
         trace = prototype(case)
         self.sites = {n: s for n, s in trace.nodes.items() if is_latent(s)}
         self.transforms = {n: biject_to(s["fn"].support) for n, s in self.sites.items()}
-        self.shapes = {
-            n: self.transforms[n].inv(s["value"]).shape for n, s in self.sites.items()
-        }
+        self.shapes = {n: self.transforms[n].inv(s["value"]).shape for n, s in self.sites.items()}
         self.dim = sum(s.numel() for s in self.shapes.values())
         self.observed = [n for n, s in trace.nodes.items() if is_observation(s)]
 
     def values(self, u: Tensor) -> dict[str, Tensor]:
         parts = u.split([s.numel() for s in self.shapes.values()])
         return {
-            n: self.transforms[n](p.reshape(s))
-            for (n, s), p in zip(self.shapes.items(), parts, strict=True)
+            n: self.transforms[n](p.reshape(s)) for (n, s), p in zip(self.shapes.items(), parts, strict=True)
         }
 
     def jacobian(self, u: Tensor) -> Tensor:
@@ -139,7 +135,11 @@ def jacobian_wrt(outputs: Tensor, shift: Tensor) -> Tensor:
     """One backward pass per output, with respect to any tensor."""
     rows = []
     for f in outputs.reshape(-1):
-        row = torch.autograd.grad(f, shift, retain_graph=True, allow_unused=True)[0] if f.requires_grad else None
+        row = (
+            torch.autograd.grad(f, shift, retain_graph=True, allow_unused=True)[0]
+            if f.requires_grad
+            else None
+        )
         rows.append(torch.zeros_like(shift) if row is None else row)
     return torch.stack(rows).detach()
 
@@ -207,8 +207,15 @@ def quadrature(cls: type, d: Any) -> tuple[Tensor, Tensor]:
             y = torch.arange(1.0 + float(d.total_count.max())).to(d.logits)
             y = y.reshape(-1, *[1] * len(d.batch_shape)).expand(-1, *d.batch_shape)
             inside = y <= d.total_count
-            return torch.minimum(y, d.total_count), torch.where(inside, d.log_prob(torch.minimum(y, d.total_count)).exp(), 0)
-        y = torch.arange(float(top)).to(d.mean).reshape(-1, *[1] * len(d.batch_shape)).expand(-1, *d.batch_shape)
+            return torch.minimum(y, d.total_count), torch.where(
+                inside, d.log_prob(torch.minimum(y, d.total_count)).exp(), 0
+            )
+        y = (
+            torch.arange(float(top))
+            .to(d.mean)
+            .reshape(-1, *[1] * len(d.batch_shape))
+            .expand(-1, *d.batch_shape)
+        )
         return y, d.log_prob(y).exp()
     if cls in (td.Normal, td.LogNormal):
         t, w = (torch.as_tensor(a, dtype=dtype) for a in np.polynomial.hermite_e.hermegauss(8))
@@ -252,7 +259,10 @@ def information(cls: type, names: tuple[str, ...], d: Any) -> Tensor:
     detached = {n: v.expand(batch + v.shape[v.dim() - _event(cls, n) :]) for n, v in detached.items()}
     fixed = cls(**detached, **({"validate_args": False} if cls is not td.OneHotCategorical else {}))
     y, w = quadrature(cls, fixed)
-    leaves = {n: v.expand(y.shape[:1] + v.shape).clone().requires_grad_(n != "total_count") for n, v in detached.items()}
+    leaves = {
+        n: v.expand(y.shape[:1] + v.shape).clone().requires_grad_(n != "total_count")
+        for n, v in detached.items()
+    }
     moved = cls(**leaves, validate_args=False)
     live = [n for n in names if leaves[n].requires_grad]
     grads = torch.autograd.grad(moved.log_prob(y).sum(), [leaves[n] for n in live], allow_unused=True)

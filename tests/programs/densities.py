@@ -115,7 +115,9 @@ def masked_tasks() -> Case:
             return pyro.sample("obs", dist.Normal(f, 0.5).mask(seen).to_event(1), obs=y)
 
     seen = torch.rand(8, 3) > 0.3
-    return Case(model, (torch.randn(8, 2), seen, torch.where(seen, torch.randn(8, 3), 50.0)), 2, (0, 0, 0), net=net)
+    return Case(
+        model, (torch.randn(8, 2), seen, torch.where(seen, torch.randn(8, 3), 50.0)), 2, (0, 0, 0), net=net
+    )
 
 
 @program
@@ -125,7 +127,11 @@ def masked_steps() -> Case:
     def model(x: Tensor, lengths: Tensor, y: Tensor | None = None) -> Any:
         f = linear(x)
         mask = torch.arange(x.shape[1]) < lengths[:, None]
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("steps", x.shape[1], dim=-1), poutine.mask(mask=mask):
+        with (
+            pyro.plate("data", len(x), dim=-2),
+            pyro.plate("steps", x.shape[1], dim=-1),
+            poutine.mask(mask=mask),
+        ):
             return pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
 
     lengths = torch.tensor([1, 4, 3, 2, 4, 2])
@@ -134,7 +140,11 @@ def masked_steps() -> Case:
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         f = (x * (w if w.dim() == 1 else w.unsqueeze(-2))).sum(-1) if w.dim() < 3 else (x * w).sum(-1)
         mask = torch.arange(x.shape[1]) < lengths[:, None]
-        with pyro.plate("data", len(x), dim=-2), pyro.plate("steps", x.shape[1], dim=-1), poutine.mask(mask=mask):
+        with (
+            pyro.plate("data", len(x), dim=-2),
+            pyro.plate("steps", x.shape[1], dim=-1),
+            poutine.mask(mask=mask),
+        ):
             return pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
 
     return Case(model, (torch.randn(6, 4, 2), lengths, torch.randn(6, 4)), 2, (0, 0, 0))
@@ -240,7 +250,9 @@ def likelihood_without_latents() -> Case:
         with pyro.plate("data", len(x)):
             return pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
 
-    return Case(model, (inputs(), torch.randn(10)), 1, (0, 0), must_refuse=("Laplace", "Hessian-free", "log evidence"))
+    return Case(
+        model, (inputs(), torch.randn(10)), 1, (0, 0), must_refuse=("Laplace", "Hessian-free", "log evidence")
+    )
 
 
 @program

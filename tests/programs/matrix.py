@@ -54,7 +54,12 @@ def names_of(case: Case, facts: Facts | None = None) -> set[str]:
         for name, site in facts.trace.nodes.items():
             if site["type"] == "sample":
                 found |= {name, type(site["fn"]).__name__, *(f.name for f in site["cond_indep_stack"])}
-    return {name for name in found if name and not name.startswith("_")} - {"args", "kwargs", "Module", "object"}
+    return {name for name in found if name and not name.startswith("_")} - {
+        "args",
+        "kwargs",
+        "Module",
+        "object",
+    }
 
 
 def is_named(message: str, names: set[str]) -> bool:
@@ -63,7 +68,9 @@ def is_named(message: str, names: set[str]) -> bool:
         return True
     for name in names:
         quoted = rf"['\"`]{re.escape(name)}['\"`]"
-        if re.search(quoted, message) or (len(name) > 3 and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message)):
+        if re.search(quoted, message) or (
+            len(name) > 3 and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", message)
+        ):
             return True
     return bool(re.search(rf"(?<!\w)['\"`]?({ARGUMENTS})['\"`]", message))
 
@@ -131,7 +138,8 @@ def run(program: Program, only: str = "") -> dict[str, Verdict]:
     old = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with pyro.validation_enabled(True):
+        with pyro.validation_enabled(True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 facts = Facts(program)
             except Exception as error:
@@ -150,7 +158,10 @@ def applies(operation: Operation, facts: Facts) -> bool:
         return True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return operation.applies(facts)
+        try:
+            return operation.applies(facts)
+        except Exception:  # the operation will say why
+            return True
 
 
 def load() -> dict[str, Program]:

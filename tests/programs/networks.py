@@ -214,7 +214,9 @@ def sequence_labels() -> Case:
 @program
 def pictures_as_events() -> Case:
     """An autoencoder: an image is one event."""
-    net = bayesian_(nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 4), nn.Unflatten(1, (2, 2))))
+    net = bayesian_(
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 4), nn.Unflatten(1, (2, 2)))
+    )
 
     def model(x: Tensor, y: Tensor | None = None) -> Any:
         f = net(x)

@@ -96,7 +96,11 @@ def write_page(cells: dict[str, dict[str, Verdict]], programs: dict[str, Any]) -
     exact = [v.error for p, _, v in every if v.outcome == "exact" and programs[p].make().digits < 1e-6]
     count = Counter(v.outcome for *_, v in every)
     wrong = [f"{p}, {o}: {short(v)}" for p, o, v in every if not v.is_right]
-    failing = f" {len(wrong)} are neither, which is work to be done (``tests/programs/failing.txt``)." if wrong else ""
+    failing = (
+        f" {len(wrong)} are neither, which is work to be done (``tests/programs/failing.txt``)."
+        if wrong
+        else ""
+    )
     text = HEAD.format(
         programs=len(cells), cells=len(every), exact=count["exact"], refused=count["refused"], failing=failing,
         median=sorted(exact)[len(exact) // 2], largest=max(exact),
@@ -112,13 +116,17 @@ def write_page(cells: dict[str, dict[str, Verdict]], programs: dict[str, Any]) -
         names = [n for n in cells if programs[n].kind == kind]
         module = __import__(f"tests.programs.{kind}", fromlist=[kind])
         title = kind.capitalize()
-        text += f"\n{title}\n{'-' * len(title)}\n\n{(module.__doc__ or '').strip()}\n\n" + "\n".join(table(names, cells))
+        text += f"\n{title}\n{'-' * len(title)}\n\n{(module.__doc__ or '').strip()}\n\n" + "\n".join(
+            table(names, cells)
+        )
     PAGE.write_text(text.rstrip() + "\n")
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="*", default=None, help="names of programs")
     parser.add_argument("--operation", default="", help="a part of the name of an operation")
     parser.add_argument("--report", help="write all cells that are not exact to this file, as JSON lines")
@@ -129,22 +137,34 @@ def main() -> None:
     programs = load()
     cells: dict[str, dict[str, Verdict]] = {}
     start = time.perf_counter()
+    if options.report:
+        Path(options.report).write_text("")
     for name, program in programs.items():
         if options.only is None or name in options.only:
             cells[name] = run(program, options.operation)
             for operation, verdict in cells[name].items():
                 if not verdict.is_right or options.only is not None:
                     print(f"{name} | {operation} | {verdict}"[:400], flush=True)
+                if options.report and verdict.outcome != "exact":
+                    row = {
+                        "program": name,
+                        "operation": operation,
+                        "outcome": verdict.outcome,
+                        "message": verdict.message,
+                    }
+                    with Path(options.report).open("a") as report:
+                        report.write(json.dumps(row) + "\n")
     every = [(p, o, v) for p, found in cells.items() for o, v in found.items()]
     seconds = time.perf_counter() - start
-    print(f"{len(cells)} programs, {len(every)} cells in {seconds:.0f} s: {dict(Counter(v.outcome for *_, v in every))}")
-    if options.report:
-        rows = [{"program": p, "operation": o, "outcome": v.outcome, "message": v.message} for p, o, v in every if v.outcome != "exact"]
-        Path(options.report).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(
+        f"{len(cells)} programs, {len(every)} cells in {seconds:.0f} s: {dict(Counter(v.outcome for *_, v in every))}"
+    )
     if options.write:
         write_page(cells, programs)
         refused = sorted((p, o) for p, o, v in every if v.outcome == "refused")
-        REFUSED.write_text("# cells that may refuse; all others are exact\n" + "".join(f"{p} | {o}\n" for p, o in refused))
+        REFUSED.write_text(
+            "# cells that may refuse; all others are exact\n" + "".join(f"{p} | {o}\n" for p, o in refused)
+        )
         failing = sorted((p, o, short(v), v.outcome) for p, o, v in every if not v.is_right)
         FAILING.write_text(
             "# cells that are neither exact nor refused by name: program, operation, what happens\n"

@@ -135,7 +135,9 @@ def gaussian_process() -> Case:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
         length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
         distance = (x[:, None] - x[None]).square()
-        K = scale[..., None, None] * (-0.5 * distance / length[..., None, None]).exp() + 0.3 * torch.eye(len(x))
+        K = scale[..., None, None] * (-0.5 * distance / length[..., None, None]).exp() + 0.3 * torch.eye(
+            len(x)
+        )
         return pyro.sample("obs", dist.MultivariateNormal(torch.zeros(len(x)), K), obs=y)
 
     return Case(model, (torch.linspace(-1, 1, 3), torch.randn(3)), 1)
@@ -194,7 +196,9 @@ def censored() -> Case:
         f = linear(x)
         d = dist.Exponential(f.exp())
         with pyro.plate("data", len(x)):
-            pyro.factor("censored", torch.where(seen, torch.zeros(()), -f.exp() * (y if y is not None else 0.0)))
+            pyro.factor(
+                "censored", torch.where(seen, torch.zeros(()), -f.exp() * (y if y is not None else 0.0))
+            )
             with pyro.poutine.mask(mask=seen):
                 return pyro.sample("obs", d, obs=y)
 

@@ -8,7 +8,7 @@ import warnings
 import pyro
 import torch
 
-from tests.programs.matrix import Verdict, judge, refusal
+from tests.programs.matrix import Verdict, applies, judge, refusal
 from tests.programs.operations import OPERATIONS, Facts
 from tests.properties.generator import Spec, program_of
 
@@ -64,7 +64,7 @@ def check(spec: Spec, name: str = "", most: int = 3) -> dict[str, Verdict]:
             for operation in names:
                 if len(found) == most:
                     break
-                if OPERATIONS[operation].applies(facts):
+                if applies(OPERATIONS[operation], facts):
                     found[operation] = judge(OPERATIONS[operation], facts)
             return found
     finally:

@@ -7,6 +7,7 @@ from collections import namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pyro
@@ -155,7 +156,11 @@ class Model:
         """The linear predictor, with the rows in the last dimension, or in the last but one."""
         s, x = self.spec, held["x"]
         if s.constant != "none":
-            x = x * held["constant"] if s.constant == "vector" else x + (held["constant"] @ x) * 0.0 + held["constant"].mean()
+            x = (
+                x * held["constant"]
+                if s.constant == "vector"
+                else x + (held["constant"] @ x) * 0.0 + held["constant"].mean()
+            )
         right = s.other_plate == "right" and s.plate != "none"
         w = None
         if s.predictor == "network":
@@ -205,7 +210,11 @@ class Model:
         if s.factor == "penalty" and w is not None:
             pyro.factor("penalty", -0.7 * w.square().sum(-1))
         if s.table == "level":
-            pyro.sample("level", dist.Normal(torch.zeros((), dtype=kind(s)) if w is None else w[..., 0], 1.0), obs=held["level"])
+            pyro.sample(
+                "level",
+                dist.Normal(torch.zeros((), dtype=kind(s)) if w is None else w[..., 0], 1.0),
+                obs=held["level"],
+            )
         self.second_table(held, w)
         return self.observe(held, f, sigma)
 
@@ -330,7 +339,12 @@ def build(spec: Spec) -> Case:
         held["constant"] = 0.1 * torch.randn(N, N), None
     if s.table == "covariates":
         held["covariates"] = torch.randn(3), None
-    box = {"x": torch.randn(N, D), "group": torch.arange(N) % 3, "weight": torch.rand(N) + 0.5, "seen": torch.arange(N) % 3 > 0}
+    box = {
+        "x": torch.randn(N, D),
+        "group": torch.arange(N) % 3,
+        "weight": torch.rand(N) + 0.5,
+        "seen": torch.arange(N) % 3 > 0,
+    }
     chosen = {name: box[name] for name in box_names(s)}
     if s.container == "none":
         held |= {name: (value, 0) for name, value in chosen.items()}
@@ -341,12 +355,19 @@ def build(spec: Spec) -> Case:
     if second:
         held["z"] = torch.randn(M), 0 if s.table == "same rows" else None
     shape = (N,) if s.plate == "none" else {"none": (N,), "left": (2, N), "right": (N, 2)}[s.other_plate]
-    after: dict[str, tuple[Any, int | None]] = {"y": (observations(s, shape), 1 if len(shape) > 1 and shape[0] != N or (s.other_plate == "left" and s.plate != "none") else 0)}
+    after: dict[str, tuple[Any, int | None]] = {
+        "y": (
+            observations(s, shape),
+            1 if (len(shape) > 1 and shape[0] != N) or (s.other_plate == "left" and s.plate != "none") else 0,
+        )
+    }
     if second:
         after["other_y"] = torch.randint(0, 3, (M,)).double(), 0 if s.table == "same rows" else None
     if s.table == "level":
         after["level"] = torch.tensor(0.4), None
-    everything = {n: (v.to(kind(s)) if v.is_floating_point() else v, d) for n, (v, d) in (held | after).items()}
+    everything = {
+        n: (v.to(kind(s)) if v.is_floating_point() else v, d) for n, (v, d) in (held | after).items()
+    }
     chosen = {n: v.to(kind(s)) if v.is_floating_point() else v for n, v in chosen.items()}
     net = None
     if s.predictor == "network":
@@ -386,7 +407,7 @@ def wrap(spec: Spec, values: dict[str, Tensor]) -> Any:
 def split(spec: Spec) -> list[Tensor]:
     """A partition of the rows into batches."""
     ends = sorted({0, *spec.cuts, spec.rows})
-    return [torch.arange(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [torch.arange(start, end) for start, end in pairwise(ends)]
 
 
 __all__ = ["OPTIONS", "Spec", "build", "draw_spec", "fields", "program_of", "spec_of_seed"]
