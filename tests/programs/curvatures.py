@@ -51,9 +51,9 @@ def gate(h: Tensor) -> Tensor:
 
 
 def zero_column(h: Tensor) -> Tensor:
-    h = h.tanh()
+    h = h * 2.0
     h[..., 0] = 0
-    return h
+    return h.tanh()
 
 
 def double(f: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ from torch.distributions import biject_to
 from tests.programs.program import Case
 
 
+class NoReference(Exception):
+    """A distribution whose Fisher information this module does not know."""
+
+
 class Undefined(Exception):
     """There is no right answer: the operation must refuse."""
 
@@ -70,13 +74,18 @@ def prototype(case: Case) -> Any:
         return poutine.trace(case.model).get_trace(*case.data)
 
 
+def to_support(support: Any) -> Any:
+    """The map from real numbers; discrete latents have none."""
+    return td.transforms.identity_transform if support.is_discrete else biject_to(support)
+
+
 class Space:
     """Latents of a model as one real vector, in the order of the trace."""
 
     def __init__(self, case: Case) -> None:
         trace = prototype(case)
         self.sites = {n: s for n, s in trace.nodes.items() if is_latent(s)}
-        self.transforms = {n: biject_to(s["fn"].support) for n, s in self.sites.items()}
+        self.transforms = {n: to_support(s["fn"].support) for n, s in self.sites.items()}
         self.shapes = {n: self.transforms[n].inv(s["value"]).shape for n, s in self.sites.items()}
         self.dim = sum(s.numel() for s in self.shapes.values())
         self.observed = [n for n, s in trace.nodes.items() if is_observation(s)]
@@ -192,7 +201,7 @@ def family(fn: Any) -> tuple[type, tuple[str, ...]]:
     for cls, names in PARAMETERS.items():
         if isinstance(fn, cls):
             return cls, names
-    raise Undefined(f"no reference for {type(fn).__name__}")
+    raise NoReference(type(fn).__name__)
 
 
 def quadrature(cls: type, d: Any) -> tuple[Tensor, Tensor]:
@@ -390,6 +399,8 @@ def newton(case: Case, space: Space, steps: int = 100) -> Tensor:
     value, gradient = value_and_gradient(u)
     H = hessian(fn, u)
     for _ in range(steps):
+        if not bool(torch.isfinite(H).all()):
+            raise Undefined("the log joint density has no maximum that Newton steps find")
         values, vectors = torch.linalg.eigh(H)
         step = -vectors @ ((vectors.mT @ gradient) / (values.abs() + damping))
         new, new_gradient = value_and_gradient(u + step)

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.programs import dense
 from tests.programs.dense import Space
@@ -45,7 +46,8 @@ class Facts:
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self.held:
             try:
-                with self.case.evaluation():
+                # the kernels of attention have no second derivatives
+                with self.case.evaluation(), sdpa_kernel(SDPBackend.MATH):
                     self.held[name] = make()
             except Exception as error:
                 self.held[name] = error
@@ -118,6 +120,16 @@ class Facts:
         return found
 
     @property
+    def has_fisher(self) -> bool:
+        """Whether the Fisher matrices of all observations are known by enumeration or quadrature."""
+        try:
+            for site in self.sites.values():
+                dense.family(dense.plain(site["fn"], torch.ones(()))[0])
+        except dense.NoReference:
+            return False
+        return True
+
+    @property
     def is_simple(self) -> bool:
         """Whether each observation is Normal with a fixed scale, a coin or a label: one obvious linear predictor."""
         for site in self.sites.values():
@@ -174,8 +186,16 @@ def one_plate(facts: Facts) -> bool:
     )
 
 
+FEW = "at most 60 latents"
+KNOWN = FEW + "; Fisher matrices by enumeration or quadrature"
+
+
 def few(facts: Facts) -> bool:
     return 0 < facts.space.dim <= 60
+
+
+def known(facts: Facts) -> bool:
+    return few(facts) and facts.has_fisher
 
 
 def loads(facts: Facts) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace
 from tests.programs import dense
 from tests.programs.dense import Undefined
-from tests.programs.facts import Facts, Pairs, few, loads, one_plate, operation
+from tests.programs.facts import FEW, KNOWN, Facts, Pairs, few, known, loads, one_plate, operation
 from tests.programs.program import Case
 
 
@@ -80,7 +80,12 @@ def laplace(structure: str, kind: str, facts: Facts) -> Pairs:
 
 def factor(facts: Facts, kind: str) -> float:
     """The digits that an ill-conditioned precision leaves."""
-    P = facts.curvature(kind).double()
+    return precision_factor(facts, facts.curvature(kind))
+
+
+def precision_factor(facts: Facts, P: Tensor) -> float:
+    """The same for a given precision."""
+    P = P.double()
     values = torch.linalg.eigvalsh(P)
     condition = float(values[-1] / values[0].clamp(min=1e-300))
     precise = 1e-16 if facts.case.digits < 1e-6 else 1e-7
@@ -88,7 +93,7 @@ def factor(facts: Facts, kind: str) -> float:
 
 
 def uncoupled(facts: Facts) -> bool:
-    if not few(facts):
+    if not known(facts):
         return False
     c, s = facts.case, facts.space
     try:
@@ -99,7 +104,7 @@ def uncoupled(facts: Facts) -> bool:
     return not bool(off.abs().max() > 1e-12) and bool((prior.diagonal() > 0).all())
 
 
-HESSIAN = "at most 60 latents; the reference takes seconds at most"
+HESSIAN = FEW + "; the reference takes seconds at most"
 
 
 def has_hessian(facts: Facts) -> bool:
@@ -107,11 +112,11 @@ def has_hessian(facts: Facts) -> bool:
 
 
 for _structure in ("full", "block", "diagonal"):
-    operation(f"Laplace, {_structure}, ggn", "at most 60 latents", few)(partial(laplace, _structure, "ggn"))
+    operation(f"Laplace, {_structure}, ggn", KNOWN, known)(partial(laplace, _structure, "ggn"))
 for _structure in ("low_rank", "function_space"):
     operation(
         f"Laplace, {_structure.replace('_', ' ')}, ggn",
-        "at most 60 latents, whose priors are not coupled",
+        KNOWN + "; priors are not coupled",
         uncoupled,
     )(partial(laplace, _structure, "ggn"))
 for _structure in ("full", "diagonal"):
@@ -126,7 +131,9 @@ operation(
 
 
 @operation(
-    "Laplace, last site", "at least two latent sites", lambda facts: few(facts) and len(facts.space.sites) > 1
+    "Laplace, last site",
+    KNOWN + "; at least two latent sites",
+    lambda facts: known(facts) and len(facts.space.sites) > 1,
 )
 def subset(facts: Facts) -> Pairs:
     case = facts.program.make()
@@ -193,7 +200,7 @@ def kronecker_factors(facts: Facts) -> Tensor:
     return total
 
 
-@operation("log evidence, ggn", "at most 60 latents", few)
+@operation("log evidence, ggn", KNOWN, known)
 def evidence(facts: Facts) -> Pairs:
     case = facts.program.make()
     guide = approximation(facts, case)
@@ -208,7 +215,7 @@ def evidence(facts: Facts) -> Pairs:
 @operation(
     "Laplace from a loader",
     "examples are apart; the program has rows",
-    lambda facts: few(facts) and loads(facts),
+    lambda facts: known(facts) and loads(facts),
 )
 def laplace_loader(facts: Facts) -> Pairs:
     case = facts.program.make()
@@ -265,7 +272,7 @@ def hessian_free(kind: str, facts: Facts) -> Pairs:
                 f"variance of {name}",
                 found.variance.reshape(phi.shape),
                 variance,
-                max(1e-6, factor(facts, "ggn")),
+                max(1e-6, precision_factor(facts, P)),
             )  # type: ignore[misc]
 
 

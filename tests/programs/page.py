@@ -19,6 +19,8 @@ import torch
 from tests.programs.matrix import Verdict, load, run
 from tests.programs.operations import OPERATIONS
 
+Cells = dict[str, dict[str, Verdict]]
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs/source/exactness.rst"
 REFUSED, FAILING = HERE / "refused.txt", HERE / "failing.txt"
@@ -64,7 +66,7 @@ def read(path: Path) -> set[tuple[str, str]]:
     return {(line.split(" | ")[0], line.split(" | ")[1]) for line in lines}
 
 
-def table(names: list[str], cells: dict[str, dict[str, Verdict]]) -> list[str]:
+def table(names: list[str], cells: Cells) -> list[str]:
     """The rows of one kind of program: errors of what is exact, messages of what is refused."""
     lines = [".. list-table::", "   :header-rows: 1", "", "   * - program", "     - exact", "     - refused"]
     for name in names:
@@ -90,7 +92,7 @@ def short(verdict: Verdict) -> str:
     return text if len(text) < 160 else text[:157].rstrip(" \\") + "..."
 
 
-def write_page(cells: dict[str, dict[str, Verdict]], programs: dict[str, Any]) -> None:
+def write_page(cells: Cells, programs: dict[str, Any]) -> None:
     """Writes the page."""
     every = [(p, o, v) for p, found in cells.items() for o, v in found.items()]
     exact = [v.error for p, _, v in every if v.outcome == "exact" and programs[p].make().digits < 1e-6]
@@ -122,6 +124,20 @@ def write_page(cells: dict[str, dict[str, Verdict]], programs: dict[str, Any]) -
     PAGE.write_text(text.rstrip() + "\n")
 
 
+def merge(path: Path, cells: Cells, programs: dict[str, Any]) -> Cells:
+    """The cells of a file, with those of this run in their places; the file holds them afterwards."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    held = {
+        p: {o: Verdict(*v) for o, v in found.items()} for p, found in old.items() if p in programs
+    } | cells
+    ordered = {p: held[p] for p in programs if p in held}
+    plain = {
+        p: {o: (v.outcome, v.error, v.message) for o, v in found.items()} for p, found in ordered.items()
+    }
+    path.write_text(json.dumps(plain))
+    return ordered
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -129,13 +145,14 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=None, help="names of programs")
     parser.add_argument("--operation", default="", help="a part of the name of an operation")
+    parser.add_argument("--cells", help="a file that holds all cells; those of this run replace its own")
     parser.add_argument("--report", help="write all cells that are not exact to this file, as JSON lines")
     parser.add_argument("--write", action="store_true", help="write the page and the lists of known cells")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     programs = load()
-    cells: dict[str, dict[str, Verdict]] = {}
+    cells: Cells = {}
     start = time.perf_counter()
     if options.report:
         Path(options.report).write_text("")
@@ -154,8 +171,10 @@ def main() -> None:
                     }
                     with Path(options.report).open("a") as report:
                         report.write(json.dumps(row) + "\n")
-    every = [(p, o, v) for p, found in cells.items() for o, v in found.items()]
     seconds = time.perf_counter() - start
+    if options.cells:
+        cells = merge(Path(options.cells), cells, programs)
+    every = [(p, o, v) for p, found in cells.items() for o, v in found.items()]
     print(
         f"{len(cells)} programs, {len(every)} cells in {seconds:.0f} s: {dict(Counter(v.outcome for *_, v in every))}"
     )

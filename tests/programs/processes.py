@@ -216,4 +216,5 @@ def enumerated_latent() -> Case:
             return pyro.sample("obs", dist.Normal(f + z, 0.5), obs=y)
 
     refuse = ("Laplace", "Hessian-free", "log evidence", "bound, K = 2")
-    return Case(model, (inputs(), torch.randn(10)), 1, (0, 0), guide_rows=True, must_refuse=refuse)
+    data = (inputs(), torch.randn(10))
+    return Case(model, data, 1, (0, 0), guide_rows=True, must_refuse=refuse, only=refuse)

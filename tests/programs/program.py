@@ -28,6 +28,7 @@ class Case:
     :ivar guide_rows: whether latents belong to examples, so that draws of them fit all examples only together.
     :ivar kron: linear layers by path, each used by one call, for the reference of Kronecker factors.
     :ivar must_refuse: operations (prefixes of names) whose answer cannot be known.
+    :ivar only: the operations that apply, for programs of which a reference would know no more.
     :ivar spread: how far from zero, in unconstrained space, latents are put.
     :ivar train: whether the network is in training mode.
     :ivar split: the rows of each batch; batches of four by default.
@@ -47,6 +48,7 @@ class Case:
     guide_rows: bool = False
     kron: tuple[str, ...] = ()
     must_refuse: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     spread: float = 0.3
     train: bool = False
     hessian: bool = True
