@@ -128,9 +128,9 @@ def refusal(error: Exception, names: set[str]) -> Verdict:
 
 
 def from_package(error: BaseException) -> bool:
-    """Whether this package raised an error, rather than torch or Pyro under it."""
+    """Whether this package or Pyro's base class of its guides raised an error, rather than torch or Pyro under it."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "pyro_bnn" in frames[-1].filename
+    return bool(frames) and any(part in frames[-1].filename for part in ("pyro_bnn", "pyro/infer/autoguide"))
 
 
 def run(program: Program, only: str = "") -> dict[str, Verdict]:
