@@ -5,14 +5,20 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from tests.properties.checks import PROPERTIES, check
 from tests.properties.generator import Spec, draw_spec, spec_of_seed
 
+#: no shrinking: a program is named by its choices, of which the plain ones are not printed
 SETTINGS = settings(
-    max_examples=34, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=34,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
 )
 
 
@@ -21,7 +27,22 @@ def specs(draw: Any) -> Spec:
     return draw_spec(lambda name, options: draw(st.sampled_from(options)))
 
 
-@pytest.mark.parametrize("name", PROPERTIES)
+#: properties of which a counterexample is known
+BROKEN = {
+    "the split and the order of batches do not matter": "exports of models of *args",
+    "lp is the joint density": "exports of models of *args",
+    "the bound is the mean of the components": "models that do not broadcast, and sites without a plate",
+    "predictions are those of a loop": "scores count masked observations",
+}
+
+
+def known(name: str) -> Any:
+    if name not in BROKEN:
+        return name
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BROKEN[name]))
+
+
+@pytest.mark.parametrize("name", map(known, PROPERTIES))
 def test_property(name: str) -> None:
     @SETTINGS
     @given(specs())
