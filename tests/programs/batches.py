@@ -251,7 +251,29 @@ def latents_of_rows() -> Case:
             z = pyro.sample("z", dist.Normal(0.0, 0.5))
             return pyro.sample("obs", dist.Normal(f + z, 0.5), obs=y)
 
-    return Case(model, (inputs(), torch.randn(10)), 1, (0, 0), guide_rows=True)
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        pyro.sample("w", dist.Delta(torch.tensor([0.5, -0.2, 0.1]), event_dim=1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(x.sum(-1).sin()))
+
+    return Case(model, (inputs(), torch.randn(10)), 1, (0, 0), guide_rows=True, guide=guide)
+
+
+@program
+def autoencoder() -> Case:
+    """A decoder of latents of rows, and the encoder as its guide."""
+    decoder, encoder = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def model(x: Tensor) -> Any:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            return pyro.sample("obs", dist.Normal(decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(encoder(x), event_dim=1))
+
+    return Case(model, (inputs(),), 1, (0,), net=decoder, guide_rows=True, guide=guide)
 
 
 @program

@@ -9,6 +9,9 @@ from typing import Any
 import pyro
 import torch
 import torch.distributions as td
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoDelta, AutoGuideList
 from torch import Tensor
 
 from pyro_bnn.infer import Mixture_ELBO, fit
@@ -139,3 +142,31 @@ def one_step(facts: Facts) -> Pairs:
             for n in facts.space.sites
         ]
         yield f"component {k}", torch.cat(moved) / lr, expected[k], 1e-7  # type: ignore[misc]
+
+
+@operation(
+    "bound of a list of guides",
+    BOUND + "; at least two latent sites, none belongs to a row",
+    lambda facts: is_function(facts) and len(facts.space.sites) > 1 and not facts.case.guide_rows,
+)
+def guide_list(facts: Facts) -> Pairs:
+    """A mixture of the first site beside a point estimate of the others."""
+    case = facts.program.make()
+    first, *others = facts.space.sites
+    guide = AutoGuideList(case.model)
+    part = AutoMixture(poutine.block(case.model, expose=[first]), 2, "delta", rest="delta")
+    guide.append(part)
+    guide.append(AutoDelta(poutine.block(case.model, expose=others)))
+    guide(*case.data)
+    with torch.no_grad():
+        for p in part.parameters():
+            p += case.spread * torch.randn_like(p)
+    rest = {n: v.detach() for n, v in guide[1].median().items()}
+    values = [v | rest for v in places(part, 2)]
+    expected = -sum(float(dense.joint(case, v)) for v in values) / 2
+    elbo = Mixture_ELBO()
+    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.0}), elbo)
+    with pyro.validation_enabled(True):
+        yield "step of SVI", float(svi.step(*case.data)), expected
+    with pyro.validation_enabled(False):
+        yield "second step", float(svi.step(*case.data)), expected

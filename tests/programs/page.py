@@ -124,7 +124,7 @@ def write_page(cells: Cells, programs: dict[str, Any]) -> None:
     PAGE.write_text(text.rstrip() + "\n")
 
 
-def merge(path: Path, cells: Cells, programs: dict[str, Any]) -> Cells:
+def merge(path: Path, cells: Cells, programs: dict[str, Any], keep: bool) -> Cells:
     """The cells of a file, with those of this run in their places; the file holds them afterwards."""
     old = json.loads(path.read_text()) if path.exists() else {}
     held = {
@@ -173,7 +173,7 @@ def main() -> None:
                         report.write(json.dumps(row) + "\n")
     seconds = time.perf_counter() - start
     if options.cells:
-        cells = merge(Path(options.cells), cells, programs)
+        cells = merge(Path(options.cells), cells, programs, bool(options.operation))
     every = [(p, o, v) for p, found in cells.items() for o, v in found.items()]
     print(
         f"{len(cells)} programs, {len(every)} cells in {seconds:.0f} s: {dict(Counter(v.outcome for *_, v in every))}"

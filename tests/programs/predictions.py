@@ -10,6 +10,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
+from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_bnn.diagnostics import evaluate, log_weights, to_datatree
@@ -192,3 +193,65 @@ def weights(facts: Facts) -> Pairs:
                 log_q += float(td.Normal(loc, scale).log_prob(u).sum() - t.log_abs_det_jacobian(u, v).sum())
             expected.append(float(dense.joint(case, values)) - log_q)
     yield "log weights", found, torch.tensor(expected)
+
+
+def has_more_rows(facts: Facts) -> bool:
+    c = facts.case
+    return (
+        is_function(facts)
+        and loads(facts)
+        and len(facts.sites) == 1
+        and c.rows is not None
+        and c.num_inputs > 0
+    )
+
+
+@operation(
+    "predictive of twice the rows",
+    PREDICT + "; examples are apart; one observed site; latents are shared by all",
+    has_more_rows,
+)
+def more_rows(facts: Facts) -> Pairs:
+    case = facts.program.make()
+    assert case.take is not None
+    assert case.rows is not None
+    args = case.take(torch.arange(case.size).repeat(2))[: case.num_inputs]
+    axes = [d for d in case.rows[case.num_inputs :] if d is not None]
+    found = posterior_predictive(case.model, facts.draws(), args)
+    (name,) = facts.space.observed
+    means = [dense.moments(t.nodes[name]["fn"])[0] for t in facts.traces()]
+    if means[0] is not None and axes:
+        mean = torch.stack([m for m in means if m is not None])
+        yield f"mean of {name}", found[name].mean, torch.cat([mean, mean], axes[0] + 1)
+
+
+def amortised(what: str, facts: Facts) -> Pairs:
+    case = facts.program.make()
+    assert case.guide is not None
+    with poutine.block(), case.evaluation():
+        latents = poutine.trace(case.guide).get_trace(*case.data)
+        values = {n: s["value"].detach() for n, s in latents.nodes.items() if dense.is_latent(s)}
+        trace = dense.trace_at(case, values)
+    batches = case.batches(4)
+    if what == "predictive":
+        for kind, data, options in (
+            ("whole", case.data, {}),
+            ("loader", batches, {}),
+            ("cut", case.data, {"batch_size": 4}),
+        ):
+            found = posterior_predictive(case.model, case.guide, data, num_samples=2, **options)
+            yield from compare_prediction(facts, found, [trace, trace], f"{kind}: ")
+    else:
+        for kind, data in (("whole", case.data), ("loader", batches)):
+            tree = to_datatree(case.model, case.guide, data, num_samples=2)
+            lp = torch.as_tensor(tree["sample_stats"]["lp"].values.copy()).reshape(-1)
+            yield f"{kind}: lp", lp, torch.stack([torch.as_tensor(trace.log_prob_sum())] * 2)
+
+
+AMORTISED = "the program has a guide that reads latents of rows from rows"
+operation("predictive of an amortised guide", AMORTISED, lambda facts: facts.case.guide is not None)(
+    partial(amortised, "predictive")
+)
+operation("export of an amortised guide", AMORTISED, lambda facts: facts.case.guide is not None)(
+    partial(amortised, "export")
+)
