@@ -1,0 +1,81 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Guides that were saved and loaded."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_bnn.infer import load_guide, posterior_predictive, save_guide
+from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
+from tests.programs.facts import Facts, Pairs, few, is_function, operation
+from tests.programs.laplace import approximation
+from tests.programs.program import Case
+
+
+def restored(facts: Facts, build: Callable[[Case], Any]) -> Pairs:
+    case, fresh = facts.program.make(), facts.program.make()
+    if case.net is not None and case.train:
+        case.net.train()
+        with torch.no_grad():
+            poutine.block(case.model)(*case.data)  # running statistics move
+    guide = build(case)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "guide.pt"
+        save_guide(guide, path, case.data)
+        simple = all(a is None or isinstance(a, (Tensor, int, float)) for a in fresh.data)
+        loaded = load_guide(empty(guide, fresh), path, **({} if simple else {"data": fresh.data}))
+    if case.net is not None and not case.train:
+        fresh.net.load_state_dict(case.net.state_dict())  # type: ignore[union-attr]
+    predictions = []
+    for model, g, args in ((case.model, guide, case.inputs), (fresh.model, loaded, fresh.inputs)):
+        pyro.set_rng_seed(2)
+        predictions.append(posterior_predictive(model, g, args, num_samples=3))
+    for name in predictions[0]:
+        for field in ("samples", "mean"):
+            before, after = (getattr(p[name], field) for p in predictions)
+            if before is not None:
+                yield f"{field} of {name}", after, before
+
+
+def empty(guide: Any, case: Case) -> Any:
+    if isinstance(guide, AutoMixture):
+        return AutoMixture(case.model, 2, "normal", rest="normal")
+    return AutoLaplace(case.model)
+
+
+def normal_mixture(case: Case) -> Any:
+    guide = AutoMixture(case.model, 2, "normal", rest="normal").initialize(*case.data)
+    with torch.no_grad():
+        for name, p in guide.named_parameters():
+            if "scale" not in name:
+                p += 0.3 * torch.randn_like(p)
+    return guide
+
+
+def real_line(facts: Facts) -> bool:
+    return is_function(facts) and not facts.case.guide_rows
+
+
+@operation(
+    "save and load a mixture",
+    "the model draws nothing beyond its latents; no latent belongs to a row",
+    real_line,
+)
+def save_mixture(facts: Facts) -> Pairs:
+    yield from restored(facts, normal_mixture)
+
+
+@operation(
+    "save and load a Laplace guide",
+    "at most 60 latents, none belongs to a row",
+    lambda f: few(f) and real_line(f),
+)
+def save_laplace(facts: Facts) -> Pairs:
+    yield from restored(facts, lambda case: approximation(facts, case))
