@@ -75,7 +75,7 @@ class Residual(nn.Module):
         self.second = nn.Conv2d(outputs, outputs, 3, 1, 1)
         self.skip = nn.Conv2d(inputs, outputs, 1, stride) if inputs != outputs else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.skip(x) + self.second(torch.relu(self.first(x))))
 
 

@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         self.lstm = nn.LSTM(16, 32, batch_first=True)
         self.head = nn.Linear(32, 2)
 
-    def forward(self, events: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, events: Tensor) -> Tensor:
         return self.head(self.lstm(self.embedding(events))[0][:, -1])
 
 

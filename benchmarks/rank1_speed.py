@@ -61,7 +61,7 @@ class Block(nn.Module):
             nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
@@ -88,7 +88,7 @@ class HandRank1(nn.Module):
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().expand(K, 1, -1).clone())
         self.kl: Any = 0.0
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
         scale = [F.softplus(rho) for rho in self.rho]
         r, s = (m + sd * torch.randn_like(sd) for m, sd in zip(self.mean, scale, strict=True))
         self.kl = sum(

@@ -118,7 +118,9 @@ result = fit(model, laplace, train, num_steps=STEPS, optim=0.02)
 laplace.polish(train)
 map_seconds = time.perf_counter() - start
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", PointEstimateWarning)  # it says that all draws are the same, which a MAP is
+    warnings.simplefilter(
+        "ignore", PointEstimateWarning
+    )  # it says that all draws are the same, which a MAP is
     evaluate("MAP", model, laplace, start)
 trees.pop("MAP")  # equal draws have no leave-one-out estimate
 progress.update()

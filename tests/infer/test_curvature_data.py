@@ -65,7 +65,10 @@ def test_a_table_that_every_batch_holds_counts_once(batch, curvature):
     guide.laplace_approximation(data, map_tolerance=float("inf"))
     assert_close(guide.precision, expected, rtol=1e-8, atol=1e-8)
     constant = 8 * 0.5 * torch.log(torch.tensor(2 * torch.pi))
-    normal = dist.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)) * 40 + dist.Normal(0.0, 0.3).log_prob(torch.tensor(0.0)) * 7
+    normal = (
+        dist.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)) * 40
+        + dist.Normal(0.0, 0.3).log_prob(torch.tensor(0.0)) * 7
+    )
     assert_close(guide.log_joint, -joint(u, x, y, x2, y2) - constant + normal, rtol=1e-9)
 
 
@@ -214,9 +217,7 @@ def test_blank_patches_leave_the_kronecker_factors():
     there = (patches != 0).any(-1)
     assert 0 < there.sum() < there.numel()
     A = patches[there].mT @ patches[there] / there.sum()
-    expected = torch.block_diag(
-        torch.kron(g[there].mT @ g[there], A), g.sum(1).mT @ g.sum(1)
-    ) + torch.eye(20)
+    expected = torch.block_diag(torch.kron(g[there].mT @ g[there], A), g.sum(1).mT @ g.sum(1)) + torch.eye(20)
     assert_close(guide.posterior.multiply(torch.eye(20)), expected, rtol=1e-8, atol=1e-8)
 
 
@@ -239,11 +240,15 @@ def test_packed_sequences(kind):
     guide = AutoLaplace(model).initialize(x, lengths, y)
     guide.laplace_approximation((x, lengths, y), map_tolerance=float("inf"))
     u = guide.loc.detach().clone()
-    J = torch.autograd.functional.jacobian(lambda u: last(guide.packed.space.unpack(u), x, lengths), u).reshape(-1, len(u))
+    J = torch.autograd.functional.jacobian(
+        lambda u: last(guide.packed.space.unpack(u), x, lengths), u
+    ).reshape(-1, len(u))
     assert_close(guide.precision, torch.eye(len(u)) + J.mT @ J / 0.25, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("structure", ["full", "kronecker", "diagonal", "block", "function_space", "low_rank"])
+@pytest.mark.parametrize(
+    "structure", ["full", "kronecker", "diagonal", "block", "function_space", "low_rank"]
+)
 def test_a_float32_network_under_a_double_likelihood(structure):
     torch.manual_seed(0)
     x, y = torch.randn(20, 3).float(), torch.randn(20)
