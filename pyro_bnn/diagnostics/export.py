@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_bnn._version import __version__
 from pyro_bnn.diagnostics.readings import SiteReadings
-from pyro_bnn.infer.data import Batch, as_batches, leaves
+from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
 from pyro_bnn.infer.density import guide_log_prob
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.handlers import (
@@ -313,14 +313,14 @@ class Exporter:
             if len(own) != len(dims):
                 raise ValueError(f"dims of {name!r}: {len(dims)} names expected, got {list(own)}.")
             self.site_dims[name] = own
-        arguments = {} if batch is None else _arguments(self.model, batch)
+        arguments = {} if batch is None else dict(_inputs(self.model, batch).values())
         unknown = sorted(set(self.user_dims) - names - set(arguments))
         if unknown:
             raise ValueError(
                 f"dims: {unknown} are no sites and no arguments of the model; there are {sorted(names)}."
             )
         known = {d for dims in (*self.site_dims.values(), *self.user_dims.values()) for d in dims}
-        known |= {f"{name}_dim_{i}" for name, value in arguments.items() for i in range(np.ndim(value))}
+        known |= {f"{name}_dim_{i}" for name, value in arguments.items() for i in range(value.dim())}
         unknown = sorted(set(self.coords) - known - {"chain", "draw"})
         if unknown and batch is not None:
             raise ValueError(f"coords: no variable has the dims {unknown}; there are {sorted(known)}.")
@@ -349,6 +349,10 @@ class Exporter:
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, (value, dims) in variables.items():
             key = name.replace("/", ".")  # slashes are paths in a DataTree
+            if key in arrays:
+                raise ValueError(
+                    f"two sites are named {key!r} in a tree, where {name!r} is written with dots: rename one."
+                )
             own = [dim.replace("/", ".") for dim in dims][: value.dim() - len(lead)]
             if len(own) < value.dim() - len(lead):
                 raise ValueError(f"dims of {name!r}: {value.dim() - len(lead)} names expected, got {own}.")
@@ -452,13 +456,7 @@ class Exporter:
         """The tensors of a single batch that are not observations by name, and where those with rows have them."""
         assert self.data is not None
         values, places = {}, {}
-        args, kwargs = self.data.first
-        names = {id(value): name for name, value in _arguments(self.model, (args, kwargs)).items()}
-        for path, leaf in leaves((args, kwargs)).items():
-            if not isinstance(leaf, Tensor):
-                continue
-            top = (args, kwargs)[path[0]][path[1]]
-            name = ".".join([names.get(id(top), f"argument_{path[1]}"), *map(str, path[2:])])
+        for path, (name, leaf) in _inputs(self.model, self.data.first).items():
             if not any(np.array_equal(leaf.numpy(force=True), o.values) for o in observed.values()):
                 values[name], places[path] = leaf, name
         rows = {
@@ -517,14 +515,25 @@ def _part_name(site: str, part: str) -> str:
     return site.removesuffix("packed") + part
 
 
-def _arguments(model: Any, batch: Batch) -> dict[str, Any]:
-    """The arguments of a model by name."""
+def _inputs(model: Any, batch: Batch) -> dict[Path, tuple[str, Tensor]]:
+    """The tensors among the arguments of a model with their names: of the parameter, and of the places in containers."""
     args, kwargs = batch
     function = model.forward if isinstance(model, torch.nn.Module) else model
     try:
-        return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
-        return {f"argument_{i}": a for i, a in enumerate(args)} | kwargs
+        parameters = []
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def name(path: Path) -> str:
+        first = path[1]
+        if path[0] == 0:
+            first = positional[first] if first < len(positional) else f"argument_{first}"
+        return ".".join(map(str, (first, *path[2:])))
+
+    return {
+        path: (name(path), leaf) for path, leaf in leaves((args, kwargs)).items() if isinstance(leaf, Tensor)
+    }
 
 
 def attributes(posterior: Any) -> dict[str, Any]:

@@ -49,11 +49,8 @@ def log_weights(
             f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."
         )
     weights = torch.as_tensor((stats["lp"] - stats["log_q"]).values).flatten()
-    draws = {
-        str(n): torch.as_tensor(np.array(v.values)).flatten(0, 1)
-        for n, v in groups["posterior"].data_vars.items()
-    }
-    return draws, weights
+    values = {name: groups["posterior"][name.replace("/", ".")].values for name in exporter.names}
+    return {name: torch.as_tensor(np.array(v)).flatten(0, 1) for name, v in values.items()}, weights
 
 
 def pareto_k(log_ratios: Any) -> float:

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
-from pyro_bnn.diagnostics import to_datatree
+from pyro_bnn.diagnostics import log_weights, to_datatree
 from pyro_bnn.infer import posterior_predictive, predictive_moments
 from pyro_bnn.infer.data import Batches
 
@@ -369,6 +369,38 @@ def test_a_plate_named_like_an_argument() -> None:
     tree = to_datatree(model, {"mean": torch.randn(S)}, (torch.rand(8, 2) + 1,))
     assert tree["log_likelihood"]["obs"].dims == ("chain", "draw", "data")
     assert tree["constant_data"]["data"].dims == ("data_dim", "data_dim_1")
+
+
+def test_models_of_any_number_of_arguments() -> None:
+    def model(*args: Any) -> None:
+        inputs, y = args
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(inputs[0])):
+            pyro.sample("obs", dist.Normal((inputs[0] * w).sum(-1) + inputs[1], 1.0), obs=y)
+
+    draws = {"w": torch.randn(S, 3)}
+    tree = to_datatree(model, draws, ([X, torch.arange(8.0)], Y))
+    assert set(tree["constant_data"].data_vars) == {"argument_0.0", "argument_0.1"}
+    assert tree["constant_data"]["argument_0.1"].dims == ("data",)
+    lp = joint_density(model, draws, [X, torch.arange(8.0)], Y)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+
+
+def test_names_with_slashes() -> None:
+    def model(y: torch.Tensor) -> None:
+        w = pyro.sample("body/w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    def both(y: torch.Tensor) -> None:
+        pyro.sample("body.w", dist.Normal(0.0, 1.0))
+        model(y)
+
+    guide = AutoNormal(model)
+    guide(Y)
+    assert set(log_weights(model, guide, (Y,), 7)[0]) == {"body/w"}
+    with pytest.raises(ValueError, match=r"two sites are named 'body\.w'"):
+        to_datatree(both, {"body/w": torch.randn(S), "body.w": torch.randn(S)}, (Y,))
 
 
 def test_models_that_differentiate() -> None:
