@@ -36,6 +36,7 @@ from pyro_bnn.infer.autoguide.families import (
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
 from pyro_bnn.infer.autoguide.joint_draws import JointDraws
+from pyro_bnn.infer.flat import init_flat
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.nn.sites import SITE_KEY
 
@@ -124,8 +125,8 @@ class AutoMixture(ComponentParameters):
         named = [rest, *([component] if isinstance(component, str) else [])]
         for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
             check_kind(kind)
-        self.init_loc_fn = init_loc_fn
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self.init_loc_fn = init_flat(init_loc_fn)
+        super().__init__(InitMessenger(self.init_loc_fn)(model), create_plates=create_plates)
         self.num_components = num_components
         self.component = component
         self.rest = rest
@@ -136,6 +137,14 @@ class AutoMixture(ComponentParameters):
         self._component: int | None = None
         self._is_stratified = False
         self._lead: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """What the guide is: its components and their family, and the number of latents."""
+        trace: Any = self.prototype_trace
+        state = "not initialised"
+        if trace is not None:
+            state = f"{sum(site['value'].numel() for _, site in trace.iter_stochastic_nodes()):,} latents"
+        return f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
 
     # ------------------------------------------------------------------ life cycle
 
