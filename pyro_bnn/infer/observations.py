@@ -8,8 +8,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from pyro_bnn.infer.handlers import Site
-from pyro_bnn.infer.packed import unwrap
+from pyro_bnn.infer.handlers import Site, unwrap
 
 
 def check_shape(name: str, site: Site) -> None:

@@ -44,8 +44,8 @@ from pyro_bnn.infer.handlers import (
 )
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.infer.plates import Rows, Sites, find_rows
-from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.infer.reach import require_reach
+from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
 from pyro_bnn.ops.graph import graph_nodes
@@ -472,7 +472,9 @@ class PlateCoverage:
         :param trace: the trace of one batch.
         :param names: the observed sites; factors count as well.
         """
-        sites = [s for n, s in trace.nodes.items() if n in names or (s["type"] == "sample" and _is_likelihood(s))]
+        sites = [
+            s for n, s in trace.nodes.items() if n in names or (s["type"] == "sample" and _is_likelihood(s))
+        ]
         frames = {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
         for frame in frames.values():
             full = frame.full_size if frame.full_size is not None else frame.size

@@ -144,7 +144,9 @@ class AutoMixture(ComponentParameters):
         state = "not initialised"
         if trace is not None:
             state = f"{sum(site['value'].numel() for _, site in trace.iter_stochastic_nodes()):,} latents"
-        return f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
+        return (
+            f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
+        )
 
     # ------------------------------------------------------------------ life cycle
 
