@@ -200,8 +200,9 @@ def explain_failure(error: Exception, batch: Batch) -> None:
 def to_point_estimates(guide: Any) -> None:
     """Turns Gaussians around a point estimate into point estimates again, so that training can go on."""
     for part in guide if isinstance(guide, torch.nn.ModuleList) else (guide,):
-        if hasattr(part, "to_point_estimate"):
-            part.to_point_estimate()
+        reset: Any = getattr(part, "to_point_estimate", None)
+        if reset is not None:
+            reset()
 
 
 def check_latents(trace: Trace, guide: Any, *, continuous: bool = False) -> None:

@@ -38,6 +38,7 @@ from pyro_bnn.infer.autoguide.initialization import init_component
 from pyro_bnn.infer.autoguide.joint_draws import JointDraws
 from pyro_bnn.infer.flat import init_flat
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
+from pyro_bnn.infer.observations import check_labels
 from pyro_bnn.nn.sites import SITE_KEY
 
 
@@ -164,9 +165,11 @@ class AutoMixture(ComponentParameters):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block():
+        with poutine.block(), torch.enable_grad():  # some models take derivatives themselves
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         require_observations(trace, args)
+        for name in observed_names(trace):
+            check_labels(name, trace.nodes[name])
         self.plate_names = {f.name for _, s in trace.iter_stochastic_nodes() for f in s["cond_indep_stack"]}
         self.plate_names |= {
             f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]
