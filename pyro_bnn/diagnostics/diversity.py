@@ -96,8 +96,8 @@ def diversity(
 
     :param model: the model; the networks that it calls run in evaluation mode.
     :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoMixture`, an
-        :class:`~pyro.infer.autoguide.AutoGuideList` with one, or a
-        :class:`~pyro_bnn.infer.autoguide.LaplaceMixture`.
+        :class:`~pyro.infer.autoguide.AutoGuideList` with one, or an
+        :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`.
     :param data: one batch or an iterable of batches, with observations; masked ones do not count.
     :param int num_samples: draws per component, over which the predictions of a component are averaged.
     :param str site: the observed site, if there are several.
@@ -149,7 +149,7 @@ def _mixture(guide: Any) -> Any:
         return mixtures[0]
     raise ValueError(
         f"diversity compares the components of one mixture, but the guide, of type {type(guide).__name__}, holds {len(mixtures)}: pass an "
-        "AutoMixture, an AutoGuideList with one, or a LaplaceMixture."
+        "AutoMixture, an AutoGuideList with one, or an AutoLaplaceMixture."
     )
 
 

@@ -66,7 +66,7 @@ class PrecisionNormal(TorchDistribution):
 
     @property
     def log_det_precision(self) -> Tensor:
-        r""":math:`\log\det P`, a scalar."""
+        r""":math:`\log\det P`, a scalar, summed in float64."""
         raise NotImplementedError
 
     @property
@@ -108,7 +108,7 @@ class PrecisionNormal(TorchDistribution):
         """
         difference = value - self.loc
         quadratic = (difference * self.multiply(difference)).sum(-1)
-        return 0.5 * (self.log_det_precision - quadratic - self.rank * math.log(2 * math.pi))
+        return 0.5 * (self.log_det_precision.to(quadratic) - quadratic - self.rank * math.log(2 * math.pi))
 
     def entropy(self) -> Tensor:
         r""":math:`\frac p2 (1 + \log 2\pi) - \frac12\log\det P`, a scalar."""
@@ -173,7 +173,7 @@ class FullNormal(PrecisionNormal):
     @property
     def log_det_precision(self) -> Tensor:
         """See :attr:`PrecisionNormal.log_det_precision`."""
-        return 2 * self.cholesky.diagonal().log().sum()
+        return 2 * self.cholesky.diagonal().log().sum(dtype=torch.float64)
 
     @property
     def variance(self) -> Tensor:
@@ -215,7 +215,7 @@ class DiagonalNormal(PrecisionNormal):
     @property
     def log_det_precision(self) -> Tensor:
         """See :attr:`PrecisionNormal.log_det_precision`."""
-        return self.precision.log().sum()
+        return self.precision.log().sum(dtype=torch.float64)
 
     @property
     def smallest_precision(self) -> Tensor:

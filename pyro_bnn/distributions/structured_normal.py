@@ -74,7 +74,9 @@ class KroneckerNormal(PrecisionNormal):
         """See :attr:`PrecisionNormal.log_det_precision`."""
         out, into = self.eigenvalues.shape
         so, si = self.scales
-        return self.eigenvalues.log().sum() + 2 * (into * so.log().sum() + out * si.log().sum())
+        wide = torch.float64
+        scales = into * so.log().sum(dtype=wide) + out * si.log().sum(dtype=wide)
+        return self.eigenvalues.log().sum(dtype=wide) + 2 * scales
 
     @property
     def smallest_precision(self) -> Tensor:
@@ -127,7 +129,8 @@ class LowRankNormal(PrecisionNormal):
     @property
     def log_det_precision(self) -> Tensor:
         """See :attr:`PrecisionNormal.log_det_precision`."""
-        return torch.log1p(self.eigenvalues).sum() + 2 * self.scale.log().sum()
+        terms = torch.log1p(self.eigenvalues), 2 * self.scale.log()
+        return terms[0].sum(dtype=torch.float64) + terms[1].sum(dtype=torch.float64)
 
     @property
     def variance(self) -> Tensor:

@@ -198,10 +198,15 @@ class PriorCurvature:
         """
         if self._everywhere is not None:
             return self._everywhere[index]
-        diagonal = diagonal_of_diagonal(self._restricted(index), self.latent[index], self._eps)
+        diagonal = diagonal_of_diagonal(self.restricted(index), self.latent[index], self._eps)
         return self.matrix(index) if diagonal is None else diagonal
 
-    def _restricted(self, index: Tensor) -> LinearMap:
+    def restricted(self, index: Tensor) -> LinearMap:
+        """
+        :param index: positions, shape ``(q,)``.
+        :return: products with the block there, from ``(S, q)`` to ``(S, q)``.
+        """
+
         def multiply(v: Tensor) -> Tensor:
             full = v.new_zeros(v.shape[0], len(self.latent))
             full[:, index] = v
@@ -216,7 +221,7 @@ class PriorCurvature:
         """
         if self._everywhere is not None:
             return self._everywhere[index]
-        return operator_diagonal(self._restricted(index), self.latent[index], self.chunk_size)
+        return operator_diagonal(self.restricted(index), self.latent[index], self.chunk_size)
 
     def matrix(self, index: Tensor) -> Tensor:
         """
@@ -225,7 +230,7 @@ class PriorCurvature:
         """
         if self._everywhere is not None:
             return torch.diag(self._everywhere[index])
-        block = dense(self._restricted(index), self.latent[index], chunk_size=self.chunk_size)
+        block = dense(self.restricted(index), self.latent[index], chunk_size=self.chunk_size)
         return 0.5 * (block + block.mT)
 
 
@@ -287,8 +292,8 @@ def accumulate_examples(
     :param cotangents: see :meth:`~pyro_bnn.infer.examples.SiteExamples.cotangents`.
     :return: the curvature of the prior, and value and gradient of the log joint density.
     """
-    prior, log_prior = None, stream.latent.new_zeros(())
-    log_likelihood = wide(stream.latent.detach()).new_zeros(())
+    prior, log_prior = None, stream.latent.new_zeros((), dtype=torch.float64)
+    log_likelihood = torch.zeros_like(log_prior)
     gradient = torch.zeros_like(wide(stream.latent.detach()))
     for trace, sites in stream.run(data):
         log_likelihood += stream.model.log_likelihood(trace).detach()

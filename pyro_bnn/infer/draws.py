@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_bnn.infer.arguments import arguments_of
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.handlers import SubstituteMessenger, sample_sites
 from pyro_bnn.infer.memory import require_memory
@@ -25,7 +26,7 @@ Draws = dict[str, Tensor]
 
 
 @torch.no_grad()
-def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch: Batch = ((), {})) -> Draws:
+def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch: Any = ((), {})) -> Draws:
     """
     Draws from a posterior in whatever form it is.
 
@@ -34,7 +35,8 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         with the draws in the first dimension.
     :param int num_samples: the number of draws S; 100 by default for a guide, all by default otherwise. Of
         given draws an evenly spaced subset is taken.
-    :param batch: arguments of the guide, for guides that need them.
+    :param batch: arguments of the guide, for guides that need them: ``(args, kwargs)``, or data in any form, of which the
+        first batch is taken.
     :return: by site, a tensor of shape ``(S,) + site shape``.
     :raises ValueError: if more draws are asked for than there are, or less than one.
 
@@ -52,7 +54,7 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         return _thin(posterior, num_samples)
     num_samples = 100 if num_samples is None else num_samples
     _require_memory_for(posterior, num_samples)
-    args, kwargs = batch
+    args, kwargs = batch = arguments_of(batch)
     with local_parameters(), poutine.block():
         if hasattr(posterior, "sample_posterior"):
             return dict(posterior.sample_posterior((num_samples,), *args, **kwargs))

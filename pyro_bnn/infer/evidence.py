@@ -10,7 +10,6 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.curvature import diagonal_of_diagonal
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.examples import FisherKind, SiteExamples
+from pyro_bnn.infer.hyperparameters import LIMIT, HyperparameterReport, warn_of_edges, warn_of_runaways
 from pyro_bnn.infer.low_rank import placed_rows
 from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, LowRankPart, Part
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -202,19 +202,6 @@ def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> T
     return (diagonal * posterior.variance).sum()
 
 
-@dataclass
-class HyperparameterReport:
-    """
-    What a search for hyperparameters found.
-
-    :ivar tau: the multipliers of the prior precision, by site (or ``"all"``).
-    :ivar objective: the objective at each evaluation: the log evidence, or the validation log likelihood.
-    """
-
-    tau: dict[str, float]
-    objective: list[float]
-
-
 class _Spectrum:
     """The evidence as a function of one multiplier per group of parts, O(p) per value."""
 
@@ -222,9 +209,9 @@ class _Spectrum:
         self.groups = []
         for parts in groups:
             spectra = [part.spectrum() for part in parts]
-            values = torch.cat([values for values, _ in spectra])
+            values = torch.cat([values for values, _ in spectra]).double()
             distance = sum(
-                (_distance(part, guide.prior_gradient[part.index]).sum() for part in parts),
+                (_distance(part, guide.prior_gradient[part.index]).double().sum() for part in parts),
                 torch.zeros_like(values[:0].sum()),
             )
             constant = sum((c for _, c in spectra), torch.zeros_like(distance))
@@ -269,14 +256,18 @@ def optimize_evidence(
     if groups is None:
         return _optimize_joint(guide, masks, history, max_steps)
     spectrum = _Spectrum(guide, groups)
-    log_tau = torch.zeros(len(groups), dtype=guide.loc.dtype, device=guide.loc.device)
+    log_tau = torch.zeros(len(groups), dtype=torch.float64, device=guide.loc.device)
     for _ in range(max_steps):
         value, slope, bend = spectrum.evidence(log_tau)
         history.append(float(value))
         if bool((slope.abs() <= tolerance * (1 + bend.abs())).all()):
             break
-        log_tau = (log_tau - slope / bend).clamp(log_tau - 2.0, log_tau + 2.0)
-    return _finish(guide, masks, log_tau.exp(), history)
+        # a vanishing second derivative of what has no maximum must not turn the step around
+        step = (slope / bend.abs().clamp(min=1e-12)).clamp(-2.0, 2.0)
+        log_tau = (log_tau + step).clamp(-LIMIT, LIMIT)
+    report = _finish(guide, masks, log_tau.exp(), history)
+    warn_of_runaways(report, bend.tolist())
+    return report
 
 
 def optimize_grid(guide: Any, candidates: Sequence[float], *, per: Per = "global") -> HyperparameterReport:
@@ -321,6 +312,11 @@ def optimize_validation(
     :param seed: of these draws, the same for all candidates.
     :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
     """
+    if not guide.packed.observed:
+        raise ValueError(
+            "method='validation' scores observations, and the model has none, only pyro.factor statements: use "
+            "method='evidence'."
+        )
     masks = _masks(guide, per)
 
     def score(tau: Tensor) -> float:
@@ -352,7 +348,9 @@ def _search(
             history += scores
         if len(masks) == 1 or torch.equal(before, tau):
             break
-    return _finish(guide, masks, tau, history)
+    report = _finish(guide, masks, tau, history)
+    warn_of_edges(report, candidates)
+    return report
 
 
 def _masks(guide: Any, per: Per) -> dict[str, Tensor | None]:
@@ -398,7 +396,7 @@ def _expand_tau(guide: Any, masks: dict[str, Tensor | None], tau: Tensor) -> Ten
 
 
 def _set_tau(guide: Any, tau: Tensor) -> None:
-    guide.tau = tau.detach().clone()
+    guide.tau = tau.detach().clone().to(guide.loc)
     guide._posterior = None
 
 
@@ -414,19 +412,25 @@ def _optimize_joint(
 ) -> HyperparameterReport:
     """Multipliers of groups that parts span several of: L-BFGS on the log evidence itself."""
     log_tau = torch.zeros(len(masks), dtype=guide.loc.dtype, device=guide.loc.device, requires_grad=True)
+
+    def multipliers() -> Tensor:
+        return log_tau.clamp(-LIMIT, LIMIT).exp()
+
     optimizer = torch.optim.LBFGS(
         [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = -guide.log_evidence(_expand_tau(guide, masks, log_tau.exp()))
+        value = -guide.log_evidence(_expand_tau(guide, masks, multipliers()))
         value.backward()
         history.append(-float(value.detach()))
         return value.detach()
 
     optimizer.step(loss)
-    return _finish(guide, masks, log_tau.detach().exp(), history)
+    report = _finish(guide, masks, multipliers().detach(), history)
+    warn_of_runaways(report, None)
+    return report
 
 
 @torch.no_grad()

@@ -3,16 +3,24 @@
 """Checks a model and a guide against the first batch, and creates every parameter of the guide."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.infer.data import Batch, check_finite
-from pyro_bnn.infer.handlers import latent_names, observed_names, sample_sites
+from pyro_bnn.infer.arguments import arguments_of, is_container
+from pyro_bnn.infer.data import Batch, check_finite, map_tensors
+from pyro_bnn.infer.flat import StartFlatSites, is_flat
+from pyro_bnn.infer.handlers import Site, latent_names, observed_names, sample_sites
+from pyro_bnn.infer.observations import check_labels, check_shape
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.prototype import detach_prototypes
+from pyro_bnn.infer.reach import check_reached
 
 #: Attribute of a guide with the shapes of the batch that it was initialised on.
 EXAMPLE = "_initialized_on"
@@ -84,21 +92,167 @@ def initialize_guide(model: Callable[..., Any], guide: Callable[..., Any], batch
         >>> sorted(guide.state_dict())
         ['locs.w_unconstrained', 'scales.w_unconstrained']
     """
-    check_finite(batch)
     args, kwargs = batch
-    with local_parameters(), poutine.block(), torch.no_grad():
-        try:
-            model_trace = poutine.trace(model).get_trace(*args, **kwargs)
-        except Exception as error:
-            error.add_note(f"The model was called with {describe(batch)}.")
-            raise
+    leaves = _Leaves() if hasattr(guide, "prototype_trace") else None
+    with local_parameters(), poutine.block(), torch.enable_grad():
+        model_trace = run_model(model, batch, leaves)
         check_observations(model_trace, batch)
+        to_point_estimates(guide)
         if not is_initialized(guide):
-            initialize = getattr(guide, "initialize", None)
-            (guide if initialize is None else initialize)(*args, **kwargs)
+            check_latents(model_trace, guide)
+            start: Any = getattr(guide, "initialize", guide)
+            try:
+                start(*args, **kwargs)
+            except NotImplementedError as error:
+                if flat := [n for n, site in sample_sites(model_trace).items() if is_flat(site)]:
+                    error.add_note(
+                        f"The priors of {flat} are flat, and {type(guide).__name__} draws from priors to start: pass it "
+                        "init_loc_fn=pyro_bnn.infer.flat.init_flat(init_to_median)."
+                    )
+                raise
+            detach_prototypes(guide)
         if isinstance(guide, torch.nn.Module) and not hasattr(guide, EXAMPLE):
             setattr(guide, EXAMPLE, example_of(batch))
         check_sites(model_trace, poutine.trace(guide).get_trace(*args, **kwargs), batch)
+        if leaves is not None and not leaves.others:
+            check_reached(model_trace, leaves.found)
+
+
+class _Leaves(Messenger):
+    """
+    Makes the value of every latent site the start of a graph.
+
+    :ivar found: these values by name.
+    :ivar others: names of latent sites that have no gradient, as those of integers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+        self.others: list[str] = []
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if (
+            msg["is_observed"]
+            or not isinstance(msg["value"], Tensor)
+            or type(msg["fn"]).__name__ == "_Subsample"
+        ):
+            return
+        if not msg["value"].is_floating_point():
+            self.others.append(msg["name"])
+            return
+        self.found[msg["name"]] = msg["value"].detach().clone().requires_grad_(True)
+        msg["value"] = self.found[msg["name"]].clone()  # a copy may be changed in place
+
+
+def run_model(model: Callable[..., Any], batch: Batch, *handlers: Messenger | None) -> Trace:
+    """
+    Runs a model once with gradients enabled, which some models need for themselves; flat priors start at zero in
+    unconstrained space.
+
+    :param callable model: a Pyro model.
+    :param batch: its arguments.
+    :param handlers: further handlers to run it under.
+    :return: the trace.
+    :raises TypeError: if it fails on a numpy array; the message names the argument.
+    :raises ValueError: if an argument is not finite.
+    """
+    check_finite(batch)
+    args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad(), StartFlatSites(), *handlers):
+            if context is not None:
+                stack.enter_context(context)
+        try:
+            return poutine.trace(model).get_trace(*args, **kwargs)
+        except Exception as error:
+            explain_failure(error, batch)
+            raise
+
+
+def explain_failure(error: Exception, batch: Batch) -> None:
+    """
+    Adds the arguments to an error of a model.
+
+    :param error: what the model raised.
+    :param batch: what it was called with.
+    :raises TypeError: in its place, if one of them is a numpy array.
+    :raises ValueError: in its place, if one of them is empty.
+    """
+    args, kwargs = batch
+    for name, value in [*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()]:
+        if isinstance(value, Tensor) and not value.numel():
+            raise ValueError(
+                f"{name} of the model is empty (shape {tuple(value.shape)}): pass at least one data point. "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if isinstance(value, np.ndarray):
+            raise TypeError(
+                f"{name} of the model is a numpy array of shape {value.shape} and type {value.dtype}, with which the "
+                f"model fails: pass a tensor, torch.as_tensor(array, dtype=torch.get_default_dtype()) for numbers. "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from error
+    note = f"The model was called with {describe(batch)}."
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
+def to_point_estimates(guide: Any) -> None:
+    """Turns Gaussians around a point estimate into point estimates again, so that training can go on."""
+    for part in guide if isinstance(guide, torch.nn.ModuleList) else (guide,):
+        reset: Any = getattr(part, "to_point_estimate", None)
+        if reset is not None:
+            reset()
+
+
+def check_latents(trace: Trace, guide: Any, *, continuous: bool = False) -> None:
+    """
+    Checks that a model has latent sites that a guide can cover.
+
+    :param trace: a trace of the model.
+    :param guide: the guide; guides that are plain functions may be empty.
+    :param continuous: whether it covers continuous sites only.
+    :raises ValueError: naming the sites and what to do.
+    """
+    latents = latent_names(trace)
+    name = type(guide).__name__
+    if not latents and hasattr(guide, "prototype_trace"):
+        raise ValueError(
+            f"{name}: the model samples no latent site. Give its parameters priors: convert a network with bayesian_(net) "
+            "or rank1_(net) of pyro_bnn.nn, which make its weights sample sites, or write pyro.sample statements."
+        )
+    discrete = [n for n in latents if continuous and sample_sites(trace)[n]["fn"].support.is_discrete]
+    if discrete:
+        families = ", ".join(f"{n!r} ({type(sample_sites(trace)[n]['fn']).__name__})" for n in discrete)
+        raise ValueError(
+            f"{name} is a Gaussian over continuous latent sites, but {families} is discrete. Sum over it in the model: "
+            "observe a mixture (pyro.distributions.MixtureSameFamily, MaskedMixture) in its place. To fit the other sites "
+            "without a Laplace approximation, mark it infer={'enumerate': 'parallel'}, hide it from the guide with "
+            "poutine.block(model, hide=[...]), and use TraceEnum_ELBO."
+        )
+
+
+def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Sets a guide up with the arguments of its model. One container that the model does not run on is data in the form that
+    it has everywhere else: its first batch holds the arguments.
+
+    :param guide: a guide with ``_setup_prototype``.
+    :param args: what ``guide.initialize`` was called with.
+    :param kwargs: its keyword arguments.
+    """
+    try:
+        guide._setup_prototype(*args, **kwargs)
+    except Exception as error:
+        guide.prototype_trace = None
+        if not is_container(args, kwargs):
+            raise
+        try:
+            first, named = arguments_of(args[0])
+            guide._setup_prototype(*first, **named)
+        except Exception:
+            guide.prototype_trace = None
+            raise error from None
 
 
 def describe(batch: Batch) -> str:
@@ -116,11 +270,11 @@ def describe(batch: Batch) -> str:
 
 def check_observations(trace: Trace, batch: Batch) -> None:
     """
-    Checks that a model observes something, and in the right shapes.
+    Checks that a model observes something, in the right shapes and within the support.
 
     :param trace: a trace of the model on ``batch``.
     :param batch: the arguments, for the message.
-    :raises ValueError: naming the site, the shape found and the shape expected.
+    :raises ValueError: naming the site, what was found and what was expected.
     """
     observed = observed_names(trace)
     factors = any(
@@ -137,17 +291,8 @@ def check_observations(trace: Trace, batch: Batch) -> None:
         )
     for name in observed:
         site = sample_sites(trace)[name]
-        found, expected = tuple(site["value"].shape), tuple(site["fn"].shape())
-        try:
-            fits = tuple(torch.broadcast_shapes(found, expected)) == expected
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"Site {name!r}: the observation has shape {found}, its distribution has shape {expected} "
-                "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
-                "would compare every point with every other."
-            )
+        check_shape(name, site)
+        check_labels(name, site)
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
         batch_shape = tuple(site["fn"].batch_shape)
         loose = [d for d in range(-len(batch_shape), 0) if batch_shape[d] != 1 and d not in plates]

@@ -9,6 +9,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 from pyro_bnn.infer.handlers import Site, latent_names
 
@@ -52,6 +53,16 @@ class LatentSpace:
             self.slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
         self.dim = start
+
+    def is_constrained(self, name: str) -> bool:
+        """
+        :param name: a site.
+        :return: whether its support is not all of real space.
+        """
+        transform = biject_to(self._supports[name])
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        return not (isinstance(transform, ComposeTransform) and not transform.parts)
 
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """

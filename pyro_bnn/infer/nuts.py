@@ -13,10 +13,11 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_bnn.infer.data import Batch, iter_batches
+from pyro_bnn.infer.data import Batch, Batches
 from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.flat import StartFlatSites, is_flat
 from pyro_bnn.infer.handlers import latent_names, sample_sites
-from pyro_bnn.infer.initialize import check_observations
+from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.progress import shows_bars
 
@@ -221,16 +222,18 @@ def nuts(
         >>> run.samples["z"].shape, sorted(run.sample_stats)[0]
         (torch.Size([2, 20]), 'acceptance_rate')
     """
-    batches = list(iter_batches(data))
+    batches = list(Batches(data))
     if len(batches) != 1:
         raise ValueError(f"nuts needs the full data as one batch, and found {len(batches)} batches.")
     args, model_kwargs = batches[0]
     with local_parameters():
-        with poutine.block(), torch.no_grad():
-            trace = poutine.trace(model).get_trace(*args, **model_kwargs)
+        with poutine.block():
+            trace = run_model(model, batches[0])
         if args or model_kwargs:  # a density without data needs no observation
             check_observations(trace, batches[0])
         sites = sample_sites(trace)
+        if any(is_flat(site) for site in sites.values()):
+            model = StartFlatSites()(model)
         names = sorted(latent_names(trace))
         points = None if guide is None else starting_points(guide, num_chains, batches[0])
         missing = sorted(set(names) - set(names if points is None else points))

@@ -44,6 +44,7 @@ from pyro_bnn.infer.handlers import (
 )
 from pyro_bnn.infer.latent_space import LatentSpace
 from pyro_bnn.infer.plates import Rows, Sites, find_rows
+from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
@@ -301,7 +302,7 @@ class PackedModel:
                         f"{tuple(site['fn'].shape())}, the shape of its distribution: reshape the observations "
                         "(squeeze a trailing dimension of size 1, say)."
                     )
-                term = (wide(log_prob) * scale).sum()
+                term = (wide(log_prob) * scale).sum(dtype=torch.float64)  # of many terms
                 if require_finite and not torch.isfinite(term.detach()):
                     raise ValueError(
                         f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
@@ -312,7 +313,7 @@ class PackedModel:
 
     def require_function(self, latent: Tensor, data: Any) -> None:
         """
-        Raises if two runs of the model at the same latents differ.
+        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them.
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches, with observations; up to 64 examples of the first are used
@@ -331,11 +332,12 @@ class PackedModel:
                 "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
                 "random layers do the same."
             )
+        require_reach(self, latent, batch)
 
-    @torch.no_grad()
+    @torch.enable_grad()  # some models take derivatives themselves
     def _two_values(self, latent: Tensor, batch: Batch) -> tuple[float, float]:
         first, second = (
-            self.log_likelihood(self.trace(latent, batch), require_finite=False) for _ in range(2)
+            self.log_likelihood(self.trace(latent, batch), require_finite=False).detach() for _ in range(2)
         )
         return float(first), float(second)
 
@@ -348,7 +350,7 @@ class PackedModel:
         :return: :math:`\log p(\theta(u)) + \log|\det\partial\theta/\partial u|`, a scalar.
         :raises ValueError: if a latent site lies in a subsampled plate.
         """
-        total = wide(self.space.log_abs_det_jacobian(latent))
+        total = self.space.log_abs_det_jacobian(latent).double()
         for name in self._latents:
             site = trace.nodes[name]
             if subsample_scale(site) != 1.0:
@@ -356,7 +358,7 @@ class PackedModel:
                     f"latent site {name!r} lies in a subsampled plate: its values for the other elements of the "
                     "plate are not part of the packed vector. Use the full plate."
                 )
-            total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum()
+            total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum(dtype=torch.float64)
         return total
 
     def losses(self, latent: Tensor, data: Any) -> Iterator[Tensor]:
@@ -368,9 +370,11 @@ class PackedModel:
         :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
         for i, trace in enumerate(self.traces(latent, data)):
-            loss = -self.log_likelihood(trace, require_finite=False)
-            # the processes of a data-parallel run share one prior
-            yield loss - self.log_prior(latent, trace) if i == 0 and rank() == 0 else loss
+            with pyro.validation_enabled(False):  # trial points may not be finite
+                loss = -self.log_likelihood(trace, require_finite=False)
+                if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
+                    loss = loss - self.log_prior(latent, trace)
+            yield loss
 
     def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
         """
@@ -466,9 +470,12 @@ class PlateCoverage:
     def add(self, trace: Trace, names: list[str]) -> None:
         """
         :param trace: the trace of one batch.
-        :param names: the observed sites.
+        :param names: the observed sites; factors count as well.
         """
-        frames = {frame.name: frame for name in names for frame in trace.nodes[name]["cond_indep_stack"]}
+        sites = [
+            s for n, s in trace.nodes.items() if n in names or (s["type"] == "sample" and _is_likelihood(s))
+        ]
+        frames = {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
         for frame in frames.values():
             full = frame.full_size if frame.full_size is not None else frame.size
             self._seen[frame.name] = self._seen.get(frame.name, 0) + frame.size

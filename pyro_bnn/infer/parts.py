@@ -228,5 +228,6 @@ def indefinite(values: Tensor, what: str) -> NotAMinimumError:
     return NotAMinimumError(
         f"the curvature at the point estimate is not positive definite: {int((values <= 0).sum())} of "
         f"{values.shape[0]} {what} are not positive, the smallest is {float(values.min()):.3g}. The point is "
-        "not a minimum. Call guide.polish(data) in float64, train longer, or use curvature='ggn'."
+        "not a minimum, or not one that the numbers resolve. Call guide.polish(data) in float64, train longer, or use "
+        "curvature='ggn'."
     )

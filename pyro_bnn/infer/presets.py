@@ -23,7 +23,7 @@ class Rank1Preset:
     How to convert a network, build its guide and its bound. The three steps are methods, so that a model, which lies
     between the first and the second, stays the user's own::
 
-        preset = PRESETS["default"]
+        preset = default_preset()
         preset.convert_(net)
         guide = preset.guide(model, num_components=4)
         fit(model, guide, loader, num_steps=T, elbo=preset.elbo(T))

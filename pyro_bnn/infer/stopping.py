@@ -12,9 +12,9 @@ import torch
 from scipy.stats import linregress
 from torch import Tensor
 
-from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.data import Batches
 from pyro_bnn.infer.fit_state import FitState
-from pyro_bnn.infer.initialize import check_observations
+from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
 from pyro_bnn.infer.optimizer import ScaleLatents
 from pyro_bnn.infer.predictive import evaluation_mode, posterior_predictive
@@ -205,7 +205,7 @@ class EarlyStopping:
         :param state: the state of the run.
         :return: the value; smaller is better.
         """
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.random.fork_rng():
             torch.manual_seed(0)
             if self.metric == "elbo":
                 value = self.held_out_loss(state)
@@ -233,7 +233,8 @@ class EarlyStopping:
                 elbo.kl_scale = final_scale(own)
             with evaluation_mode(state.model), ScaleLatents(final_scale(state.kl_scale)):
                 for _ in range(self.num_samples):
-                    total += sum(float(state.loss_fn(*a, **k)) for a, k in iter_batches(self.data))
+                    # with gradients, which a model may take itself
+                    total += sum(float(state.loss_fn(*a, **k).detach()) for a, k in Batches(self.data))
         finally:
             if own is not None:
                 elbo.kl_scale = own
@@ -263,10 +264,9 @@ class EarlyStopping:
         :param state: the state of the run.
         :raises ValueError: naming the site that was drawn, or that has another shape.
         """
-        batch = next(iter_batches(self.data))
-        args, kwargs = batch
-        with poutine.block(), torch.no_grad(), torch.random.fork_rng(), evaluation_mode(state.model):
-            trace = poutine.trace(state.model).get_trace(*args, **kwargs)
+        batch = Batches(self.data).first
+        with poutine.block(), torch.random.fork_rng(), evaluation_mode(state.model):
+            trace = run_model(state.model, batch)
         try:
             check_observations(trace, batch)
         except ValueError as error:

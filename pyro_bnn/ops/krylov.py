@@ -146,6 +146,19 @@ def smallest_eigenvalue(operator: LinearMap, like: Tensor, *, steps: int = 100) 
         >>> round(smallest_eigenvalue(lambda v: v * torch.tensor([3.0, -1.0, 2.0]), torch.zeros(3)), 4)
         -1.0
     """
+    return float(ritz_pairs(operator, like, steps=steps)[0][0])
+
+
+def ritz_pairs(operator: LinearMap, like: Tensor, *, steps: int = 100) -> tuple[Tensor, Tensor]:
+    """
+    Ritz values and vectors of a symmetric map by Lanczos with full reorthogonalisation: eigenpairs where p is at most
+    ``steps``, approximations of the extreme ones from within otherwise.
+
+    :param operator: a map from ``(1, p)`` to ``(1, p)``.
+    :param like: a vector of shape ``(p,)`` that gives size, dtype and device.
+    :param steps: largest number of products; memory is ``steps * p``.
+    :return: n values, ascending, and unit vectors of shape ``(n, p)``.
+    """
     generator = torch.Generator(device=like.device).manual_seed(0)
     p = like.shape[0]
     q = torch.randn(p, dtype=like.dtype, device=like.device, generator=generator)
@@ -166,4 +179,5 @@ def smallest_eigenvalue(operator: LinearMap, like: Tensor, *, steps: int = 100) 
     if off_diagonal:
         beta = torch.diag(torch.stack(off_diagonal), 1)
         tridiagonal = tridiagonal + beta + beta.mT
-    return float(torch.linalg.eigvalsh(tridiagonal)[0])
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return values, vectors.mT @ basis[: len(values)]

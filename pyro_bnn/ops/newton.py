@@ -20,6 +20,9 @@ from pyro_bnn.ops.jacobian import LinearMap, hvp_operator
 #: A function of a vector of shape ``(p,)`` as an iterable of scalars to be summed.
 Terms = Callable[[Tensor], Iterable[Tensor]]
 
+#: Steps in a row within the rounding errors of the value, none smaller than the smallest before, that end a search.
+_UNCONFIRMED = 3
+
 
 @dataclass
 class NewtonResult:
@@ -29,11 +32,14 @@ class NewtonResult:
     :ivar point: shape ``(p,)``.
     :ivar decrement: :math:`\sqrt{g^\top H^{-1} g}` at the last but one point.
     :ivar indefinite: whether a direction of non-positive curvature was met at the last point.
+    :ivar converged: whether the decrement is below the tolerance at a point without such directions. Where it is not, the
+        search ended at the limit of steps or at the precision of the numbers.
     """
 
     point: Tensor
     decrement: float
     indefinite: bool
+    converged: bool
 
 
 def value_and_gradient(terms: Terms, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +91,9 @@ def _over_processes(image: Tensor) -> Tensor:
     return image
 
 
-def lbfgs(terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50) -> Tensor:
+def lbfgs(
+    terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50, least_progress: float = 0.0
+) -> Tensor:
     """
     Minimises a sum of terms by L-BFGS with a strong Wolfe line search, until a round brings no progress.
 
@@ -93,6 +101,7 @@ def lbfgs(terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50)
     :param start: shape ``(p,)``.
     :param max_iter: largest number of iterations.
     :param round_length: iterations between two looks at the progress.
+    :param least_progress: the decrease per round that is worth another one, beside the millionth part of the value.
     :return: the best point, shape ``(p,)``; never worse than ``start``.
     """
     point = start.detach().clone().requires_grad_(True)
@@ -119,7 +128,7 @@ def lbfgs(terms: Terms, start: Tensor, *, max_iter: int, round_length: int = 50)
             break
         progress = best_value - value
         best_value, best = value, point.detach().clone()
-        if progress <= 1e-6 * value.abs():
+        if progress <= max(least_progress, 1e-6 * float(value.abs())):
             break
     return best
 
@@ -233,6 +242,8 @@ def minimize_newton(
     radius = max(1.0, 0.1 * float(point.norm()))
     decrement, indefinite = float("inf"), False
     products, exact = 0, False
+    best, unconfirmed = float("inf"), 0
+    eps = torch.finfo(point.dtype).eps
     spectrum: tuple[Tensor, Tensor] | None = (
         None  # of the dense matrix at the point, kept while steps are rejected
     )
@@ -248,28 +259,35 @@ def minimize_newton(
             )
             products += count
         slope = float(gradient @ step)
-        predicted = -(slope + 0.5 * float(step @ image))
-        decrement = max(-slope, 0.0) ** 0.5
+        bend = float(step @ image)
+        predicted = -(slope + 0.5 * bend)
+        # along the step: that of the full Newton step where it is one, and no smaller where the radius cuts it short
+        decrement = -slope / bend**0.5 if bend > 0 else max(-slope, 0.0) ** 0.5
         length = float(step.norm())
         done = length == 0.0
         if not done:
             new_value, new_gradient = objective.value_and_gradient(point + step)
             # close to the minimum the value no longer changes in floating point: accept what does not increase it
-            rounding = 4 * torch.finfo(value.dtype).eps * float(value.abs())
+            rounding = 4 * eps * float(value.abs())
             ratio = float(value - new_value + rounding) / (predicted + rounding)
             if ratio > 0.1:
                 if ratio > 0.75 and length > 0.9 * radius:
                     radius *= 2.5
                 point, value, gradient, spectrum = point + step, new_value, new_gradient, None
                 done = decrement <= tolerance and not indefinite
+                # steps that the value cannot confirm and that do not shrink either are noise
+                unconfirmed = unconfirmed + 1 if predicted <= rounding and decrement > 0.5 * best else 0
+                best = min(best, decrement)
+                done = done or unconfirmed >= _UNCONFIRMED
             else:  # also where the value is not a number
                 radius = 0.25 * length
-                done = radius <= torch.finfo(value.dtype).eps * float(point.norm())
+                done = radius <= eps * float(point.norm())
         if done and (exact or len(point) > dense_limit):
             break
         if done:  # what conjugate gradients take for a minimum
             exact, radius = True, max(radius, 1e-3 * float(point.norm()))
-    return NewtonResult(point, decrement, indefinite)
+            best, unconfirmed = float("inf"), 0
+    return NewtonResult(point, decrement, indefinite, decrement <= tolerance and not indefinite)
 
 
 def _steihaug(

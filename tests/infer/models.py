@@ -27,7 +27,7 @@ def linear_data(num: int = 40, features: int = 3) -> tuple[Tensor, Tensor]:
 
 def linear_posterior(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the weight of :func:`linear_model`."""
-    covariance = torch.linalg.inv(torch.eye(x.shape[-1]) + x.T @ x / NOISE**2)
+    covariance = torch.linalg.inv(torch.eye(x.shape[-1], dtype=x.dtype) + x.T @ x / NOISE**2)
     return covariance @ x.T @ y / NOISE**2, covariance
 
 

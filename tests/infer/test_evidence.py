@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import train_with_evidence
+from pyro_bnn.infer.hyperparameters import HyperparameterWarning
 from pyro_bnn.nn import bayesian_
 from tests.common import assert_close
 from tests.models import linear_regression
@@ -253,7 +254,8 @@ def test_validation_chooses_the_best_held_out_density():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(40, 2, generator=generator)
     held_out = (x, torch.tanh(x).sum(-1))
-    report = guide.optimize_hyperparameters(held_out, method="validation", candidates=[1e-2, 1.0, 1e2])
+    with pytest.warns(HyperparameterWarning, match="edge of the 3 candidates"):
+        report = guide.optimize_hyperparameters(held_out, method="validation", candidates=[1e-2, 1.0, 1e2])
     assert report.tau["all"] == [1e-2, 1.0, 1e2][report.objective.index(max(report.objective))]
     expected = guide.predictive(x)["obs"].log_prob(held_out[1]).sum()
     assert_close(max(report.objective), expected, rtol=1e-10)

@@ -68,6 +68,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
     [1] McInerney, Kallus (2024), "Hessian-free Laplace in Bayesian deep learning".
     """
 
+    _shown = ("method", "curvature", "remainder")
+
     factor: Tensor | None
     gradients: Tensor | None
     displacements: Tensor | None
@@ -181,6 +183,11 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         return self
 
     def _solve(self, data: Any, targets: Any, options: dict[str, Any]) -> HFLResult:
+        if not self.packed.observed:
+            raise ValueError(
+                "the model has no observed site, only pyro.factor statements, so that there is nothing to predict at "
+                "targets: use hfl.solve(guide, data, functional=lambda sites: ...) with functions of the latent sites."
+            )
         return solve(
             self,
             data,
@@ -259,6 +266,11 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 f"remainder={self.remainder!r}: {number} dimensions have a curvature of {value:.3g}, so that no proper Gaussian "
                 "describes them without targets: give their latents a proper prior, or leave remainder out."
             )
+
+    def to_point_estimate(self) -> Self:
+        """See :meth:`LinearizedGuide.to_point_estimate`."""
+        self.result = None
+        return super().to_point_estimate()
 
     def _make_posterior(self) -> dist.TorchDistribution | None:
         if self.factor is None:

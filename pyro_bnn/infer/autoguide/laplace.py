@@ -13,18 +13,20 @@ from torch import Tensor
 
 from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal, PrecisionNormal
 from pyro_bnn.distributions.structured_normal import BlockNormal
+from pyro_bnn.infer.arguments import as_data
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
 from pyro_bnn.infer.curvature import (
     Accumulated,
     CurvatureAccumulator,
+    PriorCurvature,
     accumulate_examples,
     accumulate_operators,
     check_option,
     prior_curvature,
 )
 from pyro_bnn.infer.data import as_batches
+from pyro_bnn.infer.definite import blame, require_minimum, require_resolved
 from pyro_bnn.infer.evidence import (
-    HyperparameterReport,
     Per,
     differentiable_evidence,
     optimize_evidence,
@@ -34,10 +36,10 @@ from pyro_bnn.infer.evidence import (
     tau_of,
 )
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
-from pyro_bnn.infer.packed import check_data
 from pyro_bnn.infer.part_store import PartStore
 from pyro_bnn.infer.parts import NotAMinimumError, Part
 from pyro_bnn.infer.selection import Selection, largest, select
@@ -51,7 +53,7 @@ from pyro_bnn.infer.structures import (
 )
 from pyro_bnn.infer.subset import count_examples, random_subset
 from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.distributed import broadcast
+from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
 from pyro_bnn.ops.jacobian import hvp_operator, wide
 from pyro_bnn.ops.kronecker import Sharing
 from pyro_bnn.ops.uses import LinearUse
@@ -139,6 +141,8 @@ class AutoLaplace(LinearizedGuide):
     [6] Deng, Zhou, Zhu (2022), "Accelerated linearized Laplace approximation for Bayesian deep learning".
     """
 
+    _shown = ("structure", "curvature")
+
     log_joint: Tensor | None
     log_prior: Tensor | None
     active: Tensor | None
@@ -213,31 +217,35 @@ class AutoLaplace(LinearizedGuide):
     @torch.enable_grad()
     def laplace_approximation(
         self,
-        data: Any,
-        *,
+        *args: Any,
         map_tolerance: float | None = None,
         override: bool = True,
         generator: torch.Generator | None = None,
+        **kwargs: Any,
     ) -> Self:
         r"""
         Computes the curvature at the point estimate and turns the guide into a Gaussian.
 
-        :param data: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
-            and covering every data point once. Batches add up: the result does not depend on how data are split.
+        :param args: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
+            and covering every data point once, as in ``laplace_approximation((x, y))`` or
+            ``laplace_approximation(loader)``; or the arguments of the model, as in ``laplace_approximation(x, y)``.
+            Batches add up: the result does not depend on how data are split.
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
             that the point estimate has not converged; default 0.1 for the exact Hessian and 1 for the others.
         :param bool override: ``False`` adds the curvature of these data, at the same point estimate, to what is
             already there (continual learning); the prior counts once.
         :param generator: source of random numbers for ``"mc_fisher"``, ``"nystrom"``, ``"low_rank"`` and random
             subnetworks.
+        :param kwargs: keyword arguments of the model.
         :return: the guide itself.
-        :raises NotAMinimumError: if the curvature is not positive definite.
+        :raises NotAMinimumError: if the curvature is not positive definite, or if the point is a saddle that the exact
+            Hessian shows and the structure does not; the message names the sites.
         :raises MemoryError: if the structure does not fit; raised before it is allocated.
         :raises ValueError: for data that are empty, not finite, without observations, or that do not cover the
             plates of the model; for a model that is no function of its latents, because it draws hidden sites,
-            subsamples or masks anew in every run.
+            subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
-        check_data(data)
+        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
         self.packed.require_function(self.loc, data)
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
@@ -253,6 +261,12 @@ class AutoLaplace(LinearizedGuide):
             value = value + prior_value - self.log_joint
             gradient = gradient - prior.gradient + self.gradient
         posterior = self._assemble(parts, None)
+        if self.curvature == "hessian" and self.structure != "full":
+            index = torch.cat([part.index for part in parts])
+            scale = posterior.variance[index].sqrt()
+            require_minimum(
+                self._joint_hessian(index, data, prior), scale, index, self.packed.space, len(self.loc)
+            )
         self._report(posterior, parts, value, gradient)
         self.part_store.set(parts)
         self.gradient = gradient
@@ -460,7 +474,22 @@ class AutoLaplace(LinearizedGuide):
 
         return multiply
 
+    def _joint_hessian(self, index: Tensor, data: Any, prior: PriorCurvature) -> Callable[[Tensor], Tensor]:
+        likelihood, own = self._hessian(index, data), prior.restricted(index)
+
+        def multiply(v: Tensor) -> Tensor:
+            image = likelihood(v.to(self.loc))
+            all_reduce_sum([image])
+            return image + own(v)
+
+        return multiply
+
     # ------------------------------------------------------------------ posterior
+
+    def to_point_estimate(self) -> Self:
+        """See :meth:`LinearizedGuide.to_point_estimate`."""
+        self.part_store.set([])
+        return super().to_point_estimate()
 
     def _assemble(self, parts: list[Part], tau: Tensor | None) -> PrecisionNormal:
         loc = wide(self.loc.detach()).clone()
@@ -470,13 +499,16 @@ class AutoLaplace(LinearizedGuide):
                 for part in parts
             ]
         except NotAMinimumError as error:
+            where = blame(self.packed.space, parts, len(loc))
             if self.curvature == "hessian":
-                raise NotAMinimumError(f"curvature={self.curvature!r}: {error}") from None
+                raise NotAMinimumError(f"curvature={self.curvature!r}: {error}{where}") from None
             raise NotAMinimumError(
                 f"curvature={self.curvature!r} is positive semi-definite, but together with the prior it is not "
                 f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
-                f"precision. Use float64 or a narrower prior. ({error})"
+                f"precision. Use float64 or a narrower prior.{where} ({error})"
             ) from None
+        for index, piece in pieces:
+            require_resolved(piece, index, self.packed.space, len(loc))
         if len(pieces) == 1 and torch.equal(pieces[0][0], torch.arange(len(loc), device=loc.device)):
             return pieces[0][1]
         return BlockNormal(loc, pieces)
@@ -543,7 +575,7 @@ class AutoLaplace(LinearizedGuide):
         return self._evidence_of(self.part_store.get(), self.log_joint, self.tau if tau is None else tau)
 
     def _evidence_of(self, parts: Sequence[Part], log_joint: Tensor, tau: Tensor | None = None) -> Tensor:
-        total = log_joint
+        total = log_joint.double()
         for part in parts:
             scale = None if tau is None else tau_of(part, tau)
             log_det = part.posterior(wide(self.loc.detach()), scale).log_det_precision
@@ -574,7 +606,8 @@ class AutoLaplace(LinearizedGuide):
             to the last dot); ``"site"``. ``"grid"`` and ``"validation"`` then search one after the other, repeatedly.
         :param candidates: multipliers; 21 values from 1e-4 to 1e4 by default.
         :param int num_samples: draws where the predictive has no closed form.
-        :return: the multipliers, which are in use from now on, and the objective of each evaluation.
+        :return: the multipliers, which are in use from now on, and the objective of each evaluation. A
+            :class:`~pyro_bnn.infer.hyperparameters.HyperparameterWarning` says where they are at the edge of their range.
         :raises ValueError: for an unknown method or missing data.
         """
         check_option("method", method, Literal["evidence", "validation", "grid"])
@@ -584,8 +617,7 @@ class AutoLaplace(LinearizedGuide):
         if method == "validation":
             if data is None:
                 raise ValueError("method='validation' needs held-out data, e.g. data=(x_val, y_val)")
-            check_data(data)
-            return optimize_validation(self, data, grid, per=per, num_samples=num_samples)
+            return optimize_validation(self, as_batches(data), grid, per=per, num_samples=num_samples)
         if method == "grid":
             return optimize_grid(self, grid, per=per)
         return optimize_evidence(self, per=per)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 import torch.distributions as td
 from pyro.infer.autoguide import AutoContinuous
@@ -16,8 +17,11 @@ from pyro_bnn.distributions.mixture import mixture_quantile
 from pyro_bnn.distributions.weighted_mixture import PackedMixture, WeightedMixture
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.curvature import check_option
-from pyro_bnn.infer.evidence import HyperparameterReport
+from pyro_bnn.infer.flat import init_flat
+from pyro_bnn.infer.hyperparameters import HyperparameterReport
+from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.infer.packed import PackedModel, called_modules
+from pyro_bnn.infer.prototype import detach_prototypes
 
 Weights = Literal["equal", "evidence"]
 
@@ -66,7 +70,8 @@ class AutoLaplaceMixture(AutoContinuous):
         if not isinstance(num_components, int) or num_components < 1:
             raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}")
         check_option("weights", weights, Weights)
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
+        self.__dict__["_plain_model"] = model
         self.num_components = num_components
         self.weights = weights
         self.components = nn.ModuleList(
@@ -113,12 +118,19 @@ class AutoLaplaceMixture(AutoContinuous):
         :return: the guide itself.
         """
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            initialize_with(self, args, kwargs)
         return self
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with poutine.block(), torch.random.fork_rng(), called_modules():
+            trace = run_model(self.model, (args, kwargs))
+        check_observations(trace, (args, kwargs))
+        check_latents(trace, self, continuous=True)
         with called_modules():
             super()._setup_prototype(*args, **kwargs)
+        detach_prototypes(self)
         for guide in self.components:
             guide.initialize(*args, **kwargs)
         self.log_weights = self.log_weights.to(self.components[0].loc)
@@ -147,32 +159,45 @@ class AutoLaplaceMixture(AutoContinuous):
             guide.loc.data.copy_(guide.packed.space.pack(point))
         return self
 
-    def polish(self, data: Any, **options: Any) -> Self:
+    def polish(self, *args: Any, **options: Any) -> Self:
         """
         Moves each component to the minimum of its basin, see :meth:`AutoLaplace.polish`.
 
-        :param data: one batch or an iterable of batches, with observations.
+        :param args: one batch or an iterable of batches, with observations, or the arguments of the model.
         :param options: of :meth:`AutoLaplace.polish`.
         :return: the guide itself.
         """
         for guide in self.components:
-            guide.polish(data, **options)
+            guide.polish(*args, **options)
         return self
 
-    def laplace_approximation(
-        self, data: Any, *, map_tolerance: float = float("inf"), **options: Any
-    ) -> Self:
+    def to_point_estimate(self) -> Self:
+        """
+        Forgets the Gaussians: the guide is one of its points again, and can be trained further.
+
+        :return: the guide itself.
+        """
+        for guide in self.components:
+            guide.to_point_estimate()
+        return self
+
+    def __repr__(self) -> str:
+        """What the guide is: its components, weights, and that of a component."""
+        first = repr(self.components[0])
+        return f"{type(self).__name__}({self.num_components} x {first}, weights={self.weights!r})"
+
+    def laplace_approximation(self, *args: Any, map_tolerance: float = float("inf"), **options: Any) -> Self:
         """
         Computes the curvature at each mode, and the weights.
 
-        :param data: one batch or an iterable of batches, with observations.
+        :param args: one batch or an iterable of batches, with observations, or the arguments of the model.
         :param map_tolerance: see :meth:`AutoLaplace.laplace_approximation`; an ensemble that was trained with one
             step size has rarely converged, so that no warning is given by default.
         :param options: of :meth:`AutoLaplace.laplace_approximation`.
         :return: the guide itself.
         """
         for guide in self.components:
-            guide.laplace_approximation(data, map_tolerance=map_tolerance, **options)
+            guide.laplace_approximation(*args, map_tolerance=map_tolerance, **options)
         self._update_weights()
         return self
 

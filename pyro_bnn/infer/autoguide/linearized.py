@@ -3,7 +3,6 @@
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -16,23 +15,21 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
-from pyro_bnn.infer.data import Batch, check_finite, is_single_batch, iter_batches
+from pyro_bnn.infer.arguments import as_data
+from pyro_bnn.infer.data import Batch, as_batches, iter_batches
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.infer.flat import init_flat
+from pyro_bnn.infer.handlers import SubstituteMessenger, latent_names
+from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
+from pyro_bnn.infer.mode import DENSE_LIMIT as DENSE_LIMIT
+from pyro_bnn.infer.mode import UnconvergedMAPWarning, find_mode
 from pyro_bnn.infer.notice import warn_user
 from pyro_bnn.infer.output_covariances import SiteCovariances, event_covariance, joined, output_covariances
-from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules, check_data
-from pyro_bnn.infer.precision import double_precision, doubled
+from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules
+from pyro_bnn.infer.prototype import detach_prototypes
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
-from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
-
-#: largest number of latents whose Hessian polish may hold: products with the identity and an eigendecomposition per step
-DENSE_LIMIT = 1000
-
-
-class UnconvergedMAPWarning(UserWarning):
-    """The gradient at the point estimate is large in units of posterior standard deviations."""
+from pyro_bnn.ops.newton import value_and_gradient
 
 
 class PointEstimateWarning(UserWarning):
@@ -82,6 +79,8 @@ class LinearizedGuide(AutoContinuous):
 
     #: whether the posterior has a density (low-rank Gaussians do not)
     has_density = True
+    #: options that the representation shows
+    _shown: tuple[str, ...] = ()
 
     loc: Tensor
 
@@ -93,7 +92,7 @@ class LinearizedGuide(AutoContinuous):
         chunk_size: int = 256,
         budget: int = DEFAULT_BUDGET,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
         # self.model initialises every site anew in each run; not registered as a submodule
         self.__dict__["_plain_model"] = model
         self.chunk_size = chunk_size
@@ -113,26 +112,25 @@ class LinearizedGuide(AutoContinuous):
         :raises ValueError: if the arguments are not finite or no site of the model is observed.
         """
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            initialize_with(self, args, kwargs)
         return self
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        check_finite((args, kwargs))
-        with called_modules():
+        with poutine.block(), called_modules() as modules:
+            trace = run_model(self.model, (args, kwargs))
+        check_observations(trace, (args, kwargs))
+        check_latents(trace, self, continuous=True)
+        values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
+        with SubstituteMessenger(values), called_modules():
             super()._setup_prototype(*args, **kwargs)
-        # the prototype trace hides observed sites
-        assert self.prototype_trace is not None
-        values = {name: site["value"] for name, site in self.prototype_trace.iter_stochastic_nodes()}
-        with poutine.block(), SubstituteMessenger(values), called_modules() as modules:
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        self._packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
-        self._packed.log_likelihood(trace)  # raises for observations of a wrong shape
-        if not self._packed.observed:
-            raise ValueError(
-                f"the model has no observed site, its sites {', '.join(map(repr, self._packed.space.slices))} are all "
-                "latent: initialise the guide with a batch that includes the observations, as in "
-                "guide.initialize(x, y)."
-            )
+        detach_prototypes(self)
+        packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
+        packed.log_likelihood(trace)  # raises where it is not finite
+        if not packed.observed and getattr(self, "curvature", "hessian") != "hessian":
+            packed.check_factors(trace)
+        self._packed = packed
         self.loc = nn.Parameter(self._init_loc())
 
     @property
@@ -144,7 +142,30 @@ class LinearizedGuide(AutoContinuous):
             )
         return self._packed
 
+    def __repr__(self) -> str:
+        """What the guide is: its options, the number of latents, and whether it has been fitted."""
+        options = [f"{name}={getattr(self, name)!r}" for name in self._shown]
+        if self._packed is None:
+            state = "not initialised"
+        else:
+            fitted = "Gaussian" if self.is_fitted else "point estimate, no laplace_approximation yet"
+            state = f"{len(self.loc):,} latents, {fitted}"
+        return f"{type(self).__name__}({', '.join([*options, state])})"
+
     # ------------------------------------------------------------------ posterior
+
+    def to_point_estimate(self) -> Self:
+        """
+        Forgets the Gaussian: the guide is the point estimate that it was before ``laplace_approximation``, and can be
+        trained further. :func:`pyro_bnn.infer.fit` does this itself.
+
+        :return: the guide itself.
+        """
+        for name in self._buffers:
+            self._buffers[name] = None
+        self.map_report = None
+        self._posterior = None
+        return self
 
     def _make_posterior(self) -> dist.TorchDistribution | None:
         """The Gaussian from the module's buffers, or ``None`` before ``laplace_approximation``."""
@@ -250,54 +271,53 @@ class LinearizedGuide(AutoContinuous):
 
     # ------------------------------------------------------------------ point estimate
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def polish(
-        self, data: Any, *, tolerance: float = 1e-6, max_iter: int = 2000, float64: bool = False
+        self,
+        *args: Any,
+        tolerance: float = 1e-6,
+        max_iter: int = 2000,
+        float64: bool = False,
+        **kwargs: Any,
     ) -> Self:
         r"""
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach.
+        three digits are within reach. With
+        ``curvature="hessian"`` a warning says where the search ended without reaching a minimum.
 
-        :param data: one batch or an iterable of batches, with observations; every pass uses all of it.
+        :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
+            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
         :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
         :param max_iter: largest number of L-BFGS iterations.
         :param bool float64: whether to search in double precision; parameters and buffers of the model's modules are
             converted for that time, and are as they were afterwards. The result is rounded to the guide's own
             precision.
+        :param kwargs: keyword arguments of the model.
         :return: the guide itself.
+        :raises NotAMinimumError: if the joint density has no maximum; the message names the site that runs off.
         :raises RuntimeError: after ``laplace_approximation``, or if ``float64=True`` and the model holds tensors of
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        check_data(data)
-        model = self.packed
+        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "polish"))
         if self.is_fitted:
             raise RuntimeError(
-                "polish moves the point estimate: call it before laplace_approximation, not after"
+                "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
             )
-        model.require_function(self.loc, data)
-        with double_precision(model.modules) if float64 else nullcontext():
-
-            def terms(latent: Tensor) -> Iterator[Tensor]:
-                return model.losses(latent, doubled(data) if float64 else data)
-
-            try:
-                point = lbfgs(terms, self.loc.double() if float64 else self.loc, max_iter=max_iter)
-                point = newton_cg(
-                    terms,
-                    point,
-                    tolerance=tolerance,
-                    keep_graphs=is_single_batch(data),
-                    dense_limit=DENSE_LIMIT,
-                ).point
-            except RuntimeError as error:
-                if float64 and "dtype" in str(error):
-                    raise RuntimeError(
-                        f"float64=True: the model mixes precisions ({error}): keep its tensors in modules (as buffers) "
-                        "or pass them as arguments, or create them with the dtype of its inputs."
-                    ) from error
-                raise
+        self.packed.require_function(self.loc, data)
+        point = find_mode(
+            self.packed,
+            self.loc,
+            data,
+            tolerance=tolerance,
+            max_iter=max_iter,
+            float64=float64,
+            # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
+            report=getattr(self, "curvature", "hessian") == "hessian",
+        )
         self.loc.data.copy_(point)
         return self
 

@@ -36,7 +36,9 @@ from pyro_bnn.infer.autoguide.families import (
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
 from pyro_bnn.infer.autoguide.joint_draws import JointDraws
+from pyro_bnn.infer.flat import init_flat
 from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
+from pyro_bnn.infer.observations import check_labels
 from pyro_bnn.nn.sites import SITE_KEY
 
 
@@ -124,8 +126,8 @@ class AutoMixture(ComponentParameters):
         named = [rest, *([component] if isinstance(component, str) else [])]
         for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
             check_kind(kind)
-        self.init_loc_fn = init_loc_fn
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        self.init_loc_fn = init_flat(init_loc_fn)
+        super().__init__(InitMessenger(self.init_loc_fn)(model), create_plates=create_plates)
         self.num_components = num_components
         self.component = component
         self.rest = rest
@@ -136,6 +138,16 @@ class AutoMixture(ComponentParameters):
         self._component: int | None = None
         self._is_stratified = False
         self._lead: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """What the guide is: its components and their family, and the number of latents."""
+        trace: Any = self.prototype_trace
+        state = "not initialised"
+        if trace is not None:
+            state = f"{sum(site['value'].numel() for _, site in trace.iter_stochastic_nodes()):,} latents"
+        return (
+            f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
+        )
 
     # ------------------------------------------------------------------ life cycle
 
@@ -153,9 +165,11 @@ class AutoMixture(ComponentParameters):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block():
+        with poutine.block(), torch.enable_grad():  # some models take derivatives themselves
             trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         require_observations(trace, args)
+        for name in observed_names(trace):
+            check_labels(name, trace.nodes[name])
         self.plate_names = {f.name for _, s in trace.iter_stochastic_nodes() for f in s["cond_indep_stack"]}
         self.plate_names |= {
             f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]

@@ -1,0 +1,83 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of one observed site: the shape, the type and the range of its observations."""
+
+from typing import Any
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+from pyro_bnn.infer.handlers import Site, unwrap
+
+
+def check_shape(name: str, site: Site) -> None:
+    """
+    Checks that an observation has the shape of its distribution.
+
+    :param name: the observed site.
+    :param site: its node in a trace.
+    :raises TypeError: if it is no tensor.
+    :raises ValueError: naming the site, the shape found and the shape expected.
+    """
+    if not isinstance(site["value"], Tensor):
+        kind = type(site["value"])
+        raise TypeError(
+            f"Site {name!r}: the observation is a {kind.__module__}.{kind.__qualname__}, expected a tensor: pass "
+            "torch.as_tensor(y)."
+        )
+    found, expected = tuple(site["value"].shape), tuple(site["fn"].shape())
+    try:
+        fits = tuple(torch.broadcast_shapes(found, expected)) == expected
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"Site {name!r}: the observation has shape {found}, its distribution has shape {expected} "
+            "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
+            "would compare every point with every other."
+        )
+    if 0 in found:
+        raise ValueError(
+            f"Site {name!r}: the observation of shape {found} is empty: pass at least one data point."
+        )
+
+
+def check_labels(name: str, site: Site) -> None:
+    """
+    Checks that observations have a type that their distribution takes and lie in its support, where they are not
+    masked. With validation switched off (``validate_args=False``) the support is not looked at.
+
+    :param name: the observed site.
+    :param site: its node in a trace.
+    :raises ValueError: naming the site, what was found and what was expected.
+    """
+    value = site["value"]
+    base, mask, event_dim = unwrap(site["fn"])
+    family = type(base).__name__
+    if isinstance(base, td.Bernoulli) and not value.is_floating_point():
+        raise ValueError(
+            f"Site {name!r}: the labels of a {family} are 0.0 and 1.0 in a floating-point type, found {value.dtype}: "
+            "pass y.to(torch.get_default_dtype())."
+        )
+    if not all(getattr(d, "_validate_args", False) for d in (site["fn"], base)):
+        return
+    support: Any = base.support
+    try:
+        wrong = ~support.check(value)
+    except (NotImplementedError, RuntimeError, ValueError):  # a distribution that does not say
+        return
+    for kept in (mask, _to_elements(site["mask"], event_dim)):
+        if kept is not None:
+            wrong = wrong & kept
+    if bool(wrong.any()):
+        some = value[wrong].reshape(-1)[:3].tolist() if wrong.shape == value.shape[: wrong.dim()] else []
+        raise ValueError(
+            f"Site {name!r}: {int(wrong.sum())} of {wrong.numel()} observations, {some} among them, lie outside the "
+            f"support {support} of {family}. Labels of C classes are the integers from 0 to C - 1; mask what is missing "
+            "with poutine.mask."
+        )
+
+
+def _to_elements(mask: Tensor | bool | None, event_dim: int) -> Tensor | bool | None:
+    return mask.reshape(mask.shape + (1,) * event_dim) if isinstance(mask, Tensor) and mask.dim() else mask

@@ -1,0 +1,45 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a guide keeps of its first run, without the graphs of that run, which can be neither copied nor freed."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def detached(fn: Any) -> Any:
+    """
+    :param fn: a distribution.
+    :return: the same, or a copy whose parameters have no graph.
+    """
+    changed = {}
+    for name, value in vars(fn).items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            changed[name] = value.detach()
+        elif isinstance(value, torch.distributions.Distribution):
+            inner = detached(value)
+            if inner is not value:
+                changed[name] = inner
+    if not changed:
+        return fn
+    result = copy.copy(fn)
+    vars(result).update(changed)
+    return result
+
+
+def detach_prototypes(guide: Any) -> None:
+    """
+    Frees the graphs of the prototype traces of a guide and its parts.
+
+    :param guide: any guide.
+    """
+    for part in guide if isinstance(guide, torch.nn.ModuleList) else ():
+        detach_prototypes(part)
+    trace = getattr(guide, "prototype_trace", None)
+    for site in trace.nodes.values() if trace is not None else ():
+        if isinstance(site.get("value"), Tensor):
+            site["value"] = site["value"].detach()
+        if isinstance(site.get("fn"), torch.distributions.Distribution):
+            site["fn"] = detached(site["fn"])
