@@ -62,21 +62,22 @@ class LinearBlock:
         found = [use.present() for use in self.uses]
         return [None if bool(rows.all()) else rows for rows in found]
 
-    def input_factor(self, sharing: Sharing, active: Tensor) -> tuple[Tensor, int]:
+    def input_factor(self, sharing: Sharing, active: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         """
         :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
         :param active: which examples count, bool, shape ``(B,)``.
+        :param dtype: the precision of the sum.
         :return: see :func:`~pyro_bnn.ops.kronecker.kronecker_inputs`.
         """
         whole = bool(active.all())
         if sharing == "expand" and whole:
-            grams = [use.input_gram() for use in self.uses]
+            grams = [use.input_gram(dtype) for use in self.uses]
             total = grams[0][0]
             for matrix, _ in grams[1:]:
                 total = total + matrix
             rows = zip(grams, self.present, strict=True)
             return total, sum(count if kept is None else int(kept.sum()) for (_, count), kept in rows)
-        x, kept = self.inputs(), self._placed_present()
+        x, kept = self.inputs().to(dtype), self._placed_present()
         if not whole:
             x, kept = x[active], None if kept is None else kept[active]
         return kronecker_inputs(x, sharing, kept)
