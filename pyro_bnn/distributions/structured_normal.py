@@ -100,8 +100,9 @@ class LowRankNormal(PrecisionNormal):
 
     :param Tensor loc: mean, shape ``(p,)``.
     :param Tensor scale: the diagonal of S, positive, shape ``(p,)``.
-    :param Tensor vectors: Q, shape ``(p, r)``, orthonormal columns.
-    :param Tensor eigenvalues: e > -1, shape ``(r,)``.
+    :param Tensor vectors: Q, shape ``(p, r)``, orthonormal columns. Where e is large, :math:`I - QQ^\top` needs more digits
+        than ``loc`` may have: products are formed in the precision of Q.
+    :param Tensor eigenvalues: e > -1, shape ``(r,)``, in the same precision.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, vectors: Tensor, eigenvalues: Tensor) -> None:
@@ -112,7 +113,8 @@ class LowRankNormal(PrecisionNormal):
 
     def _apply(self, x: Tensor, power: float) -> Tensor:
         factor = (1 + self.eigenvalues).pow(power) - 1
-        return x + ((x @ self.vectors) * factor) @ self.vectors.mT
+        wide = x.to(self.vectors.dtype)
+        return (wide + ((wide @ self.vectors) * factor) @ self.vectors.mT).to(x.dtype)
 
     def half_solve(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.half_solve`."""
@@ -136,7 +138,7 @@ class LowRankNormal(PrecisionNormal):
     def variance(self) -> Tensor:
         """Marginal variances, shape ``(p,)``."""
         shrink = self.eigenvalues / (1 + self.eigenvalues)
-        return (1 - self.vectors.square() @ shrink) / self.scale.square()
+        return (1 - self.vectors.square() @ shrink).to(self.scale.dtype) / self.scale.square()
 
 
 class BlockNormal(PrecisionNormal):

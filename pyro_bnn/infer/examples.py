@@ -89,7 +89,7 @@ class SiteExamples:
         Combinations of outputs :math:`c_{kn}` with :math:`\sum_k c_{kn} c_{kn}^\top = F_n`, or an estimate of it.
 
         :param kind: ``"ggn"`` (exact), ``"mc_fisher"`` (scores at observations drawn from the model) or
-            ``"empirical_fisher"`` (the score at the observations).
+            ``"empirical_fisher"`` (the score at each observation: each element of the site's batch shape).
         :param num_samples: draws per example for ``"mc_fisher"``.
         :param generator: source of random numbers for ``"mc_fisher"``.
         :param differentiable: whether they keep their graph; for ``"ggn"`` and ``"empirical_fisher"``.
@@ -99,16 +99,7 @@ class SiteExamples:
             root = self.site.differentiable_root() if differentiable else self.site.root
             C, K = root.shape[-2:]
             root = self.arrange(root.mT.flatten(-2)).unflatten(-1, (K, C))  # (B, R, K, C)
-            R, M = root.shape[1], self.jacobian.M
-            # each cotangent is confined to one element of an example
-            step = max(1, 2**24 // max(1, K * self.jacobian.B * M))
-            for start in range(0, R, step):
-                part = root[:, start : start + step]
-                r = part.shape[1]
-                cotangents = part.new_zeros(r, K, self.jacobian.B, R, C)
-                index = torch.arange(r, device=part.device)
-                cotangents[index, :, :, start + index] = part.permute(1, 2, 0, 3)
-                yield cotangents.reshape(r * K, self.jacobian.B, M)
+            yield from self._one_by_one(root.permute(1, 2, 0, 3))
             return
         base, names = self.site.base, self.site.names
         if kind == "mc_fisher":
@@ -125,8 +116,26 @@ class SiteExamples:
         with pyro.validation_enabled(False):
             scores = score(self.site.rule, base, names, values, create_graph=differentiable)
         scores = scores * weight.sqrt() / values.shape[0] ** 0.5
-        scores = torch.where(weight > 0, scores, scores.new_zeros(()))
-        yield self.arrange(scores).flatten(2)
+        scores = self.arrange(torch.where(weight > 0, scores, scores.new_zeros(())))  # (S, B, R, C)
+        elements = self.site.outputs.shape[len(self.site.outputs.shape) - 1 - self.site.event_dim : -1].numel()
+        observations = scores.unflatten(2, (-1, elements)).flatten(3)
+        # scores of draws have mean zero, so that they may be summed within an example
+        if observations.shape[2] == 1 or (kind == "mc_fisher" and self.jacobian.dim >= 0):
+            yield scores.flatten(2)
+        else:
+            yield from self._one_by_one(observations.permute(2, 0, 1, 3))
+
+    def _one_by_one(self, values: Tensor) -> Iterator[Tensor]:
+        """Cotangents that are confined to one element of an example each, from shape (R, K, B, C), a few R at a time."""
+        R, K, B, C = values.shape
+        step = max(1, 2**24 // max(1, K * B * R * C))
+        for start in range(0, R, step):
+            part = values[start : start + step]
+            r = part.shape[0]
+            cotangents = part.new_zeros(r, K, B, R, C)
+            index = torch.arange(r, device=part.device)
+            cotangents[index, :, :, start + index] = part
+            yield cotangents.reshape(r * K, B, R * C)
 
 
 class ExampleStream:
@@ -294,6 +303,7 @@ class ExampleStream:
             self.latent,
             site.outputs.to(wide(self.latent).dtype),
             before,
+            event_dim=site.event_dim,
             differentiable=self.differentiable,
         )
         if jacobian.B > 1:

@@ -128,9 +128,9 @@ class LowRankSum(CurvatureSum):
 
     def _all_rows(self, reserve: Reserve = _reserve_nothing) -> Iterator[Tensor]:
         if process_rank() == 0:  # the processes of a data-parallel run share what was there before
-            yield from self._earlier
+            yield from (rows.to(self.latent.dtype) for rows in self._earlier)
         if self._rows is not None:
-            yield from self._rows(reserve)
+            yield from (rows.to(self.latent.dtype) for rows in self._rows(reserve))
 
     def parts(self, prior: Callable[[Tensor], Tensor]) -> list[Part]:
         """See :meth:`CurvatureSum.parts`."""

@@ -27,6 +27,7 @@ from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
@@ -234,7 +235,8 @@ class PackedModel:
         batches, coverage = as_batches(data), PlateCoverage()
         repeats = None if batches.is_single else self.repeats(latent, data)
         for batch in batches:
-            trace = self.trace(latent, batch)
+            with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice
+                trace = self.trace(latent, batch)
             coverage.add(trace, self.observed)
             if repeats is not None:
                 self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace)))

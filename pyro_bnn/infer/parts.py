@@ -111,7 +111,7 @@ class DensePart(Part):
         factor, info = torch.linalg.cholesky_ex(matrix)
         if info != 0:
             raise indefinite(torch.linalg.eigvalsh(matrix.detach()), "eigenvalues")
-        return FullNormal(loc[self.index], matrix, cholesky=factor)
+        return FullNormal(loc[self.index], matrix.to(loc.dtype), cholesky=factor.to(loc.dtype))
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""
@@ -134,7 +134,7 @@ class DiagonalPart(Part):
             )
         if not bool((precision > 0).all()):
             raise indefinite(precision.detach(), "diagonal entries")
-        return DiagonalNormal(loc[self.index], precision)
+        return DiagonalNormal(loc[self.index], precision.to(loc.dtype))
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""
@@ -176,7 +176,9 @@ class KroneckerPart(Part):
     def posterior(self, loc: Tensor, tau: Tensor | None = None) -> PrecisionNormal:
         """See :meth:`Part.posterior`; ``tau`` must be a scalar."""
         scales, vectors, values = self._decompose()
-        return KroneckerNormal(loc[self.index], scales, vectors, values + (1.0 if tau is None else tau))
+        (so, si), (qo, qi) = (tuple(x.to(loc.dtype) for x in pair) for pair in (scales, vectors))
+        values = values + (1.0 if tau is None else tau)
+        return KroneckerNormal(loc[self.index], (so, si), (qo, qi), values.to(loc.dtype))
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""
@@ -206,7 +208,7 @@ class LowRankPart(Part):
                 values = singular.square()
         if not bool((values > -1).all()):
             raise indefinite(1 + values, "leading eigenvalues")
-        return LowRankNormal(loc[self.index], prior.sqrt(), vectors, values)
+        return LowRankNormal(loc[self.index], prior.sqrt().to(loc.dtype), vectors, values)
 
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """See :meth:`Part.spectrum`."""

@@ -116,7 +116,7 @@ class DenseSum(CurvatureSum):
                 for index, part in jac.rows(some):
                     place = self.place[index]
                     keep = place >= 0
-                    rows[:, place[keep]] = part.reshape(len(rows), -1)[:, keep]
+                    rows[:, place[keep]] = part.reshape(len(rows), -1)[:, keep].to(rows.dtype)
                 self.matrix.addmm_(rows.mT, rows)
 
     def _add_pairs(self, jac: ExampleJacobian, cotangents: Tensor) -> bool:
@@ -143,6 +143,7 @@ class DenseSum(CurvatureSum):
             maps.append((jac.generic.unsqueeze(-1), g, g.new_ones(jac.B, 1)))
         if any(bool((self.place[index] < 0).any()) for index, _, _ in maps):
             return False
+        maps = [(index, g.to(self.matrix.dtype), x.to(self.matrix.dtype)) for index, g, x in maps]
         for i, (iu, gu, xu) in enumerate(maps):
             self._map_block(iu).add(gu, xu)
             for iv, gv, xv in maps[i + 1 :]:
@@ -170,7 +171,7 @@ class DenseSum(CurvatureSum):
     def add_operator(self, operator: LinearMap, chunk_size: int) -> None:
         """See :meth:`CurvatureSum.add_operator`."""
         for rows, images in self._columns(operator, chunk_size):
-            self.matrix[rows] += images
+            self.matrix[rows] += images.to(self.matrix.dtype)
 
     def resume(self, parts: Sequence[Part]) -> None:
         """See :meth:`CurvatureSum.resume`."""
@@ -268,7 +269,7 @@ class BlockSum(CurvatureSum):
             for some in chunk.split(step):
                 rows = self.latent.new_zeros(len(some) * jac.B, len(self.latent))
                 for index, part in jac.rows(some):
-                    rows[:, index] = part.reshape(len(rows), -1)
+                    rows[:, index] = part.reshape(len(rows), -1).to(rows.dtype)
                 for block in self.sums:
                     mine = rows[:, block.index]
                     block.matrix.addmm_(mine.mT, mine)
@@ -318,6 +319,7 @@ class KroneckerSum(CurvatureSum):
             rows = {id(block): [] for block in dense}  # type: dict[int, list[Tensor]]
             for cotangent in chunk:
                 gradients = jac.gradients(cotangent)
+                gradients = tuple(g.to(self.latent.dtype) for g in gradients)
                 for block in linear:
                     entry = self._linear_entry(block)
                     G = block.output_factor(gradients, self.sharing)
@@ -333,7 +335,7 @@ class KroneckerSum(CurvatureSum):
             if len(jac.generic):
                 self._add_rows(jac.generic, torch.einsum("qbm,kbm->kbq", jac.columns, chunk))
         for block in linear:
-            A, count = block.input_factor(self.sharing, active)
+            A, count = block.input_factor(self.sharing, active, self.latent.dtype)
             entry = self._linear_entry(block)
             entry["inputs"] += A
             entry["count"] += count
@@ -393,6 +395,7 @@ class KroneckerSum(CurvatureSum):
         if not len(index):
             return
         total = self._other_entry(index)["curvature"]
+        rows = rows.to(total.dtype)
         if total.dim() == 2:
             total.addmm_(rows.mT, rows)
         else:

@@ -62,21 +62,22 @@ class LinearBlock:
         found = [use.present() for use in self.uses]
         return [None if bool(rows.all()) else rows for rows in found]
 
-    def input_factor(self, sharing: Sharing, active: Tensor) -> tuple[Tensor, int]:
+    def input_factor(self, sharing: Sharing, active: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
         """
         :param sharing: see :data:`~pyro_bnn.ops.kronecker.Sharing`.
         :param active: which examples count, bool, shape ``(B,)``.
+        :param dtype: the precision of the sum.
         :return: see :func:`~pyro_bnn.ops.kronecker.kronecker_inputs`.
         """
         whole = bool(active.all())
         if sharing == "expand" and whole:
-            grams = [use.input_gram() for use in self.uses]
+            grams = [use.input_gram(dtype) for use in self.uses]
             total = grams[0][0]
             for matrix, _ in grams[1:]:
                 total = total + matrix
             rows = zip(grams, self.present, strict=True)
             return total, sum(count if kept is None else int(kept.sum()) for (_, count), kept in rows)
-        x, kept = self.inputs(), self._placed_present()
+        x, kept = self.inputs().to(dtype), self._placed_present()
         if not whole:
             x, kept = x[active], None if kept is None else kept[active]
         return kronecker_inputs(x, sharing, kept)
@@ -177,6 +178,7 @@ class ExampleJacobian:
     :param outputs: the function's value, shape ``(*shape, C)``, with its graph.
     :param layouts: what :attr:`layouts` was for an earlier batch of the same function, to save two backward passes.
     :param generic: further entries whose uses are not to be trusted, bool, shape ``(p,)``.
+    :param event_dim: how many of the last dimensions of ``shape`` hold no examples.
     :param differentiable: whether gradients and inputs keep their graph, so that functions of the Jacobian can be
         differentiated in the function's other parameters; the capture must then be differentiable too.
     :ivar Capture capture: what was recorded for these outputs.
@@ -196,8 +198,10 @@ class ExampleJacobian:
         layouts: "Layouts | None" = None,
         *,
         generic: Tensor | None = None,
+        event_dim: int = 0,
         differentiable: bool = False,
     ) -> None:
+        self._batch_dim = outputs.dim() - 1 - event_dim
         self.differentiable = False  # while layouts are found
         capture = capture.fork()
         if generic is not None:
@@ -246,7 +250,7 @@ class ExampleJacobian:
 
     def _find_layouts(self) -> "Layouts":
         uses = self.capture.uses
-        shape = self._outputs.shape[:-1]
+        shape = self._outputs.shape[: self._batch_dim]
         best: Layouts | None = None
         for dim in [d for d in range(len(shape)) if shape[d] > 1 or len(shape) == 1]:
             found = self._try_dim(dim)
@@ -334,29 +338,25 @@ class ExampleJacobian:
         return blocks
 
     def _find_offsets(self) -> dict[int, DenseBlock]:
-        """For linear blocks with one row per example, the block of the offset that is added to the same output."""
-        plain: dict[int, DenseBlock] = {}
+        """
+        For linear blocks with one row per example, the block of an offset that is added to the same output. Where several
+        are, as in a sum of two layers, each belongs to one map.
+        """
+        plain: dict[int, list[DenseBlock]] = {}
         for block in self.blocks:
             if isinstance(block, DenseBlock) and len(block.uses) == 1:
                 (use,) = block.uses
-                if (
-                    isinstance(use, ElementwiseUse)
-                    and use.x is None
-                    and use.sign == 1
-                    and use.index.dim() == 1
-                ):
-                    plain[use.slot] = block
+                is_offset = isinstance(use, ElementwiseUse) and use.x is None and use.sign == 1
+                if is_offset and use.index.dim() == 1:
+                    plain.setdefault(use.slot, []).append(block)
         found = {}
         for block in self.blocks:
-            if isinstance(block, LinearBlock) and len(block.uses) == 1:
-                use_ = block.uses[0]
-                offset = plain.get(use_.slot)
-                if (
-                    offset is not None
-                    and use_.rows_per_example == 1
-                    and len(offset.index) == len(block.index)
-                ):
-                    found[id(block)] = offset
+            if isinstance(block, LinearBlock) and len(block.uses) == 1 and block.uses[0].rows_per_example == 1:
+                offsets = plain.get(block.uses[0].slot, [])
+                fitting = [offset for offset in offsets if len(offset.index) == len(block.index)]
+                if fitting:
+                    found[id(block)] = fitting[0]
+                    offsets.remove(fitting[0])
         return found
 
     # ------------------------------------------------------------------ products

@@ -31,6 +31,7 @@ def checked_jacobian(
     outputs: Tensor,
     layouts: Layouts | None = None,
     *,
+    event_dim: int = 0,
     differentiable: bool = False,
 ) -> ExampleJacobian:
     """
@@ -41,6 +42,7 @@ def checked_jacobian(
     :param latent: the vector, shape ``(p,)``.
     :param outputs: the function's value, shape ``(*shape, C)``.
     :param layouts: those of an earlier batch; ``layouts.mistaken`` holds the entries that have failed so far.
+    :param event_dim: how many of the last dimensions of ``shape`` hold no examples.
     :param differentiable: whether the Jacobian keeps its graph.
     :return: the Jacobian.
     """
@@ -50,7 +52,13 @@ def checked_jacobian(
     while True:
         attempt = attempts.pop(0) if attempts else None
         found = ExampleJacobian(
-            capture, latent, outputs, attempt, generic=mistaken, differentiable=differentiable
+            capture,
+            latent,
+            outputs,
+            attempt,
+            generic=mistaken,
+            event_dim=event_dim,
+            differentiable=differentiable,
         )
         found.layouts.mistaken, found.layouts.generator = mistaken, generator
         wrong = mistaken_entries(found, generator)

@@ -39,16 +39,28 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
     :param create_graph: whether the products can be differentiated again.
     :return: shape ``(S, p)``.
     """
-    (product,) = grad(
-        outputs,
-        inputs,
-        cotangents.to(outputs.dtype),
-        retain_graph=True,
-        create_graph=create_graph,
-        is_grads_batched=True,
-        materialize_grads=True,
-    )
-    return product.expand(cotangents.shape[0], *inputs.shape)  # zeros come unbatched where nothing is reached
+    cotangents = cotangents.to(outputs.dtype)
+
+    def pull_back(c: Tensor, *, batched: bool) -> Tensor:
+        (product,) = grad(
+            outputs,
+            inputs,
+            c,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=batched,
+            materialize_grads=True,
+        )
+        return product
+
+    try:
+        return pull_back(cotangents, batched=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # an operation whose derivative does not run on batches
+        if not len(cotangents):
+            raise
+        return torch.stack([pull_back(c, batched=False) for c in cotangents])
 
 
 def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tensor:

@@ -166,11 +166,12 @@ class PatchInputs:
         weight = v.reshape(1, x.shape[1], *sizes(tuple(kernel), d))
         return convolve(x, weight, None, stride, padding, dilation).flatten(1)
 
-    def gram(self) -> tuple[Tensor, int]:
+    def gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
         """
+        :param dtype: the precision of the sum.
         :return: see :func:`patch_gram`.
         """
-        return patch_gram(self.x, *self.geometry)
+        return patch_gram(self.x.to(dtype), *self.geometry)
 
 
 class ChannelRows:

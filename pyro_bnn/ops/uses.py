@@ -144,13 +144,14 @@ class LinearUse(Use):
             return self.x.numel()
         return self._inputs().numel()
 
-    def input_gram(self) -> tuple[Tensor, int]:
+    def input_gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
         """
+        :param dtype: the precision of the sum.
         :return: the sum of outer products of the inputs, shape ``(in, in)``, and the number of terms.
         """
         if isinstance(self.x, PatchInputs):
-            return self.x.gram()
-        x = self._inputs()
+            return self.x.gram(dtype)
+        x = self._inputs().to(dtype)
         x = x.reshape(-1, x.shape[-1])
         return gram(x), x.shape[0]
 

@@ -3,6 +3,7 @@
 """Laplace approximations of any Pyro model."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal, 
 from pyro_bnn.distributions.structured_normal import BlockNormal
 from pyro_bnn.infer.arguments import as_data
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
+from pyro_bnn.infer.conditioning import TOLERANCE, describe, expected_error
 from pyro_bnn.infer.curvature import (
     Accumulated,
     CurvatureAccumulator,
@@ -41,7 +43,7 @@ from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
 from pyro_bnn.infer.part_store import PartStore
-from pyro_bnn.infer.parts import NotAMinimumError, Part
+from pyro_bnn.infer.parts import CurvatureWarning, NotAMinimumError, Part
 from pyro_bnn.infer.selection import Selection, largest, select
 from pyro_bnn.infer.structures import (
     DENSE_LIMIT,
@@ -250,7 +252,7 @@ class AutoLaplace(LinearizedGuide):
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
             self._select(data, generator)
-        found, parts = self.curvature_parts(data, generator, before)
+        found, parts, posterior = self._resolved(data, generator, before)
         prior, prior_value = found.prior, found.log_prior
         value = -found.log_likelihood - prior_value
         gradient = found.gradient + prior.gradient
@@ -260,7 +262,6 @@ class AutoLaplace(LinearizedGuide):
             # the prior of this call counts in neither value nor gradient
             value = value + prior_value - self.log_joint
             gradient = gradient - prior.gradient + self.gradient
-        posterior = self._assemble(parts, None)
         if self.curvature == "hessian" and self.structure != "full":
             index = torch.cat([part.index for part in parts])
             scale = posterior.variance[index].sqrt()
@@ -280,8 +281,35 @@ class AutoLaplace(LinearizedGuide):
         )
         return self
 
+    def _resolved(
+        self, data: Any, generator: torch.Generator | None, before: Sequence[Part] | None
+    ) -> tuple[Accumulated, list[Part], PrecisionNormal]:
+        """Curvature and posterior, summed in float64 where the guide's own precision does not suffice."""
+        dtype = wide(self.loc).dtype
+        found, parts = self.curvature_parts(data, generator, before)
+        sums = dtype
+        if dtype == torch.float32 and self.curvature != "hessian" and self.structure != "diagonal":
+            try:
+                posterior = self._assemble(parts, None)
+                if expected_error(posterior, dtype) <= TOLERANCE:
+                    return found, parts, posterior
+            except NotAMinimumError:  # by rounding, perhaps
+                pass
+            sums = torch.float64
+            found, parts = self.curvature_parts(data, generator, before, dtype=sums)
+        posterior = self._assemble(parts, None)
+        error = expected_error(posterior, sums)
+        if error > TOLERANCE:
+            warnings.warn(describe(posterior, error), CurvatureWarning, stacklevel=3)
+        return found, parts, posterior
+
     def curvature_parts(
-        self, data: Any, generator: torch.Generator | None = None, before: Sequence[Part] | None = None
+        self,
+        data: Any,
+        generator: torch.Generator | None = None,
+        before: Sequence[Part] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Accumulated, list[Part]]:
         """
         The curvature at the point estimate and the present values of the model's parameters; the guide stays as it is.
@@ -289,9 +317,10 @@ class AutoLaplace(LinearizedGuide):
         :param data: one batch or an iterable of batches, with observations.
         :param generator: source of random numbers.
         :param before: curvature of earlier data to be added.
+        :param dtype: the precision of sums over data; by default the guide's.
         :return: values and gradients of log prior and log likelihood, and the parts of the curvature.
         """
-        total = self._make_sum(data, generator)
+        total = self._make_sum(data, generator, dtype)
         if before is not None:
             total.resume(before)
         found = self._accumulate(total, data, generator)
@@ -326,11 +355,13 @@ class AutoLaplace(LinearizedGuide):
         broadcast([values])  # every process takes the same entries
         self.active = largest(values, self.subnetwork_size, self.active)
 
-    def _make_sum(self, data: Any, generator: torch.Generator | None) -> CurvatureSum:
-        index, latent = self._index(), wide(self.loc.detach())
+    def _make_sum(
+        self, data: Any, generator: torch.Generator | None, dtype: torch.dtype | None = None
+    ) -> CurvatureSum:
+        index, latent = self._index(), wide(self.loc.detach()).to(dtype)
         self._require_memory(index, data)
         if self.structure in ("full", "diagonal", "kronecker", "block"):
-            return self.empty_sum()
+            return self.empty_sum(dtype)
         options: dict[str, Any] = {
             "method": self.structure,
             "rank": self.rank,
@@ -355,11 +386,12 @@ class AutoLaplace(LinearizedGuide):
 
         return LowRankSum(index, latent, rows=rows, **options)
 
-    def empty_sum(self) -> CurvatureSum:
+    def empty_sum(self, dtype: torch.dtype | None = None) -> CurvatureSum:
         """
+        :param dtype: the precision of the sum; by default the guide's.
         :return: a sum of curvatures over data, still zero, in the structures "full", "diagonal", "kronecker", "block".
         """
-        index, latent = self._index(), wide(self.loc.detach())
+        index, latent = self._index(), wide(self.loc.detach()).to(dtype)
         if self.structure == "full":
             return DenseSum(index, latent)
         if self.structure == "diagonal":
