@@ -87,7 +87,7 @@ def to_datatree(
         and blocks are equal to the last bit.
     :param float max_block_memory: bytes that a block may take in the file, weights that are left out included; a block
         takes the same once more while its pieces are joined, and the model ``max_memory``.
-    :return: the tree; ``tree.to_netcdf(path)`` saves it. With ``path`` it reads from the file when values are used;
+    :return: the tree; :func:`~pyro_bnn.diagnostics.write_tree` saves it. With ``path`` it reads from the file when values are used;
         close it with ``tree.close()``.
     :raises ValueError: if ``data`` is a loader that shuffles and there are several blocks, if not one draw fits into
         ``max_block_memory``, or if the model observes nothing in ``data``.

@@ -426,3 +426,11 @@ def test_autocast_is_checked_without_a_trace(tmp_path: Path) -> None:
         return net[0][1].running_mean  # type: ignore[no-any-return,union-attr,index]
 
     assert torch.equal(run([9], tmp_path / "whole"), run([3, 5, 9], tmp_path / "run"))
+
+
+def test_nothing_is_written_to_a_file_of_messages(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(linear_model, AutoMixture(linear_model, 2), linear_data(), num_steps=3)
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")

@@ -275,8 +275,11 @@ def test_autocast() -> None:
         quiet(linear_model, AutoDelta(linear_model), (x, y), num_steps=1, autocast=torch.bfloat16)
 
 
-def test_progress_bar_shows_parts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_parts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, y = linear_data(10)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     fit(linear_model, AutoMixture(linear_model, 2), (x, y), num_steps=3, elbo=Mixture_ELBO())
     shown = capsys.readouterr().err
     assert "expected_log_likelihood=" in shown
