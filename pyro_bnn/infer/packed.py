@@ -27,6 +27,7 @@ from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
@@ -212,7 +213,7 @@ class PackedModel:
         for module in training:
             module.training = False
         try:
-            with pyro.validation_enabled(False), SubstituteMessenger(values):
+            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), SubstituteMessenger(values):
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         finally:
             for module in training:

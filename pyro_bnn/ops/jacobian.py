@@ -39,16 +39,25 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
     :param create_graph: whether the products can be differentiated again.
     :return: shape ``(S, p)``.
     """
-    (product,) = grad(
-        outputs,
-        inputs,
-        cotangents.to(outputs.dtype),
-        retain_graph=True,
-        create_graph=create_graph,
-        is_grads_batched=True,
-        materialize_grads=True,
-    )
-    return product.expand(cotangents.shape[0], *inputs.shape)  # zeros come unbatched where nothing is reached
+    cotangents = cotangents.to(outputs.dtype)
+
+    def product(c: Tensor, batched: bool) -> Tensor:
+        (found,) = grad(
+            outputs,
+            inputs,
+            c,
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=batched,
+            materialize_grads=True,
+        )
+        return found
+
+    try:
+        found = product(cotangents, True)
+    except RuntimeError:  # an operation whose derivative does not run for several cotangents at once
+        found = torch.stack([product(c, False) for c in cotangents])
+    return found.expand(cotangents.shape[0], *inputs.shape)  # zeros come unbatched where nothing is reached
 
 
 def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tensor:
