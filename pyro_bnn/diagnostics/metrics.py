@@ -25,6 +25,7 @@ from pyro_bnn.diagnostics.scored import (
     check_probability,
     draws_and_observations,
     field_of,
+    is_soft,
     need,
     probabilities_and_labels,
 )
@@ -353,7 +354,7 @@ def evaluate(
 ) -> dict[str, float]:
     """
     All scores that fit a prediction: NLL, RMSE, CRPS, coverage and width of intervals for real observations;
-    NLL, accuracy, Brier score and ECE for class labels.
+    NLL, accuracy, Brier score and ECE for class labels; NLL for soft labels.
 
     :param prediction: a prediction with observations.
     :param str site: the observed site, if there are several.
@@ -370,6 +371,8 @@ def evaluate(
     found = as_prediction(prediction, site)
     need(found.observed, "observations")
     scores = {"nll": nll(found)} if found.log_likelihood is not None else {}
+    if is_soft(found):
+        return scores
     if found.kind != "numeric":
         return scores | {"accuracy": accuracy(found), "brier": brier(found), "ece": ece(found)}
     if found.mean is None or bool(found.mean.isfinite().any()):  # a Cauchy distribution has no mean

@@ -276,9 +276,32 @@ def _kind_of(value: Tensor, y: Tensor, kind: Kind | None) -> Kind:
 
 
 def _from_one_hot(y: Tensor) -> Tensor:
-    if not bool(((y == 0) | (y == 1)).all()) or not bool((y.sum(-1) == 1).all()):
-        raise ValueError("labels: the rows of one-hot observations must hold a single 1 and zeros.")
+    if not is_one_hot(y):
+        raise ValueError(
+            "labels: the rows of one-hot observations must hold a single 1 and zeros; of soft labels nll(prediction) is the "
+            "score."
+        )
     return y.argmax(-1)
+
+
+def is_one_hot(y: Tensor) -> bool:
+    """
+    :param y: observations of one-hot labels.
+    :return: whether each row is a label.
+    """
+    return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(-1) == 1).all())
+
+
+def is_soft(prediction: SitePrediction) -> bool:
+    """
+    :param prediction: predictions with observations.
+    :return: whether these are probabilities of classes, not labels.
+    """
+    y, mean = prediction.observed, prediction.mean
+    if prediction.kind != "classes" or y is None or mean is None or y.shape != mean.shape[1:]:
+        return False
+    y = observed_only(y, prediction.mask, 0)
+    return not is_one_hot(y) and bool((y >= 0).all()) and bool(((y.sum(-1) - 1).abs() < 1e-4).all())
 
 
 def _check_probabilities(value: Tensor, kind: Kind, slack: float) -> None:

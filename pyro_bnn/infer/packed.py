@@ -214,7 +214,7 @@ class PackedModel:
         for module in training:
             module.training = False
         try:
-            with pyro.validation_enabled(False), SubstituteMessenger(values):
+            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), SubstituteMessenger(values):
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         finally:
             for module in training:

@@ -54,13 +54,14 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
         return product
 
     try:
-        return pull_back(cotangents, batched=True)
+        found = pull_back(cotangents, batched=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # an operation whose derivative does not run on batches
         if not len(cotangents):
             raise
-        return torch.stack([pull_back(c, batched=False) for c in cotangents])
+        found = torch.stack([pull_back(c, batched=False) for c in cotangents])
+    return found.expand(cotangents.shape[0], *inputs.shape)  # zeros come unbatched where nothing is reached
 
 
 def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tensor:

@@ -58,8 +58,14 @@ def test_predictions_say_what_they_hold() -> None:
     one_hot = SitePrediction(None, probs, None, torch.eye(2), None, ("data", "class"), "classes")
     assert_close(metrics.brier(one_hot), reference(probs.mean(0), [0, 1]))
     one_hot.observed = torch.ones(2, 2)
-    with pytest.raises(ValueError, match=r"one-hot"):
-        metrics.brier(one_hot)
+    for score in (metrics.brier, metrics.evaluate):
+        with pytest.raises(ValueError, match=r"one-hot"):
+            score(one_hot)
+    one_hot.observed = torch.softmax(torch.randn(2, 2), -1)
+    one_hot.log_likelihood = -torch.rand(2, 2)
+    assert set(metrics.evaluate(one_hot)) == {"nll"}
+    with pytest.raises(ValueError, match=r"soft labels"):
+        metrics.accuracy(one_hot)
 
 
 def test_scores_of_labels_in_several_dimensions() -> None:

@@ -369,6 +369,23 @@ def pointwise(site: Any) -> tuple[Tensor, Tensor]:
     return value.detach(), mask
 
 
+def elements_that_count(site: Any) -> Tensor:
+    """Which elements of the observations count: masks inside of events leave the other elements of an event."""
+    shape = site["value"].shape
+    mask = torch.ones(shape, dtype=torch.bool)
+    fn, outside = site["fn"], site["mask"]
+    lead = len(fn.batch_shape)
+    found = [] if outside is None else [(torch.as_tensor(outside), lead)]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, MaskedDistribution):
+            found.append((torch.as_tensor(fn._mask), len(fn.batch_shape)))
+        fn = fn.base_dist
+    for m, ndim in found:
+        m = m.expand(torch.broadcast_shapes(m.shape, shape[:ndim]))
+        mask = mask & m.reshape(m.shape + (1,) * (len(shape) - ndim))
+    return mask
+
+
 def moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
     """Mean and variance of an observation; probabilities of classes for labels."""
     base = fn
