@@ -94,6 +94,10 @@ class Finder(ast.NodeVisitor):
         for statement in node.body:
             self.visit(statement)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg not in ("validate_args", "default"):  # checks of valid arguments, values for empty lists
+            self.visit(node.value)
+
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
             self.visit(node.value)

@@ -296,9 +296,11 @@ def test_training_alternates_as_often_as_it_says():
     )
     # after epochs 5 and 7, and at the end
     assert len(report.objective) == 3
+    moved = (guide.loc.detach() - start).abs()
+    few = train_with_evidence(guide, (x, y), epochs=5, update_every=3, burn_in=3, lr=0.0)
+    assert len(few.objective) == 1  # two epochs after the burn-in are too few for an update
     assert guide.is_fitted
     assert float(scale.detach()) == 0.0
-    moved = (guide.loc.detach() - start).abs()
     assert bool((moved > 1e-3).all())  # Adam moves by about its step size, 14 times
     assert bool((moved < 15e-3).all())
     for epochs in (0, -1, 2.5):

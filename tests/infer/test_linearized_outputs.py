@@ -40,6 +40,9 @@ def test_probit_of_a_binary_logit():
         assert_close(found.distribution("probit").probs[n], expected, rtol=1e-10)
     assert_close(found.distribution().probs, found.distribution("probit").probs, rtol=0)
     assert_close(found.variance[:, 0], found.covariance[:, 0, 0], rtol=0)
+    probs = found.distribution("probit").probs
+    found.mean, found.covariance = found.mean.view(2, 2, 1), found.covariance.view(2, 2, 1, 1)
+    assert_close(found.distribution("probit").probs, probs.view(2, 2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("K", [2, 3, 5])
