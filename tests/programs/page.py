@@ -127,9 +127,8 @@ def write_page(cells: Cells, programs: dict[str, Any]) -> None:
 def merge(path: Path, cells: Cells, programs: dict[str, Any], keep: bool) -> Cells:
     """The cells of a file, with those of this run in their places; the file holds them afterwards."""
     old = json.loads(path.read_text()) if path.exists() else {}
-    held = {
-        p: {o: Verdict(*v) for o, v in found.items()} for p, found in old.items() if p in programs
-    } | cells
+    held = {p: {o: Verdict(*v) for o, v in found.items()} for p, found in old.items() if p in programs}
+    held |= {p: (held.get(p, {}) if keep else {}) | found for p, found in cells.items()}
     ordered = {p: held[p] for p in programs if p in held}
     plain = {
         p: {o: (v.outcome, v.error, v.message) for o, v in found.items()} for p, found in ordered.items()
