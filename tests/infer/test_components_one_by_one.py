@@ -262,7 +262,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"num_particles": 2, "kl": "sum"}, {"kl": "exact"}, {"entropy_weight": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_particles": 2, "kl": "sum"}, {"kl": "exact"}, {"entropy_weight": 0.3}]
+)
 @pytest.mark.parametrize("name", list(MODELS))
 def test_models_by_plain_handlers(name: str, options: dict[str, Any]) -> None:
     """The terms of the bound, written out from the draws that the model saw and from torch's divergences."""
@@ -291,7 +293,9 @@ def test_models_by_plain_handlers(name: str, options: dict[str, Any]) -> None:
     for i, values in enumerate(draws):
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(x, y)
         trace.compute_log_prob()
-        likelihood += sum(trace.nodes[n]["log_prob_sum"] for n in trace.nodes if n.startswith("obs")) / (S * K)
+        likelihood += sum(trace.nodes[n]["log_prob_sum"] for n in trace.nodes if n.startswith("obs")) / (
+            S * K
+        )
         log_q[i] = sum(q[n].log_prob(v) for n, v in values.items())
         for n in values:
             divergence += kl_divergence(q[n], trace.nodes[n]["fn"].expand(q[n].batch_shape))[i % K] / (S * K)
