@@ -275,10 +275,9 @@ class Mixture_ELBO(_Elbo):
         key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
         if key not in found:
             alone, readers = check_alone(step)
-            reason = self._prepare(step) if direct else ""
-            reason = reason or (
-                "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
-            )
+            if direct:
+                self._find_priors(step)
+            reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
             if reason:
                 self._say(step, reason)
             found[key] = Decision(not reason, direct, readers)
