@@ -151,6 +151,8 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace) -> str:
                 raise
             if all(bool(t.isfinite().all()) for single in singles.values() for t in single.values()):
                 break
+        if step.per_example:
+            _check_rows(step, values, own, frozen)
         try:
             joint = densities(run.run(values, frozen))
             for name, density in joint.items():
@@ -161,8 +163,6 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace) -> str:
             for name, density in joint.items():
                 if error := _compare(step, name, density, single.get(name), s, k):
                     return error
-        if step.per_example:
-            _check_rows(step, values, own, frozen)
     return ""
 
 
@@ -321,13 +321,19 @@ def check_used(
                 f"site {name!r} is drawn, but no observation depends on it: {readers[layer]} reads the parameters of "
                 f"{layer!r} without the layer, in a way that the draw does not reach. Leave the layer out by skip=."
             )
-    if unused:
-        names = list(dict.fromkeys(name.rpartition(".")[0] for name in unused))
-        warnings.warn(
-            f"no observation depends on the sites of the layers {names}, which are drawn all the same and keep their "
-            "prior: name them in skip= of the conversion, unless other batches use them.",
-            stacklevel=4,
-        )
+    if not unused:
+        return
+    used = {name.rpartition(".")[0] for name in layers if name not in unused}
+    whole = list(
+        dict.fromkeys(name.rpartition(".")[0] for name in unused if name.rpartition(".")[0] not in used)
+    )
+    parts = [name for name in unused if name.rpartition(".")[0] in used]
+    named = " and ".join([f"the layers {whole}"] * bool(whole) + [f"the sites {parts}"] * bool(parts))
+    warnings.warn(
+        f"no observation depends on {named}, which keep their prior. Layers that no batch needs are left out by skip= of "
+        "the conversion.",
+        stacklevel=4,
+    )
 
 
 def first_line(failure: Exception) -> str:

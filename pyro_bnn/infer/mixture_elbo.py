@@ -25,7 +25,6 @@ from pyro_bnn.infer.component_check import (
     check_latents,
     check_used,
     difference,
-    first_line,
     structure,
 )
 from pyro_bnn.infer.component_loop import OUTSIDE, ComponentLoop, example_key
@@ -284,10 +283,9 @@ class Mixture_ELBO(_Elbo):
         key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
         if key not in found:
             alone, readers = check_alone(step)
-            reason = self._prepare(step) if direct else ""
-            reason = reason or (
-                "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
-            )
+            if direct:
+                self._find_priors(step)
+            reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
             if reason:
                 self._say(step, reason)
             found[key] = Decision(not reason, direct, readers)
@@ -328,20 +326,18 @@ class Mixture_ELBO(_Elbo):
         terms = self._joint_terms.get(step.guide) if self._is_joint(step.guide, step.mixtures) else None
         return terms if terms is not None and terms.is_current(step.guide) else None
 
-    def _prepare(self, step: Step) -> str:
-        """Finds the constant priors, so that the first direct run is like all later ones; what fails, if it does."""
+    def _find_priors(self, step: Step) -> None:
+        """Finds the constant priors, so that the first direct run is like all later ones."""
         if self._constant_terms(step) is not None or not self._is_joint(step.guide, step.mixtures):
-            return ""
+            return
         run = DirectRun(step, {})
         try:
             with rehearsal(step.model):
                 run.draw()
                 sites = run.run()
-        except FAILURES as failure:
-            return first_line(failure)
-        priors = constant_priors(sites, run.layers, PLATES)
-        self._joint_terms[step.guide] = JointTerms(step.guide, priors)
-        return ""
+        except FAILURES:  # the comparison finds the same
+            return
+        self._joint_terms[step.guide] = JointTerms(step.guide, constant_priors(sites, run.layers, PLATES))
 
     def _joint_run(self, step: Step, direct: bool) -> TracedRun | DirectRun:
         """The run of all components."""

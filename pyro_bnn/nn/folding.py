@@ -173,7 +173,8 @@ class Folding:
         return map_structure(output, lambda _: next(joined))
 
     def _join(self, values: tuple[Tensor, ...]) -> Tensor:
-        if self.batch_size not in values[0].shape[:2]:
+        constant = self.batch_size not in values[0].shape[:2]
+        if constant and all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0]
         return torch.stack(values).view(*self._sample_shape, *values[0].shape)
 

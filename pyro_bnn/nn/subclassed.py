@@ -31,6 +31,11 @@ class _Subclassed(PerSampleMixin, Rank1Mixin):
     :math:`W \circ r s^\top`, in place of its own.
     """
 
+    takes_shared_input = False
+
+    def plain_parameters(self) -> None:
+        """No torch layer does the same."""
+
     def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
         if options.resolved_form == "additive":
             raise ValueError(
