@@ -284,31 +284,3 @@ def iter_batches(data: Any) -> Iterator[Batch]:
     :return: an iterator over ``(args, kwargs)``.
     """
     return iter(as_batches(data))
-
-
-def batch_size(batch: Batch) -> int | None:
-    """
-    :param batch: arguments of a model.
-    :return: the length of the first argument that is a tensor with dimensions, or ``None``.
-    """
-    args, kwargs = batch
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    return None
-
-
-def slice_batch(batch: Batch, size: int, part: slice | Tensor) -> Batch:
-    """
-    :param batch: arguments of a model.
-    :param size: the number of examples.
-    :param part: which of them, a slice or positions.
-    :return: the batch with every tensor of that length sliced.
-    """
-
-    def take(x: Tensor) -> Tensor:
-        if not x.dim() or x.shape[0] != size:
-            return x
-        return x[part.to(x.device) if isinstance(part, Tensor) else part]
-
-    return map_tensors(batch, take)

@@ -12,8 +12,6 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.infer.data import leaves
-
 #: A node of a trace, or a message of Pyro's effect handlers: a dictionary whose keys depend on its type.
 Site = Any
 
@@ -322,38 +320,6 @@ def observation_draw(site: Site) -> Tensor:
     """
     value = categorical_draw(site["fn"])
     return site["fn"].sample() if value is None else value
-
-
-def check_values(sites: Mapping[str, Site], batch: Any) -> None:
-    """
-    Checks that observations have the shape of their distributions, so that none is compared with another's, and none of
-    the arguments of a model counts more than once. What the model itself observes (a residual of zero, say) may broadcast.
-
-    :param sites: the sample sites of a run under one draw.
-    :param batch: the arguments of the model.
-    :raises ValueError: naming the site, the shape found and the shape expected.
-    """
-    given = {(leaf.data_ptr(), leaf.shape) for leaf in leaves(batch).values() if isinstance(leaf, Tensor)}
-    for name, site in sites.items():
-        if not site["is_observed"] or is_deterministic(site) or is_factor(site):
-            continue
-        found, expected = site["value"].shape, site["fn"].batch_shape + site["fn"].event_shape
-        try:
-            fits = torch.broadcast_shapes(found, expected) == expected
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"Site {name!r}: the observation has shape {tuple(found)}, its distribution has shape {tuple(expected)} "
-                "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
-                "would compare every point with every other."
-            )
-        if expected.numel() > found.numel() and (site["value"].data_ptr(), found) in given:
-            raise ValueError(
-                f"Site {name!r}: the observation has shape {tuple(found)}, its distribution has shape {tuple(expected)}: each "
-                f"value would count {expected.numel() // max(found.numel(), 1)} times. Pass one value per element, expanded "
-                "in the model if that is meant."
-            )
 
 
 def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from pyro_bnn.infer.arguments import arguments_of, is_container
 from pyro_bnn.infer.data import Batch, check_finite, map_tensors
 from pyro_bnn.infer.flat import StartFlatSites, is_flat
-from pyro_bnn.infer.handlers import Site, latent_names, observed_names, sample_sites
-from pyro_bnn.infer.observations import check_labels, check_shape
+from pyro_bnn.infer.handlers import Site, is_factor, latent_names, observed_names, sample_sites
+from pyro_bnn.infer.observations import check_labels, check_shape, check_values
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.prototype import detach_prototypes
 from pyro_bnn.infer.reach import check_reached
@@ -277,9 +277,7 @@ def check_observations(trace: Trace, batch: Batch) -> None:
     :raises ValueError: naming the site, what was found and what was expected.
     """
     observed = observed_names(trace)
-    factors = any(
-        site["type"] == "sample" and type(site["fn"]).__name__ == "Unit" for site in trace.nodes.values()
-    )
+    factors = any(is_factor(site) for site in sample_sites(trace).values())
     if not observed and not factors:
         latents = latent_names(trace)
         last = (
@@ -312,6 +310,7 @@ def check_observations(trace: Trace, batch: Batch) -> None:
                 f"{sorted(plates)} are in plates ({sorted(plates.values())}). Put every batch dim in a plate, or "
                 f"declare it an event with .to_event.{hint}"
             )
+    check_values(sample_sites(trace), batch)
 
 
 def check_sites(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of one observed site: the shape, the type and the range of its observations."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributions as td
 from torch import Tensor
 
-from pyro_bnn.infer.handlers import Site, unwrap
+from pyro_bnn.infer.data import Batch, leaves
+from pyro_bnn.infer.handlers import Site, is_deterministic, is_factor, unwrap
 
 
 def check_shape(name: str, site: Site) -> None:
@@ -41,6 +43,29 @@ def check_shape(name: str, site: Site) -> None:
         raise ValueError(
             f"Site {name!r}: the observation of shape {found} is empty: pass at least one data point."
         )
+
+
+def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
+    """
+    Checks the shapes of all observations: none is compared with another's, and none of the arguments of the model counts
+    more than once. What the model itself observes (a residual of zero, say) may broadcast.
+
+    :param sites: the sample sites of a run under one draw.
+    :param batch: the arguments of the model.
+    :raises ValueError: naming the site, the shape found and the shape expected.
+    """
+    given = {(leaf.data_ptr(), leaf.shape) for leaf in leaves(batch).values() if isinstance(leaf, Tensor)}
+    for name, site in sites.items():
+        if not site["is_observed"] or is_deterministic(site) or is_factor(site):
+            continue
+        check_shape(name, site)
+        value, expected = site["value"], site["fn"].shape()
+        if expected.numel() > value.numel() and (value.data_ptr(), value.shape) in given:
+            raise ValueError(
+                f"Site {name!r}: the observation has shape {tuple(value.shape)}, its distribution has shape "
+                f"{tuple(expected)}: each value would count {expected.numel() // value.numel()} times. Pass one value per "
+                "element, expanded in the model if that is meant."
+            )
 
 
 def check_labels(name: str, site: Site) -> None:

@@ -27,12 +27,12 @@ from pyro_bnn.infer.handlers import (
     SubstituteMessenger,
     base_distribution,
     categorical_draw,
-    check_values,
     is_deterministic,
     is_factor,
     sample_sites,
     unscaled_log_prob,
 )
+from pyro_bnn.infer.observations import check_values
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.plates import (
     FAILURES,
