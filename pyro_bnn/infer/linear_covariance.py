@@ -108,7 +108,8 @@ def output_covariance(posterior: Any, jacobian: ExampleJacobian, cotangents: Ten
 
 def _one_row(block: LinearBlock) -> bool:
     """Whether a weight is used once, with one row per example; recurrent networks use it at every step."""
-    return len(block.uses) == 1 and block.uses[0].rows_per_example == 1
+    (use, *others) = block.uses
+    return not others and use.rows_per_example == 1 and len(use.inputs(block.B)[0]) == 1
 
 
 def _places(positions: Tensor, index: Tensor) -> Tensor:

@@ -214,6 +214,7 @@ class PackedModel:
         for module in training:
             module.training = False
         try:
+            # the only attention that can be differentiated twice
             with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), SubstituteMessenger(values):
                 trace = poutine.trace(self.model).get_trace(*args, **kwargs)
         finally:
@@ -235,8 +236,7 @@ class PackedModel:
         batches, coverage = as_batches(data), PlateCoverage()
         repeats = None if batches.is_single else self.repeats(latent, data)
         for batch in batches:
-            with sdpa_kernel(SDPBackend.MATH):  # the only attention that can be differentiated twice
-                trace = self.trace(latent, batch)
+            trace = self.trace(latent, batch)
             coverage.add(trace, self.observed)
             if repeats is not None:
                 self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace)))
@@ -249,6 +249,14 @@ class PackedModel:
         :param names: sites of its likelihood that do not count, because they count with another trace.
         """
         self._counted[trace] = names
+
+    def counted(self, trace: Trace) -> list[str]:
+        """
+        :param trace: a trace that :meth:`trace` made.
+        :return: the observed sites that count with it.
+        """
+        left_out = self._counted.get(trace, frozenset())
+        return [name for name in self.observed if name not in left_out]
 
     def repeats(self, latent: Tensor, data: Any) -> Repeats:
         """

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.infer.data import Batch, is_single_batch, iter_batches
 from pyro_bnn.infer.handlers import Site
-from pyro_bnn.infer.packed import PackedModel, PlateCoverage
+from pyro_bnn.infer.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.jacobian import LinearMap, jvp_operator, vjp
 from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
@@ -113,7 +114,8 @@ class Problem:
             rows = [value_and_gradient(self._terms, self.latent + offset)[1] for offset in offsets]
             gradients = torch.stack(rows)
         else:
-            gradients = self._linearized_gradients(offsets, iter_batches(self.data))
+            leaf = self.latent.clone().requires_grad_(True)
+            gradients = self._linearized_gradients(offsets, leaf, self.model.traces(leaf, self.data))
             gradients = gradients + self._prior_gradients(offsets, next(iter_batches(self.data)))
         return gradients + self._extra(offsets)
 
@@ -127,7 +129,8 @@ class Problem:
         :return: shape ``(S, p)``.
         """
         if self.curvature == "ggn":
-            likelihood = self._linearized_gradients(offsets, [batch])
+            leaf = self.latent.clone().requires_grad_(True)
+            likelihood = self._linearized_gradients(offsets, leaf, [self.model.trace(leaf, batch)])
             gradients = scale * likelihood + self._prior_gradients(offsets, batch)
         else:
 
@@ -146,12 +149,10 @@ class Problem:
         extra = self.proximal * offsets
         return extra - self.gradient if self.correct_gradient else extra
 
-    def _linearized_gradients(self, offsets: Tensor, batches: Iterable[Batch]) -> Tensor:
-        total, coverage = torch.zeros_like(offsets), PlateCoverage()
-        for batch in batches:
-            leaf = self.latent.clone().requires_grad_(True)
-            trace = self.model.trace(leaf, batch)
-            coverage.add(trace, self.model.observed)
+    def _linearized_gradients(self, offsets: Tensor, leaf: Tensor, traces: Iterable[Trace]) -> Tensor:
+        """Gradients of the linearised likelihood, from traces that were made at ``leaf``."""
+        total = torch.zeros_like(offsets)
+        for trace in traces:
             for site in self.model.site_outputs(trace):
                 if not site.outputs.shape[-1]:
                     continue

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.handlers import Site, subsample_scale, unscaled_log_prob
-from pyro_bnn.infer.packed import PackedModel, PlateCoverage
+from pyro_bnn.infer.packed import PackedModel
 from pyro_bnn.ops.jacobian import jvp_operator
 
 
@@ -29,13 +28,11 @@ def score_responses(model: PackedModel, latent: Tensor, data: Any, displacements
 
     Source: Giordano et al. (2019), "A Swiss army infinitesimal jackknife".
     """
-    parts, coverage = [], PlateCoverage()
-    for batch in iter_batches(data):
-        leaf = latent.detach().clone().requires_grad_(True)
-        trace = model.trace(leaf, batch)
-        coverage.add(trace, model.observed)
+    parts = []
+    leaf = latent.detach().clone().requires_grad_(True)
+    for trace in model.traces(leaf, data):
         points: dict[tuple[Any, ...], Tensor] = {}
-        for name in model.observed:
+        for name in model.counted(trace):
             site: Site = trace.nodes[name]
             log_prob = unscaled_log_prob(site) * (site["scale"] / subsample_scale(site))
             key = (log_prob.shape, tuple(frame.name for frame in site["cond_indep_stack"]))
