@@ -20,6 +20,7 @@ from pyro_bnn.infer.files import atomic_save, checked_load
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
 from pyro_bnn.infer.networks import model_tensors
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.prototype import detach_prototypes
 
 #: Attributes of guides that say what their parameters and buffers mean.
 SETTINGS = (
@@ -270,7 +271,7 @@ def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> 
     else:
         raise ValueError(f"{path} does not say what data the guide was initialised on; pass data.")
     with ExitStack() as stack:
-        for context in (local_parameters(), torch.no_grad(), pyro.validation_enabled(False)):
+        for context in (local_parameters(), torch.enable_grad(), pyro.validation_enabled(False)):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network
@@ -282,6 +283,7 @@ def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> 
             )
             error.add_note(f"load_guide initialised the guide of {path} on {origin}.")
             raise
+    detach_prototypes(guide)
     return batch
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.checkpoint import random_state, set_random_state
 from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.flat import StartFlatSites
 from pyro_bnn.infer.handlers import base_distribution, sample_sites
 from pyro_bnn.infer.networks import unchanged_buffers
 from pyro_bnn.infer.parameters import local_parameters
@@ -115,10 +116,8 @@ def describe_sites(model: Any, batch: Batch) -> dict[str, Any]:
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(0)
-        try:
-            trace = poutine.trace(model).get_trace(*args, **kwargs)
-        except (NotImplementedError, RuntimeError, ValueError):  # flat priors, whose sites cannot be drawn
-            return {}
+        stack.enter_context(StartFlatSites())
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
     found = {}
     for name, site in sample_sites(trace).items():
         fn = base_distribution(site["fn"])

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import Checkpoint, ConvergenceTest, EarlyStopping, FitState, Mixture_ELBO, fit
-from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
 from pyro_bnn.infer.fit_state import FitResult, NonFiniteLossError
 from pyro_bnn.nn import rank1_
 from tests.infer.models import linear_data, linear_model
@@ -183,6 +183,18 @@ def test_loader_with_a_generator(tmp_path: Path) -> None:
             num_steps=9,
             checkpoint=tmp_path / "run",
         )
+
+
+def test_flat_priors(tmp_path: Path) -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        weight = pyro.sample("weight", dist.ImproperUniform(dist.constraints.real_vector, (), (3,)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * weight).sum(-1), 0.3), obs=y)
+
+    for steps in (3, 6):
+        guide = AutoLaplace(model)
+        result = quiet(model, guide, linear_data(), num_steps=steps, checkpoint=tmp_path / "run")
+    assert result.num_steps == 6
 
 
 def test_resuming_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
