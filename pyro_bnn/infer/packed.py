@@ -395,7 +395,8 @@ class PackedModel:
         :return: one :class:`SiteOutputs` per observed site with parameters that depend on the latents.
         :raises KeyError: if the distribution of a site has no registered Fisher information.
         """
-        return self.site_outputs(self.trace(latent, batch))
+        with sdpa_kernel(SDPBackend.MATH):  # callers may differentiate twice
+            return self.site_outputs(self.trace(latent, batch))
 
     def site_outputs(self, trace: Trace) -> list[SiteOutputs]:
         """

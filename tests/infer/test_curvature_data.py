@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
@@ -336,3 +337,94 @@ def test_a_weight_that_is_used_transposed_keeps_its_order(structure):
     if structure == "diagonal":
         expected = torch.diag(expected.diagonal())
     assert_close(guide.posterior.multiply(torch.eye(4)), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal", "kronecker", "block"])
+def test_a_sum_of_two_layers_counts_each_offset_once(structure):
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 3), torch.randint(4, (9,))
+    shapes = {"a": (4, 3), "b": (4,), "c": (4, 3), "d": (4,)}
+
+    def logits(w, x):
+        return F.linear(x, w["a"], w["b"]) + F.linear(x.square(), w["c"], w["d"])
+
+    def model(x, y=None):
+        w = {k: pyro.sample(k, dist.Normal(torch.zeros(s), 1.0).to_event(len(s))) for k, s in shapes.items()}
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Categorical(logits=logits(w, x)), obs=y)
+
+    guide = AutoLaplace(model, structure=structure).initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    u = guide.loc.detach().clone()
+    J = torch.autograd.functional.jacobian(lambda u: logits(guide.packed.space.unpack(u), x), u)
+    p = torch.softmax(logits(guide.packed.space.unpack(u), x), -1)
+    root = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    dense = torch.einsum("nip,nij,njq->pq", J, root, J)
+    found = guide.posterior.multiply(torch.eye(len(u))) - torch.eye(len(u))
+    if structure == "full":
+        assert_close(found, dense, rtol=1e-9, atol=1e-10)
+    elif structure == "diagonal":
+        assert_close(found.diagonal(), dense.diagonal(), rtol=1e-9, atol=1e-10)
+    else:  # the offsets' blocks are exact in both
+        for name in ("b", "d"):
+            s = guide.packed.space.slices[name]
+            assert_close(found[s, s], dense[s, s], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("event", [0, 1])
+def test_the_empirical_fisher_is_over_observations(coupled, event):
+    """One score per observation, also where a network couples them, and where a row of the data holds several."""
+    torch.manual_seed(0)
+    x, y = torch.randn(11, 3), torch.randn(11, 2)
+
+    def mean(w, x):
+        h = torch.tanh(x @ w[:15].reshape(3, 5))
+        h = h - h.mean(0) if coupled else h
+        return h @ w[15:].reshape(5, 2)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(25), 1.0).to_event(1))
+        f = mean(w, x)
+        if event:
+            with pyro.plate("data", len(x)):
+                pyro.sample("obs", dist.Normal(f, 0.5).to_event(1), obs=y)
+        else:
+            with pyro.plate("task", 2, dim=-1), pyro.plate("data", len(x), dim=-2):
+                pyro.sample("obs", dist.Normal(f, 0.5), obs=y)
+
+    guide = AutoLaplace(model, curvature="empirical_fisher").initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+
+    def densities(w):
+        terms = dist.Normal(mean(w, x), 0.5).log_prob(y)
+        return terms.sum(-1) if event else terms.reshape(-1)
+
+    J = torch.autograd.functional.jacobian(densities, guide.loc.detach())
+    assert_close(guide.precision, torch.eye(25) + J.mT @ J, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", ["attention", "group_norm"])
+def test_layers_whose_second_derivative_torch_lacks_in_its_fast_form(layer):
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 4, 6), torch.randn(5)
+
+    def mean(w, x):
+        h = x @ w[:36].reshape(6, 6)
+        if layer == "attention":
+            return F.scaled_dot_product_attention(h, x, h).mean((1, 2))
+        return F.group_norm(h.mT, 2).mT.square().mean(1) @ w[:6]
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(36), 0.1).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean(w, x), 3.0), obs=y)
+
+    guide = AutoLaplace(model, curvature="hessian").initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        u = guide.loc.detach().clone().requires_grad_()
+        loss = ((mean(u, x) - y) ** 2).sum() / 18 + (u**2).sum() / 0.02
+        (g,) = torch.autograd.grad(loss, u, create_graph=True)
+        H = torch.stack([torch.autograd.grad(gi, u, retain_graph=True)[0] for gi in g])
+    assert_close(guide.precision, H, rtol=1e-8, atol=1e-8)
