@@ -3,7 +3,7 @@
 """Whether a model gives each component of a mixture, run together with the others, what it gives it alone."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any
             )
 
 
-def difference(step: Step, run: TracedRun | DirectRun, alone: Trace) -> str:
+def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Mapping[str, str]) -> str:
     """
     Compares one run of all components with runs of the first and the last one, under the same values: the densities of
     all sites of the model, per entry.
@@ -130,10 +130,11 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace) -> str:
     :param step: the evaluation.
     :param run: how the components run together.
     :param alone: a trace of the guide under one draw of one component.
+    :param readers: by layer, who reads its parameters in its place.
     :return: what differs; empty if nothing does.
     """
     own = sample_sites(alone)
-    with rehearsal(step.model):
+    with rehearsal(step.model), torch.enable_grad():
         try:
             drawn = run.draw()
         except FAILURES as failure:
@@ -161,9 +162,26 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace) -> str:
             return first_line(failure)
         for (s, k), single in singles.items():
             for name, density in joint.items():
-                if error := _compare(step, name, density, single.get(name), s, k):
+                if error := _compare(step, name, density.detach(), single.get(name), s, k):
                     return error
+        for name in unreached(joint.values(), values, run.layers):
+            layer = name.rpartition(".")[0]
+            if layer in readers:
+                return f"{readers[layer]} reads the parameters of {layer!r} without the layer"
     return ""
+
+
+def unreached(outputs: Iterable[Tensor], values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """
+    :param outputs: tensors.
+    :param values: by site, its value.
+    :param names: sites.
+    :return: those of the sites with trained values on which no output depends.
+    """
+    nodes = {node for output in outputs for node in graph_nodes(output)}
+    reached = {*nodes, *(node.variable for node in nodes if hasattr(node, "variable"))}
+    own = {name: values[name] for name in names if name in values and values[name].requires_grad}
+    return [n for n, value in own.items() if (value if value.is_leaf else value.grad_fn) not in reached]
 
 
 def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -174,7 +192,7 @@ def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
     return {
         name: scale_and_mask(
             site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site["scale"], site["mask"]
-        ).detach()
+        )
         for name, site in sites.items()
         if not is_deterministic(site)
     }
@@ -223,7 +241,7 @@ def _singles(
         mine = {name: _own_value(step, values[name], site, s, k) for name, site in own.items()}
         trace = component_run(step, mine | frozen)
         frozen.update(subsamples(trace))
-        singles[s, k] = densities(sample_sites(trace))
+        singles[s, k] = {name: t.detach() for name, t in densities(sample_sites(trace)).items()}
     return singles
 
 
@@ -271,7 +289,8 @@ def _check_rows(
 ) -> None:
     """Compares a run in which every example has its factors with runs in which all have those of one example."""
     mine = {name: _own_value(step, values[name], site, 0, 0) for name, site in own.items()}
-    each = densities(sample_sites(component_run(step, mine | dict(frozen))))
+    run = lambda values: densities(sample_sites(component_run(step, values | dict(frozen))))  # noqa: E731
+    each = run(mine)
     factors = {
         site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"
     }
@@ -283,8 +302,10 @@ def _check_rows(
             if name in factors and value.shape[-1 - event_dim] > 1:
                 value = value.select(-1 - event_dim, row).unsqueeze(-1 - event_dim)
             shared[name] = value
-        for name, density in densities(sample_sites(component_run(step, shared | dict(frozen)))).items():
-            at_row = [t[..., row] for t in (each[name], density) if t.dim() and t.shape[-1] == max(rows)]
+        for name, density in run(shared).items():
+            at_row = [
+                t[..., row].detach() for t in (each[name], density) if t.dim() and t.shape[-1] == max(rows)
+            ]
             if name not in mine and len(at_row) == 2 and not is_close(*at_row):
                 raise ValueError(
                     f"noise='per_example' gives every example its own factors, but the density of {name!r} at example "
@@ -305,15 +326,7 @@ def check_used(
     :param readers: by layer, who reads its parameters in its place.
     :raises ValueError: if another module reads the parameters of such a layer.
     """
-    nodes = list(graph_nodes(likelihood))
-    reached = {*nodes, *(node.variable for node in nodes if hasattr(node, "variable"))}
-    unused = [
-        name
-        for name in layers
-        if name in values
-        and values[name].requires_grad
-        and (values[name] if values[name].is_leaf else values[name].grad_fn) not in reached
-    ]
+    unused = unreached([likelihood], values, layers)
     for name in unused:
         layer = name.rpartition(".")[0]
         if layer in readers:

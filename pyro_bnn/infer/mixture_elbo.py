@@ -285,7 +285,7 @@ class Mixture_ELBO(_Elbo):
             alone, readers = check_alone(step)
             if direct:
                 self._find_priors(step)
-            reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone)
+            reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone, readers)
             if reason:
                 self._say(step, reason)
             found[key] = Decision(not reason, direct, readers)

@@ -55,8 +55,9 @@ def expected_bound(
     for k in range(K):
         values = {name: value[k] for name, value in draws.items()}
         parameters = with_factors(plain, values)
+        tied = not any(name.endswith(".r") for name in values)  # the factors of tied weights are their own
         total = total + log_likelihood(
-            lambda *a, p=parameters, **kw: functional_call(plain, p, a, kw, tie_weights=False)
+            lambda *a, p=parameters, t=tied, **kw: functional_call(plain, p, a, kw, tie_weights=t)
         )
         total = total + sum(priors(name).log_prob(value).sum() for name, value in values.items())
     return total / K
