@@ -117,7 +117,9 @@ class SiteExamples:
             scores = score(self.site.rule, base, names, values, create_graph=differentiable)
         scores = scores * weight.sqrt() / values.shape[0] ** 0.5
         scores = self.arrange(torch.where(weight > 0, scores, scores.new_zeros(())))  # (S, B, R, C)
-        elements = self.site.outputs.shape[len(self.site.outputs.shape) - 1 - self.site.event_dim : -1].numel()
+        elements = self.site.outputs.shape[
+            len(self.site.outputs.shape) - 1 - self.site.event_dim : -1
+        ].numel()
         observations = scores.unflatten(2, (-1, elements)).flatten(3)
         # scores of draws have mean zero, so that they may be summed within an example
         if observations.shape[2] == 1 or (kind == "mc_fisher" and self.jacobian.dim >= 0):

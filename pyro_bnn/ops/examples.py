@@ -351,7 +351,11 @@ class ExampleJacobian:
                     plain.setdefault(use.slot, []).append(block)
         found = {}
         for block in self.blocks:
-            if isinstance(block, LinearBlock) and len(block.uses) == 1 and block.uses[0].rows_per_example == 1:
+            if (
+                isinstance(block, LinearBlock)
+                and len(block.uses) == 1
+                and block.uses[0].rows_per_example == 1
+            ):
                 offsets = plain.get(block.uses[0].slot, [])
                 fitting = [offset for offset in offsets if len(offset.index) == len(block.index)]
                 if fitting:

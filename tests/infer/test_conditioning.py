@@ -39,7 +39,9 @@ def regression(shift, prior_scale=10.0, noise=0.1):
 
 def fit(model, x, y, **options):
     guide = AutoLaplace(model, **options).initialize(x, y)
-    return guide.laplace_approximation((x, y), map_tolerance=float("inf"), generator=torch.Generator().manual_seed(0))
+    return guide.laplace_approximation(
+        (x, y), map_tolerance=float("inf"), generator=torch.Generator().manual_seed(0)
+    )
 
 
 STRUCTURES = ["full", "kronecker", "block", "function_space", "low_rank", "nystrom"]
@@ -68,7 +70,9 @@ def test_what_float64_sums_do_not_mend_is_said(structure):
         warnings.simplefilter("always")
         guide = fit(model, x, y, structure=structure, rank=2)
     said = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]
-    close = torch.allclose(guide.posterior.variance.double(), torch.linalg.inv(precision).diagonal(), rtol=0.01)
+    close = torch.allclose(
+        guide.posterior.variance.double(), torch.linalg.inv(precision).diagonal(), rtol=0.01
+    )
     assert close or any("condition number" in message for message in said)
 
 
