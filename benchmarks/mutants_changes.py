@@ -57,6 +57,8 @@ DROPPED = {
     "transpose", "t", "flip", "cumsum", "logsumexp", "softmax", "log_softmax", "clone", "masked_fill", "sort", "expand",
     "movedim", "triu", "tril",
 }  # fmt: skip
+#: Arguments whose value cannot change a result, or of which any other is as good.
+INDIFFERENT = {"validate_args", "default", "chunk_size", "block_size", "budget", "seed", "stacklevel"}
 TRANSPOSES = {"mT", "T", "mH", "H"}
 
 
@@ -88,14 +90,19 @@ class Finder(ast.NodeVisitor):
         """Without the annotation."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for value in [*node.args.defaults, *node.args.kw_defaults]:
-            if value is not None:
+        plain = [*node.args.posonlyargs, *node.args.args]
+        defaults = [*zip(reversed(plain), reversed(node.args.defaults), strict=False)]
+        for arg, value in [
+            *reversed(defaults),
+            *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
+        ]:
+            if value is not None and arg.arg not in INDIFFERENT:
                 self.visit(value)
         for statement in node.body:
             self.visit(statement)
 
     def visit_keyword(self, node: ast.keyword) -> None:
-        if node.arg not in ("validate_args", "default"):  # checks of valid arguments, values for empty lists
+        if node.arg not in INDIFFERENT:
             self.visit(node.value)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:

@@ -184,9 +184,11 @@ def test_slopes_elsewhere(linearized):
 # ---------------------------------------------------------------------- solves
 
 
-def gaussian_problem(p=D, n=30, noise=0.5):
+def gaussian_problem(p=D, n=30, noise=0.5, intercept=0.0):
     """A linear model, whose posterior is known for good."""
-    x, y = torch.randn(n, p), torch.randn(n)
+    x, y = torch.randn(n, p), torch.randn(n) + intercept
+    if intercept:
+        x[:, -1] = 1.0
     scale = torch.linspace(0.5, 2.0, p)
 
     def model(x, y=None):
@@ -451,6 +453,28 @@ def test_the_calibrated_score(twin):
         _ = none.calibrated
     tuned = regvar_score(problem, some, solver, epsilon=1e-3, num_epochs=400, twin=twin, calibrate=0)
     assert_close(tuned.score, limit, rtol=0.02, atol=0.02 * float(limit.max()))
+
+
+def test_the_regulariser_pulls_the_outputs_towards_zero():
+    problem, P, x, y = gaussian_problem(intercept=6.0)
+    J = torch.randn(4, D)
+    some = Functionals(lambda v: (J @ v).square(), problem.latent)
+    u, batches = problem.latent, [(x[i : i + 10], y[i : i + 10]) for i in range(0, 30, 10)]
+    leaf = u.clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad((x @ leaf).abs().mean(), leaf)
+    step = torch.linalg.solve(P, slope)
+    solver = Solver(problem, tolerance=1e-11, preconditioner="nystrom")
+    shift = 5.0 / float((slope @ step).sqrt())
+    moved = (J @ (u - shift * step)).square()  # no output changes its sign on the way
+    assert bool(((x @ (u - shift * step)).sign() == (x @ u).sign()).all())
+    expected = (moved - (J @ u).square()).abs() / shift
+    against = ((J @ (u + shift * step)).square() - (J @ u).square()).abs() / shift
+    assert ((expected - against).abs() / expected).max() > 0.02
+    found = regvar_score(problem, some, solver, epsilon=5.0, num_epochs=400, twin=False, calibrate=0)
+    assert_close(found.score, expected, rtol=1e-2)
+    problem.data = batches  # the mean over all outputs, whatever the sizes of batches
+    limit = regvar_score(problem, some, solver, epsilon=5.0, num_epochs=None, twin=False, calibrate=0)
+    assert_close(limit.score, (2 * (J @ u) * (J @ step)).abs(), rtol=1e-7)
 
 
 def test_fine_tuning_ends_in_the_minimum_and_counts_its_gradients():
