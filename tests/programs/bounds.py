@@ -52,20 +52,25 @@ def bound(K: int, facts: Facts) -> Pairs:
 
 
 BOUND = "the model draws nothing beyond its latents"
+SEVERAL = BOUND + "; components share no batch statistics"
+
+
+def is_separate(facts: Facts) -> bool:
+    return is_function(facts) and not facts.case.shares_statistics
 
 
 operation("bound, K = 1", BOUND, is_function)(partial(bound, 1))
-operation("bound, K = 2", BOUND, is_function)(partial(bound, 2))
+operation("bound, K = 2", SEVERAL, is_separate)(partial(bound, 2))
 
 
 def normal_latents(facts: Facts) -> bool:
     priors = [dense.plain(s["fn"], torch.ones(()))[0] for s in facts.space.sites.values()]
-    return is_function(facts) and all(isinstance(p, td.Normal) for p in priors) and not facts.case.guide_rows
+    return is_separate(facts) and all(isinstance(p, td.Normal) for p in priors) and not facts.case.guide_rows
 
 
 @operation(
     "bound, Normal components",
-    BOUND + "; all latents have Normal priors, none belongs to a row",
+    SEVERAL + "; all latents have Normal priors, none belongs to a row",
     normal_latents,
 )
 def bound_normal(facts: Facts) -> Pairs:
@@ -96,8 +101,8 @@ def bound_normal(facts: Facts) -> Pairs:
 
 @operation(
     "log-mixture bound",
-    BOUND + "; one observed site in one plate",
-    lambda facts: is_function(facts) and one_plate(facts) and not facts.case.guide_rows,
+    SEVERAL + "; one observed site in one plate",
+    lambda facts: is_separate(facts) and one_plate(facts) and not facts.case.guide_rows,
 )
 def log_mixture(facts: Facts) -> Pairs:
     case = facts.program.make()
@@ -121,7 +126,7 @@ def log_mixture(facts: Facts) -> Pairs:
             yield step, float(elbo.differentiable_loss(case.model, guide, *case.data)), expected
 
 
-@operation("one step of fit", BOUND, is_function)
+@operation("one step of fit", SEVERAL, is_separate)
 def one_step(facts: Facts) -> Pairs:
     case = facts.program.make()
     guide, before = mixture(facts, case, 2)
@@ -146,8 +151,8 @@ def one_step(facts: Facts) -> Pairs:
 
 @operation(
     "bound of a list of guides",
-    BOUND + "; at least two latent sites, none belongs to a row",
-    lambda facts: is_function(facts) and len(facts.space.sites) > 1 and not facts.case.guide_rows,
+    SEVERAL + "; at least two latent sites, none belongs to a row",
+    lambda facts: is_separate(facts) and len(facts.space.sites) > 1 and not facts.case.guide_rows,
 )
 def guide_list(facts: Facts) -> Pairs:
     """A mixture of the first site beside a point estimate of the others."""

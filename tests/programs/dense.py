@@ -24,7 +24,7 @@ from tests.programs.program import Case
 
 
 class NoReference(Exception):
-    """A distribution whose Fisher information this module does not know."""
+    """Something that this module cannot compute."""
 
 
 class Undefined(Exception):
@@ -354,36 +354,31 @@ def empirical(case: Case, space: Space, u: Tensor) -> Tensor:
     return total
 
 
-def pointwise(site: Any) -> tuple[Tensor, Tensor]:
-    """Log density of each observation without scales, and which of them count."""
-    value = site["fn"].log_prob(site["value"])
-    mask = torch.ones(value.shape, dtype=torch.bool)
+def elements(site: Any) -> Tensor:
+    """Which elements of an observation count, in its shape."""
+    shape = site["value"].shape
+    mask = torch.ones(shape, dtype=torch.bool)
     if site["mask"] is not None:
-        mask = mask & torch.as_tensor(site["mask"])
+        mask = mask & spread(torch.as_tensor(site["mask"]), site["fn"], shape)
     fn = site["fn"]
     while hasattr(fn, "base_dist"):
         if isinstance(fn, MaskedDistribution):
-            m = torch.as_tensor(fn._mask)
-            mask = mask & (m if m.dim() <= mask.dim() else m.flatten(mask.dim()).any(-1))
+            mask = mask & spread(torch.as_tensor(fn._mask), fn, shape)
         fn = fn.base_dist
-    return value.detach(), mask
-
-
-def elements_that_count(site: Any) -> Tensor:
-    """Which elements of the observations count: masks inside of events leave the other elements of an event."""
-    shape = site["value"].shape
-    mask = torch.ones(shape, dtype=torch.bool)
-    fn, outside = site["fn"], site["mask"]
-    lead = len(fn.batch_shape)
-    found = [] if outside is None else [(torch.as_tensor(outside), lead)]
-    while hasattr(fn, "base_dist"):
-        if isinstance(fn, MaskedDistribution):
-            found.append((torch.as_tensor(fn._mask), len(fn.batch_shape)))
-        fn = fn.base_dist
-    for m, ndim in found:
-        m = m.expand(torch.broadcast_shapes(m.shape, shape[:ndim]))
-        mask = mask & m.reshape(m.shape + (1,) * (len(shape) - ndim))
     return mask
+
+
+def spread(mask: Tensor, fn: Any, shape: torch.Size) -> Tensor:
+    """A mask over the batch of a distribution, over the whole of its values."""
+    mask = mask.expand(torch.broadcast_shapes(mask.shape, fn.batch_shape))
+    return mask.reshape(mask.shape + (1,) * len(fn.event_shape)).expand(shape)
+
+
+def pointwise(site: Any) -> tuple[Tensor, Tensor]:
+    """Log density of each observation without scales, and which of them count."""
+    value = site["fn"].log_prob(site["value"])
+    mask = elements(site)
+    return value.detach(), mask.flatten(value.dim()).any(-1) if mask.dim() > value.dim() else mask
 
 
 def moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -417,7 +412,7 @@ def newton(case: Case, space: Space, steps: int = 100) -> Tensor:
     H = hessian(fn, u)
     for _ in range(steps):
         if not bool(torch.isfinite(H).all()):
-            raise Undefined("the log joint density has no maximum that Newton steps find")
+            raise NoReference("Newton steps find no maximum of the log joint density")
         values, vectors = torch.linalg.eigh(H)
         step = -vectors @ ((vectors.mT @ gradient) / (values.abs() + damping))
         new, new_gradient = value_and_gradient(u + step)

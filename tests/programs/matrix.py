@@ -24,6 +24,9 @@ ARGUMENTS = (
     "sites|structure|targets|vectorize|sharing|subset_size|posterior|draws|map_tolerance"
 )
 
+#: arguments of scores
+SCORED = "labels|observed|probs|samples|mean|variance|log_likelihood|scores"
+
 
 @dataclass
 class Verdict:
@@ -64,7 +67,11 @@ def names_of(case: Case, facts: Facts | None = None) -> set[str]:
 
 def is_named(message: str, names: set[str]) -> bool:
     """Whether a message names a part of the program, or an argument of this package."""
-    if re.search(r"\bargument \d", message) or re.search(rf"\b({ARGUMENTS})=", message):
+    if (
+        re.search(rf"^({ARGUMENTS}|{SCORED}): ", message)
+        or re.search(r"\bargument \d", message)
+        or re.search(rf"\b({ARGUMENTS})=", message)
+    ):
         return True
     for name in names:
         quoted = rf"['\"`]{re.escape(name)}['\"`]"

@@ -106,7 +106,7 @@ def batch_norm_evaluated() -> Case:
 @program
 def batch_norm_in_training() -> Case:
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
-    return net_case(bayesian_(net), torch.randn(10, 2), train=True)
+    return net_case(bayesian_(net), torch.randn(10, 2), train=True, shares_statistics=True)
 
 
 @program

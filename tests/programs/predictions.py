@@ -122,8 +122,7 @@ def scores(facts: Facts) -> Pairs:
     mean = torch.stack([m for m in means if m is not None]).mean(0)
     y = site["value"]
     if "rmse" in found and mean.shape == y.shape:
-        weight = dense.elements_that_count(site)
-        yield "rmse", found["rmse"], float(((mean - y)[weight] ** 2).mean().sqrt())
+        yield "rmse", found["rmse"], float(((mean - y)[dense.elements(site)] ** 2).mean().sqrt())
     if "accuracy" in found and mean.dim() == y.dim() + 1:
         yield "accuracy", found["accuracy"], float((mean.argmax(-1) == y)[mask].double().mean())
         one_hot = torch.nn.functional.one_hot(y.clamp(min=0).long(), mean.shape[-1])

@@ -31,6 +31,7 @@ class Case:
     :ivar only: the operations that apply, for programs of which a reference would know no more.
     :ivar spread: how far from zero, in unconstrained space, latents are put.
     :ivar train: whether the network is in training mode.
+    :ivar shares_statistics: whether batch statistics are those of all components together, as documented.
     :ivar guide: a guide that reads the latents of the rows from the rows, without noise.
     :ivar split: the rows of each batch; batches of four by default.
     :ivar hessian: whether the dense Hessian takes seconds at most.
@@ -53,6 +54,7 @@ class Case:
     spread: float = 0.3
     train: bool = False
     hessian: bool = True
+    shares_statistics: bool = False
     split: list[Tensor] | None = None
     guide: Callable[..., Any] | None = None
 
