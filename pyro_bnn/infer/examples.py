@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Pyro model's outputs as example-wise Jacobians, batch by batch, within a memory budget."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bnn.infer.data import Batch, as_batches, leaves
 from pyro_bnn.infer.memory import require_memory
+from pyro_bnn.infer.notice import warn_user
 from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
 from pyro_bnn.infer.parts import CurvatureWarning
 from pyro_bnn.infer.plates import Rows, close, dims_of, rows_of
@@ -33,8 +33,8 @@ DEFAULT_BUDGET = 2**27
 #: Floats of one tensor that the processor's caches hold.
 _CACHED = 3 * 2**19
 _FIRST_CHUNK = 64
-#: How many rows a few of them are compared among, see :meth:`ExampleStream._apart`.
-_WINDOW = 1024
+#: How many rows are compared, and among how many at most, see :meth:`ExampleStream._apart`.
+_FEW, _WINDOW = 16, 1024
 _SMALLEST_CHUNK = 32
 _LARGEST_CHUNK = 5000
 
@@ -220,7 +220,7 @@ class ExampleStream:
         window = min(rows.size, max(2 * _FIRST_CHUNK, min(_WINDOW, rows.size // 32, affordable)))
         generator = torch.Generator().manual_seed(0)
         start = int(torch.randint(rows.size - window + 1, (), generator=generator))
-        picks = torch.randperm(window, generator=generator)[:_FIRST_CHUNK]
+        picks = torch.randperm(window, generator=generator)[:_FEW]
         parts = (rows.take((*batch, {}), part)[:2] for part in (slice(start, start + window), picks + start))
         with torch.random.fork_rng(devices=()):
             whole, some = (self.model.outputs(self.latent, part) for part in parts)
@@ -328,11 +328,10 @@ class ExampleStream:
         new = [n for n, part in where.items() if n not in self._named and bool(mistaken[part].any())]
         if new:
             self._named.update(new)
-            warnings.warn(
+            warn_user(
                 f"observed site {site!r} depends on the latent sites {', '.join(map(repr, new))} in ways that do not show "
                 "in the calls of the model: a derivative of the network inside it, torch.jit, torch.compile, torch.vmap, a "
                 "custom autograd function, or rows that change places between data points. Their Jacobian is formed "
                 "output by output instead: exact, but slower.",
                 CurvatureWarning,
-                stacklevel=2,
             )

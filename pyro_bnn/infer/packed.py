@@ -15,7 +15,7 @@ factor N/B of subsampled plates, so that batches add up; the rest is the prior.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
-from pyro_bnn.infer.data import Batch, as_batches, map_tensors
+from pyro_bnn.infer.data import Batch, as_batches, leaves, map_tensors
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
@@ -44,7 +44,7 @@ from pyro_bnn.infer.handlers import (
     unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
-from pyro_bnn.infer.plates import Rows, Sites, find_rows
+from pyro_bnn.infer.plates import Rows, Sites, dims_of, find_rows, rows_of
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -187,6 +187,8 @@ class PackedModel:
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
+        #: where rows were found, by the places and numbers of dimensions of the arguments
+        self._rows: dict[Any, Rows] = {}
         #: terms of the likelihood that were counted with another trace
         self._counted: WeakKeyDictionary[Trace, frozenset[str]] = WeakKeyDictionary()
 
@@ -282,11 +284,22 @@ class PackedModel:
         :return: see :func:`~pyro_bnn.infer.plates.find_rows`.
         """
 
+        here = leaves(batch)
+        form = tuple((path, len(dims_of(leaf))) for path, leaf in here.items())
+        known = self._rows.get(form)
+        if known is not None and number == 1:  # the same arguments, perhaps with another number of rows
+            sizes = {rows_of(here[path], dim) for path, dim in known.cuts.items()}
+            if len(sizes) == 1:
+                return [replace(known, size=sizes.pop())]
+
         def run(tree: Any) -> Sites:
             return sample_sites(self.trace(latent.detach(), tree[:2]))
 
         with torch.random.fork_rng(devices=()):
-            return list(islice(find_rows(run, (*batch, {})), number))
+            found = list(islice(find_rows(run, (*batch, {})), number))
+        if found and found[0].separate:
+            self._rows[form] = found[0]
+        return found
 
     def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
         """

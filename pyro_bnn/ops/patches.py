@@ -151,13 +151,9 @@ class PatchInputs:
         """
         :return: which patches hold an entry other than zero, bool, shape ``(B, T)``.
         """
-        channels = (self.x != 0).any(1, keepdim=True).to(self.x)
-        return (
-            self._convolved(
-                channels, channels.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))
-            )
-            > 0.5
-        )
+        channels = (self.x != 0).any(1, keepdim=True)
+        ones = self.x.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))
+        return self._convolved(channels.to(self.x), ones) > 0.5
 
     def _convolved(self, x: Tensor, v: Tensor) -> Tensor:
         kernel, stride, padding, dilation = self.geometry

@@ -159,7 +159,14 @@ class LinearUse(Use):
         """
         :return: which rows have an input other than zero, bool, shape ``batch``.
         """
-        return self.x.present() if isinstance(self.x, PatchInputs) else (self._inputs() != 0).any(-1)
+        if isinstance(self.x, PatchInputs):
+            return self.x.present()
+        x = self._inputs()
+        present = x[..., 0] != 0
+        rest = ~present
+        if bool(rest.any()):  # few rows, mostly
+            present[rest] = (x[rest] != 0).any(-1)
+        return present
 
     def _inputs(self) -> Tensor:
         return self.x if isinstance(self.x, Tensor) else self.x()

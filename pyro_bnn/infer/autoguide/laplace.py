@@ -3,7 +3,6 @@
 """Laplace approximations of any Pyro model."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
@@ -42,6 +41,7 @@ from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.infer.memory import available_bytes, readable, require_memory
+from pyro_bnn.infer.notice import warn_user
 from pyro_bnn.infer.part_store import PartStore
 from pyro_bnn.infer.parts import CurvatureWarning, NotAMinimumError, Part
 from pyro_bnn.infer.selection import Selection, largest, select
@@ -300,7 +300,7 @@ class AutoLaplace(LinearizedGuide):
         posterior = self._assemble(parts, None)
         error = expected_error(posterior, sums)
         if error > TOLERANCE:
-            warnings.warn(describe(posterior, error), CurvatureWarning, stacklevel=3)
+            warn_user(describe(posterior, error), CurvatureWarning)
         return found, parts, posterior
 
     def curvature_parts(
