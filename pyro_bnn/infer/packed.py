@@ -283,7 +283,6 @@ class PackedModel:
         :param number: how many findings suffice; ``None`` for one per plate.
         :return: see :func:`~pyro_bnn.infer.plates.find_rows`.
         """
-
         here = leaves(batch)
         form = tuple((path, len(dims_of(leaf))) for path, leaf in here.items())
         known = self._rows.get(form)
