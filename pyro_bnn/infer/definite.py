@@ -84,7 +84,9 @@ def _lowest_pair(matrix: Tensor) -> tuple[float, Tensor] | None:
     return float(values[0]), vectors[:, 0]
 
 
-def require_resolved(posterior: Any, index: Tensor, space: LatentSpace, size: int) -> None:
+def require_resolved(
+    posterior: Any, index: Tensor, space: LatentSpace, size: int, sums: torch.dtype | None = None
+) -> None:
     """
     Raises where a dense precision is positive definite by rounding only: the variance of an entry given the others is
     below the rounding error of its precision.
@@ -93,21 +95,23 @@ def require_resolved(posterior: Any, index: Tensor, space: LatentSpace, size: in
     :param index: its positions.
     :param space: the packed latents.
     :param size: p.
+    :param sums: the precision that it was summed and factored in; by default its own.
     :raises NotAMinimumError: naming the sites.
     """
     if not isinstance(posterior, FullNormal) or not len(index):
         return
     diagonal = posterior.precision.detach().diagonal()
     ratio = posterior.cholesky.detach().diagonal().square() / diagonal
-    limit = _ROUNDING if ratio.dtype == torch.float64 else _ROUNDING_SINGLE
-    if bool((ratio > limit * torch.finfo(ratio.dtype).eps).all()):
+    dtype = ratio.dtype if sums is None else sums
+    limit = _ROUNDING if dtype == torch.float64 else _ROUNDING_SINGLE
+    if bool((ratio > limit * torch.finfo(dtype).eps).all()):
         return
     lowest = _lowest_pair(posterior.precision.detach())
     full = diagonal.new_zeros(size)
     full[index] = ratio.eq(ratio.min()).to(full) if lowest is None else lowest[1]
     raise NotAMinimumError(
         f"the joint density is flat along a direction of the sites {main_sites(space, full)}: neither their priors nor the "
-        f"data determine it beyond the rounding errors of {ratio.dtype} (smallest relative pivot "
+        f"data determine it beyond the rounding errors of {dtype} (smallest relative pivot "
         f"{float(ratio.min()):.2g}). Give them proper or narrower priors, drop what is redundant, scale inputs alike"
         f"{'' if ratio.dtype == torch.float64 else ', or use float64'}."
     )

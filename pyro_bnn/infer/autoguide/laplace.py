@@ -539,8 +539,9 @@ class AutoLaplace(LinearizedGuide):
                 f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
                 f"precision. Use float64 or a narrower prior.{where} ({error})"
             ) from None
-        for index, piece in pieces:
-            require_resolved(piece, index, self.packed.space, len(loc))
+        for part, (index, piece) in zip(parts, pieces, strict=True):
+            sums = part.tensors.get("curvature", part.prior).dtype
+            require_resolved(piece, index, self.packed.space, len(loc), sums)
         if len(pieces) == 1 and torch.equal(pieces[0][0], torch.arange(len(loc), device=loc.device)):
             return pieces[0][1]
         return BlockNormal(loc, pieces)
