@@ -95,7 +95,7 @@ class Mixture_ELBO(_Elbo):
 
     Example::
 
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> from pyro_bnn.infer.autoguide import AutoMixture
         >>> def model(y):
