@@ -24,7 +24,7 @@ from pyro_bnn.infer.component_runs import (
     rehearsal,
     subsamples,
 )
-from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, sample_sites
+from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.vectorize import FAILURES
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
@@ -190,9 +190,7 @@ def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
     :return: by site, what its entries add to the log joint density; deterministic sites are left out.
     """
     return {
-        name: scale_and_mask(
-            site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"]), site["scale"], site["mask"]
-        )
+        name: scale_and_mask(log_prob_of(site), site["scale"], site["mask"])
         for name, site in sites.items()
         if not is_deterministic(site)
     }
@@ -327,20 +325,18 @@ def check_used(
     :raises ValueError: if another module reads the parameters of such a layer.
     """
     unused = unreached([likelihood], values, layers)
-    for name in unused:
-        layer = name.rpartition(".")[0]
-        if layer in readers:
-            raise ValueError(
-                f"site {name!r} is drawn, but no observation depends on it: {readers[layer]} reads the parameters of "
-                f"{layer!r} without the layer, in a way that the draw does not reach. Leave the layer out by skip=."
-            )
     if not unused:
         return
-    used = {name.rpartition(".")[0] for name in layers if name not in unused}
-    whole = list(
-        dict.fromkeys(name.rpartition(".")[0] for name in unused if name.rpartition(".")[0] not in used)
-    )
-    parts = [name for name in unused if name.rpartition(".")[0] in used]
+    layer_of = {name: name.rpartition(".")[0] for name in layers}
+    used = {layer for name, layer in layer_of.items() if name not in unused}
+    whole = list(dict.fromkeys(layer_of[name] for name in unused if layer_of[name] not in used))
+    parts = [name for name in unused if layer_of[name] in used]
+    for layer in whole:
+        if layer in readers:
+            raise ValueError(
+                f"the sites of layer {layer!r} are drawn, but no observation depends on them: {readers[layer]} reads the "
+                "parameters without the layer, in a way that the draws do not reach. Leave the layer out by skip=."
+            )
     named = " and ".join([f"the layers {whole}"] * bool(whole) + [f"the sites {parts}"] * bool(parts))
     warnings.warn(
         f"no observation depends on {named}, which keep their prior. Layers that no batch needs are left out by skip= of "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.component_check import check_latents
 from pyro_bnn.infer.component_runs import Step, component_draw, component_run, subsamples
-from pyro_bnn.infer.handlers import Site, sample_sites
+from pyro_bnn.infer.handlers import Site, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.mixture_terms import SiteTerms, information, one_draw, scaled_sites
 from pyro_bnn.nn.sites import SITE_KEY
 
@@ -86,9 +86,9 @@ class ComponentLoop:
         """Adds the likelihood of the last run, or returns scales and densities by example for a mixture over components."""
         pointwise: dict[Any, tuple[Any, Tensor]] = {}
         for name, site in self.model_sites.items():
-            if not site["is_observed"]:
+            if not site["is_observed"] or is_deterministic(site):
                 continue
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = log_prob_of(site)
             if not self.mixes:
                 total = scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
                 self.likelihood = self.likelihood + total / (self.step.S * self.step.K)

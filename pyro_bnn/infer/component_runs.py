@@ -284,8 +284,9 @@ def rehearsal(model: Any) -> Iterator[None]:
     :param model: the model, whose modules are in evaluation mode meanwhile.
     """
     state = get_rng_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with poutine.block(), torch.random.fork_rng(), evaluation_mode(model):
+        with poutine.block(), torch.random.fork_rng(devices), evaluation_mode(model):
             yield
     finally:
         set_rng_state(state)

@@ -29,7 +29,7 @@ from pyro_bnn.infer.component_check import (
 )
 from pyro_bnn.infer.component_loop import OUTSIDE, ComponentLoop, example_key
 from pyro_bnn.infer.component_runs import PLATES, DirectRun, Step, TracedRun, rehearsal
-from pyro_bnn.infer.handlers import Site, check_broadcast, sample_sites
+from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture_terms import SiteTerms, per_component
 from pyro_bnn.infer.options import require_number
@@ -95,7 +95,7 @@ class Mixture_ELBO(_Elbo):
 
     Example::
 
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro.infer import SVI
         >>> from pyro_bnn.infer.autoguide import AutoMixture
         >>> def model(y):
@@ -393,9 +393,9 @@ class Mixture_ELBO(_Elbo):
         total: Any = 0.0
         pointwise: dict[Any, tuple[Any, Tensor]] = {}
         for name, site in model_sites.items():
-            if not site["is_observed"]:
+            if not site["is_observed"] or is_deterministic(site):
                 continue
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            log_prob = log_prob_of(site)
             check_broadcast(name, log_prob.shape, nesting + 1 + (self.num_particles > 1), "components")
             if self.likelihood == "average" or K == 1:  # with one component they are the same
                 log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])

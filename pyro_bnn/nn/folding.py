@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many samples of the weights through arbitrary torch code: samples folded into the batch dimension."""
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -16,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from pyro_bnn.nn.plain_runs import PlainRuns
 from pyro_bnn.nn.sites import SiteModule, describe_module, silence
+from pyro_bnn.nn.structure import map_structure, tensors_of
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
 _ROWS: ContextVar[bool] = ContextVar("rows_per_example", default=True)
@@ -111,7 +110,7 @@ class Folding:
         :raises ValueError: if the batch is empty or a site has a batch shape that does not fit it.
         """
         self.active = False
-        first = next(_tensors((*args, *kwargs.values())), None)
+        first = next(tensors_of((*args, *kwargs.values())), None)
         if isinstance(first, PackedSequence):
             self.batch_size = int(first.batch_sizes[0])
         elif first is None or (first.dim() < 2 and first.is_floating_point()):
@@ -378,66 +377,6 @@ def _first_layer(root: nn.Module) -> SiteModule | None:
     if first is None or not getattr(first, "takes_shared_input", False) or first in children[1:]:
         return None
     return first  # type: ignore[return-value]
-
-
-def map_structure(
-    value: Any, fn: Callable[[Tensor], Any], packed: Callable[[PackedSequence], Any] | None = None
-) -> Any:
-    """
-    Applies a function to the tensors in nested tuples, lists, dictionaries and dataclasses.
-
-    :param value: a tensor or a structure of tensors; other leaves are untouched.
-    :param callable fn: a function of a tensor.
-    :param callable packed: a function of a packed sequence; by default these are untouched too.
-    :return: the same structure.
-    """
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, PackedSequence):
-        return value if packed is None else packed(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_structure(item, fn, packed) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_structure(item, fn, packed) for item in value)
-    if isinstance(value, dict):
-        new: Any = copy.copy(value)  # of its own class, which may give its items as attributes
-        for key, item in value.items():
-            new[key] = map_structure(item, fn, packed)
-        return new
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(new, field.name, map_structure(getattr(value, field.name), fn, packed))
-        return new
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor | PackedSequence]:
-    """The tensors and packed sequences of a structure, in order."""
-    if isinstance(value, (Tensor, PackedSequence)):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)])
-
-
-def repack(padded: Tensor, like: PackedSequence) -> PackedSequence:
-    """
-    Packs padded sequences in the order of another packed sequence.
-
-    :param padded: shape ``(N, T, d)``, the sequences in the order in which they were before they were packed.
-    :param like: a packed sequence of the same lengths.
-    :return: a packed sequence that differs from ``like`` in its data only.
-    """
-    if like.sorted_indices is not None:
-        padded = padded.index_select(0, like.sorted_indices)
-    steps = zip(padded.unbind(1), like.batch_sizes.tolist(), strict=False)
-    data = torch.cat([step[:size] for step, size in steps])
-    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
 def fold_(net: Any) -> Any:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.folding import map_structure, repack
 from pyro_bnn.nn.rank1 import Rank1LinearMixin
 from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.structure import map_structure, repack
 
 #: The first argument of a layer, by position or name.
 MAIN_INPUTS = (0, "input", "query", "x")

@@ -3,7 +3,7 @@
 """Rank-1 layers: a shared weight and random vectors that scale its inputs and outputs."""
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +137,7 @@ class Rank1Mixin(SiteModule):
                         )
                     placed = place_prior(resolved, self, weight_name, weight.shape, weight)
                     self._add_site(weight_name, placed, "base", event_dim=weight.dim())
+        # by weight that factors multiply, the suffix of its group
         self.__dict__["_weights"] = {name: suffix for suffix, (name, _, _) in self._groups().items()}
         for name, _ in self._biases().items():
             bias = self._parameters.get(name)  # a tied one is read elsewhere
@@ -145,9 +146,6 @@ class Rank1Mixin(SiteModule):
                 if resolved is not None:
                     placed = place_prior(resolved, self, name, bias.shape, bias)
                     self._add_site(name, placed, "bias", event_dim=bias.dim())
-
-    def _random_parameters(self) -> Collection[str]:
-        return {*self.__dict__.get("_sites", ()), *self.__dict__.get("_weights", ())}
 
     def _read_from_outside(self, name: str) -> Any:
         """A weight with its factors, which is what a module that reads it means to compute with."""

@@ -3,7 +3,7 @@
 """Modules whose attributes are sample sites that say what they are and where they start."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -219,10 +219,6 @@ class SiteModule(_PyroModule):
         """
         return self.read(name)
 
-    def _random_parameters(self) -> Collection[str]:
-        """The names of parameters whose values depend on sites."""
-        return self.__dict__.get("_sites", ())
-
     def _is_folded(self) -> bool:
         """Whether a network runs that carries samples in its batch dimension."""
         folding = self.__dict__.get("_folding")
@@ -246,11 +242,12 @@ class SiteModule(_PyroModule):
         overrides = self.__dict__.get("_overrides")
         if overrides is not None and name in overrides:
             return overrides[name]
-        if name not in self._random_parameters():
+        own = self.__dict__
+        if name not in own.get("_sites", ()) and name not in own.get("_weights", ()):
             return self.read(name)
         readers = _READERS.get()
         if readers is not None:
-            readers[self.__dict__["_pyro_name"]] = _reader(self)
+            readers[own["_pyro_name"]] = _reader(self)
         return self._read_from_outside(name)
 
     def _read_site(self, name: str, spec: SiteSpec) -> Any:

@@ -162,7 +162,7 @@ def test_noise_per_example_finds_the_examples():
     guide = AutoMixture(model, 2, noise="per_example").initialize(x, y)
     assert num_rows(guide._row_sources, (x, y), {}) == B
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 3, 2, 5]), enforce_sorted=False)
-    guide._row_sources = [(0, 0)]
+    guide._row_sources = [(0, 0, B)]
     assert num_rows(guide._row_sources, (packed,), {}) == B
     with pytest.raises(ValueError, match="one row per example"):
         num_rows(guide._row_sources, (None,), {})

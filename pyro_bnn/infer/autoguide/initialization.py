@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY
@@ -29,8 +31,8 @@ def init_component(site: Any) -> Tensor:
     The default initial location of a mixture component, called once per component.
 
     Rank-1 factors and weights start at independent draws around their prior location with the prior's scale, so
-    that components differ; biases and shared weights at the value of the network that was converted; all other
-    sites at their prior median.
+    that components differ; biases and shared weights at the value of the network that was converted; flat priors, which have
+    no draws, at zero in unconstrained space; all other sites at their prior median.
 
     :param site: a sample site.
     :return: a value of the site.
@@ -39,6 +41,9 @@ def init_component(site: Any) -> Tensor:
     role, init = hint.get("role"), hint.get("init")
     if role in ("bias", "base") and init is not None:
         return init.expand(site["fn"].shape()).clone()
+    if isinstance(unwrap(site["fn"]), dist.ImproperUniform):  # which has no draws
+        transform = biject_to(site["fn"].support)
+        return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
     if role not in ("factor", "weight"):
         return init_to_median(site)
     base = unwrap(site["fn"])
