@@ -49,7 +49,8 @@ TARGETS = [
         for name in (
             "curvature", "density", "evidence", "examples", "joint_covariance", "joint_terms", "latent_space",
             "linear_covariance", "linearized_outputs", "low_rank", "memory", "mixture_elbo", "mixture_terms", "moments",
-            "parts", "schedules", "selection", "structures", "subset",
+            "parts", "schedules", "selection", "structures", "subset", "output_covariances", "conditioning", "definite",
+            "hyperparameters",
         )
     ),
 ]  # fmt: skip
