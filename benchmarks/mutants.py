@@ -49,7 +49,8 @@ TARGETS = [
         for name in (
             "curvature", "density", "evidence", "examples", "joint_covariance", "joint_terms", "latent_space",
             "linear_covariance", "linearized_outputs", "low_rank", "memory", "mixture_elbo", "mixture_terms", "moments",
-            "parts", "schedules", "selection", "structures", "subset",
+            "parts", "schedules", "selection", "structures", "subset", "output_covariances", "conditioning", "definite",
+            "hyperparameters",
         )
     ),
 ]  # fmt: skip
@@ -92,18 +93,19 @@ class Recorder:
 
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.passed: set[str] = set()
         self.failed: set[str] = set()
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.coverage.switch_context(item.nodeid)
+        start = time.process_time()
         yield
+        self.seconds[item.nodeid] = round(time.process_time() - start, 4)
         self.coverage.switch_context("")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid] += report.duration
         if report.when == "call" and report.passed:
             self.passed.add(report.nodeid)
         if report.failed:
@@ -185,21 +187,52 @@ def digest(paths: Iterable[Path]) -> str:
     return found.hexdigest()[:16]
 
 
-def measured(root: Path, cache: Path, parts: list[str]) -> dict[str, Any]:
-    """The measurements of all parts of the suite, those of unchanged files from the cache."""
+def owners(source: str) -> dict[int, str]:
+    """By line, the qualified name of the innermost function around it; lines outside of functions are left out."""
+    found: dict[int, str] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = f"{prefix}.{child.name}"
+            if isinstance(child, ast.FunctionDef):
+                found.update(dict.fromkeys(range(child.body[0].lineno, (child.end_lineno or 0) + 1), name))
+            visit(child, name)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) -> dict[str, Any]:
+    """
+    The measurements of all parts of the suite, those of unchanged files from the cache; where they may be ``stale``, the
+    latest of each part, whatever has changed since.
+    """
     package = digest((root / "pyro_bnn").rglob("*.py"))
     found = {}
     cache.mkdir(parents=True, exist_ok=True)
     for part in parts:
         path = root / part
         key = package if path.is_dir() else package + digest([path])
-        file = cache / f"{part.replace('/', '.')}-{key}.json"
+        name = part.replace("/", ".")
+        file, latest = cache / f"{name}-{key}.json", cache / f"{name}.json"
+        if stale and latest.exists():
+            file = latest
         if not file.exists():
             start = time.monotonic()
             result, late = in_fork(measure, part, cpu=3000, root=root)
             assert not late, f"{part} does not end"
             assert "error" not in result, f"{part}: {result}"
-            file.write_text(json.dumps(result))
+            names: dict[str, dict[int, str]] = {}
+            for test in result["tests"].values():
+                for path_, lines in test["lines"].items():
+                    if path_ not in names:
+                        names[path_] = owners((root / path_).read_text())
+                    called = {names[path_][line] for line in lines if line in names[path_]}
+                    test.setdefault("functions", {})[path_] = sorted(called)
+            for target in (file, latest):
+                target.write_text(json.dumps(result))
             count, failed = len(result["tests"]), result["failed"]
             print(f"measured {part}: {count} tests, {time.monotonic() - start:.0f} s", *failed, flush=True)
         found[part] = json.loads(file.read_text())
@@ -209,8 +242,10 @@ def measured(root: Path, cache: Path, parts: list[str]) -> dict[str, Any]:
 class Suite:
     """Which tests execute which line, and what they cost."""
 
-    def __init__(self, measurements: dict[str, Any]) -> None:
+    def __init__(self, measurements: dict[str, Any], *, stale: bool = False) -> None:
+        self.stale = stale
         self.seconds: dict[str, float] = {}
+        self.functions: dict[tuple[str, str], list[str]] = {}
         self.lines: dict[tuple[str, int], list[str]] = {}
         self.files: dict[str, list[str]] = {}
         for found in measurements.values():
@@ -220,11 +255,18 @@ class Suite:
                     self.files.setdefault(file, []).append(name)
                     for line in lines:
                         self.lines.setdefault((file, line), []).append(name)
+                    for function in test["functions"][file]:
+                        self.functions.setdefault((file, function), []).append(name)
 
     def of(self, mutant: Mutant, source: bytes, budget: float) -> dict[str, float]:
         """The tests of a mutant and their seconds, cheapest first."""
-        names = self.lines.get((mutant.path, mutant.line), [])
-        if runs_at_import(ast.parse(source), mutant.line):
+        owner = owners(source.decode()).get(mutant.line)
+        if self.stale and owner is not None:
+            # lines have moved; a function that is new is asked for by all the tests of its file
+            names = self.functions.get((mutant.path, owner), self.files.get(mutant.path, []))
+        elif owner is not None:
+            names = self.lines.get((mutant.path, mutant.line), [])
+        else:  # constants of a module, defaults of arguments
             names = self.files.get(mutant.path, [])
         chosen, total = {}, 0.0
         for name in sorted(names, key=self.seconds.__getitem__):
@@ -233,17 +275,6 @@ class Suite:
                 break
             chosen[name] = self.seconds[name]
         return chosen
-
-
-def runs_at_import(tree: ast.Module, line: int) -> bool:
-    """Whether a line is outside of the bodies of functions: constants of a module, defaults of arguments."""
-    return not any(
-        isinstance(node, (ast.FunctionDef, ast.Lambda))
-        and (node.body[0].lineno if isinstance(node.body, list) else node.body.lineno)
-        <= line
-        <= (node.end_lineno or 0)
-        for node in ast.walk(tree)
-    )
 
 
 def run_tests(order: dict[str, float]) -> dict[str, Any]:
@@ -309,7 +340,8 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     parts = sorted(str(p.relative_to(root)) for p in files if p.name not in LEFT_OUT)
     if options.smoke:
         parts = ["tests/ops/test_block_cg.py"]
-    suite = Suite(measured(root, Path(options.cache), [*parts, *([] if options.smoke else ["pyro_bnn"])]))
+    parts += [] if options.smoke else ["pyro_bnn"]
+    suite = Suite(measured(root, Path(options.cache), parts, stale=options.stale), stale=options.stale)
     known, rows, stamp = equivalents(), [], int(time.time()) - 10**6
     for mutant in draw(root, targets(root), options.seed):
         source = (root / mutant.path).read_bytes()
@@ -344,6 +376,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150, help="non-equivalent mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
+    parser.add_argument(
+        "--stale", action="store_true", help="the latest measurements, by function instead of by line"
+    )
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "pyro_bnn_mutants"))
     parser.add_argument("--out", help="write the results to this file")

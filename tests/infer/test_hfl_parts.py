@@ -13,13 +13,14 @@ from scipy import stats
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.api import _agreement, _from_responses
+from pyro_bnn.infer.hfl.checks import warn_of
 from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.paired import fine_tune
 from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb, slopes
 from pyro_bnn.infer.hfl.probe import probe
 from pyro_bnn.infer.hfl.problem import PerturbedLoss, Problem
-from pyro_bnn.infer.hfl.result import HFLResult
+from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.score import regvar_score
 from pyro_bnn.infer.hfl.solver import Solver
@@ -401,7 +402,7 @@ def test_probes_know_what_each_of_them_misses():
 def two_sites(x, y=None, z=None):
     """Two observations of the same points, in a subsampled plate, and one of groups of them."""
     w = pyro.sample("w", dist.Normal(torch.zeros(3), 2.0).to_event(1))
-    with pyro.plate("data", 40, subsample_size=len(x), subsample=torch.arange(len(x))):
+    with pyro.plate("data", 6, subsample_size=len(x), subsample=torch.arange(len(x))):
         pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
         pyro.sample("other", dist.StudentT(3.0, (x @ w).sin(), 1.0), obs=z)
     with pyro.plate("groups", 2):
@@ -423,7 +424,7 @@ def test_scores_of_the_same_points_add_up():
     assert_close(score_responses(guide.packed, u, (x, y, z), d), expected, rtol=1e-9, atol=1e-11)
     halves = [(x[:4], y[:4], z[:4]), (x[4:], y[4:], z[4:])]
     found = score_responses(guide.packed, u, halves, d)
-    rows = torch.tensor([0, 1, 2, 3, 6, 7, 4, 5, 6, 7])  # the groups are seen with each batch
+    rows = torch.tensor([0, 1, 2, 3, 6, 7, 4, 5])  # the groups are counted with the first batch
     assert_close(found, expected[rows], rtol=1e-9, atol=1e-11)
 
 
@@ -533,6 +534,39 @@ def test_a_result_prints_what_it_knows():
     for part in ("0.003 sd", "0.04", "0.5", "0.9000 +- 0.0500", "median  ", "  2\n", "warning: careful"):
         assert part in full
     assert "none" in str(result(mean=torch.zeros(0), variances=torch.zeros(0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "limits", "text"),
+    [
+        ({"newton_decrement": 0.1}, {}, None),
+        ({"newton_decrement": 0.11}, {}, "0.11 posterior standard deviations away"),
+        ({"newton_decrement": math.nan}, {}, "nan posterior"),
+        ({"smallest_curvature": 1e-8}, {"largest_curvature": 4e5}, None),
+        ({"smallest_curvature": 1e-8}, {"largest_curvature": 5e5}, "curvatures range from 1e-08 to 5e.05"),
+        ({"residual": 0.99e-5}, {}, None),
+        ({"residual": 1.1e-5}, {}, "relative residual of 1.1e-05, not 1e-06"),
+        ({"residual": 1.1e-5, "method": "probe"}, {}, "relative residual of 1.1e-05, not 1e-06"),
+        ({"residual": 0.1, "method": "central"}, {}, None),
+        ({"residual": 0.11, "method": "one_sided"}, {}, "stopped 0.11 epsilon short"),
+        ({"residual": 0.02, "method": "paired"}, {}, None),
+        ({"residual": 0.021, "method": "paired"}, {}, "stopped 0.021 epsilon short"),
+        ({"agreement": 0.01}, {}, None),
+        ({"agreement": 0.011}, {}, "epsilon / 3 differ by 0.011"),
+        ({"antisymmetry": 0.05}, {}, None),
+        ({"antisymmetry": 0.051}, {}, "antisymmetric by 0.051"),
+    ],
+)
+def test_what_a_result_warns_of(options, limits, text):
+    found = result(**options)
+    limits = {"tolerance": 1e-6, "largest_curvature": 2.0, "map_tolerance": 0.1, **limits}
+    if text is None:
+        warn_of(found, **limits)
+        assert found.warnings == []
+        return
+    with pytest.warns(HFLWarning, match=text):
+        warn_of(found, **limits)
+    assert len(found.warnings) == 1
 
 
 def test_a_solve_counts_what_it_did():

@@ -18,7 +18,7 @@ from pyro_bnn.ops.kronecker import (
     squared_rows,
     weight_gradients,
 )
-from pyro_bnn.ops.patches import column_gram, gram, patches, sizes
+from pyro_bnn.ops.patches import PatchInputs, column_gram, gram, patches, sizes
 from tests.common import assert_close
 
 B, K, OUT, IN = 6, 3, 4, 5
@@ -144,3 +144,43 @@ def test_patches_of_a_line_are_its_windows():
     x = torch.arange(7.0).view(1, 1, 7)
     assert_close(patches(x, (2,), 2, 0, 3)[0], [[0.0, 3.0], [2.0, 5.0]])
     assert_close(patches(x, (3,), 3, 1, 1)[0], [[0.0, 0.0, 1.0], [2.0, 3.0, 4.0], [5.0, 6.0, 0.0]])
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_rows_without_inputs_do_not_count(sharing):
+    x = torch.randn(4, 3, 2)
+    present = torch.tensor(
+        [[True, True, True], [True, False, True], [False, False, False], [False, True, False]]
+    )
+    x = x * present.unsqueeze(-1)
+    A, count = kronecker_inputs(x, sharing, present)
+    if sharing == "expand":
+        rows = x[present]
+        assert count == 6
+    else:
+        rows = torch.stack([x[n][present[n]].mean(0) for n in (0, 1, 3)])
+        assert count == 3
+    assert_close(A, rows.mT @ rows, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "geometry"),
+    [
+        ((5, 2, 9), ((3,), 2, 1, 1)),
+        ((5, 2, 6, 7), ((2, 3), (1, 2), (0, 1), (2, 1))),
+        ((3, 1, 4, 4, 4), ((2, 2, 2), 2, 0, 1)),
+    ],
+)
+def test_patches_are_projected_without_being_formed(shape, geometry):
+    x = torch.randn(shape)
+    x[0, :, :4] = 0.0
+    inputs = PatchInputs(x, geometry)
+    formed = inputs()
+    v = torch.randn(formed.shape[-1])
+    assert_close(inputs.project(v), formed @ v, rtol=1e-9, atol=1e-11)
+    assert inputs.present().tolist() == (formed != 0).any(-1).tolist()
+    assert inputs.numel() == formed.numel()
+    rows = formed.flatten(0, 1)
+    A, count = inputs.gram(torch.float64)
+    assert_close(A, rows.mT @ rows, rtol=1e-9, atol=1e-11)
+    assert count == len(rows)

@@ -225,6 +225,26 @@ def test_what_rounding_leaves_over_is_finished_from_the_residual():
     assert_close((rhs * result.solution).sum(-1), (rhs * exact).sum(-1), rtol=1e-3)
 
 
+def test_right_hand_sides_that_do_not_converge_together_are_finished_one_by_one():
+    P = spd(torch.logspace(0, 2, 30))
+    rhs = torch.cat([torch.randn(4, 30), torch.zeros(1, 30)])
+    counted, noisy = Counted(P), rounded(P, 1e-5)
+    operator = lambda v: (counted(v), noisy(v))[1]  # noqa: E731
+    result = block_conjugate_gradient(operator, rhs, tolerance=1e-9, max_iter=500)
+    # two restarts and the start of the single solves are products, not iterations
+    assert counted.calls == result.iterations + 3
+    assert result.products == counted.vectors
+    assert result.iterations < 500
+    exact = torch.linalg.solve(P, rhs.mT).mT
+    assert_close(result.solution, exact, rtol=0, atol=1e-2 * float(exact.abs().max()))
+    assert_close(result.solution[-1], torch.zeros(30))
+    assert_close(result.residual[-1], 0.0)
+    assert bool((result.residual <= 1e-9).all())
+    assert 0.9 <= result.smallest_curvature <= 10.0
+    assert 30.0 <= result.largest_curvature <= 101.0
+    assert not result.indefinite
+
+
 def test_orthonormal_rows_of_any_scale_and_rank():
     rows = torch.randn(3, 10)
     for scale in (1e-100, 1.0, 1e100):
