@@ -159,9 +159,9 @@ def guide_list(facts: Facts) -> Pairs:
     case = facts.program.make()
     first, *others = facts.space.sites
     guide = AutoGuideList(case.model)
-    part = AutoMixture(poutine.block(case.model, expose=[first]), 2, "delta", rest="delta")
+    part = AutoMixture(poutine.block(case.model, hide=others), 2, "delta", rest="delta")
     guide.append(part)
-    guide.append(AutoDelta(poutine.block(case.model, expose=others)))
+    guide.append(AutoDelta(poutine.block(case.model, hide=[first])))
     guide(*case.data)
     with torch.no_grad():
         for p in part.parameters():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bnn.infer import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace
 from tests.programs import dense
 from tests.programs.dense import Undefined
@@ -19,7 +20,13 @@ from tests.programs.program import Case
 def approximation(facts: Facts, case: Case, data: Any = None, kind: str = "ggn", **options: Any) -> Any:
     guide = AutoLaplace(case.model, curvature=kind, **options).initialize(*case.data)  # type: ignore[arg-type]
     guide.loc.data = place(facts, guide, facts.point(kind))
-    return guide.laplace_approximation(case.data if data is None else data, map_tolerance=math.inf)
+    try:
+        return guide.laplace_approximation(case.data if data is None else data, map_tolerance=math.inf)
+    except NotAMinimumError as error:
+        values = torch.linalg.eigvalsh(facts.curvature(kind).double())
+        if values[0] > 1e-6 * values[-1]:
+            raise AssertionError("refused a precision that is positive definite") from error
+        raise
 
 
 def order(facts: Facts, guide: Any) -> Tensor:

@@ -174,7 +174,12 @@ operation(
 )(partial(export, "batch_size"))
 
 
-@operation("importance weights", PREDICT, is_function)
+def has_priors(facts: Facts) -> bool:
+    priors = [site["fn"] for site in facts.space.sites.values()]
+    return is_function(facts) and not any(isinstance(fn, dist.ImproperUniform) for fn in priors)
+
+
+@operation("importance weights", PREDICT + "; priors can be drawn from", has_priors)
 def weights(facts: Facts) -> Pairs:
     case = facts.program.make()
     guide = AutoNormal(case.model, init_scale=0.1)

@@ -27,22 +27,7 @@ def specs(draw: Any) -> Spec:
     return draw_spec(lambda name, options: draw(st.sampled_from(options)))
 
 
-#: properties of which a counterexample is known
-BROKEN = {
-    "the split and the order of batches do not matter": "exports of models of *args",
-    "lp is the joint density": "exports of models of *args",
-    "the bound is the mean of the components": "models that do not broadcast, and sites without a plate",
-    "predictions are those of a loop": "scores count masked observations",
-}
-
-
-def known(name: str) -> Any:
-    if name not in BROKEN:
-        return name
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=BROKEN[name]))
-
-
-@pytest.mark.parametrize("name", map(known, PROPERTIES))
+@pytest.mark.parametrize("name", list(PROPERTIES))
 def test_property(name: str) -> None:
     @SETTINGS
     @given(specs())
