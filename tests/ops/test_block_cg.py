@@ -50,7 +50,9 @@ def test_as_many_products_as_unknowns_serve_any_number_of_right_hand_sides(toler
         result = block_conjugate_gradient(lambda v: v @ P, block, tolerance=tolerance, basis=basis)
         products += result.products
         residual = block - result.solution @ P
-        assert (residual.norm(dim=-1) <= 1.1 * tolerance * block.norm(dim=-1)).all()
+        # no solution in this precision has a smaller residual than rounding of P x, at a condition of 1e9
+        rounding = 1e9 * torch.finfo(P.dtype).eps
+        assert (residual.norm(dim=-1) <= (tolerance + rounding) * block.norm(dim=-1)).all()
     assert products <= allowed
     assert_close(basis.directions @ P @ basis.directions.mT, torch.eye(120), rtol=0, atol=1e-6)
     assert_close(basis.images, basis.directions @ P, rtol=0, atol=1e-8 * basis.images.abs().max())
