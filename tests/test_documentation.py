@@ -164,6 +164,14 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "mixture": posterior_predictive(model, mixture, data),
     }
     names |= {f"{name}_prediction": value for name, value in predictions.items()}
+
+    def classifier(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("label", dist.Categorical(logits=x[:, :1] * w.unsqueeze(-2)), obs=y)
+
+    points = torch.randn(20, 1), torch.randint(3, (20,))
+    names["class_prediction"] = posterior_predictive(classifier, {"w": torch.randn(30, 3)}, points)
     names |= {"laplace_result": result, "mixture_result": result}
     names |= {"other": to_inference_data(model, mixture, data), "members": [network(), network()]}
     run(PAGES / "diagnose.rst", names)
