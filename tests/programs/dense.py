@@ -403,7 +403,10 @@ def newton(case: Case, space: Space, steps: int = 100) -> Tensor:
 
     def value_and_gradient(v: Tensor) -> tuple[float, Tensor]:
         v = v.detach().clone().requires_grad_(True)
-        f = fn(v)
+        try:
+            f = fn(v)
+        except ValueError:  # a parameter has overflowed
+            return math.inf, v.detach()
         g = torch.autograd.grad(f, v)[0]
         return float(f), g.detach()
 
