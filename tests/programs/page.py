@@ -9,6 +9,7 @@ Runs the matrix, compares it with what is known, and writes the page of the docu
 import argparse
 import json
 import logging
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,7 @@ the site, module or argument that is the reason. No number is guessed.
 
 References know nothing of this package: loops over components, draws and rows with plain Pyro handlers, dense autograd with one
 backward pass per output, Fisher matrices by enumeration or quadrature over observations, densities of torch and scipy. Arithmetic is
-float64 except where the name of a program says otherwise; tests assert 1e-8 (derivatives by one step of SGD: 1e-6; solves of Hessian-free
+float64 except where the name of a program says otherwise; tests assert 1e-8 (derivatives by one step of SGD: 1e-7; solves of Hessian-free
 Laplace: 1e-6).
 
 Of the cells {exact} are exact (median error {median:.0e}, largest {largest:.0e} in float64) and {refused} are refused.{failing}
@@ -53,7 +54,7 @@ When does a cell exist?
      - programs
      - exact
      - refused
-     - largest error
+     - largest error (float32 included)
      - where it applies
 """
 
@@ -76,18 +77,16 @@ def table(names: list[str], cells: Cells) -> list[str]:
         for operation, v in found.items():
             if v.outcome != "exact":
                 by_message.setdefault(short(v), []).append(operation)
-        refused = "; ".join(f"{', '.join(operations)}: *{m}*" for m, operations in by_message.items())
-        lines += [
-            f"   * - ``{name}``",
-            f"     - {len(exact)} ({max(exact, default=0.0):.0e})",
-            f"     - {refused}" if refused else "     -",
-        ]
+        refused = [f"{'; '.join(operations)}: *{m}*" for m, operations in by_message.items()]
+        lines += [f"   * - ``{name}``", f"     - {len(exact)} ({max(exact, default=0.0):.0e})"]
+        lines += [f"     - * {refused[0]}" if refused else "     -"]
+        lines += [f"       * {group}" for group in refused[1:]]
     return [*lines, ""]
 
 
 def short(verdict: Verdict) -> str:
     """A message of one line, safe in a table."""
-    text = str(verdict).removeprefix("refused: ").split(": ", 1)[-1]
+    text = re.sub(r"/\S+/", "", str(verdict).removeprefix("refused: ").split(": ", 1)[-1])
     text = text.replace("\\", " ").replace("*", "·").replace("`", "'").replace("|", "/").replace("_", "\\_")
     return text if len(text) < 160 else text[:157].rstrip(" \\") + "..."
 
