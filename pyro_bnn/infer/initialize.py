@@ -41,7 +41,11 @@ def example_of(batch: Batch) -> dict[str, Any] | None:
 def _describe_value(key: Any, value: Any) -> list[Any] | None:
     """``[key, kind, shape or value or items, type]``, or ``None`` for what a file does not hold."""
     if isinstance(value, Tensor):
-        return [key, "tensor", list(value.shape), str(value.dtype).removeprefix("torch.")]
+        dtype = str(value.dtype).removeprefix("torch.")
+        if value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) and value.numel():
+            # lengths, indices and labels: zero may be none that the model takes
+            return [key, "integers", [list(value.shape), int(value.min())], dtype]
+        return [key, "tensor", list(value.shape), dtype]
     if value is None or isinstance(value, (bool, int, float, str)):
         return [key, "value", value, ""]
     if type(value) in (list, tuple, dict):

@@ -39,7 +39,7 @@ SETTINGS = (
 
 def batch_of(example: dict[str, Any], device: torch.device) -> Batch:
     """
-    A batch of zeros in the shapes of an example.
+    A batch of zeros in the shapes of an example; integers are the smallest of those that were there.
 
     :param example: what :func:`~pyro_bnn.infer.initialize.example_of` returned.
     :param device: where to put the tensors.
@@ -54,6 +54,9 @@ def batch_of(example: dict[str, Any], device: torch.device) -> Batch:
 def _value_of(kind: str, value: Any, dtype: str, device: torch.device) -> Any:
     if kind == "tensor":
         return torch.zeros(value, dtype=getattr(torch, dtype), device=device)
+    if kind == "integers":
+        shape, least = value
+        return torch.full(shape, least, dtype=getattr(torch, dtype), device=device)
     if kind == "value":
         return value
     items = [(key, _value_of(of, item, item_dtype, device)) for key, of, item, item_dtype in value]
