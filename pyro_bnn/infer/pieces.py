@@ -3,6 +3,7 @@
 """The data of a prediction piece by piece, each with the posterior draws that belong to its rows."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,22 +71,25 @@ class Pieces:
         self.local: list[str] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        for number, batch in enumerate(self.batches):
-            if number == 0:
-                with evaluation_mode(self.model), evaluation_mode(self.posterior):
-                    self.start(batch)
-                if self.batches.is_single and self.batch_size is not None:
-                    yield from self.split(batch, self.batch_size)
-                    return
-            elif self.changing is None:
-                self.changing = differing_places(self.batches.first, batch)
-            if number and self.local:
+        batches = iter(self.batches)
+        first = next(batches)
+        second = next(batches, None)
+        if second is not None:
+            self.changing = differing_places(first, second)
+        with evaluation_mode(self.model), evaluation_mode(self.posterior):
+            self.start(first, second is None)
+        if self.batches.is_single and self.batch_size is not None:
+            yield from self.split(first, self.batch_size)
+            return
+        yield first
+        for batch in chain((second,) if second is not None else (), batches):
+            if self.local:
                 with evaluation_mode(self.posterior):
                     self.runner.replace_draws(self.draws_of(batch))
             yield batch
 
-    def start(self, batch: Batch) -> None:
-        """Makes the draws and the runner."""
+    def start(self, batch: Batch, alone: bool) -> None:
+        """Makes the draws and the runner, and tells which latents have a value per row of further batches."""
         self.draws = self.given or posterior_draws(self.posterior, self.num_samples, batch)
         self.runner = self._known_runner or ModelRunner(
             self.model, self.draws, vectorize=self._vectorize, max_memory=self._max_memory, latents=False
@@ -94,10 +98,10 @@ class Pieces:
         self.runner.look(batch)
         sites = self.runner.prototype or {}
         self.require_memory(sites)
-        self.local = [n for n in self.draws if n in sites and plates_of(sites[n])]
-        if self.local and not self.batches.is_single:
-            axes = {n for rows in self.runner.rows(batch, 1) for n in rows.axes}
-            self.local = [n for n in self.local if n in axes]
+        inside = [n for n in self.draws if n in sites and plates_of(sites[n])]
+        if inside and not alone:
+            axes = {n for rows in self.runner.rows(batch, 1, self.changing) for n in rows.axes}
+            self.local = [n for n in inside if n in axes]
 
     def require_memory(self, sites: Sites) -> None:
         """Draws, means and variances of the observations in one piece must fit into memory."""

@@ -153,24 +153,31 @@ def find_rows(
 
     :param run: runs the model on ``(args, kwargs, draws)`` and returns its sites; it must be a function of them.
     :param tree: ``(args, kwargs, draws)``, the draws by site with the site's own shape.
-    :param changing: the places of the tensors that have the rows, if that is known; no other is cut then.
-    :return: an iterator over what was found, for each set of plates the first way with separate rows.
+    :param changing: the places of tensors that certainly have the rows, if some are known: no way leaves these whole, and
+        others are cut only where the model does not run otherwise.
+    :return: an iterator over what was found, for each set of plates the first way with separate rows; over the ways without
+        only if there is none with them.
     """
     found: dict[frozenset[str], Rows] = {}
     given = leaves(tree)
     inputs = {path: leaf for path, leaf in given.items() if path[0] != 2}
     if changing is not None:
         inputs = {path: leaf for path, leaf in inputs.items() if path in changing}
-        given = {path: leaf for path, leaf in given.items() if path in changing or path[0] == 2}
+    fewest = len(given)  # tensors cut that need not be, in the ways that were found
     for size in _lengths(inputs.values()):
-        for cuts in islice(_ways(given, size, changing is None), WAYS):
+        for cuts in islice(_ways(given, size, changing), WAYS):
+            others = 0 if changing is None else sum(path[0] != 2 and path not in changing for path in cuts)
+            if others > fewest:
+                continue
             rows = _try(run, tree, Rows(size, cuts, {}, frozenset(), ""))
             if rows is None or (rows.plates in found and (found[rows.plates].separate or not rows.separate)):
                 continue
             found[rows.plates] = rows
             if rows.separate:
+                fewest = others
                 yield rows
-    yield from (rows for rows in found.values() if not rows.separate)
+    if not any(rows.separate for rows in found.values()):
+        yield from found.values()
 
 
 def _lengths(inputs: Iterable[Any]) -> list[int]:
@@ -181,13 +188,19 @@ def _lengths(inputs: Iterable[Any]) -> list[int]:
     return sorted(dict.fromkeys(found), key=lambda n: n == 1)
 
 
-def _ways(given: Mapping[Path, Any], size: int, may_leave: bool) -> Iterator[dict[Path, int]]:
-    """The ways of cutting tensors that have a dimension of this length, with as few of them left whole as can be first."""
-    options = {}
+def _ways(
+    given: Mapping[Path, Any], size: int, changing: Collection[Path] | None
+) -> Iterator[dict[Path, int]]:
+    """The ways of cutting tensors that have a dimension of this length, the likeliest first."""
+    options: dict[Path, list[int | None]] = {}
     for path, leaf in given.items():
         dims: list[int | None] = [d for d in dims_of(leaf) if rows_of(leaf, d) == size]
-        if dims:
-            options[path] = [*dims, None] if may_leave or path[0] == 2 else dims
+        if not dims:
+            continue
+        if changing is None or path[0] == 2:
+            options[path] = [*dims, None]
+        else:
+            options[path] = dims if path in changing else [None, *dims]
     ways = [dict(zip(options, choice, strict=True)) for choice in islice(product(*options.values()), 4096)]
     ways.sort(key=lambda way: sum(options[path].index(dim) > 0 for path, dim in way.items()))
     for way in ways:

@@ -201,7 +201,7 @@ class ModelRunner:
 
         :param batch: the arguments of the model.
         :param number: how many findings suffice; ``None`` for all.
-        :param changing: the places of the tensors that have the rows, if that is known.
+        :param changing: the places of tensors that certainly have the rows, if some are known.
         """
         sites = self.prototype or {}
         local = {n: v[0] for n, v in self.draws.items() if n in sites and plates_of(sites[n])}

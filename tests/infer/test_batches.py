@@ -218,6 +218,25 @@ def test_two_tables_of_one_length() -> None:
             np.testing.assert_allclose(tree["observed_data"][name], y)
 
 
+def test_tables_that_every_batch_needs_whole() -> None:
+    """A table as long as a batch, latents for its rows, and labels that are the same in all batches."""
+
+    def model(table: Any, x: Any, index: Any, y: Any) -> None:
+        with pyro.plate("table", len(table)):
+            effect = pyro.sample("effect", dist.Normal(table, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x + effect[..., index], 1.0), obs=y)
+
+    draws = {"effect": torch.randn(S, 4)}
+    data = torch.randn(4), torch.randn(12), torch.arange(12) % 4, torch.zeros(12)
+    lp = joint_density(model, draws, *data)
+    batches = [(data[0], *part) for part in zip(*(tensor.split(4) for tensor in data[1:]), strict=True)]
+    tree = to_datatree(model, draws, batches)
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values[0], lp, rtol=1e-9)
+    assert tree["posterior"]["effect"].shape == (1, S, 4)
+    assert tree["log_likelihood"]["obs"].shape == (1, S, 12)
+
+
 def test_time_first_and_packed_sequences() -> None:
     net = torch.nn.GRU(2, 3)
 
