@@ -24,6 +24,7 @@ from pyro_bnn.infer.component_runs import (
     rehearsal,
     subsamples,
 )
+from pyro_bnn.infer.dispatch import NumbersRead
 from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.vectorize import FAILURES
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
@@ -155,7 +156,10 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Ma
         if step.per_example:
             _check_rows(step, values, own, frozen)
         try:
-            joint = densities(run.run(values, frozen))
+            with NumbersRead(values.values()) as numbers:
+                joint = densities(run.run(values, frozen))
+            if numbers.where:
+                return numbers.reason
             for name, density in joint.items():
                 check_broadcast(name, density.shape, step.nesting + 1 + (step.S > 1), "components")
         except FAILURES as failure:

@@ -15,9 +15,9 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bnn.infer.data import Batch, Path, leaves
+from pyro_bnn.infer.dispatch import CountBytes, NumbersRead
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import (
@@ -46,7 +46,7 @@ from pyro_bnn.infer.plates import (
     site_shape,
     take_rows,
 )
-from pyro_bnn.nn.sites import runs_plain, silent_sites
+from pyro_bnn.nn.sites import silent_sites
 
 Key = TypeVar("Key")
 
@@ -75,32 +75,6 @@ def keep_freed_memory() -> None:
     the size of the block, for good; no page of this one is ever touched. Up to twice its size may stay with the process.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-class _CountBytes(TorchDispatchMode):
-    """
-    Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory. Networks that run their
-    draws one after the other do not count: what they take does not grow with the draws.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or the first prediction of a process imports a compiler, for a second or more
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if runs_plain():
-            return out
-        held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            # views, and what an operation in place returns, take no memory of their own
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
-                self.total += tensor.numel() * tensor.element_size()
-        return out
 
 
 class _Reads(CollectMessenger):
@@ -396,7 +370,10 @@ class ModelRunner:
                 False
             ):  # the first run was validated, and the others are compared with it
                 singles = [self.prototype] + [self.single(batch, i) for i in range(1, pair.stop)]
-                joint = self.joint(batch, pair)
+                with NumbersRead(self.draws.values()) as numbers:
+                    joint = self.joint(batch, pair)
+            if numbers.where:
+                return numbers.reason
             predicted = set(predicted_names(self.prototype, self.draws))
             for name in self.prototype:
                 if name not in joint or (name not in predicted and not is_factor(self.prototype[name])):
@@ -419,7 +396,7 @@ class ModelRunner:
         """The first joint run on a whole batch, which tells how many draws fit; ``None`` if it fails after all."""
         error = ""
         try:
-            with _CountBytes() as count:
+            with CountBytes() as count:
                 sites = self.joint(batch, index)
             for name in predicted_names(sites, self.draws):
                 shape = sites[name]["fn"].batch_shape

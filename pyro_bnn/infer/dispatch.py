@@ -1,0 +1,106 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What the operations of a run tell: how much memory they take, and whether Python decides by their values."""
+
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_bnn.nn.sites import runs_plain
+
+#: Code that may look at values without deciding by them: checks of arguments, for example.
+_LIBRARIES = tuple(
+    str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent)
+)
+
+_NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+class _Mode(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first prediction of a process imports a compiler, for a second or more
+
+
+class CountBytes(_Mode):
+    """
+    Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory. Networks that run their
+    draws one after the other do not count: what they take does not grow with the draws.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if runs_plain():
+            return out
+        held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            # views, and what an operation in place returns, take no memory of their own
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
+                self.total += tensor.numel() * tensor.element_size()
+        return out
+
+
+class NumbersRead(_Mode):
+    """
+    Notes where a program turns a value that depends on some tensors into a number or a truth value of Python, as ``if`` and
+    ``.item()`` do. Run for several draws at once it would decide for all of them by one number.
+
+    :param sources: the tensors; what is computed from them is kept until the end, so that no memory is used twice.
+    :ivar str where: the line of the first such place; empty if there is none.
+    """
+
+    def __init__(self, sources: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._kept = [tensor.untyped_storage() for tensor in sources]
+        self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
+        self.where = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(t.untyped_storage().data_ptr() in self._derived for t in _tensors((args, kwargs))):
+            if func in _NUMBERS and not self.where:
+                self.where = _place()
+            for tensor in _tensors(out):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() and storage.data_ptr() not in self._derived:
+                    self._kept.append(storage)
+                    self._derived.add(storage.data_ptr())
+        return out
+
+    @property
+    def reason(self) -> str:
+        """What was found, for messages."""
+        return f"{self.where} decides by a value that depends on the draws, for all of them at once"
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        if tree.layout == torch.strided:
+            yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _place() -> str:
+    """The line of code that reads a number now; empty if it is one of a library."""
+    for frame in reversed(traceback.extract_stack(limit=12)[:-2]):
+        if frame.filename.startswith(_LIBRARIES):
+            if frame.filename.endswith(("_tensor.py", "_python_dispatch.py")):
+                continue
+            return ""
+        return f"line {frame.lineno} of {Path(frame.filename).name}"
+    return ""
