@@ -315,3 +315,18 @@ def test_the_point_estimate_is_trained_on_the_joint_density():
     mode = torch.linalg.solve(P, 2 * x.mT @ y / NOISE**2 + PRIOR * MEAN)
     train_with_evidence(guide, [(x, y), (x, y)], epochs=150, update_every=200, lr=2e-2)
     assert_close(guide.loc.detach(), mode, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("per", ["site", "layer"])
+def test_only_what_is_random_has_a_multiplier(per):
+    x = torch.randn(20, 5)
+    y = torch.randn(20)
+    for sites, names in ((["b"], ["b"]), (torch.tensor([False, True, True, False, False]), ["a", "b"])):
+        guide = AutoLaplace(regression, structure="diagonal", sites=sites).initialize(x, y)
+        guide.loc.data = torch.tensor([0.4, 0.2, 1.0, -1.5, 0.1])
+        guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+        assert list(optimize_evidence(guide, per=per).tau) == names
+        active = guide.active
+        P = (x.mT @ x / NOISE**2).diagonal() + guide.tau.expand(5) * PRIOR
+        assert_close(guide.posterior.variance[active], 1 / P[active], rtol=1e-9)
+        assert_close(guide.posterior.variance[~active], torch.zeros(5)[~active])
