@@ -53,7 +53,10 @@ def main() -> None:
     start = time.perf_counter()
     for seed in seeds:
         spec = spec_of_seed(seed)
-        found = check(spec, most=most)
+        try:
+            found = check(spec, most=most)
+        except KeyboardInterrupt:  # what is done counts
+            break
         cases[worst(found)] += 1
         cells.update(v.outcome for v in found.values())
         for operation, verdict in found.items():
@@ -65,12 +68,12 @@ def main() -> None:
                              "message": verdict.message, "program": str(spec)})  # fmt: skip
     seconds = time.perf_counter() - start
     print(
-        f"{len(seeds)} programs in {seconds:.0f} s: {dict(cases)}; {sum(cells.values())} operations: {dict(cells)}"
+        f"{sum(cases.values())} programs in {seconds:.0f} s: {dict(cases)}; {sum(cells.values())} operations: {dict(cells)}"
     )
     for message, count in refusals.most_common(15):
         print(f"  refused {count} times: {message}")
     if options.out:
-        result = {"cases": len(seeds), "first": seeds[0], "seconds": round(seconds), "programs": dict(cases),
+        result = {"cases": sum(cases.values()), "first": seeds[0], "seconds": round(seconds), "programs": dict(cases),
                   "operations": dict(cells), "refusals": dict(refusals.most_common(30)), "rows": rows,
                   "torch": torch.__version__, "threads": 1}  # fmt: skip
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")

@@ -81,8 +81,9 @@ def laplace(structure: str, kind: str, facts: Facts) -> Pairs:
     case = facts.program.make()
     extra = {"rank": facts.space.dim} if structure == "low_rank" else {}
     guide = approximation(facts, case, kind=kind, structure=structure, **extra)
-    expected = expected_covariance(masked_precision(facts, kind, structure))
-    yield "covariance", covariance(facts, guide), expected, factor(facts, kind)  # type: ignore[misc]
+    precision = masked_precision(facts, kind, structure)
+    limit = max(factor(facts, kind), precision_factor(facts, precision))
+    yield "covariance", covariance(facts, guide), expected_covariance(precision), limit  # type: ignore[misc]
 
 
 def factor(facts: Facts, kind: str) -> float:

@@ -124,9 +124,13 @@ def scores(facts: Facts) -> Pairs:
     if "rmse" in found and mean.shape == y.shape:
         yield "rmse", found["rmse"], float(((mean - y)[dense.elements(site)] ** 2).mean().sqrt())
     if "accuracy" in found and mean.dim() == y.dim() + 1:
-        yield "accuracy", found["accuracy"], float((mean.argmax(-1) == y)[mask].double().mean())
+        yield (
+            "accuracy",
+            found["accuracy"],
+            float((mean.argmax(-1) == y)[dense.elements(site)].double().mean()),
+        )
         one_hot = torch.nn.functional.one_hot(y.clamp(min=0).long(), mean.shape[-1])
-        yield "brier", found["brier"], float(((mean - one_hot) ** 2).sum(-1)[mask].mean())
+        yield "brier", found["brier"], float(((mean - one_hot) ** 2).sum(-1)[dense.elements(site)].mean())
 
 
 # ---------------------------------------------------------------- export
