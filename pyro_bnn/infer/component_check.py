@@ -47,12 +47,14 @@ class Decision:
     :ivar direct: whether the draws are taken from the parameters of the guide without calling it.
     :ivar readers: by layer, who reads its parameters in its place.
     :ivar used: whether an evaluation with gradients has shown what the likelihood depends on.
+    :ivar until: the step from which it is to be found out again: gates that open later show what was hidden.
     """
 
     together: bool
     direct: bool
     readers: dict[str, str]
     used: bool = False
+    until: int = 0
 
 
 def structure(value: Any, known: dict[int, int] | None = None) -> Any:

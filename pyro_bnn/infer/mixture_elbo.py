@@ -37,6 +37,9 @@ from pyro_bnn.infer.vectorize import FAILURES
 
 _Elbo: Any = ELBO
 
+#: How many times as many steps pass until the joint run is compared with single ones again.
+AGAIN = 16
+
 
 class Mixture_ELBO(_Elbo):
     r"""
@@ -281,14 +284,16 @@ class Mixture_ELBO(_Elbo):
         direct = self._is_direct(step.guide, step.mixtures)
         found = self._decisions.setdefault(step.model, {})
         key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
-        if key not in found:
+        known = found.get(key)
+        if known is None or (known.together and not step.is_single and self.step >= known.until):
             alone, readers = check_alone(step)
             if direct:
                 self._find_priors(step)
             reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone, readers)
             if reason:
                 self._say(step, reason)
-            found[key] = Decision(not reason, direct, readers)
+            until = AGAIN * max(self.step, 1)
+            found[key] = Decision(not reason, direct, readers, known is not None and known.used, until)
         return found[key]
 
     def _say(self, step: Step, reason: str) -> None:

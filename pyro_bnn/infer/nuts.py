@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """NUTS chains that start from a fitted guide and record what ArviZ wants to know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from pyro_bnn.infer.flat import StartFlatSites, is_flat
 from pyro_bnn.infer.handlers import latent_names, sample_sites
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.plates import plates_of
 from pyro_bnn.infer.progress import shows_bars
 
 _Nuts: Any = NUTS
@@ -140,6 +141,20 @@ class NUTSResult:
         return {name: value.flatten(0, 1) for name, value in self.samples.items()}
 
 
+def check_plates(sites: Mapping[str, Any]) -> None:
+    """
+    :param sites: the sample sites of a model.
+    :raises ValueError: if a plate is subsampled, naming it: a chain needs all of the data in every step.
+    """
+    plates = {plate.name: plate for site in sites.values() for plate in plates_of(site).values()}
+    for plate in plates.values():
+        if plate.size != plate.full_size:
+            raise ValueError(
+                f"nuts: plate {plate.name!r} has {plate.size} of its {plate.full_size} rows. NUTS needs all of them in every step: "
+                "pass the whole data, with subsample_size equal to the size of the plate or left out."
+            )
+
+
 def starting_points(guide: Any, num_chains: int, batch: Batch) -> Draws:
     """
     One point per chain: draws of different components of a mixture guide, draws of another guide.
@@ -232,6 +247,7 @@ def nuts(
         if args or model_kwargs:  # a density without data needs no observation
             check_observations(trace, batches[0])
         sites = sample_sites(trace)
+        check_plates(sites)
         if any(is_flat(site) for site in sites.values()):
             model = StartFlatSites()(model)
         names = sorted(latent_names(trace))

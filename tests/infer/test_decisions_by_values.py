@@ -80,6 +80,31 @@ def test_components() -> None:
         svi.step(x, y)
 
 
+def test_gates_that_open_later() -> None:
+    """Rows interact through a parameter that is zero at first: found when the comparison is made again."""
+    gate = torch.nn.Parameter(torch.zeros(()))
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        f = (x * w).sum(-1)
+        f = f + gate * f.reshape(-1, len(x)).mean(0)  # of all components
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(f, 1.0), obs=y)
+
+    x, y = torch.randn(20, 3), torch.randn(20)
+    guide = AutoMixture(model, 2).initialize(x, y)
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 1e-12}), Mixture_ELBO())
+    svi.step(x, y)
+    gate.data.fill_(1.0)
+
+    def train() -> None:
+        for _ in range(16):
+            svi.step(x, y)
+
+    with pytest.warns(ComponentLoopWarning, match="site 'obs' depends on which components run together"):
+        train()
+
+
 def test_numbers_that_no_draw_decides() -> None:
     """Lengths and the like are read from the data: the draws run together."""
 

@@ -168,3 +168,13 @@ def test_observations_and_sites_are_needed() -> None:
 
     run = nuts(density, (), num_samples=50, warmup_steps=50, num_chains=1, progress_bar=False)
     assert_close(run.samples["z"].mean(), torch.tensor(2.0), atol=0.1, rtol=0)
+
+
+def test_subsampled_plates_are_refused_by_name():
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(w * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="plate 'rows' has 6 of its 20 rows"):
+        nuts(model, (torch.ones(6), torch.ones(6)), num_samples=2, warmup_steps=2, progress_bar=False)
