@@ -58,6 +58,8 @@ def main() -> None:
         except KeyboardInterrupt:  # what is done counts
             break
         cases[worst(found)] += 1
+        if sum(cases.values()) % 500 == 0:
+            print(f"{sum(cases.values())} programs: {dict(cases)}", file=sys.stderr, flush=True)
         cells.update(v.outcome for v in found.values())
         for operation, verdict in found.items():
             if verdict.outcome == "refused":
