@@ -373,7 +373,8 @@ def diagonal_of_diagonal(operator: LinearMap, like: Tensor, eps: float | None = 
     probe = torch.randn(like.shape[0], dtype=like.dtype, device=like.device, generator=generator)
     images = operator(torch.stack([torch.ones_like(probe), probe]))
     eps = torch.finfo(like.dtype).eps if eps is None else eps
-    tolerance = min(1e3 * eps, 0.02) * images.abs().max()
-    if torch.allclose(images[0] * probe, images[1], rtol=max(1e-5, 4 * eps), atol=float(tolerance)):
+    # entries of a diagonal map are products of few numbers; a weak coupling differs by more than their rounding
+    tolerance = min(64 * eps, 0.02) * images.abs().max()
+    if torch.allclose(images[0] * probe, images[1], rtol=min(256 * eps, 0.02), atol=float(tolerance)):
         return images[0]
     return None

@@ -281,7 +281,7 @@ class ExampleStream:
                 if number and self._rows is not None:  # what has no rows counts with the first chunk
                     self.model.leave_out(trace, frozenset(terms) - self._rows.axes.keys())
                 elif repeats is not None:
-                    self.model.leave_out(trace, repeats.add(trace, terms))
+                    self.model.leave_out(trace, repeats.add(trace, terms, chunk))
                 outputs = self.model.site_outputs(trace)
             sites = []
             for site in outputs:

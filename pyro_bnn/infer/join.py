@@ -138,14 +138,13 @@ class Join:
 
     def densities(self, name: str, terms: list[Tensor], lead: int = 1) -> Tensor:
         """
-        Joins pointwise log densities as :meth:`cat` does; where all rows of a batch have one density together, as the
+        Joins pointwise log densities as :meth:`cat` does; where the rows of a batch have one density together, as the
         dimensions of an event, those of the batches are summed.
         """
         axis = self.axis(name) if len(terms) > 1 else None
-        if axis is not None and terms[0].dim() <= lead + axis:
+        together = terms[0].dim() <= lead + (axis or 0)
+        if together and (axis is not None or not all(close(terms[0], term) for term in terms[1:])):
             return torch.stack(terms).sum(0)
-        if axis is None and not all(close(terms[0], term) for term in terms[1:]):
-            return torch.stack([term.reshape(*term.shape[:lead], -1).sum(-1) for term in terms]).sum(0)
         return self.cat(name, terms, lead)
 
     def total(self, name: str, terms: list[Tensor]) -> Any:

@@ -83,6 +83,8 @@ class Pieces:
             return
         yield first
         for batch in chain((second,) if second is not None else (), batches):
+            if self.changing is not None:  # labels may be the same in two batches by chance
+                self.changing |= differing_places(first, batch) or set()
             if self.local:
                 with evaluation_mode(self.posterior):
                     self.runner.replace_draws(self.draws_of(batch))

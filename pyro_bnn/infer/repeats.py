@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.handlers import Site, unscaled_log_prob
 from pyro_bnn.infer.join import Join
 from pyro_bnn.infer.plates import Rows, close, plates_of
@@ -24,22 +25,31 @@ class Repeats:
 
     :param callable find: finds the rows of the first batch, see :func:`~pyro_bnn.infer.plates.find_rows`; called only
         where the batches do not tell which plate they cut.
+    :param callable elsewhere: runs the model on a batch at other values of the latents: where a slope is zero, other
+        inputs give the same.
     """
 
-    def __init__(self, find: Callable[[], list[Rows]]) -> None:
+    def __init__(self, find: Callable[[], list[Rows]], elsewhere: Callable[[Batch], Trace]) -> None:
         self._join = Join(cache(find))
+        self._elsewhere = elsewhere
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
+        self._first_batch: Batch | None = None
+        self._first_elsewhere: Trace | None = None
 
     @torch.no_grad()
-    def add(self, trace: Trace, names: list[str]) -> frozenset[str]:
+    def add(self, trace: Trace, names: list[str], batch: Batch) -> frozenset[str]:
         """
         :param trace: the run of one batch.
         :param names: the sites of the likelihood, factors too.
+        :param batch: the arguments of the model.
         :return: those of them that were counted with the first batch.
         """
         sites = {name: trace.nodes[name] for name in names}
         self._join.add(sites)
+        if self._first_batch is None:
+            self._first_batch = batch
         same = [name for name, site in sites.items() if self._is_same(name, site)]
+        same = self._same_elsewhere(same, batch) if same else same
         if not same:
             return frozenset()
         # where other data came, they are in the plate that the batches cut
@@ -48,6 +58,13 @@ class Repeats:
             return frozenset(n for n in same if not any(p.name in cut for p in plates_of(sites[n]).values()))
         known = copy.copy(self._join)  # what it concludes from these batches is not for later ones
         return frozenset(name for name in same if known.axis(name) is None)
+
+    def _same_elsewhere(self, names: list[str], batch: Batch) -> list[str]:
+        assert self._first_batch is not None
+        if self._first_elsewhere is None:
+            self._first_elsewhere = self._elsewhere(self._first_batch)
+        first, other = self._first_elsewhere.nodes, self._elsewhere(batch).nodes
+        return [n for n in names if close(unscaled_log_prob(first[n]), unscaled_log_prob(other[n]))]
 
     def _is_same(self, name: str, site: Site) -> bool:
         value = site["value"].detach()

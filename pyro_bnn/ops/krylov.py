@@ -171,7 +171,9 @@ def ritz_pairs(operator: LinearMap, like: Tensor, *, steps: int = 100) -> tuple[
         for _ in range(2):
             image = image - (basis @ image) @ basis
         norm = image.norm()
-        if step + 1 == min(steps, p) or norm <= 1e-10 * torch.stack(diagonal).abs().max():
+        # what rounding leaves of the image is no direction
+        nothing = max(1e-10, 100 * len(basis) * torch.finfo(like.dtype).eps)
+        if step + 1 == min(steps, p) or norm <= nothing * torch.stack(diagonal).abs().max():
             break
         off_diagonal.append(norm)
         basis = torch.cat([basis, (image / norm).unsqueeze(0)])
