@@ -161,6 +161,7 @@ class Exporter:
         self.deterministic: list[str] = []
         self.left_out: list[str] = []
         self.masks: dict[str, Tensor] = {}
+        self.missing: list[str] = []
         self.rows: list[Rows] = []
 
     def first_batch(self) -> Batch:
@@ -231,6 +232,7 @@ class Exporter:
                 named |= values
                 lp.append(self.chained(density))
                 whole = self.data.is_single or not pieces.local
+                whole = whole and not self.missing  # the guide says nothing of those sites
                 log_q.append(self.guide_density(draws, batch) if whole else None)
                 block |= found
                 if observed is not None and not observed.identical(block["observed_data"]):
@@ -243,8 +245,9 @@ class Exporter:
             block = {"posterior": self.dataset(kept)} | block
             for name, group in block.items():
                 if "draw" in group.dims:
-                    first = (start + skip) // thin if name == "posterior" else start
-                    block[name] = group.assign_coords(draw=np.arange(first, first + group.sizes["draw"]))
+                    first, step = (start + skip, thin) if name == "posterior" else (start, 1)
+                    labels = first + step * np.arange(group.sizes["draw"])
+                    block[name] = group.assign_coords(draw=labels)
             start += shape[1]
             yield block
         self.shape = total
@@ -390,7 +393,7 @@ class Exporter:
                 "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
             )
         found = readings.joined(pieces.join)
-        self.masks = found.masks
+        self.masks, self.missing = found.masks, found.missing
         likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         for name, value in found.log_likelihood.items():
             dims = self.site_dims[name]

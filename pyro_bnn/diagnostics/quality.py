@@ -44,6 +44,11 @@ def log_weights(
     with torch.no_grad(), evaluation_mode(model), local_parameters():
         (groups,) = exporter.blocks(num_samples, 1, None, weights=True, predictions=False)
     stats = exporter.rest["sample_stats"]
+    if exporter.missing:
+        raise ValueError(
+            f"{type(guide).__name__} has no density of the sites {exporter.missing}, which the model samples: weights need a "
+            "guide of all latent sites."
+        )
     if "log_q" not in stats:
         raise ValueError(
             f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -15,6 +16,7 @@ from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.handlers import (
     Site,
+    base_distribution,
     is_deterministic,
     log_prob_of,
     mask_of,
@@ -22,6 +24,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.join import Join
+from pyro_bnn.infer.observations import check_labels
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.plates import close
 from pyro_bnn.infer.predictive import SitePrediction
@@ -40,6 +43,7 @@ class SiteValues:
     :ivar observed: observations by site.
     :ivar masks: which observations count, by those sites where not all do.
     :ivar values: values of deterministic sites and of latents drawn batch by batch, ``(S,) + shape``.
+    :ivar missing: latent sites of which there are no draws: every run takes new ones from their priors.
     """
 
     lp: Tensor
@@ -49,6 +53,7 @@ class SiteValues:
     observed: dict[str, Tensor]
     masks: dict[str, Tensor]
     values: Draws
+    missing: list[str]
 
 
 class SiteReadings:
@@ -65,6 +70,7 @@ class SiteReadings:
         self.observed: dict[str, list[Tensor]] = {}
         self.masks: dict[str, list[Tensor]] = {}
         self.latent: set[str] = set()
+        self.missing: list[str] = []
         self.batches = 0
 
     def read(self, pieces: Pieces, batch: Batch) -> None:
@@ -79,6 +85,12 @@ class SiteReadings:
         def read(sites: Sites) -> dict[tuple[str, str], Reading]:
             if not observed:
                 pieces.join.add(sites, runner.ndims)
+                self.missing = [
+                    name
+                    for name in predicted_names(sites, runner.draws)
+                    if not sites[name]["is_observed"]
+                    and not isinstance(base_distribution(sites[name]["fn"]), dist.Delta)
+                ]
                 observed.update(observations(sites, runner.ndims, runner.draws))
             readings = {
                 ("value", n): runner.value_reading(n, sites[n]) for n in self.deterministic if n in sites
@@ -89,6 +101,7 @@ class SiteReadings:
                     continue
                 readings["lp", name] = name, joint_term(site, runner.lead), 0
                 if name in predicted and site["is_observed"]:
+                    check_labels(name, site, name in runner.validated)
                     readings["likelihood", name] = name, unscaled_log_prob(site), 0
                     if (mask := mask_of(site)) is not None:
                         readings["mask", name] = name, mask, mask.dim() - len(site["fn"].batch_shape)
@@ -131,14 +144,17 @@ class SiteReadings:
 
         totals = {name: join.total(name, parts) for name, parts in of("lp").items()}
         masks = {name: join.cat(name, parts, 0) for name, parts in self.masks.items() if parts[0].dim()}
+        terms = torch.stack([torch.as_tensor(t) for t in totals.values()])
         return SiteValues(
-            lp=torch.stack([torch.as_tensor(t) for t in totals.values()]).sum(0),
+            # at impossible values of latents the rest need not be a number
+            lp=terms.sum(0).masked_fill((terms == -torch.inf).any(0), -torch.inf),
             log_prior={name: total for name, total in totals.items() if name in self.latent},
             log_likelihood={n: join.densities(n, parts) for n, parts in of("likelihood").items()},
             samples={n: join.cat(n, parts, random=True) for n, parts in of("sample").items()},
             observed={n: join.cat(n, parts, 0) for n, parts in self.observed.items()},
             masks={name: mask for name, mask in masks.items() if not mask.all()},
             values=self.joined_values(join, of("value")),
+            missing=self.missing,
         )
 
     def joined_values(self, join: Join, parts: dict[str, list[Tensor]]) -> Draws:
@@ -165,6 +181,8 @@ class SiteReadings:
 def joint_term(site: Site, lead: torch.Size) -> Tensor:
     """The log density of a site as it enters the joint density, with scale and mask; at least of the shape ``lead``."""
     log_prob = log_prob_of(site)
+    if not site["is_observed"] and not (inside := site["fn"].support.check(site["value"])).all():
+        log_prob = log_prob.masked_fill(~inside, -torch.inf)  # validation, which would say so, is off
     term = torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
     return term.expand(torch.broadcast_shapes(term.shape, log_prob.shape, lead))
 

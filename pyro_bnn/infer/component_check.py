@@ -26,6 +26,7 @@ from pyro_bnn.infer.component_runs import (
 )
 from pyro_bnn.infer.dispatch import NumbersRead
 from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
+from pyro_bnn.infer.observations import check_values
 from pyro_bnn.infer.vectorize import FAILURES
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
@@ -91,6 +92,7 @@ def check_alone(step: Step) -> tuple[Trace, dict[str, str]]:
         guide_trace = component_draw(step, 0, {})
         model_trace = component_run(step, {}, guide_trace)
         check_latents(sample_sites(model_trace), sample_sites(guide_trace))
+        check_values(sample_sites(model_trace), (step.args, step.kwargs))
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, step.nesting + int(step.per_example))
     if step.split:

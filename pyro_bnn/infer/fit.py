@@ -305,15 +305,17 @@ class _Run:
             interrupted = stack.enter_context(deferred_interrupt())
             validation = stack.enter_context(ExitStack())
             validation.enter_context(pyro.validation_enabled(True))
+            checked = False
             first, shown, stop_reason = True, 0.0, self.limit_reached(num_epochs, num_steps)
             while not stop_reason:
                 for batch in self.pass_over_data():
                     if first and self.autocast is not None:
                         self.check_autocast(batch)
                     self.take_step(batch)
-                    if first:
+                    first = False
+                    if not checked and self.batches.is_single:
                         validation.enter_context(pyro.validation_enabled(False))
-                        first = False
+                        checked = True
                     now = time.perf_counter()
                     self.elapsed = now - start
                     if now - shown > 0.2:
@@ -332,6 +334,9 @@ class _Run:
                         break
                 else:
                     self.epoch += 1
+                    if not checked:  # every batch has been
+                        validation.enter_context(pyro.validation_enabled(False))
+                        checked = True
                     stop_reason = self.limit_reached(num_epochs, num_steps)
                     if self.checkpoint is not None and stop_reason:
                         self.epoch_random, self.batches_done = random_state(self.generators), 0

@@ -186,6 +186,8 @@ def log_prob_of(site: Site) -> Tensor:
     """
     try:
         log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(f"Site {site.get('name')!r}: {error}") from error
     except RuntimeError as error:
         value = site["value"]
         if site["is_observed"] and isinstance(value, Tensor) and not value.is_floating_point():

@@ -68,13 +68,19 @@ def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
             )
 
 
-def check_labels(name: str, site: Site) -> None:
+def is_validated(site: Site) -> bool:
+    """Whether the distribution of a site was made with validation on."""
+    return all(getattr(d, "_validate_args", False) for d in (site["fn"], unwrap(site["fn"])[0]))
+
+
+def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     """
     Checks that observations have a type that their distribution takes and lie in its support, where they are not
     masked. With validation switched off (``validate_args=False``) the support is not looked at.
 
     :param name: the observed site.
     :param site: its node in a trace.
+    :param validated: whether to look at the support; by default as the distribution was made.
     :raises ValueError: naming the site, what was found and what was expected.
     """
     value = site["value"]
@@ -85,7 +91,7 @@ def check_labels(name: str, site: Site) -> None:
             f"Site {name!r}: the labels of a {family} are 0.0 and 1.0 in a floating-point type, found {value.dtype}: "
             "pass y.to(torch.get_default_dtype())."
         )
-    if not all(getattr(d, "_validate_args", False) for d in (site["fn"], base)):
+    if not (is_validated(site) if validated is None else validated):
         return
     support: Any = base.support
     try:

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine import block
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
 from pyro_bnn.infer.draws import Draws, Posterior, draws_given, posterior_draws
 from pyro_bnn.infer.evaluation import evaluation_mode
+from pyro_bnn.infer.handlers import unscaled_log_prob
 from pyro_bnn.infer.join import Join
 from pyro_bnn.infer.memory import require_memory
-from pyro_bnn.infer.plates import Rows, plates_of
+from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.plates import Rows, close, plates_of, site_shape
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Sites, predicted_names
 
 
@@ -133,10 +136,17 @@ class Pieces:
             )
         rows = found[0]
         self.join.know(rows)
+        witness = Witness(rows, self.runner, batch, self.draws)
         for start in range(0, rows.size, size):
-            index = slice(start, min(start + size, rows.size))
-            part, draws = self.runner.part(rows, batch, index, self.draws)
+            stop = min(start + size, rows.size)
+            part, draws = self.runner.part(rows, batch, slice(start, stop), self.draws)
             self.runner.replace_draws(draws)
+            with evaluation_mode(self.model), local_parameters(), block(), torch.random.fork_rng(devices=()):
+                if (name := witness.differs(part, start, stop)) is not None:
+                    raise ValueError(
+                        f"batch_size={size}: site {name!r} depends on which rows run together, in the rows from {start} to {stop} "
+                        "at the latest. Leave batch_size out."
+                    )
             yield part
         self.runner.replace_draws(self.draws)
 
@@ -158,6 +168,53 @@ class Pieces:
                 "one batch, with batch_size= to save memory."
             )
         return draws_given(posterior, known, batch)
+
+
+class Witness:
+    """
+    Rows from all over the data that ran together, with which those of every piece are compared under one draw: what a few
+    rows at the start did not show, such as a scaling by the largest of all.
+
+    :param rows: where the rows are.
+    :param runner: runs the model.
+    :param batch: all of the data.
+    :param draws: the draws for all of them.
+    """
+
+    NUMBER = 64
+
+    def __init__(self, rows: Rows, runner: ModelRunner, batch: Batch, draws: Draws) -> None:
+        self.rows, self.runner = rows, runner
+        count = min(rows.size, self.NUMBER)
+        self.index = torch.linspace(0, rows.size - 1, count, dtype=torch.float64).round().long()
+        part, own = runner.part(rows, batch, self.index, draws)
+        runner.replace_draws(own)
+        with evaluation_mode(runner.model), local_parameters(), block(), torch.no_grad():
+            self.sites = runner.single(part, 0)
+
+    @torch.no_grad()
+    def differs(self, part: Batch, start: int, stop: int) -> str | None:
+        """
+        :param part: a piece.
+        :param start: its first row.
+        :param stop: the row after its last one.
+        :return: a site that says something else of a row here than it said among the witnesses; ``None`` if none does.
+        """
+        mine = ((self.index >= start) & (self.index < stop)).nonzero().squeeze(-1)
+        here = self.index[mine] - start
+        sites = self.runner.single(part, 0)
+        for name in predicted_names(sites, self.runner.draws):
+            axis, site, other = self.rows.axes.get(name), sites[name], self.sites[name]
+            if axis is None or not len(mine):
+                continue
+            value = site["value"].expand(site_shape(site)).clone()
+            device = value.device
+            theirs = other["value"].expand(site_shape(other)).index_select(axis, mine.to(device))
+            value.index_copy_(axis, here.to(device), theirs)
+            found = unscaled_log_prob({**site, "value": value}).index_select(axis, here.to(device))
+            if not close(unscaled_log_prob(other).index_select(axis, mine.to(device)), found):
+                return name
+        return None
 
 
 def differing_places(first: Batch, second: Batch) -> set[Path] | None:

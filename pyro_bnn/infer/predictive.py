@@ -24,6 +24,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.join import Join
+from pyro_bnn.infer.observations import check_labels
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
@@ -309,6 +310,8 @@ def predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
             site = sites[name]
             lead = len(site["fn"].batch_shape)
             if site["is_observed"]:
+                if first:
+                    check_labels(name, site, name in runner.validated)
                 readings[name, "log_likelihood"] = name, unscaled_log_prob(site), 0
                 samples = observation_draw(site)
             else:

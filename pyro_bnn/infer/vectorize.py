@@ -15,8 +15,9 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from pyro_bnn.infer.data import Batch, Path, leaves
+from pyro_bnn.infer.data import Batch, Path, argument_name, leaves, map_tensors
 from pyro_bnn.infer.dispatch import CountBytes, NumbersRead
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.evaluation import evaluation_mode
@@ -32,7 +33,7 @@ from pyro_bnn.infer.handlers import (
     sample_sites,
     unscaled_log_prob,
 )
-from pyro_bnn.infer.observations import check_values
+from pyro_bnn.infer.observations import check_values, is_validated
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.plates import (
     FAILURES,
@@ -138,6 +139,7 @@ class ModelRunner:
         self.values: list[str] = []  # deterministic sites that are read
         self.warned = False
         self.prepared = False
+        self.validated: set[str] = set()  # sites whose observations are held against the support
         self.lead = (
             torch.Size()
         )  # of the present run: the draws and the dimensions between them and those of the model
@@ -221,11 +223,13 @@ class ModelRunner:
         """Runs the model for its structure, once."""
         if self.prototype is None:
             with local_parameters(), poutine.block():
+                before = map_tensors(batch, Tensor.clone)
                 try:
                     self.inspect(batch)
                 except FAILURES:
                     self.check_shapes(batch)
                     raise
+                require_unchanged(batch, before)
                 check_values(self.prototype or {}, batch)
                 self.require_all_rows(batch)
 
@@ -305,6 +309,7 @@ class ModelRunner:
                 )
                 nodes = self.single(batch, 0)
         self.prototype = nodes
+        self.validated = {name for name, site in nodes.items() if is_validated(site)}
         self.check_names()
         self.priors = {n: p for n, p in layers.seen.items() if n in self.draws}
         self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
@@ -486,6 +491,22 @@ def _difference(found: Tensor, expected: Tensor, what: str, name: str, floor: fl
     else:
         same = found == expected
     return "" if same.all() else f"the {what} of site {name!r} depends on which draws run together"
+
+
+def require_unchanged(batch: Batch, before: Batch) -> None:
+    """
+    :param batch: the arguments of a model after a run.
+    :param before: copies of them.
+    :raises ValueError: naming an argument that the run changed; it has its values back.
+    """
+    copies = leaves(before)
+    for path, leaf in leaves(batch).items():
+        old, new = (x.data if isinstance(x, PackedSequence) else x for x in (copies[path], leaf))
+        if not torch.equal(old, new):
+            new.copy_(old)
+            raise ValueError(
+                f"the model changes {argument_name(path)} in place: every run would see other data. Work on a copy."
+            )
 
 
 def predicted_names(sites: Sites, draws: Draws) -> Iterator[str]:

@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 from pyro_bnn.diagnostics import log_weights, to_datatree
-from pyro_bnn.infer import posterior_predictive, predictive_moments
+from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive, predictive_moments
+from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.data import Batches
 
 S = 5
@@ -345,6 +346,79 @@ def test_rows_that_interact_are_not_taken_apart() -> None:
         posterior_predictive(model, draws, (X, Y), batch_size=3)
 
 
+def test_rows_that_interact_where_the_first_do_not_show_it() -> None:
+    def largest(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        x = x / x.max().clamp(min=1.0)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x * w, 1.0), obs=y)
+
+    x = torch.linspace(0.1, 5.0, 100)
+    for data in ((x,), (x, torch.zeros(100))):
+        with pytest.raises(ValueError, match="batch_size=30: site 'obs' depends on which rows run together"):
+            posterior_predictive(largest, {"w": torch.ones(S)}, data, batch_size=30)
+
+
+def test_observations_outside_the_support() -> None:
+    def model(y: torch.Tensor, n: int = 4) -> None:
+        rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+        with pyro.plate("data", n, subsample_size=len(y)):
+            pyro.sample("obs", dist.Exponential(rate), obs=y)
+
+    good, bad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
+    draws = {"rate": torch.rand(S) + 0.5}
+    for data in ((bad,), [(good,), (bad,)]):
+        for run in (posterior_predictive, predictive_moments, to_datatree):
+            with pytest.raises(ValueError, match=r"Site 'obs': .* the support"):
+                run(model, draws, data)
+    with pytest.raises(ValueError, match="within the support"):
+        fit(model, AutoNormal(model), [(good,), (bad,)], num_epochs=1, progress_bar=False)
+    lp = to_datatree(model, {"rate": torch.tensor([1.0, -1.0])}, (good,))["sample_stats"]["lp"].values[0]
+    assert np.isfinite(lp[0])
+    assert lp[1] == -np.inf
+
+
+def test_guides_without_a_latent_have_no_weights() -> None:
+    def model(y: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        noise = pyro.sample("noise", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(z + noise, 1.0), obs=y)
+
+    guide = AutoNormal(poutine.block(model, hide=["noise"]))
+    guide(Y)
+    with (
+        pytest.warns(UserWarning, match="no draws of"),
+        pytest.raises(ValueError, match=r"no density of the sites \['noise'\]"),
+    ):
+        log_weights(model, guide, (Y,), 10)
+
+
+def test_models_that_change_their_data() -> None:
+    def model(x: torch.Tensor) -> None:
+        x -= 1.0
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x * w, 1.0))
+
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="the model changes argument 0 in place"):
+        posterior_predictive(model, {"w": torch.ones(4)}, (x,))
+    assert_close(x, torch.zeros(3))
+
+
+def test_thinned_draws_keep_their_labels() -> None:
+    tree = to_datatree(regression, {"w": torch.randn(6, 3)}, (X, Y), thin=3)
+    np.testing.assert_array_equal(tree["posterior"]["draw"], [0, 3])
+    np.testing.assert_array_equal(tree["sample_stats"]["draw"], range(6))
+
+
+def test_bounds_refuse_observations_of_another_shape() -> None:
+    guide = AutoMixture(regression, 2).initialize(X, Y)
+    with pytest.raises(ValueError, match=r"Site 'obs': the observation has shape \(8, 1\)"):
+        Mixture_ELBO()(regression, guide)(X, Y[:, None])
+
+
 def test_batches_that_could_be_parts_of_two_plates() -> None:
     def model(y: torch.Tensor) -> None:
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -373,9 +447,7 @@ def test_labels_of_a_type_that_the_distribution_does_not_take() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("label", dist.Bernoulli(logits=(x * w).sum(-1)), obs=y)
 
-    with pytest.raises(
-        ValueError, match=r"site 'label': Bernoulli takes no observations of type torch.int64"
-    ):
+    with pytest.raises(ValueError, match=r"Site 'label': the labels of a Bernoulli are .* found torch.int64"):
         posterior_predictive(model, {"w": torch.randn(S, 3)}, (X, (Y > 0).long()))
 
 
