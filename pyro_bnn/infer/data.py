@@ -171,6 +171,27 @@ def structure(value: Any) -> Any:
     return None if value is None else "a value"
 
 
+def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
+    """
+    What may decide how a model handles its arguments: their nesting, and which of their sizes agree. Other sizes in the
+    same places are the same structure.
+
+    :param value: arguments.
+    :param known: sizes that were met before.
+    :return: a hashable description.
+    """
+    known = {} if known is None else known
+    if isinstance(value, Tensor):
+        return tuple(1 if n == 1 else -known.setdefault(n, len(known)) for n in value.shape), value.dtype
+    if isinstance(value, Mapping):
+        return tuple((key, coincidences(item, known)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return tuple(coincidences(item, known) for item in value)
+    if isinstance(value, bool | str | None):
+        return value
+    return -known.setdefault(value, len(known)) if isinstance(value, int) else type(value)
+
+
 def check_structure(first: Any, other: Any, number: int, path: Path = ()) -> None:
     """
     :param first: the :func:`structure` of the first batch.

@@ -25,10 +25,10 @@ from pyro_bnn.infer.component_check import (
     check_latents,
     check_used,
     difference,
-    structure,
 )
 from pyro_bnn.infer.component_loop import OUTSIDE, ComponentLoop, example_key
 from pyro_bnn.infer.component_runs import PLATES, DirectRun, Step, TracedRun, rehearsal
+from pyro_bnn.infer.data import coincidences
 from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture_terms import SiteTerms, per_component
@@ -283,7 +283,7 @@ class Mixture_ELBO(_Elbo):
         """
         direct = self._is_direct(step.guide, step.mixtures)
         found = self._decisions.setdefault(step.model, {})
-        key = weakref.ref(step.guide), direct, structure((step.K, step.S, step.args, step.kwargs))
+        key = weakref.ref(step.guide), direct, coincidences((step.K, step.S, step.args, step.kwargs))
         known = found.get(key)
         if known is None or (known.together and not step.is_single and self.step >= known.until):
             alone, readers = check_alone(step)

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from pyro_bnn.infer.data import Batch, Path, argument_name, leaves, map_tensors
+from pyro_bnn.infer.data import Batch, Path, argument_name, coincidences, leaves, map_tensors
 from pyro_bnn.infer.dispatch import CountBytes, NumbersRead
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.evaluation import evaluation_mode
@@ -138,7 +138,7 @@ class ModelRunner:
         self.prototype: Sites | None = None
         self.values: list[str] = []  # deterministic sites that are read
         self.warned = False
-        self.prepared = False
+        self.compared: set[Any] = set()  # kinds of batches on which joint and single runs were compared
         self.validated: set[str] = set()  # sites whose observations are held against the support
         self.lead = (
             torch.Size()
@@ -235,7 +235,6 @@ class ModelRunner:
 
     def prepare(self, batch: Batch) -> None:
         """Finds out whether the model broadcasts."""
-        self.prepared = True
         if self.vectorize is None and self.num_draws <= PAIR:
             self.vectorize = False
         if self.vectorize is not False:
@@ -451,9 +450,13 @@ class ModelRunner:
             stack.enter_context(local_parameters())
             stack.enter_context(poutine.block())
             self.look(batch)
-            if not self.prepared:
-                self.prepare(batch)
-                self.warn_missing(batch)
+            if (key := coincidences(batch)) not in self.compared:  # one row may hide what several show
+                if self.compared and self.vectorize:
+                    self.inspect(batch)
+                if not self.compared or self.vectorize:
+                    self.prepare(batch)
+                    self.warn_missing(batch)
+                self.compared.add(key)
             parts: list[dict[Key, Tensor]] = []
             # the prototype has been validated, and the rest has its structure
             stack.enter_context(pyro.validation_enabled(False))

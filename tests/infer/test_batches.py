@@ -527,3 +527,16 @@ def test_batches_are_checked_whole() -> None:
     assert len(list(stream)) == 2
     with pytest.raises(ValueError, match="an iterator, which can be run through once only"):
         list(stream)
+
+
+def test_a_first_batch_of_one_row_hides_what_others_show() -> None:
+    """With one row and one column a product broadcasts over draws; with more rows it does not."""
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    x, w = torch.randn(7, 1), torch.randn(S, 1)
+    batches = [(part,) for part in x.split((1, 3, 3))]
+    assert_close(posterior_predictive(model, {"w": w}, batches).mean, w @ x.T)
