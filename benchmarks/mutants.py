@@ -343,13 +343,18 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     parts += [] if options.smoke else ["pyro_bnn"]
     suite = Suite(measured(root, Path(options.cache), parts, stale=options.stale), stale=options.stale)
     known, rows, stamp = equivalents(), [], int(time.time()) - 10**6
+    earlier = json.loads(Path(options.judged).read_text())["mutants"] if options.judged else []
+    killed = {
+        (r["path"], r["before"], r["after"]): r for r in earlier if r["outcome"] in ("killed", "timeout")
+    }
     for mutant in draw(root, targets(root), options.seed):
         source = (root / mutant.path).read_bytes()
         if options.smoke and mutant.path != "pyro_bnn/ops/block_cg.py":
             continue
         if options.only not in mutant.path:
             continue
-        reason = known.get((mutant.path, *mutant.lines(source)))
+        name = (mutant.path, *mutant.lines(source))
+        reason = known.get(name)
         if reason is not None:
             rows.append(
                 {**asdict(mutant), "outcome": "equivalent", "by": reason, "diff": mutant.diff(source)}
@@ -357,6 +362,9 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
             continue
         if sum(row["outcome"] != "equivalent" for row in rows) >= options.count:
             break
+        if name in killed:
+            rows.append(killed[name])
+            continue
         stamp += 2
         rows.append(judge(root, mutant, suite, options.budget, stamp))
         row = rows[-1]
@@ -378,6 +386,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
     parser.add_argument(
         "--stale", action="store_true", help="the latest measurements, by function instead of by line"
+    )
+    parser.add_argument(
+        "--judged", help="results of an earlier run: mutants that were killed in it are not run again"
     )
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "pyro_bnn_mutants"))

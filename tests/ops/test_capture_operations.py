@@ -127,6 +127,9 @@ GENERIC = {
     "another dtype": lambda u, x: x * u[:4].view(torch.float64),
     "a bilinear map": lambda u, x: F.bilinear(x, x, u[:16].view(1, 4, 4)),
     "a scatter": lambda u, x: x * torch.zeros(4).index_add(0, torch.tensor([0, 0, 2]), u[:3]),
+    "a weight of which a part mixes examples": lambda u, x: torch.cat(
+        [x @ u[:8].view(4, 2), x @ u[4:12].view(4, 2) - (x @ u[4:12].view(4, 2)).mean(0), x * u[11:15]], 1
+    ),
     "exponentials": lambda u, x: torch.exp(u[:4]) * x,
     "softplus": lambda u, x: x @ F.softplus(u[:8]).view(4, 2),
     "an input of a layer": lambda u, x: F.linear(u[:4].expand(B, 4) * x, torch.ones(2, 4)),
