@@ -207,7 +207,7 @@ def owners(source: str) -> dict[int, str]:
 def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) -> dict[str, Any]:
     """
     The measurements of all parts of the suite, those of unchanged files from the cache; where they may be ``stale``, the
-    latest of each part, whatever has changed since.
+    latest of each part with these tests, however the package has changed since.
     """
     package = digest((root / "pyro_bnn").rglob("*.py"))
     found = {}
@@ -218,7 +218,8 @@ def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) 
         name = part.replace("/", ".")
         file, latest = cache / f"{name}-{key}.json", cache / f"{name}.json"
         if stale and latest.exists():
-            file = latest
+            kept = json.loads(latest.read_text())["digest"]
+            file = latest if path.is_dir() or kept == digest([path]) else file
         if not file.exists():
             start = time.monotonic()
             result, late = in_fork(measure, part, cpu=3000, root=root)
@@ -231,6 +232,7 @@ def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) 
                         names[path_] = owners((root / path_).read_text())
                     called = {names[path_][line] for line in lines if line in names[path_]}
                     test.setdefault("functions", {})[path_] = sorted(called)
+            result["digest"] = "" if path.is_dir() else digest([path])
             for target in (file, latest):
                 target.write_text(json.dumps(result))
             count, failed = len(result["tests"]), result["failed"]
