@@ -207,7 +207,7 @@ def owners(source: str) -> dict[int, str]:
 def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) -> dict[str, Any]:
     """
     The measurements of all parts of the suite, those of unchanged files from the cache; where they may be ``stale``, the
-    latest of each part, whatever has changed since.
+    latest of each part with these tests, however the package has changed since.
     """
     package = digest((root / "pyro_bnn").rglob("*.py"))
     found = {}
@@ -218,7 +218,8 @@ def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) 
         name = part.replace("/", ".")
         file, latest = cache / f"{name}-{key}.json", cache / f"{name}.json"
         if stale and latest.exists():
-            file = latest
+            kept = json.loads(latest.read_text())["digest"]
+            file = latest if path.is_dir() or kept == digest([path]) else file
         if not file.exists():
             start = time.monotonic()
             result, late = in_fork(measure, part, cpu=3000, root=root)
@@ -231,6 +232,7 @@ def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) 
                         names[path_] = owners((root / path_).read_text())
                     called = {names[path_][line] for line in lines if line in names[path_]}
                     test.setdefault("functions", {})[path_] = sorted(called)
+            result["digest"] = "" if path.is_dir() else digest([path])
             for target in (file, latest):
                 target.write_text(json.dumps(result))
             count, failed = len(result["tests"]), result["failed"]
@@ -343,13 +345,18 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     parts += [] if options.smoke else ["pyro_bnn"]
     suite = Suite(measured(root, Path(options.cache), parts, stale=options.stale), stale=options.stale)
     known, rows, stamp = equivalents(), [], int(time.time()) - 10**6
+    earlier = json.loads(Path(options.judged).read_text())["mutants"] if options.judged else []
+    killed = {
+        (r["path"], r["before"], r["after"]): r for r in earlier if r["outcome"] in ("killed", "timeout")
+    }
     for mutant in draw(root, targets(root), options.seed):
         source = (root / mutant.path).read_bytes()
         if options.smoke and mutant.path != "pyro_bnn/ops/block_cg.py":
             continue
         if options.only not in mutant.path:
             continue
-        reason = known.get((mutant.path, *mutant.lines(source)))
+        name = (mutant.path, *mutant.lines(source))
+        reason = known.get(name)
         if reason is not None:
             rows.append(
                 {**asdict(mutant), "outcome": "equivalent", "by": reason, "diff": mutant.diff(source)}
@@ -357,6 +364,9 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
             continue
         if sum(row["outcome"] != "equivalent" for row in rows) >= options.count:
             break
+        if name in killed:
+            rows.append(killed[name])
+            continue
         stamp += 2
         rows.append(judge(root, mutant, suite, options.budget, stamp))
         row = rows[-1]
@@ -378,6 +388,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
     parser.add_argument(
         "--stale", action="store_true", help="the latest measurements, by function instead of by line"
+    )
+    parser.add_argument(
+        "--judged", help="results of an earlier run: mutants that were killed in it are not run again"
     )
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "pyro_bnn_mutants"))

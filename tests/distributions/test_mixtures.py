@@ -219,6 +219,17 @@ def test_packed_mixtures_are_weighted_sums_of_dense_gaussians():
     assert_close(*(d.rsample((9,), generator=g) for g in generators), rtol=0)
 
 
+def test_a_packed_mixture_of_one_component_is_that():
+    part = DiagonalNormal(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 9.0]))
+    d = PackedMixture([part], torch.zeros(1))
+    x = torch.randn(3, 2)
+    assert_close(d.log_prob(x), part.log_prob(x), rtol=1e-12)
+    assert_close(d.variance, part.variance, rtol=1e-12)
+    draws, index = d.rsample_with_index((5,))
+    assert draws.shape == (5, 2)
+    assert index.tolist() == [0] * 5
+
+
 def test_components_on_subspaces_have_no_density_elsewhere():
     part = DiagonalNormal(torch.tensor([1.0]), torch.tensor([4.0]))
     loc = torch.tensor([[1.0, 100.0], [1.0, -3.0]])

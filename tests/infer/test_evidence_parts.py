@@ -3,6 +3,7 @@
 """Parts of a curvature and the evidence as a function of multipliers, against dense matrices."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.infer.curvature import diagonal_of_diagonal, operator_diagonal
 from pyro_bnn.infer.evidence import (
     _Spectrum,
     optimize_evidence,
@@ -330,3 +332,34 @@ def test_only_what_is_random_has_a_multiplier(per):
         P = (x.mT @ x / NOISE**2).diagonal() + guide.tau.expand(5) * PRIOR
         assert_close(guide.posterior.variance[active], 1 / P[active], rtol=1e-9)
         assert_close(guide.posterior.variance[~active], torch.zeros(5)[~active])
+
+
+@pytest.mark.parametrize(
+    "structure", ["full", "block", "diagonal", "kronecker", "low_rank", "function_space"]
+)
+def test_latents_that_the_data_do_not_reach_keep_their_prior(structure):
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        pyro.sample("unused", dist.Normal(torch.zeros(4), torch.tensor([0.5, 1.0, 2.0, 3.0])).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Categorical(logits=x @ w.mT), obs=y)
+
+    x, y = torch.randn(9, 3), torch.randint(0, 2, (9,))
+    guide = AutoLaplace(model, structure=structure, rank=10).initialize(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    assert_close(guide.posterior.variance[6:], [0.25, 1.0, 4.0, 9.0], rtol=1e-9)
+    assert bool((guide.posterior.variance[:6] < 1).all())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_the_diagonal_of_a_coupled_map(chunk_size):
+    P = positive(7)
+    assert_close(operator_diagonal(lambda v: v @ P, P[0], chunk_size), P.diagonal(), rtol=1e-10)
+    d = torch.rand(7)
+    calls = []
+    diagonal = operator_diagonal(lambda v: (calls.append(len(v)), v * d)[1], d, chunk_size)
+    assert_close(diagonal, d, rtol=1e-10)
+    assert sum(calls) == 2  # products that show that it is diagonal
+    assert diagonal_of_diagonal(lambda v: v @ P, P[0]) is None

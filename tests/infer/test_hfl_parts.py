@@ -18,7 +18,7 @@ from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.paired import fine_tune
 from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb, slopes
-from pyro_bnn.infer.hfl.probe import probe
+from pyro_bnn.infer.hfl.probe import _inverse_root, probe
 from pyro_bnn.infer.hfl.problem import PerturbedLoss, Problem
 from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
 from pyro_bnn.infer.hfl.sandwich import score_responses
@@ -397,6 +397,18 @@ def test_probes_know_what_each_of_them_misses():
     many = probe(some, Solver(problem, tolerance=1e-11), 8, seed=0)
     assert_close(many.half @ many.half.mT, K, rtol=1e-5, atol=1e-9)
     assert many.captured > 1 - 1e-6
+
+
+def test_the_rank_of_probes_does_not_depend_on_their_scales():
+    A = torch.randn(4, 3)
+    S = torch.logspace(-12, 0, 4)
+    full = torch.randn(4, 4)
+    full = full @ full.mT + torch.eye(4)
+    root = _inverse_root(full * S * S[:, None])
+    assert root.shape == (4, 4)
+    assert_close(root @ root.mT * S * S[:, None], torch.linalg.inv(full), rtol=1e-7)
+    assert _inverse_root(A @ A.mT * S * S[:, None]).shape == (4, 3)
+    assert _inverse_root(torch.zeros(2, 2)).shape[0] == 2
 
 
 def two_sites(x, y=None, z=None):

@@ -43,7 +43,15 @@ def exponentiated(z, x):
     return h @ torch.cat([z["v"], z["u"]]).mT + z["c"]
 
 
-NETWORKS = {f.__name__: f for f in (stacked, shared_offset, sequence, wide_sequence, exponentiated)}
+def scalar_offset(z, x):
+    """One offset for all outputs of a map, beside one for each."""
+    h = torch.tanh(x @ z["w"].mT + z["b"][0] + z["b"][1])
+    return h @ torch.cat([z["v"], z["u"]]).mT + z["b"][2] + z["c"]
+
+
+NETWORKS = {
+    f.__name__: f for f in (stacked, shared_offset, sequence, wide_sequence, exponentiated, scalar_offset)
+}
 DIM = sum(torch.Size(s).numel() for s in SHAPES.values())
 ONLY = {
     "all": None,
@@ -64,25 +72,35 @@ def case(network, **options):
     x, y = torch.randn(9, 3), torch.randint(0, 3, (9,))
     guide = AutoLaplace(model, rank=DIM, **options).initialize(x, y)
     guide.loc.data = 0.5 * torch.randn(DIM)
-    return guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    return guide.laplace_approximation((x, y), map_tolerance=float("inf")), x
+
+
+def log_probabilities(guide, network, x, u=None):
+    parts = (guide.loc.detach() if u is None else u).split([torch.Size(s).numel() for s in SHAPES.values()])
+    z = {k: part.view(s) for (k, s), part in zip(SHAPES.items(), parts, strict=True)}
+    return NETWORKS[network](z, x).log_softmax(-1)
 
 
 def jacobian(guide, network, x):
-    def function(u):
-        parts = u.split([torch.Size(s).numel() for s in SHAPES.values()])
-        z = {k: part.view(s) for (k, s), part in zip(SHAPES.items(), parts, strict=True)}
-        return NETWORKS[network](z, x).log_softmax(-1)
-
-    return torch.autograd.functional.jacobian(function, guide.loc.detach())
+    return torch.autograd.functional.jacobian(
+        lambda u: log_probabilities(guide, network, x, u), guide.loc.detach()
+    )
 
 
 @pytest.mark.parametrize("only", ONLY)
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "low_rank"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_covariances_of_predictions(network, structure, only):
-    guide = case(network, structure=structure, sites=ONLY[only])
+    guide, x = case(network, structure=structure, sites=ONLY[only])
     active = torch.ones(DIM, dtype=torch.bool) if guide.active is None else guide.active
     P = guide.posterior.multiply(torch.eye(DIM))[active][:, active]
+    J = jacobian(guide, network, x)[..., active]
+    if structure in ("full", "diagonal"):
+        # every class counts by its probability, as the mean of a score is zero
+        p = log_probabilities(guide, network, x).exp()
+        H = torch.einsum("nci,nc,ncj->ij", J, p, J)
+        H = torch.diag(H.diagonal()) if structure == "diagonal" else H
+        assert_close(P, H + torch.eye(len(P)), rtol=1e-8, atol=1e-9)
     x = torch.randn(5, 3)
     J = jacobian(guide, network, x)[..., active]
     expected = J @ torch.linalg.inv(P) @ J.mT
@@ -116,3 +134,33 @@ def test_kronecker_parts_beside_others(network):
     J = torch.autograd.functional.jacobian(function, guide.loc.detach())[..., active]
     expected = J @ torch.linalg.inv(P) @ J.mT
     assert_close(guide.linearized_outputs(x)["obs"].covariance, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_a_weight_of_two_maps():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        f = x @ w.mT if x.shape[1] == 3 else x @ w
+        with pyro.plate("data", 9, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(f, 1.0).to_event(1), obs=y)
+            pyro.sample("other", dist.Normal(x[:, :2] @ w, 1.0).to_event(1), obs=x[:, :1].expand(-1, 3))
+
+    x = torch.randn(9, 3)
+    # two maps in one run make a dense block
+    guide = AutoLaplace(model, structure="kronecker").initialize(x, x[:, :2])
+    guide.laplace_approximation((x, x[:, :2]), map_tolerance=float("inf"))
+    first, second = x.mT @ x, x[:, :2].mT @ x[:, :2]
+    expected = torch.kron(torch.eye(2), first) + torch.kron(second, torch.eye(3)) + torch.eye(6)
+    assert_close(guide.posterior.multiply(torch.eye(6)), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_weight_of_different_maps_in_different_batches():
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        f = x @ w.mT if x.shape[1] == 3 else x @ w
+        with pyro.plate("data", 9, subsample_size=len(x)):
+            pyro.sample("obs", dist.Normal(f, 1.0).to_event(1), obs=y)
+
+    batches = [(torch.randn(5, 3), torch.randn(5, 2)), (torch.randn(4, 2), torch.randn(4, 3))]
+    guide = AutoLaplace(model, structure="kronecker").initialize(*batches[0])
+    with pytest.raises(ValueError, match="in different ways, so that they have no common Kronecker factors"):
+        guide.laplace_approximation(batches, map_tolerance=float("inf"))

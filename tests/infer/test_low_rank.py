@@ -169,3 +169,20 @@ def test_the_landmarks_are_a_uniform_sample_of_the_rows():
     # features: 2 of 8 landmarks of 40 rows
     assert_close(taken.sum(), 600.0)
     assert ((taken - 15).abs() < 5 * 15**0.5).all()
+
+
+def test_rows_are_counted_as_they_come():
+    def rows(reserve):
+        for _ in range(3):
+            reserve(4, None)  # from how many examples is not known
+            yield torch.randn(4, 5)
+
+    def total(limit):
+        return LowRankSum(
+            torch.arange(5), torch.zeros(5), method="function_space", rank=5, rows=rows, memory_limit=limit
+        )
+
+    needed = 3 * (12 * 5 + 5**2) * 8
+    total(needed).parts(lambda i: torch.ones(len(i)))
+    with pytest.raises(MemoryError, match="with 12 rows"):
+        total(needed - 1).parts(lambda i: torch.ones(len(i)))

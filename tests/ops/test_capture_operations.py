@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single uses of entries of a vector, each against autograd's dense Jacobian."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn as nn
@@ -127,11 +129,52 @@ GENERIC = {
     "another dtype": lambda u, x: x * u[:4].view(torch.float64),
     "a bilinear map": lambda u, x: F.bilinear(x, x, u[:16].view(1, 4, 4)),
     "a scatter": lambda u, x: x * torch.zeros(4).index_add(0, torch.tensor([0, 0, 2]), u[:3]),
+    "a weight of which a part mixes examples": lambda u, x: torch.cat(
+        [x @ u[:8].view(4, 2), x @ u[4:12].view(4, 2) - (x @ u[4:12].view(4, 2)).mean(0), x * u[11:15]], 1
+    ),
     "exponentials": lambda u, x: torch.exp(u[:4]) * x,
     "softplus": lambda u, x: x @ F.softplus(u[:8]).view(4, 2),
     "an input of a layer": lambda u, x: F.linear(u[:4].expand(B, 4) * x, torch.ones(2, 4)),
     "found and generic at once": lambda u, x: F.linear(x, u[:8].view(2, 4)) * u[0].exp(),
 }  # fmt: skip
+
+
+def written(operation):
+    """A function whose weight is changed in place after it was taken from the vector."""
+
+    def function(u, x):
+        w = u[:4].clone()
+        w = operation(w, x)
+        return x * w
+
+    return function
+
+
+def assigned(w, x):
+    w[1:3] = x[0, :2].sin()
+    return w
+
+
+#: Changes in place of tensors that hold entries of the vector.
+WRITTEN = {
+    "add": lambda w, x: operator.iadd(w, x[0]),
+    "sub": lambda w, x: operator.isub(w, 1.0),
+    "mul": lambda w, x: operator.imul(w, 2.0),
+    "div": lambda w, x: operator.itruediv(w, 2.0),
+    "pow": lambda w, x: operator.ipow(w, 2),
+    "a method": lambda w, x: w.mul_(x[0]),
+    "zero": lambda w, x: w.zero_(),
+    "an assignment": assigned,
+    "a function of itself": lambda w, x: w.sin_(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_writing_in_place_is_noticed(name):
+    x = torch.randn(B, D)
+    jacobian, expected = jacobian_of(written(WRITTEN[name]), x)
+    rows = jacobian.dense(jacobian.basis()).movedim(0, 1)
+    assert_close(rows, expected.reshape(rows.shape), rtol=1e-9, atol=1e-11)
 
 
 def jacobian_of(function, x, active=None):
