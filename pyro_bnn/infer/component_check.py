@@ -24,7 +24,7 @@ from pyro_bnn.infer.component_runs import (
     rehearsal,
     subsamples,
 )
-from pyro_bnn.infer.dispatch import NumbersRead
+from pyro_bnn.infer.dispatch import Watch
 from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.observations import check_values
 from pyro_bnn.infer.vectorize import FAILURES
@@ -139,10 +139,10 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Ma
         if step.per_example:
             _check_rows(step, values, own, frozen)
         try:
-            with NumbersRead(values.values()) as numbers:
+            with Watch(values.values()) as watch:
                 joint = densities(run.run(values, frozen))
-            if numbers.where:
-                return numbers.reason
+            if watch.where:
+                return watch.reason
             for name, density in joint.items():
                 check_broadcast(name, density.shape, step.nesting + 1 + (step.S > 1), "components")
         except FAILURES as failure:

@@ -22,59 +22,46 @@ _LIBRARIES = tuple(
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
-class _Mode(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """
+    Watches the operations of a run.
+
+    :param sources: tensors. What is computed from them is kept until the end, so that no memory is used twice.
+    :ivar int total: the sizes of the tensors that operations allocate, in bytes: an upper bound of the peak memory. Networks
+        that run their draws one after the other do not count: what they take does not grow with the draws.
+    :ivar str where: the first line that turns a value which depends on the sources into a number or a truth value of Python,
+        as ``if`` and ``.item()`` do: run for several draws at once it decides for all of them by one number. Empty if none does.
+    """
+
+    def __init__(self, sources: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._kept = [tensor.untyped_storage() for tensor in sources]
+        self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
+        self.total = 0
+        self.where = ""
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # or the first prediction of a process imports a compiler, for a second or more
 
-
-class CountBytes(_Mode):
-    """
-    Adds up the sizes of the tensors that operations allocate, an upper bound of the peak memory. Networks that run their
-    draws one after the other do not count: what they take does not grow with the draws.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if runs_plain():
-            return out
-        held = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+        held = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        derived = not held.isdisjoint(self._derived)
+        if derived and func in _NUMBERS and not self.where:
+            self.where = _place()
+        counts = not runs_plain()
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
             # views, and what an operation in place returns, take no memory of their own
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
-                self.total += tensor.numel() * tensor.element_size()
-        return out
-
-
-class NumbersRead(_Mode):
-    """
-    Notes where a program turns a value that depends on some tensors into a number or a truth value of Python, as ``if`` and
-    ``.item()`` do. Run for several draws at once it would decide for all of them by one number.
-
-    :param sources: the tensors; what is computed from them is kept until the end, so that no memory is used twice.
-    :ivar str where: the line of the first such place; empty if there is none.
-    """
-
-    def __init__(self, sources: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._kept = [tensor.untyped_storage() for tensor in sources]
-        self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
-        self.where = ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(t.untyped_storage().data_ptr() in self._derived for t in _tensors((args, kwargs))):
-            if func in _NUMBERS and not self.where:
-                self.where = _place()
-            for tensor in _tensors(out):
-                storage = tensor.untyped_storage()
-                if storage.nbytes() and storage.data_ptr() not in self._derived:
+            if (place := storage.data_ptr()) not in held:
+                if counts:
+                    self.total += tensor.numel() * tensor.element_size()
+                if derived and storage.nbytes():
                     self._kept.append(storage)
-                    self._derived.add(storage.data_ptr())
+                    self._derived.add(place)
+            elif derived:
+                self._derived.add(place)
         return out
 
     @property

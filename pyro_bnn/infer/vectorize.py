@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pyro_bnn.infer.data import Batch, Path, argument_name, coincidences, leaves, map_tensors
-from pyro_bnn.infer.dispatch import CountBytes, NumbersRead
+from pyro_bnn.infer.dispatch import Watch
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import (
@@ -133,6 +133,7 @@ class ModelRunner:
         self.vectorize, self.required = vectorize, vectorize is True
         self.max_memory = max_memory
         self.chunk_size = 0  # not known yet
+        self.bytes_per_draw = 0.0  # of intermediate values, as far as they were compared
         self.plain_bytes = 0  # of a draw, in networks that run their draws one after the other
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
         self.prototype: Sites | None = None
@@ -251,6 +252,12 @@ class ModelRunner:
                 finally:
                     self.prototype, self.draws = all_rows, whole
             self.decide(self.check(batch))
+            if self.vectorize:
+                self.set_chunk_size(self.bytes_per_draw)
+
+    def set_chunk_size(self, per_draw: float) -> None:
+        """How many draws run together, from the bytes that one takes."""
+        self.chunk_size = max(1, int(self.max_memory / max(per_draw, 1)))
 
     @staticmethod
     def has_more_rows(batch: Batch, number: int) -> bool:
@@ -374,10 +381,11 @@ class ModelRunner:
                 False
             ):  # the first run was validated, and the others are compared with it
                 singles = [self.prototype] + [self.single(batch, i) for i in range(1, pair.stop)]
-                with NumbersRead(self.draws.values()) as numbers:
+                with Watch(self.draws.values()) as watch:
                     joint = self.joint(batch, pair)
-            if numbers.where:
-                return numbers.reason
+            if watch.where:
+                return watch.reason
+            self.bytes_per_draw = self.plain_bytes + watch.total / pair.stop
             predicted = set(predicted_names(self.prototype, self.draws))
             for name in self.prototype:
                 if name not in joint or (name not in predicted and not is_factor(self.prototype[name])):
@@ -400,7 +408,7 @@ class ModelRunner:
         """The first joint run on a whole batch, which tells how many draws fit; ``None`` if it fails after all."""
         error = ""
         try:
-            with CountBytes() as count:
+            with Watch() as watch:
                 sites = self.joint(batch, index)
             for name in predicted_names(sites, self.draws):
                 shape = sites[name]["fn"].batch_shape
@@ -413,8 +421,7 @@ class ModelRunner:
         if error:
             self.inspect(batch)  # a few examples did not show the model as it is
             return None
-        per_draw = self.plain_bytes + count.total / (index.stop - index.start)
-        self.chunk_size = max(1, int(self.max_memory / max(per_draw, 1)))
+        self.set_chunk_size(self.plain_bytes + watch.total / (index.stop - index.start))
         return sites
 
     def value_reading(self, name: str, site: Site) -> Reading:
