@@ -314,11 +314,11 @@ class ModelRunner:
                     True  # a model that differentiates something itself runs with gradients only
                 )
                 nodes = self.single(batch, 0)
-        self.prototype = nodes
+        self.prototype = {**(self.prototype or {}), **nodes}  # a site need not be there in every batch
         self.validated = {name for name, site in nodes.items() if is_validated(site)}
         self.check_names()
         self.priors = {n: p for n, p in layers.seen.items() if n in self.draws}
-        self.ndims = {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
+        self.ndims |= {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
         frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
         self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
         self.nesting = max([self.nesting, *self.ndims.values()])
@@ -396,6 +396,8 @@ class ModelRunner:
                 if error := _difference(found, expected, "density", name, 1.0):
                     return error
             for name in self.values:
+                if name not in joint or any(name not in sites for sites in singles):
+                    continue
                 expected = torch.stack([sites[name]["value"] for sites in singles])
                 found = self.align(*self.value_reading(name, joint[name]))
                 if error := _difference(found, expected, "value", name, 1e-30):

@@ -587,3 +587,19 @@ def test_deterministic_sites_by_name() -> None:
     assert sorted(tree["posterior"].attrs["left_out"]) == sorted({"weight", *DETERMINISTIC_DIMS} - {"double"})
     with pytest.raises(ValueError, match=r"\['treble'\] are not latent or deterministic sites"):
         to_datatree(with_deterministic_sites, draws, (x, y), var_names=["treble"])
+
+
+def test_sites_that_are_there_for_some_numbers_of_rows_only() -> None:
+    x, y = linear_data(7)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        if len(x) > 1:
+            pyro.deterministic("spread", (x * weight).sum(-1).std(-1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * weight).sum(-1), 1.0), obs=y)
+
+    batches = list(zip(x.split((3, 1, 3)), y.split((3, 1, 3)), strict=True))
+    with pytest.warns(UserWarning, match=r"\['spread'\] are left out"):
+        tree = to_datatree(model, {"weight": torch.randn(6, 3)}, batches)
+    assert tree["log_likelihood"]["obs"].shape == (1, 6, 7)
