@@ -45,8 +45,8 @@ def exponentiated(z, x):
 
 def scalar_offset(z, x):
     """One offset for all outputs of a map, beside one for each."""
-    h = torch.tanh(x @ z["w"].mT + z["b"][0] + z["b"][1])
-    return h @ torch.cat([z["v"], z["u"]]).mT + z["b"][2] + z["c"]
+    h = torch.tanh(x @ z["w"].mT + z["b"][:1] + z["b"][1])
+    return h @ torch.cat([z["v"], z["u"]]).mT + z["b"][2:3] + z["c"]
 
 
 NETWORKS = {
