@@ -15,7 +15,6 @@ from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
 from pyro_bnn.infer.linear_covariance import element_covariance
 from pyro_bnn.infer.packed import SiteOutputs
-from pyro_bnn.ops.jacobian import jacobian, wide
 
 #: parameters of one observation up to which their covariances are formed together with their variances
 JOINT_LIMIT = 64
@@ -28,7 +27,7 @@ class SiteCovariances:
 
     :ivar elements: of the parameters of each element, shape ``shape + (C, C)``.
     :ivar events: of those of each observation of E elements, shape ``batch_shape + (E C, E C)``; empty where there are no
-        event dimensions, where they were not wanted, or where the model's examples are no observations.
+        event dimensions, or where they were not wanted.
     """
 
     elements: list[Tensor] = field(default_factory=list)
@@ -72,7 +71,8 @@ def _add(mine: SiteCovariances, posterior: Any, examples: SiteExamples, joint: b
     shape, C = site.outputs.shape[:-1], site.outputs.shape[-1]
     batch = len(shape) - site.event_dim
     E = shape[batch:].numel()
-    if E > 1 and jac.dim < batch and (joint or E * C <= JOINT_LIMIT):
+    # examples are batch dimensions of the site, never elements of its events
+    if E > 1 and (joint or E * C <= JOINT_LIMIT):
         blocks = element_covariance(posterior, jac, jac.M // (E * C))
         blocks = _placed(blocks, jac.B, jac.dim, shape[:batch])
         mine.events.append(blocks)
@@ -107,13 +107,4 @@ def event_covariance(
     :return: shape ``batch_shape + (E C, E C)``.
     """
     found, _ = output_covariances(posterior, stream, batch, joint=True)
-    if found[name].events:
-        return joined(found[name].events, shape)
-    # the model treats the elements of an observation as examples: rows of the Jacobian, one observation at a time
-    site = next(s for s in stream.model.outputs(stream.latent, batch) if s.name == name)
-    groups = site.outputs.reshape(shape.numel(), -1)
-    blocks = [
-        posterior.quadratic_form(wide(jacobian(group, stream.latent, chunk_size=256))).detach()
-        for group in groups
-    ]
-    return torch.stack(blocks).reshape(shape + blocks[0].shape)
+    return joined(found[name].events, shape)

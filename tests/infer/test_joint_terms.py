@@ -186,3 +186,28 @@ def test_every_site_draws_the_component_of_its_slot(noise, particles):
             expected = loc[k].detach()
             assert_close(value[:, k], expected.expand(value[:, k].shape), rtol=1e-6, atol=1e-6)
             assert_close(draws[site.name][k, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_changes_in_place_and_new_parameters_are_those_of_a_new_bound():
+    net = network()
+    model = model_of(net)
+    loc, scale = torch.ones(4), torch.full((4,), 0.3)
+    net[0]._sites["r"].prior = dist.Normal(loc, scale).to_event(1)
+    guide = AutoMixture(model, 2, init_scale=0.1).initialize(X, Y)
+    elbo = Mixture_ELBO(max_plate_nesting=1)
+
+    def kl(elbo):
+        with pyro.validation_enabled(False):
+            elbo(model, guide)(X, Y)
+        return elbo.parts["kl"]
+
+    def narrower():
+        guide.init_scale = 0.05
+        guide.initialize(X, Y)
+
+    seen = [kl(elbo)]
+    for change in (lambda: scale.mul_(2.0), lambda: loc.add_(1.0), narrower):
+        change()
+        seen.append(kl(elbo))
+        assert_close(seen[-1], kl(Mixture_ELBO(max_plate_nesting=1)), rtol=1e-12)
+        assert abs(seen[-1] - seen[-2]) > 1e-3

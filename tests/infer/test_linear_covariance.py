@@ -45,8 +45,8 @@ def exponentiated(z, x):
 
 def scalar_offset(z, x):
     """One offset for all outputs of a map, beside one for each."""
-    h = torch.tanh(x @ z["w"].mT + z["b"][0] + z["b"][1])
-    return h @ torch.cat([z["v"], z["u"]]).mT + z["b"][2] + z["c"]
+    h = torch.tanh(x @ z["w"].mT + z["b"][:1] + z["b"][1])
+    return h @ torch.cat([z["v"], z["u"]]).mT + z["b"][2:3] + z["c"]
 
 
 NETWORKS = {
@@ -164,3 +164,33 @@ def test_a_weight_of_different_maps_in_different_batches():
     guide = AutoLaplace(model, structure="kronecker").initialize(*batches[0])
     with pytest.raises(ValueError, match="in different ways, so that they have no common Kronecker factors"):
         guide.laplace_approximation(batches, map_tolerance=float("inf"))
+
+
+def test_observations_across_the_rows_of_the_data():
+    """Each of two observations holds one output at all rows; the rows are what the network treats apart."""
+
+    def model(x, y=None, z=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        with pyro.plate("outputs", 2):
+            pyro.sample("first", dist.Normal((x @ w).sin().mT, 0.5).to_event(1), obs=y)
+            pyro.sample("second", dist.Normal((2 * x @ w).cos().mT, 0.5).to_event(1), obs=z)
+
+    x = torch.randn(7, 3)
+    data = x, torch.randn(2, 7), torch.randn(2, 7)
+    guide = AutoLaplace(model).initialize(*data)
+    guide.loc.data = 0.5 * torch.randn(6)
+    guide.laplace_approximation(data, map_tolerance=float("inf"))
+    new = torch.randn(4, 3)
+    outputs = guide.linearized_outputs(new)
+    for name, function in (
+        ("first", lambda w: (new @ w).sin().mT),
+        ("second", lambda w: (2 * new @ w).cos().mT),
+    ):
+        J = torch.autograd.functional.jacobian(lambda u, f=function: f(u.view(3, 2)), guide.loc.detach())
+        expected = J @ guide.posterior.covariance_matrix @ J.mT
+        found = outputs[name].event_covariance
+        assert found.shape == (2, 4, 4)
+        assert_close(found, expected, rtol=1e-8, atol=1e-11)
+        assert_close(
+            outputs[name].covariance[..., 0, 0], expected.diagonal(dim1=-2, dim2=-1), rtol=1e-8, atol=1e-11
+        )
