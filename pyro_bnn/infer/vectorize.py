@@ -473,7 +473,11 @@ class ModelRunner:
             start = 0
             while self.vectorize and start < self.num_draws:
                 index = slice(start, min(start + (self.chunk_size or PAIR), self.num_draws))
-                sites = self.joint(batch, index) if self.chunk_size else self.first(batch, index)
+                try:
+                    sites = self.joint(batch, index) if self.chunk_size else self.first(batch, index)
+                except FAILURES as failure:  # as many rows as draws that were compared, for example
+                    self.decide(str(failure).strip().partition("\n")[0])
+                    parts, sites = [], None
                 if sites is not None:
                     parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(sites).items()})
                     start = index.stop
