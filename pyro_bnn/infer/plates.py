@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from pyro_bnn.infer.data import Path, argument_name, leaves, map_leaves
+from pyro_bnn.infer.data import Path, leaves, map_leaves
 from pyro_bnn.infer.handlers import Site, is_deterministic, unscaled_log_prob
 
 #: The sample sites of one run of a model by name.
@@ -44,14 +44,6 @@ class DataPlate:
     def factor(self) -> float:
         r""":math:`N / B`, by which the plate scales the log densities within it."""
         return self.full_size / self.size
-
-    def axis(self, site: Site) -> int | None:
-        """The plate's position in the batch shape of a site, from the left; ``None`` outside the plate."""
-        return next((i for i, plate in plates_of(site).items() if plate.name == self.name), None)
-
-    def holds(self, site: Site) -> bool:
-        """Whether a site lies in the plate."""
-        return any(frame.name == self.name for frame in site["cond_indep_stack"])
 
 
 def plates_of(site: Site) -> dict[int, DataPlate]:
@@ -129,15 +121,6 @@ class Rows:
             return take_rows(leaf, self.cuts[path], index) if path in self.cuts else leaf
 
         return map_leaves(tree, cut)
-
-    def split(self, tree: Any, size: int) -> Iterator[Any]:
-        """
-        :param tree: see :meth:`take`.
-        :param size: rows in a piece.
-        :return: an iterator over pieces that follow one another.
-        """
-        for start in range(0, self.size, size):
-            yield self.take(tree, slice(start, min(start + size, self.size)))
 
 
 def find_rows(
@@ -280,8 +263,3 @@ def close(a: Tensor, b: Tensor) -> bool:
     scale = float(a[finite].abs().max()) if finite.any() else 0.0
     tolerance = 1e3 * torch.finfo(a.dtype).eps * max(scale, torch.finfo(a.dtype).tiny)
     return bool(torch.allclose(a, b.to(a.dtype), rtol=0, atol=tolerance, equal_nan=True))
-
-
-def describe_cuts(rows: Rows) -> str:
-    """Where the rows are among the arguments, for messages."""
-    return ", ".join(f"{argument_name(p)} (dim {d})" for p, d in rows.cuts.items() if p[0] != 2)

@@ -58,8 +58,9 @@ Reading = tuple[str, Tensor, int]
 #: Bytes that the intermediate values of one run may take by default.
 MAX_MEMORY = 24 * 2**20
 
-#: The number of draws whose joint run is compared with single runs.
-PAIR = 2
+#: The numbers of draws whose joint run may be compared with single runs: the first that is no size of the data or a site,
+#: with which the dimension of the draws could be confused.
+PAIR, OTHERS = 2, (3, 5, 7, 11, 13)
 
 #: With more rows than these the comparison is made on a few of them; finding them costs some runs too.
 LARGE = 1024
@@ -141,9 +142,8 @@ class ModelRunner:
         self.warned = False
         self.compared: set[Any] = set()  # kinds of batches on which joint and single runs were compared
         self.validated: set[str] = set()  # sites whose observations are held against the support
-        self.lead = (
-            torch.Size()
-        )  # of the present run: the draws and the dimensions between them and those of the model
+        # of the present run: the draws and the dimensions between them and those of the model
+        self.lead = torch.Size()
         self.needs_grad = False  # whether the model differentiates something itself
 
     def replace_draws(self, draws: Draws) -> None:
@@ -310,9 +310,8 @@ class ModelRunner:
             except RuntimeError:
                 if self.needs_grad:
                     raise
-                self.needs_grad = (
-                    True  # a model that differentiates something itself runs with gradients only
-                )
+                # a model that differentiates something itself runs with gradients only
+                self.needs_grad = True
                 nodes = self.single(batch, 0)
         self.prototype = {**(self.prototype or {}), **nodes}  # a site need not be there in every batch
         self.validated = {name for name, site in nodes.items() if is_validated(site)}
@@ -372,10 +371,17 @@ class ModelRunner:
                 stacklevel=2,
             )
 
+    def number_to_compare(self, batch: Batch) -> int:
+        """How many draws a comparison takes."""
+        assert self.prototype is not None
+        sizes = {n for leaf in leaves(batch).values() for n in (rows_of(leaf, d) for d in dims_of(leaf))}
+        sizes |= {n for site in self.prototype.values() for n in site_shape(site)}
+        return next((n for n in (PAIR, *OTHERS) if n not in sizes), PAIR)
+
     def check(self, batch: Batch) -> str:
         """Compares a joint run with single runs; the text of the difference, empty if there is none."""
         assert self.prototype is not None
-        pair = slice(0, min(PAIR, self.num_draws))
+        pair = slice(0, min(self.number_to_compare(batch), self.num_draws))
         try:
             with pyro.validation_enabled(
                 False

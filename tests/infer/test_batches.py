@@ -540,3 +540,17 @@ def test_a_first_batch_of_one_row_hides_what_others_show() -> None:
     x, w = torch.randn(7, 1), torch.randn(S, 1)
     batches = [(part,) for part in x.split((1, 3, 3))]
     assert_close(posterior_predictive(model, {"w": w}, batches).mean, w @ x.T)
+
+
+def test_as_many_rows_as_draws_that_are_compared() -> None:
+    """A product that takes the dimension of the draws for that of the rows agrees where both are as long."""
+
+    def model(x: torch.Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        f = x * w.reshape(-1) if w.numel() in (1, len(x)) else x * w
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(f, 1.0))
+
+    for rows in (1, 2, 3, 5):
+        x, w = torch.randn(rows), torch.randn(9)
+        assert_close(posterior_predictive(model, {"w": w}, (x,)).mean, w[:, None] * x)
