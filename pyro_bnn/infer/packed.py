@@ -48,7 +48,7 @@ from pyro_bnn.infer.plates import Rows, Sites, dims_of, find_rows, rows_of
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
-from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
+from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule, score
 from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
 
@@ -108,6 +108,19 @@ class SiteOutputs:
             return root
         inverse = torch.linalg.pinv(root, rtol=1e3 * torch.finfo(root.dtype).eps)
         return root + 0.5 * (information - information.detach()) @ inverse.mT
+
+    def scores(self, value: Tensor) -> Tensor:
+        """
+        The weighted gradient of the log density in the active parameters, zero where the site is masked.
+
+        :param value: observations, shape ``shape + event shape`` of ``base``, or one that broadcasts.
+        :return: shape ``shape + (C,)``, detached.
+        """
+        value = value.expand(self.base.batch_shape + self.base.event_shape)
+        # as in the model's run, where values may be what the user allows
+        with pyro.validation_enabled(False):
+            found = score(self.rule, self.base, self.names, value)
+        return torch.where(self.weight[..., None] > 0, found * self.weight[..., None], 0.0)
 
     def build(self, outputs: Tensor) -> td.Distribution:
         """
