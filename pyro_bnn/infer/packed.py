@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, as_batches, leaves, map_tensors
+from pyro_bnn.infer.derivatives import check_gradient, check_hessian
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
@@ -351,13 +352,15 @@ class PackedModel:
                 total = total + term
         return torch.as_tensor(total)
 
-    def require_function(self, latent: Tensor, data: Any) -> None:
+    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> None:
         """
-        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them.
+        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
+        warns where its derivatives are not those of the function.
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches, with observations; up to 64 examples of the first are used
             where the model treats them separately, all of them where it does not.
+        :param hessian: whether second derivatives are looked at, too.
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
         batch = as_batches(data).first
@@ -373,6 +376,9 @@ class PackedModel:
                 "random layers do the same."
             )
         require_reach(self, latent, batch)
+        check_gradient(self, latent, batch)
+        if hessian:
+            check_hessian(self, latent, batch)
 
     @torch.enable_grad()  # some models take derivatives themselves
     def _two_values(self, latent: Tensor, batch: Batch) -> tuple[float, float]:

@@ -249,7 +249,7 @@ class AutoLaplace(LinearizedGuide):
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
         data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
-        self.packed.require_function(self.loc, data)
+        self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
             self._select(data, generator)

@@ -76,7 +76,7 @@ class Problem:
         self.proximal = proximal
         self.correct_gradient = correct_gradient
         self.chunk_size = chunk_size
-        model.require_function(self.latent, data)
+        model.require_function(self.latent, data, hessian=curvature == "hessian")
         self.value, self.gradient = value_and_gradient(self._terms, self.latent)
         self.gradient_evaluations = 1
         if curvature == "ggn":
