@@ -289,7 +289,7 @@ def predict_batches(pieces: Pieces) -> Iterator[dict[str, SitePrediction]]:
     posterior = pieces.posterior
     for batch in pieces:
         with evaluation_mode(pieces.model), evaluation_mode(posterior), local_parameters():
-            if hasattr(posterior, "observed_distributions"):
+            if predicts_itself(posterior, batch):
                 predictions, model_sites = predict_by_guide(posterior, pieces.runner, batch)
                 pieces.join.add(model_sites)
                 yield predictions
@@ -343,6 +343,18 @@ def predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
         )
         for name, fact in facts.items()
     }
+
+
+def predicts_itself(posterior: Any, batch: Batch) -> bool:
+    """
+    :param posterior: a guide, or draws.
+    :param batch: the arguments of the model.
+    :return: whether observations are predicted by the guide, through its linearised model.
+    """
+    if not hasattr(posterior, "observed_distributions"):
+        return False
+    linearizes = getattr(posterior, "can_linearize", None)
+    return linearizes is None or getattr(posterior, "curvature", None) != "hessian" or linearizes(batch)
 
 
 def predict_by_guide(
