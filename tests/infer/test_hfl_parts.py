@@ -369,6 +369,15 @@ def test_a_factor_has_the_covariance_that_is_asked_for():
         assert_close(J @ W @ W.mT @ J.mT, kept @ C @ kept, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("p", [1, 3])
+def test_many_functionals_of_few_latents_in_single_precision(p: int):
+    """With P = I the factor is a root of the identity; rounding has no directions of its own."""
+    J = torch.nn.functional.normalize(torch.randn(210, p), dim=-1).float()
+    W = low_rank_factor(J, J, J @ J.mT, 1.2e-7)
+    assert W.shape == (p, p)
+    assert_close(W @ W.mT, torch.eye(p).float(), rtol=1e-6, atol=1e-6)
+
+
 # ---------------------------------------------------------------------- probes, scores, sandwich
 
 
