@@ -378,6 +378,15 @@ def test_many_functionals_of_few_latents_in_single_precision(p: int):
     assert_close(W @ W.mT, torch.eye(p).float(), rtol=1e-6, atol=1e-6)
 
 
+def test_functionals_that_depend_on_each_other_count_once():
+    """With P = I and a functional twice, the factor has the covariance and no directions of rounding."""
+    J = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    J = torch.cat([J, J[:1], -J[1:2]])
+    W = low_rank_factor(J, J, J @ J.mT, 0.0)
+    assert W.shape == (8, 3)
+    assert_close(W @ W.mT, torch.linalg.pinv(J) @ J, rtol=1e-8, atol=1e-9)
+
+
 # ---------------------------------------------------------------------- probes, scores, sandwich
 
 
