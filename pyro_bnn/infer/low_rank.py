@@ -59,7 +59,7 @@ def curvature_rows(
     cotangents: Callable[[SiteExamples], Iterable[Tensor]],
     index: Tensor,
     reserve: Reserve,
-    weight: float = 1.0,
+    weight: float,
 ) -> Iterator[Tensor]:
     """
     The rows of all sites on all chunks of data.

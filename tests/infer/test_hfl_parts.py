@@ -527,6 +527,18 @@ def test_fine_tuning_ends_in_the_minimum_and_counts_its_gradients():
     assert problem.gradient_evaluations - before == 2 * (10 + 3 * 2 * 10) + 4 * 2
 
 
+def test_one_run_that_diverges_is_found_among_others():
+    problem, P, _, _ = gaussian_problem()
+    solver = Solver(problem, tolerance=1e-10)
+    concave = 1e4 * float(torch.linalg.eigvalsh(P)[-1])
+
+    def push(offsets, batch):
+        return torch.stack([torch.zeros_like(offsets[0]), 1 - concave * offsets[1]])
+
+    with pytest.raises(NotAMinimumError, match="diverges at every step size"):
+        fine_tune(problem, solver, 2, push, num_epochs=200)
+
+
 def result(**options):
     values = {
         "method": "cg", "curvature": "ggn", "shape": torch.Size([2, 1]), "mean": torch.zeros(2),
