@@ -297,8 +297,8 @@ def accumulate_examples(
     gradient = torch.zeros_like(wide(stream.latent.detach()))
     for trace, sites in stream.run(data):
         log_likelihood += stream.model.log_likelihood(trace).detach()
+        stream.model.check_factors(trace)
         if prior is None:
-            stream.model.check_factors(trace)
             prior = prior_curvature(stream.model, stream.latent, trace)
             log_prior = stream.model.log_prior(stream.latent, trace).detach()
         for site in sites:

@@ -44,7 +44,8 @@ from pyro_bnn.infer.handlers import (
     unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
-from pyro_bnn.infer.plates import Rows, Sites, dims_of, find_rows, rows_of
+from pyro_bnn.infer.observations import check_run, validated_names
+from pyro_bnn.infer.plates import Rows, Sites, close, dims_of, find_rows, rows_of
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -185,6 +186,8 @@ class PackedModel:
         self.modules = list(modules)
         self.space = LatentSpace(prototype)
         self.observed = observed_names(prototype)
+        #: observed sites whose support the user has not switched off; runs here do not validate
+        self.validated = validated_names(prototype.nodes, self.observed)
         self._latents = latent_names(prototype)
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         #: where rows were found, by the places and numbers of dimensions of the arguments
@@ -266,9 +269,7 @@ class PackedModel:
         :param data: an iterable of batches.
         :return: tells which terms of the likelihood a batch repeats.
         """
-        generator = torch.Generator(device=latent.device).manual_seed(0)
-        noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)
-        other = latent.detach() + (0.3 + 0.3 * latent.detach().abs()) * noise
+        other = moved_from(latent)
         return Repeats(
             lambda: self.rows(latent, as_batches(data).first), lambda batch: self.trace(other, batch)
         )
@@ -310,26 +311,22 @@ class PackedModel:
         The log density of observed sites and factors in a trace, without the scale of subsampled plates.
 
         :param trace: a trace made with observations.
-        :param require_finite: whether to raise where the density is not finite; the trial points of an optimiser
-            may be far out.
+        :param require_finite: whether to check the observations, and to raise where the density is not finite; the
+            trial points of an optimiser may be far out.
         :return: a scalar.
-        :raises ValueError: if an observed site of the prototype has no observation in this trace.
+        :raises ValueError: if an observed site of the prototype has no observation in this trace, or one that does not fit.
         """
-        self._check_observed(trace)
+        if require_finite:
+            self.check_observations(trace)
+        else:
+            self._require_observed(trace)
         total: Tensor | float = 0.0
         site: Site
         left_out = self._counted.get(trace, frozenset())
         for name, site in trace.nodes.items():
             if _is_likelihood(site) and name not in left_out:
                 scale = site["scale"] / subsample_scale(site)
-                log_prob = unscaled_log_prob(site)
-                if log_prob.shape != site["fn"].batch_shape:
-                    raise ValueError(
-                        f"observed site {name!r} has data of shape {tuple(site['value'].shape)}, expected "
-                        f"{tuple(site['fn'].shape())}, the shape of its distribution: reshape the observations "
-                        "(squeeze a trailing dimension of size 1, say)."
-                    )
-                term = (wide(log_prob) * scale).sum(dtype=torch.float64)  # of many terms
+                term = (wide(unscaled_log_prob(site)) * scale).sum(dtype=torch.float64)  # of many terms
                 if require_finite and not torch.isfinite(term.detach()):
                     raise ValueError(
                         f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
@@ -388,17 +385,18 @@ class PackedModel:
             total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum(dtype=torch.float64)
         return total
 
-    def losses(self, latent: Tensor, data: Any) -> Iterator[Tensor]:
+    def losses(self, latent: Tensor, data: Any, *, require_finite: bool = False) -> Iterator[Tensor]:
         """
         The terms of :math:`L`: one negative log likelihood per batch, the first with the negative log prior.
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches.
+        :param require_finite: see :meth:`log_likelihood`.
         :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
         for i, trace in enumerate(self.traces(latent, data)):
             with pyro.validation_enabled(False):  # trial points may not be finite
-                loss = -self.log_likelihood(trace, require_finite=False)
+                loss = -self.log_likelihood(trace, require_finite=require_finite)
                 if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                     loss = loss - self.log_prior(latent, trace)
             yield loss
@@ -432,12 +430,21 @@ class PackedModel:
     def check_factors(self, trace: Trace) -> None:
         """
         :param trace: a trace of the model.
-        :raises ValueError: if the model has :func:`pyro.factor` statements, which have no Fisher information.
+        :raises ValueError: if a :func:`pyro.factor` depends on the latents; it has no Fisher information.
         """
-        for name, site in trace.nodes.items():
-            if _is_likelihood(site) and name not in self.observed:
+        factors = {n: s for n, s in trace.nodes.items() if _is_likelihood(s) and n not in self.observed}
+        if not factors:
+            return
+        latent = self._latent_of[trace]
+        given = trace.nodes["_INPUT"]
+        moved = self.trace(moved_from(latent), (given["args"], given["kwargs"])).nodes
+        for name, site in factors.items():
+            term = unscaled_log_prob(site)
+            if depends_on(term, latent) or not (
+                name in moved and close(term, unscaled_log_prob(moved[name]))
+            ):
                 raise ValueError(
-                    f"site {name!r} is a pyro.factor, which has no Fisher information: use curvature='hessian'."
+                    f"site {name!r} is a pyro.factor of latent sites, which has no Fisher information: use curvature='hessian'."
                 )
 
     def _site_outputs(self, name: str, site: Site, latent: Tensor) -> SiteOutputs:
@@ -479,13 +486,45 @@ class PackedModel:
             event_dim=event_dim,
         )
 
-    def _check_observed(self, trace: Trace) -> None:
+    def check_observations(self, trace: Trace) -> None:
+        """
+        :param trace: a trace that :meth:`trace` made with observations.
+        :raises ValueError: naming the site whose observations are missing or do not fit its distribution.
+        """
+        self._require_observed(trace)
+        given = trace.nodes["_INPUT"]
+        check_run(sample_sites(trace), (given["args"], given["kwargs"]), self.validated)
+
+    @torch.no_grad()
+    def check_data(self, latent: Tensor, data: Any) -> None:
+        """
+        Checks the observations of all batches by a run of each, for computations that start with trial points.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: one batch or an iterable of batches, with observations.
+        :raises ValueError: see :meth:`check_observations`.
+        """
+        for batch in as_batches(data):
+            self.check_observations(self.trace(latent, batch))
+
+    def _require_observed(self, trace: Trace) -> None:
         for name in self.observed:
             if name not in trace.nodes or not trace.nodes[name]["is_observed"]:
                 raise ValueError(
                     f"site {name!r} was observed at initialisation but has no observation here: pass the targets "
                     "as well as the inputs, as in (x, y)."
                 )
+
+
+def moved_from(latent: Tensor) -> Tensor:
+    """
+    :param latent: a packed vector of shape ``(p,)``.
+    :return: another one, always the same, that differs in every entry.
+    """
+    latent = latent.detach()
+    generator = torch.Generator(device=latent.device).manual_seed(0)
+    noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)
+    return latent + (0.3 + 0.3 * latent.abs()) * noise
 
 
 class PlateCoverage:
@@ -530,14 +569,3 @@ def _is_likelihood(site: Site) -> bool:
         and not isinstance(site["fn"], _Subsample)
         and not is_deterministic(site)
     )
-
-
-def check_data(data: Any) -> None:
-    """
-    Checks that the tensors of all batches are finite.
-
-    :param data: one batch or an iterable of batches.
-    :raises ValueError: naming the argument.
-    """
-    for _ in as_batches(data):  # each is checked as it is read
-        pass

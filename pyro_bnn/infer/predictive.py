@@ -24,7 +24,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.join import Join
-from pyro_bnn.infer.observations import check_labels
+from pyro_bnn.infer.observations import check_labels, check_run
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
@@ -357,6 +357,7 @@ def predict_by_guide(
     """
     args, kwargs = batch
     model_sites = runner.single(batch, 0)
+    check_run(model_sites, batch, runner.validated)
     sites = {}
     for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
         site = model_sites[name]

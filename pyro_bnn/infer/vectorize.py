@@ -468,6 +468,8 @@ class ModelRunner:
             if (key := coincidences(batch)) not in self.compared:  # one row may hide what several show
                 if self.compared and self.vectorize:
                     self.inspect(batch)
+                if self.compared:
+                    check_values(self.single(batch, 0), batch)
                 if not self.compared or self.vectorize:
                     self.prepare(batch)
                     self.warn_missing(batch)
