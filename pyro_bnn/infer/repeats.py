@@ -52,11 +52,11 @@ class Repeats:
         same = self._same_elsewhere(same, batch) if same else same
         if not same:
             return frozenset()
-        # where other data came, they are in the plate that the batches cut
-        cut = {plate.name for name in sites.keys() - same for plate in plates_of(sites[name]).values()}
-        if cut:
-            return frozenset(n for n in same if not any(p.name in cut for p in plates_of(sites[n]).values()))
         known = copy.copy(self._join)  # what it concludes from these batches is not for later ones
+        # where other data came, they are in the plate that the batches cut
+        cut, doubtful = _cut_plates(known, [sites[name] for name in sites.keys() - same])
+        if cut or doubtful:
+            return frozenset(name for name in same if not _is_cut(name, sites[name], cut, doubtful))
         return frozenset(name for name in same if known.axis(name) is None)
 
     def _same_elsewhere(self, names: list[str], batch: Batch) -> list[str]:
@@ -75,3 +75,36 @@ class Repeats:
         if first.shape != value.shape or not torch.equal(first, value):
             return False
         return close(terms, unscaled_log_prob(site).detach())
+
+
+def _names(site: Site) -> set[str]:
+    return {plate.name for plate in plates_of(site).values()}
+
+
+def _cut_plates(known: Join, changed: list[Site]) -> tuple[set[str], set[str]]:
+    """
+    The plates that the batches cut, and those that they might cut: a site in several plates may have other data in each
+    batch with the rows of one of them.
+    """
+    cut: set[str] = set()
+    doubtful: set[str] = set()
+    for plates in map(_names, changed):
+        shown = plates & known.names
+        if not shown and len(plates) > 1 and known.rows is not None:
+            shown = plates & known.rows.plates
+        if shown or len(plates) == 1:
+            cut |= shown or plates
+        else:
+            doubtful |= plates
+    return cut, doubtful - cut
+
+
+def _is_cut(name: str, site: Site, cut: set[str], doubtful: set[str]) -> bool:
+    plates = _names(site)
+    if not plates & cut and plates & doubtful and not plates >= doubtful:
+        raise ValueError(
+            f"site {name!r} is the same in every batch and in the plate {sorted(plates & doubtful)}, and the batches do not tell "
+            f"which of the plates {sorted(doubtful)} they cut: write that of the data as pyro.plate(name, N, "
+            "subsample_size=len(x)), with the number N of all rows, or pass the data in one batch."
+        )
+    return bool(plates & (cut | doubtful))
