@@ -42,6 +42,7 @@ from pyro_bnn.infer.plates import (
     close,
     dims_of,
     find_rows,
+    first_line,
     plates_of,
     rows_of,
     site_shape,
@@ -409,7 +410,7 @@ class ModelRunner:
                 if error := _difference(found, expected, "value", name, 1e-30):
                     return error
         except FAILURES as failure:
-            return str(failure).strip().partition("\n")[0]
+            return first_line(failure)
         return ""
 
     def first(self, batch: Batch, index: slice) -> Sites | None:
@@ -424,7 +425,7 @@ class ModelRunner:
                 if shape[: len(lead)] != lead or len(shape) != self.nesting + 1:
                     error = f"site {name!r} has batch shape {tuple(shape)} under {lead[0]} draws"
         except FAILURES as failure:
-            error = str(failure).strip().partition("\n")[0]
+            error = first_line(failure)
         self.decide(error)
         if error:
             self.inspect(batch)  # a few examples did not show the model as it is
@@ -482,7 +483,7 @@ class ModelRunner:
                 try:
                     sites = self.joint(batch, index) if self.chunk_size else self.first(batch, index)
                 except FAILURES as failure:  # as many rows as draws that were compared, for example
-                    self.decide(str(failure).strip().partition("\n")[0])
+                    self.decide(first_line(failure))
                     parts, sites = [], None
                 if sites is not None:
                     parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(sites).items()})
