@@ -32,9 +32,8 @@ class Repeats:
     def __init__(self, find: Callable[[], list[Rows]], elsewhere: Callable[[Batch], Trace]) -> None:
         self._join = Join(cache(find))
         self._elsewhere = elsewhere
-        self._first: dict[str, tuple[Tensor, Tensor]] = {}
-        self._first_batch: Batch | None = None
-        self._first_elsewhere: Trace | None = None
+        self._first: dict[str, tuple[Tensor, Tensor, Batch]] = {}
+        self._terms_elsewhere: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def add(self, trace: Trace, names: list[str], batch: Batch) -> frozenset[str]:
@@ -46,9 +45,7 @@ class Repeats:
         """
         sites = {name: trace.nodes[name] for name in names}
         self._join.add(sites)
-        if self._first_batch is None:
-            self._first_batch = batch
-        same = [name for name, site in sites.items() if self._is_same(name, site)]
+        same = [name for name, site in sites.items() if self._is_same(name, site, batch)]
         same = self._same_elsewhere(same, batch) if same else same
         if not same:
             return frozenset()
@@ -60,18 +57,20 @@ class Repeats:
         return frozenset(name for name in same if known.axis(name) is None)
 
     def _same_elsewhere(self, names: list[str], batch: Batch) -> list[str]:
-        assert self._first_batch is not None
-        if self._first_elsewhere is None:
-            self._first_elsewhere = self._elsewhere(self._first_batch)
-        first, other = self._first_elsewhere.nodes, self._elsewhere(batch).nodes
-        return [n for n in names if close(unscaled_log_prob(first[n]), unscaled_log_prob(other[n]))]
+        for name in names:
+            if name not in self._terms_elsewhere:
+                first = self._elsewhere(self._first[name][2]).nodes
+                together = [n for n in names if self._first[n][2] is self._first[name][2]]
+                self._terms_elsewhere |= {n: unscaled_log_prob(first[n]).detach() for n in together}
+        other = self._elsewhere(batch).nodes
+        return [n for n in names if close(self._terms_elsewhere[n], unscaled_log_prob(other[n]))]
 
-    def _is_same(self, name: str, site: Site) -> bool:
+    def _is_same(self, name: str, site: Site, batch: Batch) -> bool:
         value = site["value"].detach()
         if name not in self._first:
-            self._first[name] = value, unscaled_log_prob(site).detach()
+            self._first[name] = value, unscaled_log_prob(site).detach(), batch
             return False
-        first, terms = self._first[name]
+        first, terms, _ = self._first[name]
         if first.shape != value.shape or not torch.equal(first, value):
             return False
         return close(terms, unscaled_log_prob(site).detach())
