@@ -58,7 +58,7 @@ def test_sequences_of_other_lengths_are_refused_by_name(shapes: Any, declared: b
     loader = [(torch.randn(shape), torch.randn(shape)) for shape in shapes]
     draws = {"w": torch.randn(3)}
     for function in (posterior_predictive, predictive_moments, to_datatree):
-        with pytest.raises(ValueError, match="site 'obs' (has values of the shapes|is in the plates)"):
+        with pytest.raises(ValueError, match=r"site 'obs' (has values of the shapes|is in the plates)"):
             function(model, draws, loader)
 
 
