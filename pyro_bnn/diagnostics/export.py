@@ -409,6 +409,13 @@ class Exporter:
                 "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
             )
         found = readings.joined(pieces.join)
+        names = set(self.site_dims)
+        for name in (
+            found.log_likelihood.keys() - names
+        ):  # a site of some batches only, which the first does not show
+            site = (pieces.runner.prototype or {})[name]
+            dims = site_dims(site, pieces.runner.ndims[name])
+            self.site_dims[name] = tuple(f"{d}_dim" if d in names else d for d in dims)
         self.masks, self.missing = found.masks, found.missing
         likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         for name, value in found.log_likelihood.items():

@@ -171,8 +171,10 @@ class SiteReadings:
             if name in left_out:
                 continue
             axis = join.axis(name) if len(values) > 1 else None
-            if axis is not None or all(close(values[0], value) for value in values[1:]):
-                found[name] = values[0] if axis is None else torch.cat(values, axis + 1)
+            if axis is not None:
+                found[name] = join.cat(name, values)
+            elif all(close(values[0], value) for value in values[1:]):
+                found[name] = values[0]
             else:
                 left_out.append(name)
         left_out = [name for name in self.deterministic if name in left_out]

@@ -259,11 +259,11 @@ class ExampleStream:
         :return: for each chunk the trace and those sites that depend on the latents.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage()
+        batches, coverage = as_batches(data), PlateCoverage(self.model.observed)
         repeats = None if batches.is_single else self.model.repeats(self.latent, data)
         for batch in batches:
             for trace, sites in self.run_batch(batch, repeats, scored=True):
-                coverage.add(trace, self.model.observed)
+                coverage.add(trace)
                 yield trace, sites
         coverage.check()
 

@@ -23,6 +23,7 @@ from pyro_bnn.infer.data import Batch, as_batches, check_finite, coincidences
 from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
 from pyro_bnn.infer.initialize import initialize_guide, run_model
+from pyro_bnn.infer.local_latents import check_local_latents
 from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.networks import named_networks, unchanged_buffers
 from pyro_bnn.infer.observations import check_run
@@ -173,6 +174,7 @@ class _Run:
         with local_parameters(), unchanged_buffers() as called:
             initialize_guide(model, guide, first)
             self.parameters = named_parameters(model, guide, *first)
+            check_local_latents(model, guide, self.first_batches)
         self.checked = {coincidences(first)}
         self.networks = named_networks(model, guide, called)
         if not self.parameters:
@@ -187,6 +189,15 @@ class _Run:
             share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
+
+    def first_batches(self) -> list[Batch]:
+        """The first batch, and the second one if there is one and it can be read again."""
+        if self.batches.is_stream:
+            return [self.first]
+        states = random_state(self.generators)
+        batches = list(islice(self.batches, 2))
+        set_random_state(states, self.generators)
+        return batches
 
     def check_scale(self, batch: Batch) -> None:
         """In several processes each sees a part of the data, which only a plate of the full size can tell."""

@@ -36,6 +36,7 @@ from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
     is_deterministic,
+    is_factor,
     latent_names,
     observed_names,
     sample_sites,
@@ -238,11 +239,11 @@ class PackedModel:
         :return: an iterator over traces.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage()
+        batches, coverage = as_batches(data), PlateCoverage(self.observed)
         repeats = None if batches.is_single else self.repeats(latent, data)
         for batch in batches:
             trace = self.trace(latent, batch)
-            coverage.add(trace, self.observed)
+            coverage.add(trace)
             if repeats is not None:
                 self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace), batch))
             yield trace
@@ -261,7 +262,12 @@ class PackedModel:
         :return: the observed sites that count with it.
         """
         left_out = self._counted.get(trace, frozenset())
-        return [name for name in self.observed if name not in left_out]
+        return [name for name in self._observed_in(trace) if name not in left_out]
+
+    def _observed_in(self, trace: Trace) -> list[str]:
+        """The observed sites of a run, with or without observations: some may be there in some batches only."""
+        known = [name for name in self.observed if name in trace.nodes]
+        return known + [name for name in observed_names(trace) if name not in self.observed]
 
     def repeats(self, latent: Tensor, data: Any) -> Repeats:
         """
@@ -420,19 +426,19 @@ class PackedModel:
         :param trace: a trace that :meth:`trace` made.
         :return: one :class:`SiteOutputs` per observed site.
         """
-        latent, left_out = self._latent_of[trace], self._counted.get(trace, frozenset())
-        return [
-            self._site_outputs(name, trace.nodes[name], latent)
-            for name in self.observed
-            if name not in left_out
-        ]
+        latent = self._latent_of[trace]
+        return [self._site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
 
     def check_factors(self, trace: Trace) -> None:
         """
         :param trace: a trace of the model.
         :raises ValueError: if a :func:`pyro.factor` depends on the latents; it has no Fisher information.
         """
-        factors = {n: s for n, s in trace.nodes.items() if _is_likelihood(s) and n not in self.observed}
+        factors = {
+            n: s
+            for n, s in trace.nodes.items()
+            if s["type"] == "sample" and _is_likelihood(s) and is_factor(s)
+        }
         if not factors:
             return
         latent = self._latent_of[trace]
@@ -509,11 +515,18 @@ class PackedModel:
 
     def _require_observed(self, trace: Trace) -> None:
         for name in self.observed:
-            if name not in trace.nodes or not trace.nodes[name]["is_observed"]:
-                raise ValueError(
-                    f"site {name!r} was observed at initialisation but has no observation here: pass the targets "
-                    "as well as the inputs, as in (x, y)."
-                )
+            if name in trace.nodes and not trace.nodes[name]["is_observed"]:
+                raise unobserved(name)
+        if self.observed and not self.likelihood_names(trace):
+            raise unobserved(self.observed[0])
+
+
+def unobserved(name: str) -> ValueError:
+    """The error for a site without data."""
+    return ValueError(
+        f"site {name!r} was observed at initialisation but has no observation here: pass the targets as well as the inputs, "
+        "as in (x, y)."
+    )
 
 
 def moved_from(latent: Tensor) -> Tensor:
@@ -528,20 +541,24 @@ def moved_from(latent: Tensor) -> Tensor:
 
 
 class PlateCoverage:
-    """Counts how much of each plate the batches have covered, so that no partial sum passes for the whole."""
+    """
+    Counts how much of each plate the batches have covered, so that no partial sum passes for the whole.
 
-    def __init__(self) -> None:
+    :param observed: observed sites, each of which must be in one of the batches at least.
+    """
+
+    def __init__(self, observed: Sequence[str] = ()) -> None:
+        self._times = dict.fromkeys(observed, 0)
         self._seen: dict[str, int] = {}
         self._full: dict[str, int] = {}
 
-    def add(self, trace: Trace, names: list[str]) -> None:
+    def add(self, trace: Trace) -> None:
         """
-        :param trace: the trace of one batch.
-        :param names: the observed sites; factors count as well.
+        :param trace: the trace of one batch; its observed sites and factors count.
         """
-        sites = [
-            s for n, s in trace.nodes.items() if n in names or (s["type"] == "sample" and _is_likelihood(s))
-        ]
+        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and _is_likelihood(s)]
+        for name in self._times:
+            self._times[name] += name in trace.nodes
         frames = {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
         for frame in frames.values():
             full = frame.full_size if frame.full_size is not None else frame.size
@@ -550,7 +567,13 @@ class PlateCoverage:
                 self._full[frame.name] = full
 
     def check(self) -> None:
-        """:raises ValueError: if the batches did not cover a subsampled plate exactly once."""
+        """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
+        if self._times:
+            times = torch.tensor(list(self._times.values()))
+            all_reduce_sum([times])
+            for name, count in zip(self._times, times.tolist(), strict=True):
+                if not count:
+                    raise unobserved(name)
         for name, full in self._full.items():
             seen = torch.tensor(self._seen[name])
             all_reduce_sum([seen])
