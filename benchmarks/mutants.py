@@ -268,6 +268,8 @@ class Suite:
             names = self.functions.get((mutant.path, owner), self.files.get(mutant.path, []))
         elif owner is not None:
             names = self.lines.get((mutant.path, mutant.line), [])
+            if len(names) < 3:  # perhaps executed on import, which only the first test of a process shows
+                names = list(dict.fromkeys([*names, *self.files.get(mutant.path, [])]))
         else:  # constants of a module, defaults of arguments
             names = self.files.get(mutant.path, [])
         chosen, total = {}, 0.0

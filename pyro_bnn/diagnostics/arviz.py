@@ -62,7 +62,8 @@ def to_datatree(
     :param posterior: a guide, a sequence of guides (one chain each), an :class:`~pyro.infer.MCMC` run, or a
         mapping from latent sites to draws with the draws in the first dimension.
     :param data: one batch with observations, or an iterable of batches; ``None`` exports draws alone.
-    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
+    :param int num_samples: the number of draws in all chains together, which share them equally: a multiple of the number of
+        chains. By default all given draws, and 1000 of a guide or the next smaller multiple.
     :param int num_chains: chains in a mapping of draws, which hold them one after the other.
     :param var_names: latent and deterministic sites to export. By default the weights and biases of layers (sites such as
         ``fc1.weight``) are left out, unless there is nothing else.
@@ -144,9 +145,11 @@ def to_datatree(
             with TreeWriter(path) as writer:
                 for block in blocks:
                     for name, group in block.items():
-                        writer.append(name, described(group))
+                        if group.data_vars:
+                            writer.append(name, described(group))
                 for name, group in exporter.rest.items():
-                    writer.append(name, described(group))
+                    if group.data_vars:
+                        writer.append(name, described(group))
                 writer.set_attrs(common())
             return writer.open()
         parts = list(blocks)

@@ -29,6 +29,7 @@ from pyro_bnn.infer.handlers import (
     sample_sites,
 )
 from pyro_bnn.infer.nuts import NUTSResult, recorded_run
+from pyro_bnn.infer.options import require_count
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.plates import Rows
 from pyro_bnn.infer.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
@@ -73,25 +74,40 @@ def chain_draws(
 def chain_shape(posterior: Any, num_samples: int | None, num_chains: int = 1) -> tuple[int, int]:
     """
     :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
+    :param int num_samples: the number of draws in all chains together; by default all that there are, of guides 1000 or
+        as many fewer as divide into the chains.
     :param int num_chains: chains in a mapping of draws.
     :return: the numbers of chains and of draws in each.
-    :raises ValueError: if the draws do not divide into the chains.
+    :raises ValueError: if the draws do not divide into the chains, or there are fewer.
     """
     if hasattr(posterior, "get_samples"):
         chains, size = next(iter(posterior.get_samples(group_by_chain=True).values())).shape[:2]
-        return chains, size if num_samples is None else min(size, max(1, num_samples // chains))
+        if num_samples is not None and num_samples > chains * size:
+            raise ValueError(f"num_samples={num_samples}, but there are {chains * size} draws only.")
+        return chains, size if num_samples is None else _per_chain(num_samples, chains, "chains of the run")
     if isinstance(posterior, Mapping):
         size = len(next(iter(posterior.values()))) if num_samples is None else num_samples
         if size % num_chains:
             raise ValueError(f"num_chains={num_chains} does not divide the number of draws, {size}.")
         return num_chains, size // num_chains
-    total = 1000 if num_samples is None else num_samples
+    chains, what = 1, "chain"
     if isinstance(posterior, (list, tuple)):
-        return len(posterior), max(1, total // len(posterior))
-    if getattr(posterior, "num_components", 1) > 1 and getattr(posterior, "equal_weights", True):
-        return posterior.num_components, max(1, total // posterior.num_components)
-    return 1, total
+        chains, what = len(posterior), "guides, a chain each"
+    elif getattr(posterior, "equal_weights", True):
+        chains, what = getattr(posterior, "num_components", 1), "components of the guide, a chain each"
+    return chains, max(1, 1000 // chains) if num_samples is None else _per_chain(num_samples, chains, what)
+
+
+def _per_chain(num_samples: int, chains: int, what: str) -> int:
+    """Draws of each of some chains, which are all of one length."""
+    require_count("num_samples", num_samples)
+    if num_samples % chains:
+        few = num_samples - num_samples % chains
+        numbers = " or ".join(str(n) for n in (few, few + chains) if n)
+        raise ValueError(
+            f"num_samples={num_samples} draws cannot be shared equally by the {chains} {what}: pass num_samples={numbers}."
+        )
+    return num_samples // chains
 
 
 def draw_blocks(
@@ -388,11 +404,18 @@ class Exporter:
             readings.read(pieces, batch)
             if linearized:
                 readings.replace(predict_by_guide(self.posterior, pieces.runner, batch)[0], predictions)
-        if not readings.observed:
+        if not readings.observed and (readings.missing or not readings.has_factors):
             raise ValueError(
                 "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
             )
         found = readings.joined(pieces.join)
+        names = set(self.site_dims)
+        for name in (
+            found.log_likelihood.keys() - names
+        ):  # a site of some batches only, which the first does not show
+            site = (pieces.runner.prototype or {})[name]
+            dims = site_dims(site, pieces.runner.ndims[name])
+            self.site_dims[name] = tuple(f"{d}_dim" if d in names else d for d in dims)
         self.masks, self.missing = found.masks, found.missing
         likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
         for name, value in found.log_likelihood.items():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def log_weights(
-    model: Callable[..., Any], guide: Any, data: Any, num_samples: int = 1000
+    model: Callable[..., Any], guide: Any, data: Any, num_samples: int | None = None
 ) -> tuple[Draws, Tensor]:
     r"""
     Draws of a guide and their log importance weights :math:`\log p(y, z_s) - \log q(z_s)`.
@@ -36,7 +36,7 @@ def log_weights(
     :param callable model: a Pyro model.
     :param guide: a guide with a density (no point masses).
     :param data: the data with observations, in any form.
-    :param int num_samples: the number of draws S.
+    :param int num_samples: the number of draws S; see :func:`to_datatree`.
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
     """

@@ -18,6 +18,7 @@ from pyro_bnn.infer.handlers import (
     Site,
     base_distribution,
     is_deterministic,
+    is_factor,
     log_prob_of,
     mask_of,
     observation_draw,
@@ -71,6 +72,7 @@ class SiteReadings:
         self.masks: dict[str, list[Tensor]] = {}
         self.latent: set[str] = set()
         self.missing: list[str] = []
+        self.has_factors = False
         self.batches = 0
 
     def read(self, pieces: Pieces, batch: Batch) -> None:
@@ -81,10 +83,14 @@ class SiteReadings:
         runner.latents = self.batches == 0 or bool(pieces.local)
         self.batches += 1
         observed: dict[str, Tensor] = {}
+        is_noted = False
 
         def read(sites: Sites) -> dict[tuple[str, str], Reading]:
-            if not observed:
+            nonlocal is_noted
+            if not is_noted:
+                is_noted = True
                 pieces.join.add(sites, runner.ndims)
+                self.has_factors |= any(is_factor(site) for site in sites.values())
                 self.missing = [
                     name
                     for name in predicted_names(sites, runner.draws)
@@ -99,9 +105,10 @@ class SiteReadings:
             for name, site in sites.items():
                 if is_deterministic(site):
                     continue
-                readings["lp", name] = name, joint_term(site, runner.lead), 0
                 if name in predicted and site["is_observed"]:
                     check_labels(name, site, name in runner.validated)
+                readings["lp", name] = name, joint_term(site, runner.lead), 0
+                if name in predicted and site["is_observed"]:
                     readings["likelihood", name] = name, unscaled_log_prob(site), 0
                     if (mask := mask_of(site)) is not None:
                         readings["mask", name] = name, mask, mask.dim() - len(site["fn"].batch_shape)
@@ -164,8 +171,10 @@ class SiteReadings:
             if name in left_out:
                 continue
             axis = join.axis(name) if len(values) > 1 else None
-            if axis is not None or all(close(values[0], value) for value in values[1:]):
-                found[name] = values[0] if axis is None else torch.cat(values, axis + 1)
+            if axis is not None:
+                found[name] = join.cat(name, values)
+            elif all(close(values[0], value) for value in values[1:]):
+                found[name] = values[0]
             else:
                 left_out.append(name)
         left_out = [name for name in self.deterministic if name in left_out]

@@ -27,7 +27,7 @@ from pyro_bnn.infer.component_runs import (
 from pyro_bnn.infer.dispatch import Watch
 from pyro_bnn.infer.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.infer.observations import check_values
-from pyro_bnn.infer.vectorize import FAILURES
+from pyro_bnn.infer.plates import FAILURES, first_line
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
 
@@ -330,11 +330,3 @@ def check_used(
         "the conversion.",
         stacklevel=4,
     )
-
-
-def first_line(failure: Exception) -> str:
-    """
-    :param failure: an error.
-    :return: the first line of its text.
-    """
-    return str(failure).strip().partition("\n")[0] or type(failure).__name__

@@ -304,7 +304,7 @@ def accumulate_examples(
             prior = prior_curvature(stream.model, stream.latent, trace)
             log_prior = stream.model.log_prior(stream.latent, trace).detach()
         for site in sites:
-            site.jacobian.add_gradient(gradient, -site.score())
+            gradient -= site.jacobian.gradient
             total.add(site, cotangents(site))
     if world_size() > 1:
         all_reduce_sum([*total.tensors(), log_likelihood, gradient])

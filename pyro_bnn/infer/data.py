@@ -223,6 +223,7 @@ class Batches:
     :param data: one batch (a tensor; a tuple of positional arguments; a mapping of keyword arguments; a list
         of tensors) or an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples).
     :ivar bool is_single: whether the data are one batch.
+    :ivar bool is_stream: whether they are an iterator, which can be run through once only.
 
     :raises ValueError: if a batch fails these checks, if there is no batch, or if an iterator is run through a second time.
 
@@ -238,7 +239,7 @@ class Batches:
         self._source = data
         self._first: Batch | None = None
         self._structure: Any = None
-        self._is_stream = not self.is_single and isinstance(data, Iterator)
+        self.is_stream = not self.is_single and isinstance(data, Iterator)
         self._is_used = False
 
     @property
@@ -260,7 +261,7 @@ class Batches:
             yield self.first
             return
         number = 0
-        if self._is_stream:
+        if self.is_stream:
             if self._is_used:
                 raise ValueError(
                     "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "

@@ -3,7 +3,7 @@
 """What the operations of a run tell: how much memory they take, and whether Python decides by their values."""
 
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from pyro_bnn.nn.sites import runs_plain
 _LIBRARIES = tuple(
     str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent)
 )
+
+#: What operations are given beside tensors and lists of them.
+_PLAIN = (int, float, type(None), torch.dtype, torch.device)
 
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
@@ -46,7 +49,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        held = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        given = (*args, *kwargs.values()) if kwargs else args
+        held = {t.untyped_storage().data_ptr() for t in _tensors(given)}
         derived = not held.isdisjoint(self._derived)
         if derived and func in _NUMBERS and not self.where:
             self.where = _place()
@@ -70,16 +74,13 @@ class Watch(TorchDispatchMode):
         return f"{self.where} decides by a value that depends on the draws, for all of them at once"
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operation."""
     if isinstance(tree, Tensor):
-        if tree.layout == torch.strided:
-            yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from _tensors(value)
+        return [tree] if tree.layout == torch.strided else []
+    if isinstance(tree, (tuple, list)):
+        return [tensor for value in tree if not isinstance(value, _PLAIN) for tensor in _tensors(value)]
+    return []
 
 
 def _place() -> str:

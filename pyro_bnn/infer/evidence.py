@@ -447,8 +447,9 @@ def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int
     total = 0.0
     for args, kwargs in iter_batches(data):
         with torch.enable_grad():
-            outputs = guide.linearized_outputs(*args, **kwargs)
             trace = guide.packed.trace(guide.loc.detach(), (args, kwargs))
+            guide.packed.check_observations(trace)
+            outputs = guide.linearized_outputs(*args, **kwargs)
         for name, found in outputs.items():
             value = trace.nodes[name]["value"]
             assert isinstance(value, Tensor)

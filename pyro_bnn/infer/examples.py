@@ -20,10 +20,11 @@ from pyro_bnn.infer.parts import CurvatureWarning
 from pyro_bnn.infer.plates import Rows, close, dims_of, rows_of
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.examples import ExampleJacobian, Layouts
+from pyro_bnn.ops.examples import Layouts
 from pyro_bnn.ops.fisher import score
-from pyro_bnn.ops.guard import checked_jacobian
+from pyro_bnn.ops.guard import CheckedJacobian, checked_jacobian
 from pyro_bnn.ops.jacobian import wide
+from pyro_bnn.ops.suspects import Suspects
 
 #: What the likelihood's curvature is made of.
 FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
@@ -45,12 +46,12 @@ class SiteExamples:
     One observed site on one chunk of data.
 
     :ivar site: its outputs.
-    :ivar jacobian: their Jacobian, example by example.
+    :ivar jacobian: their Jacobian, example by example; with the gradient of the log likelihood if it was checked with that.
     :ivar value: the observations, or ``None`` without.
     """
 
     site: SiteOutputs
-    jacobian: ExampleJacobian
+    jacobian: CheckedJacobian
     value: Tensor | None
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -252,20 +253,22 @@ class ExampleStream:
         :return: for each chunk the trace and those sites that depend on the latents.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage()
+        batches, coverage = as_batches(data), PlateCoverage(self.model.observed)
         repeats = None if batches.is_single else self.model.repeats(self.latent, data)
         for batch in batches:
-            for trace, sites in self.run_batch(batch, repeats):
-                coverage.add(trace, self.model.observed)
+            for trace, sites in self.run_batch(batch, repeats, scored=True):
+                coverage.add(trace)
                 yield trace, sites
         coverage.check()
 
     def run_batch(
-        self, batch: Batch, repeats: Repeats | None = None
+        self, batch: Batch, repeats: Repeats | None = None, *, scored: bool = False
     ) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
         :param batch: arguments of the model, with or without observations.
         :param repeats: tells which terms of the likelihood were counted with an earlier batch.
+        :param scored: whether Jacobians are checked with the scores of the observations too, and so give the gradient of the
+            log likelihood.
         :return: for each chunk the trace and those sites that depend on the latents.
         """
         for number, chunk in enumerate(self.chunks(batch)):
@@ -280,9 +283,10 @@ class ExampleStream:
             sites = []
             for site in outputs:
                 if site.outputs.shape[-1]:
-                    jacobian = self._jacobian(site, capture)
                     node = trace.nodes[site.name]
-                    sites.append(SiteExamples(site, jacobian, node["value"] if node["is_observed"] else None))
+                    value = node["value"] if node["is_observed"] else None
+                    jacobian = self._jacobian(site, capture, value if scored else None)
+                    sites.append(SiteExamples(site, jacobian, value))
             if self._chunk is None:
                 floats = sum(s.jacobian.floats_per_example(max(self.passes, s.jacobian.M)) for s in sites)
                 floats += sum(self._kept)
@@ -292,19 +296,21 @@ class ExampleStream:
                 self._chunk = max(1, min(fast, self.budget // max(1, floats)))
             yield trace, sites
 
-    def _jacobian(self, site: SiteOutputs, capture: Capture) -> ExampleJacobian:
+    def _jacobian(self, site: SiteOutputs, capture: Capture, value: Tensor | None) -> CheckedJacobian:
         before = self._layouts.get(site.name)
         jacobian = checked_jacobian(
             capture,
             self.latent,
             site.outputs.to(wide(self.latent).dtype),
             before,
+            score=None if value is None else lambda found: SiteExamples(site, found, value).score(),
             event_dim=site.event_dim,
             differentiable=self.differentiable,
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts
-        self._say(site.name, jacobian.layouts.mistaken)
+        for mistake in jacobian.mistakes:
+            self._say(site.name, mistake)
         if len(jacobian.generic):
             numbers = min(len(jacobian.generic), jacobian.flat.numel()) + len(jacobian.generic)
             require_memory(
@@ -316,16 +322,27 @@ class ExampleStream:
             )
         return jacobian
 
-    def _say(self, site: str, mistaken: Tensor) -> None:
-        """Names, once, the latent sites whose uses the check found unlike what was seen."""
+    def _say(self, site: str, mistake: Suspects) -> None:
+        """Names, once, the latent sites whose uses the check found unlike what was seen, and what uses them."""
         where = self.model.space.slices
-        new = [n for n, part in where.items() if n not in self._named and bool(mistaken[part].any())]
-        if new:
-            self._named.update(new)
-            warn_user(
-                f"observed site {site!r} depends on the latent sites {', '.join(map(repr, new))} in ways that do not show "
-                "in the calls of the model: a derivative of the network inside it, torch.jit, torch.compile, torch.vmap, a "
-                "custom autograd function, or rows that change places between data points. Their Jacobian is formed "
-                "output by output instead: exact, but slower.",
-                CurvatureWarning,
+        new = [n for n, part in where.items() if n not in self._named and bool(mistake.entries[part].any())]
+        if not new:
+            return
+        self._named.update(new)
+        latents = ", ".join(map(repr, new))
+        if mistake.nodes or not mistake.functions:
+            through = ", ".join(mistake.nodes) or "a part"
+            how = (
+                f"depends on the latent sites {latents} through {through} of the autograd graph, which does not show in the "
+                "calls of the model: a derivative of the network inside it, torch.jit, torch.compile, torch.vmap or a custom "
+                "autograd function."
             )
+        else:
+            how = (
+                f"depends on the latent sites {latents} through {', '.join(mistake.functions)} in another way than was seen: "
+                "rows do not belong to one data point each, or change places from one part of the data to the next."
+            )
+        warn_user(
+            f"observed site {site!r} {how} Their Jacobian is formed output by output instead: exact, but slower.",
+            CurvatureWarning,
+        )

@@ -18,12 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_bnn.infer.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
-from pyro_bnn.infer.data import Batch, as_batches, check_finite
+from pyro_bnn.infer.component_runs import rehearsal
+from pyro_bnn.infer.data import Batch, as_batches, check_finite, coincidences
 from pyro_bnn.infer.fit_state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
 from pyro_bnn.infer.handlers import sample_sites, subsample_scale
-from pyro_bnn.infer.initialize import initialize_guide
+from pyro_bnn.infer.initialize import initialize_guide, run_model
+from pyro_bnn.infer.local_latents import check_local_latents
 from pyro_bnn.infer.mixture_elbo import default_elbo
 from pyro_bnn.infer.networks import named_networks, unchanged_buffers
+from pyro_bnn.infer.observations import check_run
 from pyro_bnn.infer.optimizer import ScaleLatents, make_optimizer, make_scheduler
 from pyro_bnn.infer.options import require_count, require_number
 from pyro_bnn.infer.parameters import local_parameters, named_parameters
@@ -171,6 +174,8 @@ class _Run:
         with local_parameters(), unchanged_buffers() as called:
             initialize_guide(model, guide, first)
             self.parameters = named_parameters(model, guide, *first)
+            check_local_latents(model, guide, self.first_batches)
+        self.checked = {coincidences(first)}
         self.networks = named_networks(model, guide, called)
         if not self.parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
@@ -184,6 +189,15 @@ class _Run:
             share_random_state()
         self.sampler: Any = getattr(data, "sampler", None)
         self.snapshot = self.candidate = self.copy_parameters()
+
+    def first_batches(self) -> list[Batch]:
+        """The first batch, and the second one if there is one and it can be read again."""
+        if self.batches.is_stream:
+            return [self.first]
+        states = random_state(self.generators)
+        batches = list(islice(self.batches, 2))
+        set_random_state(states, self.generators)
+        return batches
 
     def check_scale(self, batch: Batch) -> None:
         """In several processes each sees a part of the data, which only a plate of the full size can tell."""
@@ -309,6 +323,9 @@ class _Run:
             first, shown, stop_reason = True, 0.0, self.limit_reached(num_epochs, num_steps)
             while not stop_reason:
                 for batch in self.pass_over_data():
+                    if not checked and (form := coincidences(batch)) not in self.checked:
+                        self.checked.add(form)
+                        self.check_observations(batch)
                     if first and self.autocast is not None:
                         self.check_autocast(batch)
                     self.take_step(batch)
@@ -420,6 +437,11 @@ class _Run:
                 "precision. This model needs full precision; leave autocast out."
             )
 
+    def check_observations(self, batch: Batch) -> None:
+        """Runs the model alone, and raises if the observations of a batch do not fit it."""
+        with local_parameters(), rehearsal(self.model), pyro.validation_enabled(True), torch.no_grad():
+            check_run(sample_sites(run_model(self.model, batch)), batch)
+
     def take_step(self, batch: Batch) -> None:
         if self.step % SNAPSHOT_EVERY == 0:
             self.candidate = self.copy_parameters()
@@ -434,6 +456,7 @@ class _Run:
             value = float(shown)
         except (ValueError, RuntimeError) as error:
             if all(_finite(p) for p in self.tensors):
+                self.check_observations(batch)  # says more of what is wrong with them
                 raise
             value, cause = math.nan, error
         if not math.isfinite(value):

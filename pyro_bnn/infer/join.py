@@ -31,6 +31,7 @@ class Join:
         self.plates: dict[str, list[dict[int, DataPlate]]] = {}
         self.deterministic: set[str] = set()
         self.known: Rows | None = None
+        self.sizes: list[dict[str, int]] = []  # by batch and plate
         self.num_batches = 0
 
     def add(self, sites: Mapping[str, Site], ndims: Mapping[str, int] | None = None) -> None:
@@ -41,6 +42,7 @@ class Join:
         :param ndims: the numbers of batch dimensions in a run under one draw, where this one has more.
         """
         self.num_batches += 1
+        self.sizes.append({})
         for name, site in sites.items():
             if is_deterministic(site):
                 continue
@@ -51,34 +53,29 @@ class Join:
                 plates = {i - own: plate for i, plate in plates.items() if i >= own}
             self.shapes.setdefault(name, []).append(shape)
             self.plates.setdefault(name, []).append(plates)
+            self.sizes[-1] |= {plate.name: plate.size for plate in plates.values()}
 
     def add_value(self, name: str, shape: torch.Size) -> None:
         """Notes the shape of a deterministic site in the batch that was added last: its plates do not tell."""
         self.deterministic.add(name)
         self.shapes.setdefault(name, []).append(shape)
 
-    def differing(self, name: str) -> int | None:
-        """The dimension in which the values of a site differ in size between batches."""
+    def differing(self, name: str) -> list[int]:
+        """The dimensions in which the values of a site differ in size between batches."""
         shapes = self.shapes[name]
         if len({len(shape) for shape in shapes}) > 1:
             raise ValueError(
                 f"site {name!r} has values of {sorted({len(s) for s in shapes})} dimensions in the batches."
             )
-        found = [i for i in range(len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
-        if len(found) > 1:
-            raise ValueError(
-                f"site {name!r} differs between batches in the dimensions {found} of its shapes {[tuple(s) for s in shapes[:3]]}"
-                ": batches may differ in the number of rows only. Predict them one by one."
-            )
-        return found[0] if found else None
+        return [i for i in range(len(shapes[0])) if len({shape[i] for shape in shapes}) > 1]
 
     @cached_property
     def names(self) -> set[str]:
         """The data plates that the batches themselves show: of differing sizes, or smaller than what they stand for."""
         found = set()
         for name, runs in self.plates.items():
-            axis = self.differing(name)
-            found |= {plates[axis].name for plates in runs if axis is not None and axis in plates}
+            axes = self.differing(name)
+            found |= {plates[axis].name for plates in runs for axis in axes if axis in plates}
             found |= {p.name for plates in runs for p in plates.values() if p.size < p.full_size}
         return found
 
@@ -106,12 +103,36 @@ class Join:
         """
         if self.known is not None:
             return self.known.axes.get(name)
-        axis = self.differing(name)
-        if axis is not None or self.num_batches == 1:
-            return axis
-        if self.names and name not in self.deterministic:
-            return next((i for i, plate in self.plates[name][0].items() if plate.name in self.names), None)
-        return self.rows.axes.get(name) if self.rows is not None else None
+        if self.num_batches == 1:
+            return None
+        axes = self.differing(name)
+        if name in self.deterministic:
+            if len(axes) == 1 and self._are_rows([shape[axes[0]] for shape in self.shapes[name]]):
+                return axes[0]
+            return self.rows.axes.get(name) if self.rows is not None else None
+        plates = self.plates[name][0]
+        names = self.names or (self.rows.plates if plates and self.rows is not None else frozenset())
+        found = [i for i, plate in plates.items() if plate.name in names]
+        if len(found) > 1:
+            runs = self.plates[name]
+            shown, found = (
+                found,
+                [i for i in found if any(p[i].size < p[i].full_size for p in runs if i in p)],
+            )
+            if len(found) != 1:
+                raise ValueError(
+                    f"site {name!r} is in the plates {[plates[i].name for i in shown]}, and the batches are parts of each of them or of "
+                    "any: they are joined along one plate. Pass all the data in one batch, with batch_size= to save memory."
+                )
+        if found:
+            return found[0]
+        if not self.names and self.rows is not None and name in self.rows.axes:
+            return self.rows.axes[name]
+        return axes[0] if axes and not plates else None  # the rows are a dimension of the event
+
+    def _are_rows(self, sizes: list[int]) -> bool:
+        """Whether these are the sizes of a data plate in all batches."""
+        return any([run.get(name) for run in self.sizes] == sizes for name in self.names)
 
     def cat(self, name: str, values: list[Tensor], lead: int = 1, *, random: bool = False) -> Tensor:
         """
@@ -127,14 +148,22 @@ class Join:
         if len(values) == 1:
             return values[0]
         axis = self.axis(name)
-        if axis is None:
-            if not random and not all(close(values[0], value) for value in values[1:]):
+        if axis is None or values[0].dim() <= lead + axis:
+            alike = len({value.shape for value in values}) == 1
+            if not alike or not (random or all(close(values[0], value) for value in values[1:])):
                 raise ValueError(
                     f"site {name!r} has no dimension of the rows, and other values in each batch: put it in the plate of "
                     "the data, or predict the batches one by one."
                 )
             return values[0]
-        return torch.cat(values, lead + axis)
+        dim = lead + axis
+        if len({(*value.shape[:dim], *value.shape[dim + 1 :]) for value in values}) > 1:
+            raise ValueError(
+                f"site {name!r} has values of the shapes {[tuple(v.shape[lead:]) for v in values[:3]]} in the batches, with the rows in "
+                f"dimension {axis}: they differ in others too and are no array together. Predict the batches one by one, or pad the "
+                "observations to one size and mask what was added."
+            )
+        return torch.cat(values, dim)
 
     def densities(self, name: str, terms: list[Tensor], lead: int = 1) -> Tensor:
         """
@@ -156,14 +185,16 @@ class Join:
         :param terms: for each batch its log density, summed, with scale, mask and the factors of subsampled plates.
         :return: a tensor of the shape of a term.
         """
-        axis = self.axis(name) if len(terms) > 1 else self.subsampled(name)
+        axis = self.subsampled(name) if self.num_batches == 1 else self.axis(name)
         if axis is None:
             return terms[0] if all(close(terms[0], term) for term in terms[1:]) else torch.stack(terms).sum(0)
         plates = [plates.get(axis) for plates in self.plates[name]]
         if any(plate is None for plate in plates):
             return torch.stack(terms).sum(0)
         present = [plate for plate in plates if plate is not None]
-        seen, full = sum(plate.size for plate in present), max(plate.full_size for plate in present)
+        # a site need not be there in every batch in which its plate is
+        seen = sum(sizes.get(present[0].name, 0) for sizes in self.sizes)
+        full = max(plate.full_size for plate in present)
         each = torch.stack([t / plate.factor for t, plate in zip(terms, present, strict=True)]).sum(0)
         return each * max(1.0, full / seen) if any(p.size != p.full_size for p in present) else each
 

@@ -59,7 +59,7 @@ def curvature_rows(
     cotangents: Callable[[SiteExamples], Iterable[Tensor]],
     index: Tensor,
     reserve: Reserve,
-    weight: float = 1.0,
+    weight: float,
 ) -> Iterator[Tensor]:
     """
     The rows of all sites on all chunks of data.
@@ -163,9 +163,9 @@ class LowRankSum(CurvatureSum):
         return leading_eigenpairs(multiply, self.latent[self.index], self.rank, generator=generator)
 
     def _require(self, rows: int) -> None:
-        itemsize = self.latent.element_size()
         q = len(self.index)
-        needed = 3 * (rows * q + min(rows, q) ** 2) * itemsize
+        # the rows, and their decomposition in float64
+        needed = rows * q * self.latent.element_size() + 8 * (2 * rows * q + 3 * min(rows, q) ** 2)
         advice = "Use structure='nystrom' or 'low_rank' with a smaller rank, or 'kronecker'."
         if self.method == "function_space":
             advice = f"Pass a smaller subset_size. {advice}"
@@ -215,13 +215,17 @@ class LowRankSum(CurvatureSum):
 
 
 def _from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Non-zero eigenvalues, descending, and orthonormal eigenvectors of R^T R, by the smaller Gram matrix."""
+    """
+    Non-zero eigenvalues, descending, and orthonormal eigenvectors of R^T R, by the smaller Gram matrix; in float64,
+    since an eigenvalue matters beside the prior's one, however small it is beside the largest.
+    """
     n, q = rows.shape
+    wide = rows.double()
     if n >= q:
-        values, vectors = torch.linalg.eigh(rows.mT @ rows)
+        values, vectors = torch.linalg.eigh(wide.mT @ wide)
         values, vectors = values.flip(-1), vectors.flip(-1)
     else:
-        vectors, singular, _ = torch.linalg.svd(rows.mT, full_matrices=False)
+        vectors, singular, _ = torch.linalg.svd(wide.mT, full_matrices=False)
         values = singular.square()
-    keep = values > values[:1].sum() * torch.finfo(rows.dtype).eps * max(n, q)
-    return values[keep], vectors[:, keep]
+    keep = values > values[:1].sum() * torch.finfo(wide.dtype).eps * max(n, q)
+    return values[keep].to(rows.dtype), vectors[:, keep].to(rows.dtype)

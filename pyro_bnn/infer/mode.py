@@ -50,8 +50,10 @@ def find_mode(
     start = start.detach()
     with double_precision(model.modules) if float64 else nullcontext():
         try:
+            first = start.double() if float64 else start
+            model.check_data(first, doubled(data) if float64 else data)
             terms = _terms(model, data, float64)
-            found = _search(terms, start.double() if float64 else start, data, tolerance, max_iter)
+            found = _search(terms, first, data, tolerance, max_iter)
         except RuntimeError as error:
             if float64 and "dtype" in str(error):
                 raise RuntimeError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.draws import Draws, Posterior
 from pyro_bnn.infer.pieces import Pieces
-from pyro_bnn.infer.predictive import SitePrediction, join_fields, predict_batches
+from pyro_bnn.infer.predictive import SitePrediction, join_sites, predict_batches
 from pyro_bnn.infer.vectorize import MAX_MEMORY
 
 
@@ -176,9 +176,7 @@ def predictive_moments(
         max_memory=max_memory, draws=draws,
     )  # fmt: skip
     parts = [{n: site_moments(site) for n, site in sites.items()} for sites in predict_batches(pieces)]
-    return PredictiveMoments(
-        {name: join_fields(pieces.join, name, [part[name] for part in parts], FIELDS) for name in parts[0]}
-    )
+    return PredictiveMoments(join_sites(pieces.join, parts, FIELDS))
 
 
 #: For each field, the number of dimensions left of the site's own.

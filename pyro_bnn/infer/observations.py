@@ -1,12 +1,16 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of one observed site: the shape, the type and the range of its observations."""
+"""Checks of observations: their shape, type and range, for one site or all sites of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import pyro
 import torch
 import torch.distributions as td
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, leaves
@@ -67,6 +71,53 @@ def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
                 f"{tuple(expected)}: each value would count {expected.numel() // value.numel()} times. Pass one value per "
                 "element, expanded in the model if that is meant."
             )
+
+
+def check_run(sites: Mapping[str, Site], batch: Batch, validated: Collection[str] | None = None) -> None:
+    """
+    Checks everything about the observations of a run: what :func:`check_values` and :func:`check_labels` do.
+
+    :param sites: the sample sites of a run under one draw.
+    :param batch: the arguments of the model.
+    :param validated: the sites whose support is looked at; by default those made with validation on.
+    :raises ValueError: naming the site, what was found and what was expected.
+    """
+    check_values(sites, batch)
+    for name, site in sites.items():
+        if site["is_observed"] and not is_deterministic(site) and not is_factor(site):
+            check_labels(name, site, None if validated is None else name in validated)
+
+
+#: Whether validation was on outside of :func:`stand_in_data`; ``None`` where data are themselves.
+_VALIDATED: ContextVar[bool | None] = ContextVar("_VALIDATED", default=None)
+
+
+@contextmanager
+def stand_in_data() -> Iterator[None]:
+    """A context in which data stand for others of the same shapes, so that nobody looks at their values."""
+    token = _VALIDATED.set(is_validation_enabled())
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        _VALIDATED.reset(token)
+
+
+def is_stand_in() -> bool:
+    """Whether data stand for others, see :func:`stand_in_data`."""
+    return _VALIDATED.get() is not None
+
+
+def validated_names(sites: Mapping[str, Site], names: Collection[str]) -> set[str]:
+    """
+    The sites whose support is looked at.
+
+    :param sites: the sites of a run.
+    :param names: some of them.
+    :return: those that the user has not made with validation off.
+    """
+    outside = _VALIDATED.get()
+    return {name for name in names if (is_validated(sites[name]) if outside is None else outside)}
 
 
 def is_validated(site: Site) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
-from pyro_bnn.infer.linear_covariance import element_covariance
+from pyro_bnn.infer.linear_covariance import LinearCovariance
 from pyro_bnn.infer.packed import SiteOutputs
 
 #: parameters of one observation up to which their covariances are formed together with their variances
@@ -57,29 +57,30 @@ def output_covariances(
     :return: covariances by site; and the outputs, if the batch ran in one piece.
     """
     found: dict[str, SiteCovariances] = {}
+    covariance = LinearCovariance(posterior)
     outputs: list[list[SiteOutputs]] = []
     for _, sites in stream.run_batch(batch):
         outputs.append([examples.site for examples in sites])
         for examples in sites:
             with torch.no_grad():
-                _add(found.setdefault(examples.site.name, SiteCovariances()), posterior, examples, joint)
+                _add(found.setdefault(examples.site.name, SiteCovariances()), covariance, examples, joint)
     return found, outputs[0] if len(outputs) == 1 else []
 
 
-def _add(mine: SiteCovariances, posterior: Any, examples: SiteExamples, joint: bool) -> None:
+def _add(mine: SiteCovariances, covariance: LinearCovariance, examples: SiteExamples, joint: bool) -> None:
     site, jac = examples.site, examples.jacobian
     shape, C = site.outputs.shape[:-1], site.outputs.shape[-1]
     batch = len(shape) - site.event_dim
     E = shape[batch:].numel()
     # examples are batch dimensions of the site, never elements of its events
     if E > 1 and (joint or E * C <= JOINT_LIMIT):
-        blocks = element_covariance(posterior, jac, jac.M // (E * C))
+        blocks = covariance.elements(jac, jac.M // (E * C))
         blocks = _placed(blocks, jac.B, jac.dim, shape[:batch])
         mine.events.append(blocks)
         apart = blocks.unflatten(-1, (E, C)).unflatten(-3, (E, C)).diagonal(dim1=-4, dim2=-2)
         mine.elements.append(apart.movedim(-1, -3).reshape(shape + (C, C)))
     else:
-        blocks = element_covariance(posterior, jac, jac.M // C)
+        blocks = covariance.elements(jac, jac.M // C)
         mine.elements.append(_placed(blocks, jac.B, jac.dim, shape))
 
 

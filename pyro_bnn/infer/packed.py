@@ -37,6 +37,7 @@ from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
     is_deterministic,
+    is_factor,
     latent_names,
     observed_names,
     sample_sites,
@@ -45,7 +46,8 @@ from pyro_bnn.infer.handlers import (
     unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
-from pyro_bnn.infer.plates import Rows, Sites, dims_of, find_rows, rows_of
+from pyro_bnn.infer.observations import check_run, validated_names
+from pyro_bnn.infer.plates import Rows, Sites, close, dims_of, find_rows, rows_of
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -199,6 +201,8 @@ class PackedModel:
         self.modules = list(modules)
         self.space = LatentSpace(prototype)
         self.observed = observed_names(prototype)
+        #: observed sites whose support the user has not switched off; runs here do not validate
+        self.validated = validated_names(prototype.nodes, self.observed)
         self._latents = latent_names(prototype)
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         #: where rows were found, by the places and numbers of dimensions of the arguments
@@ -249,11 +253,11 @@ class PackedModel:
         :return: an iterator over traces.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage()
+        batches, coverage = as_batches(data), PlateCoverage(self.observed)
         repeats = None if batches.is_single else self.repeats(latent, data)
         for batch in batches:
             trace = self.trace(latent, batch)
-            coverage.add(trace, self.observed)
+            coverage.add(trace)
             if repeats is not None:
                 self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace), batch))
             yield trace
@@ -272,7 +276,12 @@ class PackedModel:
         :return: the observed sites that count with it.
         """
         left_out = self._counted.get(trace, frozenset())
-        return [name for name in self.observed if name not in left_out]
+        return [name for name in self._observed_in(trace) if name not in left_out]
+
+    def _observed_in(self, trace: Trace) -> list[str]:
+        """The observed sites of a run, with or without observations: some may be there in some batches only."""
+        known = [name for name in self.observed if name in trace.nodes]
+        return known + [name for name in observed_names(trace) if name not in self.observed]
 
     def repeats(self, latent: Tensor, data: Any) -> Repeats:
         """
@@ -280,9 +289,7 @@ class PackedModel:
         :param data: an iterable of batches.
         :return: tells which terms of the likelihood a batch repeats.
         """
-        generator = torch.Generator(device=latent.device).manual_seed(0)
-        noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)
-        other = latent.detach() + (0.3 + 0.3 * latent.detach().abs()) * noise
+        other = moved_from(latent)
         return Repeats(
             lambda: self.rows(latent, as_batches(data).first), lambda batch: self.trace(other, batch)
         )
@@ -324,26 +331,22 @@ class PackedModel:
         The log density of observed sites and factors in a trace, without the scale of subsampled plates.
 
         :param trace: a trace made with observations.
-        :param require_finite: whether to raise where the density is not finite; the trial points of an optimiser
-            may be far out.
+        :param require_finite: whether to check the observations, and to raise where the density is not finite; the
+            trial points of an optimiser may be far out.
         :return: a scalar.
-        :raises ValueError: if an observed site of the prototype has no observation in this trace.
+        :raises ValueError: if an observed site of the prototype has no observation in this trace, or one that does not fit.
         """
-        self._check_observed(trace)
+        if require_finite:
+            self.check_observations(trace)
+        else:
+            self._require_observed(trace)
         total: Tensor | float = 0.0
         site: Site
         left_out = self._counted.get(trace, frozenset())
         for name, site in trace.nodes.items():
             if _is_likelihood(site) and name not in left_out:
                 scale = site["scale"] / subsample_scale(site)
-                log_prob = unscaled_log_prob(site)
-                if log_prob.shape != site["fn"].batch_shape:
-                    raise ValueError(
-                        f"observed site {name!r} has data of shape {tuple(site['value'].shape)}, expected "
-                        f"{tuple(site['fn'].shape())}, the shape of its distribution: reshape the observations "
-                        "(squeeze a trailing dimension of size 1, say)."
-                    )
-                term = (wide(log_prob) * scale).sum(dtype=torch.float64)  # of many terms
+                term = (wide(unscaled_log_prob(site)) * scale).sum(dtype=torch.float64)  # of many terms
                 if require_finite and not torch.isfinite(term.detach()):
                     raise ValueError(
                         f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
@@ -407,17 +410,18 @@ class PackedModel:
             total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum(dtype=torch.float64)
         return total
 
-    def losses(self, latent: Tensor, data: Any) -> Iterator[Tensor]:
+    def losses(self, latent: Tensor, data: Any, *, require_finite: bool = False) -> Iterator[Tensor]:
         """
         The terms of :math:`L`: one negative log likelihood per batch, the first with the negative log prior.
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches.
+        :param require_finite: see :meth:`log_likelihood`.
         :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
         for i, trace in enumerate(self.traces(latent, data)):
             with pyro.validation_enabled(False):  # trial points may not be finite
-                loss = -self.log_likelihood(trace, require_finite=False)
+                loss = -self.log_likelihood(trace, require_finite=require_finite)
                 if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                     loss = loss - self.log_prior(latent, trace)
             yield loss
@@ -441,22 +445,31 @@ class PackedModel:
         :param trace: a trace that :meth:`trace` made.
         :return: one :class:`SiteOutputs` per observed site.
         """
-        latent, left_out = self._latent_of[trace], self._counted.get(trace, frozenset())
-        return [
-            self._site_outputs(name, trace.nodes[name], latent)
-            for name in self.observed
-            if name not in left_out
-        ]
+        latent = self._latent_of[trace]
+        return [self._site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
 
     def check_factors(self, trace: Trace) -> None:
         """
         :param trace: a trace of the model.
-        :raises ValueError: if the model has :func:`pyro.factor` statements, which have no Fisher information.
+        :raises ValueError: if a :func:`pyro.factor` depends on the latents; it has no Fisher information.
         """
-        for name, site in trace.nodes.items():
-            if _is_likelihood(site) and name not in self.observed:
+        factors = {
+            n: s
+            for n, s in trace.nodes.items()
+            if s["type"] == "sample" and _is_likelihood(s) and is_factor(s)
+        }
+        if not factors:
+            return
+        latent = self._latent_of[trace]
+        given = trace.nodes["_INPUT"]
+        moved = self.trace(moved_from(latent), (given["args"], given["kwargs"])).nodes
+        for name, site in factors.items():
+            term = unscaled_log_prob(site)
+            if depends_on(term, latent) or not (
+                name in moved and close(term, unscaled_log_prob(moved[name]))
+            ):
                 raise ValueError(
-                    f"site {name!r} is a pyro.factor, which has no Fisher information: use curvature='hessian'."
+                    f"site {name!r} is a pyro.factor of latent sites, which has no Fisher information: use curvature='hessian'."
                 )
 
     def _site_outputs(self, name: str, site: Site, latent: Tensor) -> SiteOutputs:
@@ -498,30 +511,73 @@ class PackedModel:
             event_dim=event_dim,
         )
 
-    def _check_observed(self, trace: Trace) -> None:
+    def check_observations(self, trace: Trace) -> None:
+        """
+        :param trace: a trace that :meth:`trace` made with observations.
+        :raises ValueError: naming the site whose observations are missing or do not fit its distribution.
+        """
+        self._require_observed(trace)
+        given = trace.nodes["_INPUT"]
+        check_run(sample_sites(trace), (given["args"], given["kwargs"]), self.validated)
+
+    @torch.no_grad()
+    def check_data(self, latent: Tensor, data: Any) -> None:
+        """
+        Checks the observations of all batches by a run of each, for computations that start with trial points.
+
+        :param latent: a packed vector of shape ``(p,)``.
+        :param data: one batch or an iterable of batches, with observations.
+        :raises ValueError: see :meth:`check_observations`.
+        """
+        for batch in as_batches(data):
+            self.check_observations(self.trace(latent, batch))
+
+    def _require_observed(self, trace: Trace) -> None:
         for name in self.observed:
-            if name not in trace.nodes or not trace.nodes[name]["is_observed"]:
-                raise ValueError(
-                    f"site {name!r} was observed at initialisation but has no observation here: pass the targets "
-                    "as well as the inputs, as in (x, y)."
-                )
+            if name in trace.nodes and not trace.nodes[name]["is_observed"]:
+                raise unobserved(name)
+        if self.observed and not self.likelihood_names(trace):
+            raise unobserved(self.observed[0])
+
+
+def unobserved(name: str) -> ValueError:
+    """The error for a site without data."""
+    return ValueError(
+        f"site {name!r} was observed at initialisation but has no observation here: pass the targets as well as the inputs, "
+        "as in (x, y)."
+    )
+
+
+def moved_from(latent: Tensor) -> Tensor:
+    """
+    :param latent: a packed vector of shape ``(p,)``.
+    :return: another one, always the same, that differs in every entry.
+    """
+    latent = latent.detach()
+    generator = torch.Generator(device=latent.device).manual_seed(0)
+    noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)
+    return latent + (0.3 + 0.3 * latent.abs()) * noise
 
 
 class PlateCoverage:
-    """Counts how much of each plate the batches have covered, so that no partial sum passes for the whole."""
+    """
+    Counts how much of each plate the batches have covered, so that no partial sum passes for the whole.
 
-    def __init__(self) -> None:
+    :param observed: observed sites, each of which must be in one of the batches at least.
+    """
+
+    def __init__(self, observed: Sequence[str] = ()) -> None:
+        self._times = dict.fromkeys(observed, 0)
         self._seen: dict[str, int] = {}
         self._full: dict[str, int] = {}
 
-    def add(self, trace: Trace, names: list[str]) -> None:
+    def add(self, trace: Trace) -> None:
         """
-        :param trace: the trace of one batch.
-        :param names: the observed sites; factors count as well.
+        :param trace: the trace of one batch; its observed sites and factors count.
         """
-        sites = [
-            s for n, s in trace.nodes.items() if n in names or (s["type"] == "sample" and _is_likelihood(s))
-        ]
+        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and _is_likelihood(s)]
+        for name in self._times:
+            self._times[name] += name in trace.nodes
         frames = {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
         for frame in frames.values():
             full = frame.full_size if frame.full_size is not None else frame.size
@@ -530,7 +586,13 @@ class PlateCoverage:
                 self._full[frame.name] = full
 
     def check(self) -> None:
-        """:raises ValueError: if the batches did not cover a subsampled plate exactly once."""
+        """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
+        if self._times:
+            times = torch.tensor(list(self._times.values()))
+            all_reduce_sum([times])
+            for name, count in zip(self._times, times.tolist(), strict=True):
+                if not count:
+                    raise unobserved(name)
         for name, full in self._full.items():
             seen = torch.tensor(self._seen[name])
             all_reduce_sum([seen])
@@ -549,14 +611,3 @@ def _is_likelihood(site: Site) -> bool:
         and not isinstance(site["fn"], _Subsample)
         and not is_deterministic(site)
     )
-
-
-def check_data(data: Any) -> None:
-    """
-    Checks that the tensors of all batches are finite.
-
-    :param data: one batch or an iterable of batches.
-    :raises ValueError: naming the argument.
-    """
-    for _ in as_batches(data):  # each is checked as it is read
-        pass

@@ -19,6 +19,7 @@ from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.files import atomic_save, checked_load
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
 from pyro_bnn.infer.networks import model_tensors
+from pyro_bnn.infer.observations import stand_in_data
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.prototype import detach_prototypes
 
@@ -274,7 +275,9 @@ def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> 
     else:
         raise ValueError(f"{path} does not say what data the guide was initialised on; pass data.")
     with ExitStack() as stack:
-        for context in (local_parameters(), torch.enable_grad(), pyro.validation_enabled(False)):
+        # zeros need not be observations that the model could make
+        values = pyro.validation_enabled(False) if data is not None else stand_in_data()
+        for context in (local_parameters(), torch.enable_grad(), values):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network

@@ -24,6 +24,11 @@ FAILURES = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 FEW, WAYS = 7, 24
 
 
+def first_line(failure: Exception) -> str:
+    """The first line of the text of an error, or its type: never empty, as that of a bare ``assert`` is."""
+    return str(failure).strip().partition("\n")[0] or type(failure).__name__
+
+
 @dataclass(frozen=True)
 class DataPlate:
     r"""
@@ -218,7 +223,7 @@ def _try(run: Callable[[Any], Sites], tree: Any, rows: Rows) -> Rows | None:
     try:
         reason = _coupling(more, fewer, axes, plates, kept)
     except FAILURES as failure:
-        reason = str(failure).strip().partition("\n")[0]
+        reason = first_line(failure)
     return Rows(rows.size, rows.cuts, axes, frozenset(plates), reason)
 
 

@@ -24,7 +24,7 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.join import Join
-from pyro_bnn.infer.observations import check_labels
+from pyro_bnn.infer.observations import check_labels, check_run
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
@@ -256,9 +256,7 @@ def posterior_predictive(
     )  # fmt: skip
     with seeded_by(generator):
         parts = list(predict_batches(pieces))
-    sites = {
-        name: join_fields(pieces.join, name, [part[name] for part in parts], FIELDS) for name in parts[0]
-    }
+    sites = join_sites(pieces.join, parts, FIELDS)
     vectorized = hasattr(posterior, "observed_distributions") or bool(pieces.runner.vectorize)
     return PosteriorPredictive(sites, pieces.draws, vectorized)
 
@@ -370,6 +368,7 @@ def predict_by_guide(
     """
     args, kwargs = batch
     model_sites = runner.single(batch, 0)
+    check_run(model_sites, batch, runner.validated)
     sites = {}
     for name, fn in guide.observed_distributions(runner.draws, *args, **kwargs).items():
         site = model_sites[name]
@@ -445,6 +444,17 @@ def _complete_masks(masks: list[Tensor | None], parts: list[Any]) -> list[Tensor
         mine = torch.ones((), dtype=torch.bool, device=value.device) if mask is None else mask
         whole.append(mine.reshape(mine.shape + (1,) * (ndim - mine.dim() if mine.dim() else 0)).expand(shape))
     return whole
+
+
+def join_sites(join: Join, parts: list[dict[str, Any]], fields: Mapping[str, int]) -> dict[str, Any]:
+    """
+    :param join: how the batches fit together.
+    :param parts: for each batch, by site what was said of it; a site need not be there in every batch.
+    :param fields: see :func:`join_fields`.
+    :return: by site what was said of it in all the data.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {n: join_fields(join, n, [part[n] for part in parts if n in part], fields) for n in names}
 
 
 def join_fields(join: Join, name: str, parts: list[Any], fields: Mapping[str, int]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.poutine as poutine
 import torch
 from scipy.stats import linregress
@@ -264,13 +265,16 @@ class EarlyStopping:
         :param state: the state of the run.
         :raises ValueError: naming the site that was drawn, or that has another shape.
         """
-        batch = Batches(self.data).first
-        with poutine.block(), torch.random.fork_rng(), evaluation_mode(state.model):
-            trace = run_model(state.model, batch)
-        try:
-            check_observations(trace, batch)
-        except ValueError as error:
-            raise ValueError(f"EarlyStopping, data held out: {error}") from None
+        for batch in Batches(self.data):
+            validation = pyro.validation_enabled(
+                True
+            )  # the first pass over the training data switches it off
+            with poutine.block(), torch.random.fork_rng(), evaluation_mode(state.model), validation:
+                trace = run_model(state.model, batch)
+            try:
+                check_observations(trace, batch)
+            except ValueError as error:
+                raise ValueError(f"EarlyStopping, data held out: {error}") from None
 
     def finish(self, state: FitState) -> None:
         """

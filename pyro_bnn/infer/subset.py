@@ -31,7 +31,7 @@ class Subset:
         :return: see :meth:`~pyro_bnn.infer.examples.ExampleStream.run_batch`.
         """
         for batch in self.batches:
-            yield from stream.run_batch(batch)
+            yield from stream.run_batch(batch, scored=True)
 
 
 def count_examples(stream: ExampleStream, data: Any) -> int | None:

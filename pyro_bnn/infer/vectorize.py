@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -42,6 +43,7 @@ from pyro_bnn.infer.plates import (
     close,
     dims_of,
     find_rows,
+    first_line,
     plates_of,
     rows_of,
     site_shape,
@@ -137,6 +139,7 @@ class ModelRunner:
         self.bytes_per_draw = 0.0  # of intermediate values, as far as they were compared
         self.plain_bytes = 0  # of a draw, in networks that run their draws one after the other
         self.ndims: dict[str, int] = {}  # number of batch dimensions of each site in a single run
+        self.nesting = 0  # of the plates, at most
         self.prototype: Sites | None = None
         self.values: list[str] = []  # deterministic sites that are read
         self.warned = False
@@ -313,14 +316,23 @@ class ModelRunner:
                 # a model that differentiates something itself runs with gradients only
                 self.needs_grad = True
                 nodes = self.single(batch, 0)
-        self.prototype = {**(self.prototype or {}), **nodes}  # a site need not be there in every batch
-        self.validated = {name for name, site in nodes.items() if is_validated(site)}
-        self.check_names()
         self.priors = {n: p for n, p in layers.seen.items() if n in self.draws}
+        self.note(nodes)
+        self.check_names()
+
+    def note(self, nodes: Sites) -> None:
+        """Notes sites of a single run and their plates; a site need not be there in every batch."""
+        new = nodes.keys() - (self.prototype or {}).keys()
+        self.prototype = {**(self.prototype or {}), **nodes}
+        self.validated |= {name for name in new if is_validated(nodes[name])}
         self.ndims |= {name: len(site["fn"].batch_shape) for name, site in nodes.items()}
         frames = [frame for site in nodes.values() for frame in site["cond_indep_stack"]]
-        self.nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
-        self.nesting = max([self.nesting, *self.ndims.values()])
+        depth = max((-frame.dim for frame in frames if frame.vectorized), default=0)
+        self.nesting = max([self.nesting, depth, *self.ndims.values()])
+
+    def has_new(self, sites: Sites) -> bool:
+        """Whether there are sites that no run had before: those of some batches only."""
+        return not sites.keys() <= (self.prototype or {}).keys()
 
     def decide(self, error: str) -> None:
         """Joint runs from now on, or after an error single ones; raises it if those are not wanted."""
@@ -409,7 +421,7 @@ class ModelRunner:
                 if error := _difference(found, expected, "value", name, 1e-30):
                     return error
         except FAILURES as failure:
-            return str(failure).strip().partition("\n")[0]
+            return first_line(failure)
         return ""
 
     def first(self, batch: Batch, index: slice) -> Sites | None:
@@ -424,7 +436,7 @@ class ModelRunner:
                 if shape[: len(lead)] != lead or len(shape) != self.nesting + 1:
                     error = f"site {name!r} has batch shape {tuple(shape)} under {lead[0]} draws"
         except FAILURES as failure:
-            error = str(failure).strip().partition("\n")[0]
+            error = first_line(failure)
         self.decide(error)
         if error:
             self.inspect(batch)  # a few examples did not show the model as it is
@@ -468,12 +480,15 @@ class ModelRunner:
             if (key := coincidences(batch)) not in self.compared:  # one row may hide what several show
                 if self.compared and self.vectorize:
                     self.inspect(batch)
+                if self.compared:
+                    check_values(self.single(batch, 0), batch)
                 if not self.compared or self.vectorize:
                     self.prepare(batch)
                     self.warn_missing(batch)
                 self.compared.add(key)
             parts: list[dict[Key, Tensor]] = []
             # the prototype has been validated, and the rest has its structure
+            validated = is_validation_enabled()
             stack.enter_context(pyro.validation_enabled(False))
             keep_freed_memory()
             start = 0
@@ -482,14 +497,24 @@ class ModelRunner:
                 try:
                     sites = self.joint(batch, index) if self.chunk_size else self.first(batch, index)
                 except FAILURES as failure:  # as many rows as draws that were compared, for example
-                    self.decide(str(failure).strip().partition("\n")[0])
+                    self.decide(first_line(failure))
                     parts, sites = [], None
-                if sites is not None:
+                if sites is not None and self.has_new(sites):
+                    with pyro.validation_enabled(validated):
+                        self.inspect(batch)
+                    more = f"there are the sites {sorted(sites)}, more than under one draw"
+                    self.decide(more if self.has_new(sites) else self.check(batch))
+                    parts, start = [], 0
+                elif sites is not None:
                     parts.append({k: self.align(n, v, rest) for k, (n, v, rest) in read(sites).items()})
                     start = index.stop
             if not self.vectorize:
                 for draw in range(self.num_draws):
-                    found = read(self.single(batch, draw))
+                    sites = self.single(batch, draw)
+                    if self.has_new(sites):
+                        with pyro.validation_enabled(validated):
+                            self.note(self.single(batch, draw))
+                    found = read(sites)
                     parts.append({k: v.unsqueeze(0) for k, (_, v, _) in found.items()})
         # a site that some draws do not reach has no value for all of them
         common = [key for key in parts[0] if all(key in part for part in parts)]

@@ -28,7 +28,7 @@ from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, sizes
 from pyro_bnn.ops.uses import ElementwiseUse, LinearUse, Output, Use
 
 #: Functions that only move entries: they act on the positions as they act on the values.
-_MOVES = frozenset(
+MOVES = frozenset(
     [
         "reshape",
         "view",
@@ -77,7 +77,7 @@ _MOVES = frozenset(
     ]
 )
 #: Functions that keep entry and place.
-_COPIES = frozenset(
+COPIES = frozenset(
     [
         "contiguous",
         "clone",
@@ -122,6 +122,7 @@ class Capture(TorchFunctionMode):
     :ivar generic: entries that were used in a way that is not recognised, bool, shape ``(p,)``.
     :ivar roots: the tensors that the function cut from the vector before all else, as places in the graph with the
         positions of their entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
+    :ivar seen: the nodes of the autograd graph that made the outputs of uses.
 
     Example::
 
@@ -141,7 +142,9 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
+        self.seen: set[object] = set()
         self.latent = latent
+        self._function = ""
         # values are kept so that no id is used twice
         self._tracked: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots: dict[tuple[object, int], int] = {}
@@ -203,8 +206,9 @@ class Capture(TorchFunctionMode):
         if slot is None:
             slot = self._slots[output.key] = len(self.outputs)
             self.outputs.append(output)
+        self.seen.add(output.edge.node)
         for use in uses:
-            use.slot = slot
+            use.slot, use.function = slot, self._function
             self.uses.append(use)
         return y
 
@@ -222,8 +226,12 @@ class Capture(TorchFunctionMode):
         indices = [index for index in map(self._index, flat) if index is not None]
         if not indices:
             return func(*args, **kwargs)
-        name = _name(func)
-        result, moved = self._watch(name, func, flat, args, kwargs, indices)
+        name, outer = _name(func), self._function
+        self._function = outer or name  # what the program called, not what that is made of
+        try:
+            result, moved = self._watch(name, func, flat, args, kwargs, indices)
+        finally:
+            self._function = outer
         if any(value is self.latent for value in flat):
             self._note_roots(result, moved)
         return result
@@ -234,7 +242,7 @@ class Capture(TorchFunctionMode):
         """Runs a function of tracked tensors; returns its result, and whether it only moved entries."""
         if _writes(name, kwargs):
             return self._write(name, func, args, kwargs, indices), False
-        if name in _MOVES or name in _COPIES:
+        if name in MOVES or name in COPIES:
             result = func(*args, **kwargs)
             if self._move(name, func, flat, args, kwargs, result):
                 return result, True
@@ -278,9 +286,9 @@ class Capture(TorchFunctionMode):
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
-        if name in _COPIES | {"expand_as", "view_as", "reshape_as"} and self._index(tensors[0]) is None:
+        if name in COPIES | {"expand_as", "view_as", "reshape_as"} and self._index(tensors[0]) is None:
             return True  # only dtype, device or shape of a tracked tensor were asked for
-        if name in _COPIES:
+        if name in COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
             return True
         if name == "broadcast_tensors":

@@ -459,30 +459,6 @@ class ExampleJacobian:
             total[..., index] = part
         return total
 
-    def add_gradient(self, total: Tensor, cotangent: Tensor) -> None:
-        r"""
-        Adds :math:`\sum_n J_n^\top c_n`, on the active entries.
-
-        :param total: shape ``(p,)``, changed in place.
-        :param cotangent: shape ``(B, M)``.
-        """
-        if any(callable(use.x) for use in self.capture.uses if isinstance(use, LinearUse)):
-            # autograd's own weight gradient is cheaper than the patches of a convolution
-            (found,) = torch.autograd.grad(self.flat, self.latent, cotangent, retain_graph=True)
-            active = self.capture.active
-            total += found if active is None else torch.where(active, found, torch.zeros_like(found))
-            return
-        gradients = self.gradients(cotangent)
-        for block in self.blocks:
-            if isinstance(block, LinearBlock):
-                g = block.gradients(gradients)
-                x = block.inputs()
-                total[block.index] += g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-            else:
-                total[block.index] += block.rows(gradients).sum(0)
-        if len(self.generic):
-            total[self.generic] += torch.einsum("qbm,bm->q", self.columns, cotangent)
-
     def floats_per_example(self, K: int) -> int:
         """
         Roughly how many numbers per example a pass over K cotangents keeps at once.

@@ -5,6 +5,7 @@ Convolutions as linear maps: the patches of their inputs, and sums of outer prod
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,36 @@ def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
         x = x.unfold(2 + i, dilation[i] * (kernel[i] - 1) + 1, stride[i])[..., :: dilation[i]]
     x = x.permute(0, 1, *range(2 + d, 2 + 2 * d), *range(2, 2 + d))
     return x.flatten(2 + d).flatten(1, 1 + d).mT
+
+
+def project_patches(
+    factors: Sequence[Tensor], x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    """
+    Inner products of patches with an outer product of vectors, one dimension at a time: less work than a convolution with
+    one channel.
+
+    :param factors: one vector over the channels and one over each dimension of the kernel.
+    :param x: see :func:`patches`; so are the other arguments.
+    :return: shape ``(B, T)``.
+    """
+    d = x.dim() - 2
+    stride, padding, dilation = (sizes(v, d) for v in (stride, padding, dilation))
+    result = torch.matmul(factors[0], x.flatten(2)).reshape(len(x), *x.shape[2:])
+    for i in reversed(range(d)):
+        matrix = _taps(factors[1 + i], x.shape[2 + i], stride[i], padding[i], dilation[i])
+        if i == d - 1:
+            result = result @ matrix
+        else:
+            rest = result.shape[2 + i :]
+            result = (matrix.mT @ result.flatten(2 + i)).unflatten(-1, rest)
+    return result.flatten(1)
+
+
+def _taps(values: Tensor, size: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """The matrix of a convolution along one dimension, shape ``(size, out)``."""
+    units = torch.eye(size, dtype=values.dtype, device=values.device).unsqueeze(1)
+    return F.conv1d(units, values.reshape(1, 1, -1), None, stride, padding, dilation).squeeze(1)
 
 
 def gram(rows: Tensor, *, block: int = 128) -> Tensor:
@@ -140,19 +171,24 @@ class PatchInputs:
         """
         return patches(self.x[:1], *self.geometry).numel() * self.x.shape[0]
 
-    def project(self, v: Tensor) -> Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one patch."""
+        return self.x.shape[1], *self.geometry[0]
+
+    def project(self, factors: Sequence[Tensor]) -> Tensor:
         """
-        :param v: shape ``(in,)``.
-        :return: inner products of the patches with it, by a convolution, shape ``(B, T)``.
+        :param factors: see :func:`project_patches`.
+        :return: inner products of the patches with their outer product, shape ``(B, T)``.
         """
-        return self._convolved(self.x, v)
+        return project_patches(factors, self.x, *self.geometry)
 
     def present(self) -> Tensor:
         """
         :return: which patches hold an entry other than zero, bool, shape ``(B, T)``.
         """
         channels = (self.x != 0).any(1, keepdim=True)
-        ones = self.x.new_ones(math.prod(sizes(tuple(self.geometry[0]), self.x.dim() - 2)))
+        ones = self.x.new_ones(math.prod(self.shape[1:]))
         return self._convolved(channels.to(self.x), ones) > 0.5
 
     def _convolved(self, x: Tensor, v: Tensor) -> Tensor:
@@ -186,6 +222,14 @@ class ChannelRows:
         """
         return self._columns(g).mT
 
+    def project(self, g: Tensor, u: Tensor) -> Tensor:
+        """
+        :param g: shape ``(B, channels, *spatial)``.
+        :param u: shape ``(channels / groups,)``.
+        :return: inner products of the rows with it, shape ``(B, T)``.
+        """
+        return torch.matmul(u, self._columns(g))  # many times faster than with the rows
+
     def gram(self, g: Tensor) -> Tensor:
         """
         :param g: shape ``(B, channels, *spatial)``.
@@ -207,3 +251,12 @@ class OutputPatches:
         """
         # an output padding can add patches that no input reaches
         return patches(g.chunk(self.groups, 1)[self.group], *self.geometry)[:, : self.length]
+
+    def project(self, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        """
+        :param g: shape ``(B, channels, *spatial)``.
+        :param factors: see :func:`project_patches`.
+        :return: inner products of the rows with their outer product, shape ``(B, T)``.
+        """
+        part = g.chunk(self.groups, 1)[self.group]
+        return project_patches(factors, part, *self.geometry)[:, : self.length]

@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.ops.capture.Capture`."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pyro_bnn.ops.patches import ChannelRows, PatchInputs, gram
+from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, gram
 
 
 class Output:
@@ -81,11 +83,13 @@ class Use:
 
     :ivar index: their positions.
     :ivar slot: number of the output in which the gradient is taken.
+    :ivar function: name of the function that the program called.
     :ivar layout: where the examples are, found by :func:`find_layout`.
     """
 
     index: Tensor
     slot: int = field(default=-1, init=False)
+    function: str = field(default="", init=False)
     layout: Layout | None = field(default=None, init=False)
 
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
@@ -201,13 +205,39 @@ class LinearUse(Use):
         x = self._inputs()
         return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
 
-    def projected(self, v: Tensor, B: int) -> Tensor:
+    @property
+    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Output and input of the map as shapes: with the dimensions of the kernel where they are patches."""
+        out, into = self.index.shape
+        rows, x = self.rows, self.x
+        if isinstance(rows, OutputPatches):
+            kernel = tuple(rows.geometry[0])
+            return (out // math.prod(kernel), *kernel), (into,)
+        return (out,), x.shape if isinstance(x, PatchInputs) else (into,)
+
+    def projected(self, v: Sequence[Tensor], B: int) -> Tensor:
         """
-        :param v: shape ``(in,)``.
+        :param v: vectors whose outer product is a vector over the inputs.
         :param B: the number of examples.
         :return: inner products of the inputs with it, shape ``(B, T)``.
         """
-        return self.placed(self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B)
+        x = self.x
+        if isinstance(x, PatchInputs) and tuple(map(len, v)) == x.shape:
+            return self.placed(x.project(v), B)
+        return self.placed(self._inputs() @ reduce(torch.kron, v), B)
+
+    def contracted(self, g: Tensor, u: Sequence[Tensor], B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param u: vectors whose outer product is a vector over the outputs.
+        :param B: the number of examples.
+        :return: inner products of the rows of the gradient with it, shape ``(B, T)``.
+        """
+        rows = self.rows
+        if isinstance(rows, OutputPatches) and tuple(map(len, u)) == self.parts[0]:
+            return self.placed(rows.project(g, u), B)
+        whole = reduce(torch.kron, u)
+        return self.placed(rows.project(g, whole) if isinstance(rows, ChannelRows) else rows(g) @ whole, B)
 
     def gradients(self, g: Tensor, B: int) -> Tensor:
         """

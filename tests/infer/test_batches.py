@@ -371,7 +371,7 @@ def test_observations_outside_the_support() -> None:
         for run in (posterior_predictive, predictive_moments, to_datatree):
             with pytest.raises(ValueError, match=r"Site 'obs': .* the support"):
                 run(model, draws, data)
-    with pytest.raises(ValueError, match="within the support"):
+    with pytest.raises(ValueError, match="lie outside the support"):
         fit(model, AutoNormal(model), [(good,), (bad,)], num_epochs=1, progress_bar=False)
     lp = to_datatree(model, {"rate": torch.tensor([1.0, -1.0])}, (good,))["sample_stats"]["lp"].values[0]
     assert np.isfinite(lp[0])

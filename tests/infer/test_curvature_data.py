@@ -407,6 +407,28 @@ def test_the_empirical_fisher_is_over_observations(coupled, event):
     assert_close(guide.precision, torch.eye(25) + J.mT @ J, rtol=1e-9, atol=1e-10)
 
 
+def test_the_empirical_fisher_without_masked_observations_whose_score_is_nan():
+    torch.manual_seed(0)
+    x, y, kept = torch.randn(9, 2), torch.rand(9) + 0.1, torch.arange(9) % 3 > 0
+
+    def likelihood(x, w):
+        return dist.Gamma(torch.exp(x @ w), 1.5)
+
+    def model(x, kept, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", likelihood(x, w).mask(kept), obs=y)
+
+    guide = AutoLaplace(model, curvature="empirical_fisher")
+    guide.initialize(x, kept, y).laplace_approximation(
+        (x, kept, torch.where(kept, y, -1.0)), map_tolerance=float("inf")
+    )
+    J = torch.autograd.functional.jacobian(
+        lambda w: likelihood(x[kept], w).log_prob(y[kept]), guide.loc.detach()
+    )
+    assert_close(guide.precision, torch.eye(2) + J.mT @ J, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("layer", ["attention", "group_norm"])
 def test_layers_whose_second_derivative_torch_lacks_in_its_fast_form(layer):
     torch.manual_seed(0)

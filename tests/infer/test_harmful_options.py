@@ -49,6 +49,9 @@ def test_sizes_of_hessian_free_laplace(name, value, fitted):
     _, guide, data = fitted
     with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1"):
         hfl.solve(guide, data, data[:1], **{name: value})
+    if name in ("num_epochs", "chunk_size"):
+        with pytest.raises(ValueError, match=f"^{name} must be a whole number of at least 1"):
+            hfl.regvar(guide, data, data[:1], **{name: value})
 
 
 @pytest.mark.parametrize(

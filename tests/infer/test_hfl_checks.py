@@ -197,3 +197,66 @@ def test_negative_variance_at_a_maximum():
     for method in ("cg", "one_sided", "central"):
         with pytest.raises(NotAMinimumError, match="not a minimum"):
             hfl.variance(guide, (y,), functional=lambda z: z["a"], method=method)
+
+
+def _offset(z):
+    return torch.cat([z["w"] + 1e5, z["w"]]) - 1e5 * torch.cat(
+        [torch.ones_like(z["w"]), torch.zeros_like(z["w"])]
+    )
+
+
+CUT = {
+    "a factor": lambda z: z["w"].detach() * z["w"],
+    "a term": lambda z: z["w"][0] ** 2 + z["w"][1].detach() ** 2,
+    "half of the elements": lambda z: torch.cat([z["w"], z["w"] + z["w"].detach().sin()]),
+    "numpy": lambda z: z["w"].sum() + float(z["w"].detach().numpy().sum()),
+}
+WHOLE = {
+    "squares": lambda z: z["w"] ** 2,
+    "kinks near by": lambda z: (z["w"] - z["w"].detach()).relu() * 0 + z["w"].abs(),
+    "a constant": lambda z: torch.cat([z["w"], z["w"].new_ones(3)]),
+    "large and small": lambda z: 1e6 + 1e-6 * z["w"],
+    "rounding": _offset,
+    "steep": lambda z: (10 * z["w"]).exp(),
+    "fast": lambda z: torch.sin(1e3 * z["w"]),
+    "many": lambda z: torch.sin(torch.linspace(0, 1e3, 5000, dtype=z["w"].dtype)[:, None] * z["w"]).sum(-1),
+    "counts and slopes": lambda z: z["w"] + (z["w"] > 0).to(z["w"]),
+    "an own derivative": lambda z: torch.autograd.grad(z["w"].pow(3).sum(), z["w"], create_graph=True)[0],
+}
+
+
+def _regression(dtype):
+    x = torch.randn(20, 3, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -0.5, 0.3], dtype=dtype)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, dtype=dtype), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+    return AutoLaplace(model).initialize(x, y).polish((x, y)), (x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["cg", "probe"])
+@pytest.mark.parametrize("name", CUT)
+def test_functionals_that_are_partly_detached(name, method, dtype):
+    guide, data = _regression(dtype)
+    with pytest.raises(ValueError, match="another derivative than automatic differentiation says"):
+        hfl.solve(guide, data, functional=CUT[name], method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["cg", "probe"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_functionals_raise_no_false_alarm(name, method, dtype):
+    guide, data = _regression(dtype)
+    hfl.solve(guide, data, functional=WHOLE[name], method=method)
+
+
+def test_functionals_at_kinks_raise_no_false_alarm():
+    """ReLU, absolute values and maxima right at the point estimate, where every derivative of autograd is a choice."""
+    guide, data = _regression(torch.float64)
+    at = guide.loc.detach().clone()
+    for kinked in (torch.relu, torch.abs, lambda d: torch.maximum(d, -2 * d), lambda d: d.clamp(-1e-30, 1.0)):
+        hfl.solve(guide, data, functional=lambda z, f=kinked: f(z["w"] - at) + 1e-2 * z["w"])

@@ -369,6 +369,24 @@ def test_a_factor_has_the_covariance_that_is_asked_for():
         assert_close(J @ W @ W.mT @ J.mT, kept @ C @ kept, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("p", [1, 3])
+def test_many_functionals_of_few_latents_in_single_precision(p: int):
+    """With P = I the factor is a root of the identity; rounding has no directions of its own."""
+    J = torch.nn.functional.normalize(torch.randn(210, p), dim=-1).float()
+    W = low_rank_factor(J, J, J @ J.mT, 1.2e-7)
+    assert W.shape == (p, p)
+    assert_close(W @ W.mT, torch.eye(p).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_functionals_that_depend_on_each_other_count_once():
+    """With P = I and a functional twice, the factor has the covariance and no directions of rounding."""
+    J = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    J = torch.cat([J, J[:1], -J[1:2]])
+    W = low_rank_factor(J, J, J @ J.mT, 0.0)
+    assert W.shape == (8, 3)
+    assert_close(W @ W.mT, torch.linalg.pinv(J) @ J, rtol=1e-8, atol=1e-9)
+
+
 # ---------------------------------------------------------------------- probes, scores, sandwich
 
 
@@ -507,6 +525,18 @@ def test_fine_tuning_ends_in_the_minimum_and_counts_its_gradients():
     assert (fine - exact).norm() < 0.2 * (rough - exact).norm() + 1e-6
     # 10 epochs in each of 4 rounds, twice as many gradients in three of them, and one of all data after each
     assert problem.gradient_evaluations - before == 2 * (10 + 3 * 2 * 10) + 4 * 2
+
+
+def test_one_run_that_diverges_is_found_among_others():
+    problem, P, _, _ = gaussian_problem()
+    solver = Solver(problem, tolerance=1e-10)
+    concave = 1e4 * float(torch.linalg.eigvalsh(P)[-1])
+
+    def push(offsets, batch):
+        return torch.stack([torch.zeros_like(offsets[0]), 1 - concave * offsets[1]])
+
+    with pytest.raises(NotAMinimumError, match="diverges at every step size"):
+        fine_tune(problem, solver, 2, push, num_epochs=200)
 
 
 def result(**options):

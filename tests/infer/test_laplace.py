@@ -369,5 +369,7 @@ def test_bad_input():
     bad[3] = torch.nan
     with pytest.raises(ValueError, match="argument 1 of the model holds 1 non-finite"):
         guide.laplace_approximation((x, bad))
-    with pytest.raises(ValueError, match=r"'obs' has data of shape \(50, 1\), expected \(50,\)"):
+    with pytest.raises(
+        ValueError, match=r"'obs': the observation has shape \(50, 1\), its distribution has shape \(50,\)"
+    ):
         guide.laplace_approximation((x, y.unsqueeze(-1)))

@@ -86,6 +86,10 @@ def test_gaussian_likelihoods_add_their_variance():
     d = vector.distribution()
     assert_close(d.loc, vector.mean, rtol=1e-12)
     assert_close(d.covariance_matrix, vector.covariance + noise, rtol=1e-10)
+    y = torch.randn(N, 2)
+    expected = torch.distributions.MultivariateNormal(vector.mean, vector.covariance + noise).log_prob(y)
+    assert_close(vector.log_density(y), expected, rtol=1e-10)
+    assert_close(vector.log_density(y[0])[0], expected[0], rtol=1e-10)
 
 
 def test_draws_have_the_mean_and_the_covariance():

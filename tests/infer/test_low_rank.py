@@ -186,3 +186,17 @@ def test_rows_are_counted_as_they_come():
     total(needed).parts(lambda i: torch.ones(len(i)))
     with pytest.raises(MemoryError, match="with 12 rows"):
         total(needed - 1).parts(lambda i: torch.ones(len(i)))
+
+
+@pytest.mark.parametrize("n", [12, 40])
+def test_small_eigenvalues_beside_large_ones_in_single_precision(n: int):
+    """Curvatures of 1e6 and of 3 relative to the prior, of which both matter."""
+    R = torch.linalg.qr(torch.randn(40, 20)).Q[:n] @ torch.diag(torch.logspace(3, 0.2, 20))
+    rows = R.float()
+    index, latent = torch.arange(20), torch.zeros(20).float()
+    total = LowRankSum(index, latent, method="function_space", rank=0, rows=lambda reserve: iter([rows]))
+    (part,) = total.parts(lambda index: torch.ones(20).float())
+    x = torch.linalg.svd(R).Vh[min(n, 20) - 1]  # the direction of the smallest curvature
+    found = part.posterior(latent).half_solve_transposed(x.float()).square().sum()
+    expected = x @ torch.linalg.solve(torch.eye(20) + R.mT @ R, x)
+    assert_close(found.double(), expected, rtol=1e-4)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.examples import ExampleJacobian
-from pyro_bnn.ops.guard import checked_jacobian, mistaken_entries
+from pyro_bnn.ops.guard import CheckedJacobian, checked_jacobian, mistaken_entries
+from pyro_bnn.ops.suspects import suspects
 from tests.common import assert_close
 
 B = 6
@@ -30,14 +30,14 @@ def captured(function=network, x=None, scale=1.0):
 
 
 def jacobian_of(*args, **kwargs):
-    found = ExampleJacobian(*captured(*args, **kwargs))
+    found = CheckedJacobian(*captured(*args, **kwargs))
     found.layouts.mistaken = torch.zeros(29, dtype=torch.bool)
     found.layouts.generator = torch.Generator().manual_seed(0)
     return found
 
 
-def check(jacobian):
-    return mistaken_entries(jacobian, jacobian.layouts.generator)
+def check(jacobian, score=None):
+    return mistaken_entries(jacobian, jacobian.layouts.generator, score)
 
 
 def mask(*where):
@@ -123,12 +123,110 @@ def test_rows_that_mix_are_found_in_graphs_that_are_known():
     assert check(jacobian).tolist() == expected.tolist()
 
 
+def known(jacobian):
+    """The same with a graph that passed before."""
+    assert check(jacobian) is None
+    assert len(jacobian.layouts.programs) == 1
+    return jacobian
+
+
+@pytest.mark.parametrize("where", [W, A, V, C, GAIN])
+def test_scores_find_a_wrong_use_in_a_graph_that_is_known(where):
+    jacobian = known(jacobian_of())
+    use = tampered(jacobian, where)
+    if where in (A, C):
+        use.sign = 1 + 1e-9
+    else:
+        use.x = (1 + 1e-9) * use.x
+    assert check(jacobian) is None  # rows are where they were
+    assert check(jacobian, torch.randn(B, 2)).tolist() == mask(where).tolist()
+
+
+@pytest.mark.parametrize("where", [W, A, V, C])
+def test_scores_find_an_unseen_use_in_a_graph_that_is_known(where):
+    jacobian = known(jacobian_of())
+    jacobian.blocks = [b for b in jacobian.blocks if not bool((b.index == where.start).any())]
+    assert check(jacobian) is None
+    assert bool(check(jacobian, torch.randn(B, 2))[where].all())
+
+
+def test_scores_find_one_wrong_example_always():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        jacobian = known(jacobian_of())
+        use = tampered(jacobian, W)
+        use.x = use.x.clone()
+        use.x[0, 1] += 0.1
+        assert check(jacobian, torch.randn(B, 2)) is not None
+
+
+@pytest.mark.parametrize(("zeros", "looks"), [(B, True), (B // 2 + 1, True), (B // 2, False), (0, False)])
+def test_scores_that_show_little_are_not_relied_on(zeros, looks):
+    """What is wrong are rows whose score is zero; only a random combination of the outputs shows them."""
+    jacobian = known(jacobian_of())
+    use = tampered(jacobian, W)
+    use.x = use.x.clone()
+    use.x[:zeros] *= 2
+    score = torch.randn(B, 2)
+    score[:zeros] = 0.0
+    assert (check(jacobian, score) is not None) == looks
+    score[:zeros] = 1e-15
+    assert (check(jacobian, score) is not None) == looks
+
+
+def test_the_gradient_is_that_of_autograd_on_active_entries():
+    x, score = torch.randn(B, 3), torch.randn(B, 2)
+    latent = torch.randn(29).requires_grad_(True)
+
+    def function(u, x):  # an entry on its own, which is generic, beside blocks
+        return network(u, x) * u[28].exp()
+
+    (expected,) = torch.autograd.grad((function(latent, x) * score).sum(), latent)
+    for active in (None, mask(W, slice(25, 29))):
+        with Capture(latent, active) as capture:
+            y = function(latent, x)
+        found = checked_jacobian(capture, latent, y, score=lambda _: score)
+        kept = expected if active is None else expected.where(active, torch.zeros(()))
+        assert len(found.generic) == 1
+        assert_close(found.gradient, kept, rtol=1e-10, atol=1e-12)
+
+
+def test_the_gradient_of_what_depends_on_nothing_is_zero():
+    jacobian = jacobian_of(lambda u, x: x @ torch.ones(3, 2))
+    assert check(jacobian, torch.ones(B, 2)) is None
+    assert_close(jacobian.gradient, torch.zeros(29))
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def test_suspects_are_named():
+    def function(u, x):
+        a, b = u[W].view(4, 3), u[V].view(2, 4)
+        h = F.layer_norm(F.linear(x, a, u[A]) + F.linear(x, Square.apply(a)), (4,))
+        return F.linear(h, b) * u[GAIN]
+
+    jacobian = jacobian_of(function)
+    found = suspects(jacobian.capture, jacobian.flat, mask(W))
+    assert (found.nodes, found.functions) == (["SquareBackward"], ["linear"])
+    found = suspects(jacobian.capture, jacobian.flat, mask(A, GAIN))
+    assert (found.nodes, found.functions) == ([], ["linear", "mul"])
+
+
 def test_rounding_passes():
     torch.set_default_dtype(torch.float32)
     for _ in range(10):
         jacobian = jacobian_of()
         assert check(jacobian) is None
-    use = tampered(jacobian_of(), V)
+        assert check(jacobian, torch.randn(B, 2)) is None
     jacobian = jacobian_of()
     use = tampered(jacobian, V)
     use.x = use.x * 1.001

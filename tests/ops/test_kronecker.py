@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curvature and covariance of one linear map from its inputs and output gradients, against its formed Jacobian."""
 
+import functools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from pyro_bnn.ops.kronecker import (
     squared_rows,
     weight_gradients,
 )
-from pyro_bnn.ops.patches import PatchInputs, column_gram, gram, patches, sizes
+from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, column_gram, gram, patches, sizes
 from tests.common import assert_close
 
 B, K, OUT, IN = 6, 3, 4, 5
@@ -176,8 +178,14 @@ def test_patches_are_projected_without_being_formed(shape, geometry):
     x[0, :, :4] = 0.0
     inputs = PatchInputs(x, geometry)
     formed = inputs()
-    v = torch.randn(formed.shape[-1])
-    assert_close(inputs.project(v), formed @ v, rtol=1e-9, atol=1e-11)
+    factors = [torch.randn(n) for n in (shape[1], *geometry[0])]
+    v = functools.reduce(torch.kron, factors)
+    assert_close(inputs.project(factors), formed @ v, rtol=1e-9, atol=1e-11)
+    u = torch.randn(shape[1])
+    rows = ChannelRows(0, 1)
+    assert_close(rows.project(x, u), rows(x) @ u, rtol=1e-9, atol=1e-11)
+    rows = OutputPatches(0, 1, geometry, formed.shape[1])
+    assert_close(rows.project(x, factors), formed @ v, rtol=1e-9, atol=1e-11)
     assert inputs.present().tolist() == (formed != 0).any(-1).tolist()
     assert inputs.numel() == formed.numel()
     rows = formed.flatten(0, 1)

@@ -7,11 +7,20 @@ import math
 import pytest
 import torch
 
+from pyro_bnn.infer.hfl.problem import by_chunks
 from pyro_bnn.ops.block_cg import block_conjugate_gradient, orthonormal_rows
 from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import dense, hvp_operator, jacobian, jvp_operator, vjp
 from pyro_bnn.ops.krylov import conjugate_gradient, largest_eigenvalue, smallest_eigenvalue
-from pyro_bnn.ops.newton import _exact_step, _steihaug, hessian_operator, lbfgs, newton_cg, value_and_gradient
+from pyro_bnn.ops.newton import (
+    _exact_step,
+    _spectrum,
+    _steihaug,
+    hessian_operator,
+    lbfgs,
+    newton_cg,
+    value_and_gradient,
+)
 from pyro_bnn.ops.preconditioner import nystrom_preconditioner
 from tests.common import assert_close
 
@@ -487,3 +496,21 @@ def test_steps_by_conjugate_gradients_stay_in_the_trust_region():
     assert_close(image, (P - 20 * torch.eye(5)) @ step, rtol=1e-9)
     # loose solves stop early
     assert _steihaug(operator, gradient, 100.0, 0.5)[3] < 5
+
+
+def test_the_spectrum_of_an_operator_and_products_by_chunks():
+    A = torch.randn(150, 150)
+    matrix, sizes = A + A.mT, []
+
+    def operator(v):
+        sizes.append(len(v))
+        return v @ matrix
+
+    values, vectors = _spectrum(operator, torch.zeros(150))
+    assert_close(values, torch.linalg.eigvalsh(matrix), rtol=1e-9, atol=1e-9)
+    assert_close((vectors * values) @ vectors.mT, matrix, rtol=1e-9, atol=1e-9)
+    v = torch.randn(7, 150)
+    for chunk_size, expected in ((3, [3, 3, 1]), (7, [7])):
+        sizes.clear()
+        assert_close(by_chunks(operator, chunk_size)(v), v @ matrix, rtol=1e-12)
+        assert sizes == expected

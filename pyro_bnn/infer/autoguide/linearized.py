@@ -25,6 +25,7 @@ from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
 from pyro_bnn.infer.mode import DENSE_LIMIT as DENSE_LIMIT
 from pyro_bnn.infer.mode import UnconvergedMAPWarning, find_mode
 from pyro_bnn.infer.notice import warn_user
+from pyro_bnn.infer.observations import is_stand_in
 from pyro_bnn.infer.output_covariances import SiteCovariances, event_covariance, joined, output_covariances
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules
 from pyro_bnn.infer.prototype import detach_prototypes
@@ -127,11 +128,12 @@ class LinearizedGuide(AutoContinuous):
             super()._setup_prototype(*args, **kwargs)
         detach_prototypes(self)
         packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
-        packed.log_likelihood(trace)  # raises where it is not finite
-        if not packed.observed and getattr(self, "curvature", "hessian") != "hessian":
-            packed.check_factors(trace)
+        if not is_stand_in():
+            packed.log_likelihood(trace)  # raises where it is not finite
         self._packed = packed
         self.loc = nn.Parameter(self._init_loc())
+        if not packed.observed and getattr(self, "curvature", "hessian") != "hessian":
+            packed.check_factors(packed.trace(self.loc, (args, kwargs)))
 
     @property
     def packed(self) -> PackedModel:
@@ -328,7 +330,9 @@ class LinearizedGuide(AutoContinuous):
         :param data: one batch or an iterable of batches, with observations.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
-        return value_and_gradient(lambda latent: self.packed.losses(latent, data), self.loc)
+        return value_and_gradient(
+            lambda latent: self.packed.losses(latent, data, require_finite=True), self.loc
+        )
 
     def _warn_unconverged(self, limit: float) -> None:
         report = self.map_report

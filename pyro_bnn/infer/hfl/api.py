@@ -12,7 +12,13 @@ from torch import Tensor
 from pyro_bnn.infer.curvature import Curvature, NotAMinimumError, check_option
 from pyro_bnn.infer.data import iter_batches
 from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes, require_slopes, warn_of
+from pyro_bnn.infer.hfl.checks import (
+    check_accuracy,
+    check_sizes,
+    require_derivatives,
+    require_slopes,
+    warn_of,
+)
 from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.paired import paired
@@ -25,7 +31,7 @@ from pyro_bnn.infer.hfl.score import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
 from pyro_bnn.infer.notice import warn_user
 from pyro_bnn.infer.options import require_count, require_number
-from pyro_bnn.infer.packed import PackedModel, check_data
+from pyro_bnn.infer.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.krylov import smallest_eigenvalue
 
@@ -107,7 +113,8 @@ def solve(
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
     :raises ValueError: for a functional that depends on the latents without a gradient (an argmax, a probability of
-        exceeding a threshold, a detached value): take draws of functions.
+        exceeding a threshold, a detached value), or with another than it has (a part of it is detached): take draws of
+        functions.
     """
     if method == "regvar":
         raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
@@ -125,6 +132,7 @@ def solve(
     )
     if functional is not None:
         require_slopes(functionals, by_direction=method == "probe")
+        require_derivatives(functionals)
     notes: list[str] = []
     double = problem.latent.dtype == torch.float64
     epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
@@ -335,7 +343,6 @@ def _setup(
     correct_gradient: bool,
     chunk_size: int,
 ) -> tuple[Problem, Functionals]:
-    check_data(data)
     if targets is None and functional is None:
         raise ValueError(
             "nothing to compute a variance of: pass targets=(x_test,) for the outputs at test inputs, or "
@@ -343,7 +350,6 @@ def _setup(
         )
     batch = None
     if targets is not None:
-        check_data(targets)
         batches = list(iter_batches(targets))
         if len(batches) != 1:
             raise ValueError(

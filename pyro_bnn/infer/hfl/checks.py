@@ -79,6 +79,60 @@ def require_slopes(functionals: Functionals, *, by_direction: bool = False) -> N
     )
 
 
+@torch.no_grad()
+def require_derivatives(functionals: Functionals) -> None:
+    """
+    Raises where functionals have another slope than their gradients say, because a part of the computation is detached.
+
+    Differences along a random direction are compared with the derivative: two evaluations, and more only where they
+    disagree. Where they do not tell, nothing is said: at kinks, between which and the derivative of either side every
+    choice of autograd lies, in rounding errors, and where steps of several lengths find several slopes.
+
+    :param functionals: a user's functions of the latents.
+    :raises ValueError: naming the elements, the derivative and what was found.
+    """
+    if not len(functionals) or not functionals.has_graph:
+        return
+    latent = functionals.latent
+    generator = torch.Generator(device=latent.device).manual_seed(1)
+    step = torch.finfo(latent.dtype).eps ** (1 / 3)
+    wrong = torch.ones_like(functionals.values, dtype=torch.bool)
+    for _ in range(2):
+        direction = torch.randn(latent.shape, generator=generator, dtype=latent.dtype, device=latent.device)
+        direction *= (1 + latent.abs()) / direction.norm()
+        expected = functionals.responses(direction[None])[0]
+        slope, error = _slope(functionals, direction, step)
+        gap = (slope - expected).abs()
+        wrong &= gap > 2 * error + 1e-2 * torch.maximum(slope.abs(), expected.abs())
+        for factor in (2.0, 0.5):
+            if not bool(wrong.any()):
+                return
+            other, error = _slope(functionals, direction, factor * step)
+            wrong &= (gap > 2 * error) & ((slope - other).abs() < 0.05 * gap)
+    if not bool(wrong.any()):
+        return
+    which = wrong.nonzero().flatten().tolist()
+    raise ValueError(
+        f"{len(which)} of {len(functionals)} elements of the functional (the first: {which[0]}) have another derivative than "
+        f"automatic differentiation says: along a random direction it is {float(slope[which[0]]):.4g} by differences, and "
+        f"{float(expected[which[0]]):.4g} by autograd, so that their variance would be wrong. Something like detach(), .data, "
+        "torch.no_grad() or numpy cuts off a part of the computation: write it by torch operations, or take draws of functions, "
+        "guide.functional_samples(1000, x) or posterior_draws(guide, 1000), compute the functional of each, and look at their "
+        "distribution."
+    )
+
+
+def _slope(functionals: Functionals, direction: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """
+    Central differences along a direction, and half of how much those of either side differ; infinite where the numbers do
+    not resolve the step. Each of shape (m,).
+    """
+    left, right = functionals.differences(step * direction)
+    rounding = 8 * torch.finfo(direction.dtype).eps * functionals.values.abs()
+    error = ((right - left).abs() + rounding) / (2 * step)
+    return (left + right) / (2 * step), error.masked_fill((left == 0) | (right == 0), torch.inf)
+
+
 def warn_of(result: HFLResult, tolerance: float, largest_curvature: float, map_tolerance: float) -> None:
     """
     Warns of all that makes a result inaccurate, and notes it there.

@@ -130,6 +130,18 @@ class Functionals:
         """
         return self._function(latent).reshape(-1)
 
+    def differences(self, offset: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        :param offset: shape ``(p,)``.
+        :return: how much the function itself grows from the point estimate less the offset to it, and from there to the
+            point with the offset, each of shape ``(m,)``.
+        """
+        with torch.enable_grad():  # which a function may take itself
+            below, above = (
+                self.evaluate((self.latent + sign * offset).requires_grad_()).detach() for sign in (-1, 1)
+            )
+        return self.values - below, above - self.values
+
     def at(self, latent: Tensor) -> Tensor:
         """
         :param latent: shape ``(p,)``; a graph reaches it if it requires a gradient.

@@ -20,15 +20,18 @@ def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: flo
     :param D: displacements over the standard deviations, shape ``(m, p)``.
     :param correlation: the correlation matrix C that is wanted, shape ``(m, m)``.
     :param antisymmetry: largest antisymmetric entry |A| of the responses that C came from: their noise.
-    :return: shape ``(p, r)`` with r ≤ m.
+    :return: shape ``(p, r)`` with r ≤ min(m, p).
     """
+    dtype, floor = J.dtype, max(antisymmetry, 1e-9 if J.dtype == torch.float64 else 1e-5)
+    # in float32 the rounding of this product alone has singular values above the floor where m is large
+    J, D, correlation = J.double(), D.double(), correlation.double()
     Q, singular, Zt = torch.linalg.svd(J @ D.mT)
-    floor = max(antisymmetry, 1e-9 if J.dtype == torch.float64 else 1e-5)
     keep = singular > floor
+    keep[J.shape[1] :] = False  # the rank is p at most
     Q = Q[:, keep]
     values, vectors = torch.linalg.eigh(Q.mT @ correlation @ Q)
     root = vectors * values.clamp(min=0).sqrt()
-    return D.mT @ (Zt[keep].mT / singular[keep]) @ root
+    return (D.mT @ (Zt[keep].mT / singular[keep]) @ root).to(dtype)
 
 
 def unit_scale(variances: Tensor) -> Tensor:

@@ -59,12 +59,11 @@ def probe(functionals: Functionals, solver: Solver, num_probes: int, seed: int =
     gram = 0.5 * (gram + gram.mT)
     root = _inverse_root(gram)
     traces = gram.diagonal()
-    missed = torch.zeros_like(traces)
+    known = []  # of the trace along each probe, by the other probes
     for k in range(num_probes):
         rest = [r for r in range(num_probes) if r != k]
-        column = gram[rest, k]
-        missed[k] = traces[k] - (column @ _inverse_root(gram[rest][:, rest])).square().sum()
-    missed = missed.clamp(min=0)
+        known.append((gram[rest, k] @ _inverse_root(gram[rest][:, rest])).square().sum())
+    missed = (traces - torch.stack(known)).clamp(min=0)
     fraction = missed.sum() / traces.sum()
     # ratio estimator: the spread of missed - fraction * trace
     spread = (missed - fraction * traces).std() / traces.mean() / num_probes**0.5

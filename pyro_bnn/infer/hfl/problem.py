@@ -77,7 +77,9 @@ class Problem:
         self.correct_gradient = correct_gradient
         self.chunk_size = chunk_size
         model.require_function(self.latent, data, hessian=curvature == "hessian")
-        self.value, self.gradient = value_and_gradient(self._terms, self.latent)
+        self.value, self.gradient = value_and_gradient(
+            lambda u: model.losses(u, data, require_finite=True), self.latent
+        )
         self.gradient_evaluations = 1
         if curvature == "ggn":
             leaf = self.latent.clone().requires_grad_(True)
