@@ -32,7 +32,7 @@ from pyro_bnn.infer.nuts import NUTSResult, recorded_run
 from pyro_bnn.infer.options import require_count
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.plates import Rows
-from pyro_bnn.infer.predictive import predict_by_guide, site_dims, value_dims
+from pyro_bnn.infer.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner
 from pyro_bnn.nn.packed import packed_sites
 
@@ -398,7 +398,7 @@ class Exporter:
         Runs the model over the data: densities, predictions and observations, the log joint density, and the values of
         deterministic sites and of latents that were drawn batch by batch.
         """
-        linearized = hasattr(self.posterior, "observed_distributions")
+        linearized = predicts_itself(self.posterior, pieces.batches.first)
         readings = SiteReadings(self.deterministic, predictions and not linearized)
         for batch in pieces:
             readings.read(pieces, batch)

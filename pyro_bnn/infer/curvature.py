@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.data import is_single_batch
 from pyro_bnn.infer.examples import ExampleStream, SiteExamples
+from pyro_bnn.infer.fisher_checks import require_fixed_values, require_scores
 from pyro_bnn.infer.packed import PackedModel, SiteOutputs
 from pyro_bnn.infer.parts import NotAMinimumError
 from pyro_bnn.infer.structures import CurvatureSum, DenseSum, DiagonalSum
@@ -139,7 +140,7 @@ class CurvatureAccumulator:
             if self.curvature == "hessian":
                 yield hvp_operator(negative_log_likelihood, self.latent), False
             else:
-                self.model.check_factors(trace)
+                require_fixed_values(self.model, trace, self.latent)
                 yield self.model.site_outputs(trace), False
 
 
@@ -298,7 +299,9 @@ def accumulate_examples(
     for trace, sites in stream.run(data):
         log_likelihood += stream.model.log_likelihood(trace).detach()
         stream.model.check_factors(trace)
+        require_fixed_values(stream.model, trace, stream.latent)
         if prior is None:
+            require_scores(stream.model, trace, stream.latent)
             prior = prior_curvature(stream.model, stream.latent, trace)
             log_prior = stream.model.log_prior(stream.latent, trace).detach()
         for site in sites:

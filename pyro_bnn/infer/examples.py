@@ -70,13 +70,7 @@ class SiteExamples:
         :return: the gradient of the log likelihood in the outputs, shape ``(B, M)``.
         """
         assert self.value is not None
-        base, weight = self.site.base, self.site.weight[..., None]
-        value = self.value.expand(base.batch_shape + base.event_shape)
-        with pyro.validation_enabled(
-            False
-        ):  # as in the model's run, where values may be what the user allows
-            scores = score(self.site.rule, base, self.site.names, value) * weight
-        return self.arrange(torch.where(weight > 0, scores, scores.new_zeros(()))).flatten(1)
+        return self.arrange(self.site.scores(self.value)).flatten(1)
 
     def cotangents(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Cauchy, LogNormal, Normal
@@ -15,6 +16,8 @@ from pyro_bnn.infer.autoguide.components import LatentSite, is_real
 from pyro_bnn.infer.autoguide.joint_draws import Span, columns, spans_of
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.nn.priors import unwrap
+
+_PLAIN = (Normal, LogNormal, Cauchy, dist.Normal, dist.LogNormal, dist.Cauchy)
 
 
 def normal_divergence(loc: Tensor, scale: Tensor, loc_0: Tensor, scale_0: Tensor) -> Tensor:
@@ -163,14 +166,8 @@ def constant_priors(
 def _family(site: LatentSite, prior: Any) -> str:
     """How a site is treated; empty if not here."""
     base = unwrap(prior)
-    if (
-        not isinstance(base, (Normal, LogNormal, Cauchy))
-        or base.loc.requires_grad
-        or base.scale.requires_grad
-    ):
-        return ""
-    names = {cls.__name__ for cls in type(base).__mro__ if cls.__module__.startswith("torch.")}
-    if type(base).__name__ not in names:  # a subclass may mean something else
+    # a subclass may mean something else
+    if type(base) not in _PLAIN or base.loc.requires_grad or base.scale.requires_grad:
         return ""
     if site.kind == "lognormal" and isinstance(base, LogNormal):
         return "normal"

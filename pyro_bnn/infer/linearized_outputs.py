@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_bnn.distributions.equal_mixture import EqualMixture
 from pyro_bnn.distributions.joint_normal import JointNormal, cholesky
 from pyro_bnn.infer.packed import SiteOutputs
+from pyro_bnn.ops.families import of_family
 from pyro_bnn.ops.fisher import matrix_square_root
 
 
@@ -148,16 +149,16 @@ class LinearizedOutputs:
         return self.site.build(self._probit())
 
     def _is_classifier(self) -> bool:
-        return isinstance(self.site.base, (td.Bernoulli, td.Categorical, td.OneHotCategorical))
+        return of_family(self.site.base, td.Bernoulli, td.Categorical, td.OneHotCategorical)
 
     def _noise(self) -> Tensor | None:
         """The covariance of each element's noise given its location, for Gaussian likelihoods in their location."""
-        base = self.site.base
+        base: Any = self.site.base
         if self.names != ("loc",):
             return None
-        if isinstance(base, (td.Normal, td.LogNormal)):
+        if of_family(base, td.Normal, td.LogNormal):
             return base.scale.detach().square()[..., None, None]
-        if isinstance(base, (td.MultivariateNormal, td.LowRankMultivariateNormal)):
+        if of_family(base, td.MultivariateNormal, td.LowRankMultivariateNormal):
             return base.covariance_matrix.detach()
         return None
 

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pyro import distributions as dist
@@ -18,6 +19,7 @@ from pyro_bnn.infer.handlers import Site
 from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY
+from pyro_bnn.ops.families import is_known
 
 
 def per_component(value: Tensor, num_particles: int, K: int, nesting: int) -> Tensor:
@@ -176,10 +178,10 @@ def _divergence(site: Any, prior: Any) -> Tensor:
         return source.divergence(base.loc, base.scale.square())
     if isinstance(unwrap(site["fn"]), Delta):  # a part of a joint draw, whose density is counted with that
         return _log_prob(site) - _log_prob(prior)
-    try:
-        return kl_divergence(site["fn"], prior["fn"])
-    except NotImplementedError:
-        return _once(site, _log_prob(site) - _log_prob(prior))
+    if is_known(site["fn"]) and is_known(prior["fn"]):  # else torch may take it for the class that it extends
+        with suppress(NotImplementedError):
+            return kl_divergence(site["fn"], prior["fn"])
+    return _once(site, _log_prob(site) - _log_prob(prior))
 
 
 def _once(site: Any, sample: Tensor) -> Tensor:
@@ -207,10 +209,11 @@ def one_draw(node: Any, site: Any, nesting: int) -> Tensor:
 
 
 def _entropy(site: Any) -> Tensor:
-    try:
-        return site["fn"].entropy()
-    except NotImplementedError:
-        return _once(site, -_log_prob(site))
+    if is_known(site["fn"]):
+        with suppress(NotImplementedError):
+            entropy: Tensor = site["fn"].entropy()
+            return entropy
+    return _once(site, -_log_prob(site))
 
 
 def _log_prob(site: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.data import Batch, leaves
 from pyro_bnn.infer.handlers import Site, is_deterministic, is_factor, unwrap
+from pyro_bnn.ops.families import of_family
 
 
 def check_shape(name: str, site: Site) -> None:
@@ -137,7 +138,7 @@ def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     value = site["value"]
     base, mask, event_dim = unwrap(site["fn"])
     family = type(base).__name__
-    if isinstance(base, td.Bernoulli) and not value.is_floating_point():
+    if of_family(base, td.Bernoulli) and not value.is_floating_point():
         raise ValueError(
             f"Site {name!r}: the labels of a {family} are 0.0 and 1.0 in a floating-point type, found {value.dtype}: "
             "pass y.to(torch.get_default_dtype())."

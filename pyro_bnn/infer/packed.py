@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
 from pyro_bnn.infer.data import Batch, as_batches, leaves, map_tensors
+from pyro_bnn.infer.derivatives import check_gradient, check_hessian
 from pyro_bnn.infer.handlers import (
     Site,
     SubstituteMessenger,
@@ -50,7 +51,7 @@ from pyro_bnn.infer.plates import Rows, Sites, close, dims_of, find_rows, rows_o
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
-from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule
+from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule, score
 from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
 
@@ -110,6 +111,19 @@ class SiteOutputs:
             return root
         inverse = torch.linalg.pinv(root, rtol=1e3 * torch.finfo(root.dtype).eps)
         return root + 0.5 * (information - information.detach()) @ inverse.mT
+
+    def scores(self, value: Tensor) -> Tensor:
+        """
+        The weighted gradient of the log density in the active parameters, zero where the site is masked.
+
+        :param value: observations, shape ``shape + event shape`` of ``base``, or one that broadcasts.
+        :return: shape ``shape + (C,)``, detached.
+        """
+        value = value.expand(self.base.batch_shape + self.base.event_shape)
+        # as in the model's run, where values may be what the user allows
+        with pyro.validation_enabled(False):
+            found = score(self.rule, self.base, self.names, value)
+        return torch.where(self.weight[..., None] > 0, found * self.weight[..., None], 0.0)
 
     def build(self, outputs: Tensor) -> td.Distribution:
         """
@@ -341,13 +355,15 @@ class PackedModel:
                 total = total + term
         return torch.as_tensor(total)
 
-    def require_function(self, latent: Tensor, data: Any) -> None:
+    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> None:
         """
-        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them.
+        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
+        warns where its derivatives are not those of the function.
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches, with observations; up to 64 examples of the first are used
             where the model treats them separately, all of them where it does not.
+        :param hessian: whether second derivatives are looked at, too.
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
         batch = as_batches(data).first
@@ -363,6 +379,9 @@ class PackedModel:
                 "random layers do the same."
             )
         require_reach(self, latent, batch)
+        check_gradient(self, latent, batch)
+        if hessian:
+            check_hessian(self, latent, batch)
 
     @torch.enable_grad()  # some models take derivatives themselves
     def _two_values(self, latent: Tensor, batch: Batch) -> tuple[float, float]:

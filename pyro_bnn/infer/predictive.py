@@ -28,6 +28,7 @@ from pyro_bnn.infer.observations import check_labels, check_run
 from pyro_bnn.infer.parameters import local_parameters
 from pyro_bnn.infer.pieces import Pieces
 from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner, Reading, Sites, predicted_names
+from pyro_bnn.ops.families import has_own, of_family
 
 
 @dataclass
@@ -155,9 +156,9 @@ def observation_kind(fn: Any) -> str:
     :return: ``"classes"``, ``"binary"`` or ``"numeric"``; see :class:`SitePrediction`.
     """
     base = base_distribution(fn)
-    if isinstance(base, (torch.distributions.Categorical, torch.distributions.OneHotCategorical)):
+    if of_family(base, torch.distributions.Categorical, torch.distributions.OneHotCategorical):
         return "classes"
-    return "binary" if isinstance(base, torch.distributions.Bernoulli) else "numeric"
+    return "binary" if of_family(base, torch.distributions.Bernoulli) else "numeric"
 
 
 def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -168,7 +169,7 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
     classes in a new last dimension.
 
     :param fn: a distribution.
-    :return: mean and variance, ``None`` where the distribution has none.
+    :return: mean and variance, ``None`` where the distribution has none, or has a density of its own and inherits them.
 
     Example::
 
@@ -177,14 +178,14 @@ def observation_moments(fn: Any) -> tuple[Tensor | None, Tensor | None]:
         tensor([0.2500, 0.7500])
     """
     base = base_distribution(fn)
-    if isinstance(base, torch.distributions.Categorical):
+    if of_family(base, torch.distributions.Categorical):
         probs = class_probabilities(base)
         probs = probs.expand(fn.batch_shape + fn.event_shape + probs.shape[-1:])
         return probs, probs * (1 - probs)
     moments = []
     for name in ("mean", "variance"):
         try:
-            moments.append(getattr(fn, name))
+            moments.append(getattr(fn, name) if has_own(base, name) else None)
         except (NotImplementedError, AttributeError):
             moments.append(None)
     return moments[0], moments[1]
@@ -286,7 +287,7 @@ def predict_batches(pieces: Pieces) -> Iterator[dict[str, SitePrediction]]:
     posterior = pieces.posterior
     for batch in pieces:
         with evaluation_mode(pieces.model), evaluation_mode(posterior), local_parameters():
-            if hasattr(posterior, "observed_distributions"):
+            if predicts_itself(posterior, batch):
                 predictions, model_sites = predict_by_guide(posterior, pieces.runner, batch)
                 pieces.join.add(model_sites)
                 yield predictions
@@ -340,6 +341,18 @@ def predict_by_model(pieces: Pieces, batch: Batch) -> dict[str, SitePrediction]:
         )
         for name, fact in facts.items()
     }
+
+
+def predicts_itself(posterior: Any, batch: Batch) -> bool:
+    """
+    :param posterior: a guide, or draws.
+    :param batch: the arguments of the model.
+    :return: whether observations are predicted by the guide, through its linearised model.
+    """
+    if not hasattr(posterior, "observed_distributions"):
+        return False
+    linearizes = getattr(posterior, "can_linearize", None)
+    return linearizes is None or getattr(posterior, "curvature", None) != "hessian" or linearizes(batch)
 
 
 def predict_by_guide(

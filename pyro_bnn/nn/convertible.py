@@ -186,6 +186,11 @@ def _check_parameters(name: str, module: nn.Module) -> None:
             f"{describe_module(module, name)} has sparse=True, but the gradients of random tables are dense: set its "
             "attribute sparse to False, or skip the layer."
         )
+    if isinstance(module, nn.Embedding) and module.scale_grad_by_freq:
+        raise ValueError(
+            f"{describe_module(module, name)} has scale_grad_by_freq=True, which divides gradients by counts in the batch, so "
+            "that they are not those of the bound: set its attribute scale_grad_by_freq to False, or skip the layer."
+        )
     for key, value in module.named_parameters():
         if value.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_bnn.nn.priors import map_distribution, unwrap
 from pyro_bnn.nn.sites import SITE_KEY, SiteModule
+from pyro_bnn.ops.families import of_family
 
 
 class PackedSite:
@@ -33,7 +34,7 @@ class PackedSite:
                 spec = layer._sites[key]
                 full = f"{path}.{key}" if path else key
                 base = unwrap(spec.prior)
-                if not isinstance(base, torch.distributions.Normal) or spec.init is None:
+                if not of_family(base, torch.distributions.Normal) or spec.init is None:
                     raise ValueError(
                         f"packed=True needs Normal priors, but that of {full!r} is {type(base).__name__}: use "
                         "packed=False."

@@ -5,4 +5,5 @@
 
 # the Fisher rules of the families register themselves on import
 from pyro_bnn.ops import fisher_composite as fisher_composite
+from pyro_bnn.ops import fisher_elementary as fisher_elementary
 from pyro_bnn.ops import fisher_rules as fisher_rules

@@ -611,7 +611,7 @@ def _unrolled(
     """The recurrence of torch's LSTM, GRU and RNN in elementary operations; returns (output, *final states)."""
     if batch_first:
         x = x.transpose(0, 1)
-    step = 4 if has_biases else 2
+    step = len(params) // (layers * directions)
     weights = [tuple(params[i : i + step]) for i in range(0, layers * directions * step, step)]
     states = (hx[0], hx[1]) if name == "lstm" else (hx,)
     finals: list[tuple[Tensor, ...]] = []
@@ -619,14 +619,17 @@ def _unrolled(
         sides = []
         for side in range(directions):
             at = layer * directions + side
-            w_ih, w_hh, *biases = weights[at]
-            b_ih, b_hh = biases or (None, None)
+            w_ih, w_hh, *rest = weights[at]
+            b_ih, b_hh = rest[:2] if has_biases else (None, None)
+            projection = rest[2 * has_biases :]  # of an LSTM with proj_size
             state = tuple(s[at] for s in states)
             inputs = F.linear(x, w_ih, b_ih)
             order = range(x.shape[0]) if side == 0 else range(x.shape[0] - 1, -1, -1)
             hidden: dict[int, Tensor] = {}
             for t in order:
                 state = _cell(name, inputs[t], F.linear(state[0], w_hh, b_hh), state)
+                if projection:
+                    state = (F.linear(state[0], projection[0]), state[1])
                 hidden[t] = state[0]
             sides.append(torch.stack([hidden[t] for t in range(x.shape[0])]))
             finals.append(state)

@@ -18,6 +18,8 @@ import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_bnn.ops.families import can_draw, draw, reparametrised, shares_density
+
 _RULES: dict[type[Distribution], "FisherRule"] = {}
 #: Rules that subclasses do not inherit.
 _OWN_RULES: dict[type[Distribution], "FisherRule"] = {}
@@ -136,19 +138,25 @@ def register_fisher(
 
 def fisher_rule(d: Distribution) -> FisherRule:
     """
-    The rule for a distribution: that of the first registered class in its method resolution order, else the
-    :class:`MonteCarloFisher` of its own arguments.
+    The rule for a distribution: that of the first registered class in its method resolution order whose density it
+    has, else the :class:`MonteCarloFisher` of its own arguments.
 
     :param d: a distribution (not wrapped in ``Independent`` or a mask).
     :return: its rule.
     :raises KeyError: if no class of ``d`` is registered and ``d`` cannot be rebuilt from its arguments; the message
-        says what to do.
+        says what to do. So for one with a density of its own and draws of its parent.
     """
     if type(d) in _OWN_RULES:
         return _OWN_RULES[type(d)]
     for family in type(d).__mro__:
-        if family in _RULES:
+        if family in _RULES and shares_density(type(d), family):
             return _RULES[family]
+    if not can_draw(d):
+        raise KeyError(
+            f"{type(d).__name__} has a log_prob of its own, but draws as the class that it extends: its Fisher information "
+            "is not that of the parent, and cannot be estimated from draws. Use curvature='hessian', give the class "
+            "a method sample of its own, or register a FisherRule with pyro_bnn.ops.fisher.register_fisher."
+        )
     rule = MonteCarloFisher()
     try:
         with torch.no_grad():
@@ -252,9 +260,9 @@ class MonteCarloFisher(FisherRule):
             torch.manual_seed(0)
             source = self.build(d, self.parameters(d))
             shape = torch.Size((self.num_samples,))
-            value = source.rsample(shape) if source.has_rsample else source.sample(shape)
+            value = draw(source, shape)
         scores = score(self, d, names, value, create_graph=create_graph)
-        if create_graph and not source.has_rsample:
+        if create_graph and not reparametrised(source):
             # draws that do not move with the parameters count by their density ratio, 1 with a gradient
             log_prob = d.log_prob(value)
             scores = scores * (0.5 * (log_prob - log_prob.detach())).exp().unsqueeze(-1)
@@ -263,7 +271,7 @@ class MonteCarloFisher(FisherRule):
     def sample(self, d: Distribution, num_samples: int) -> Tensor:
         """See :meth:`FisherRule.sample`."""
         with torch.no_grad():
-            return self.build(d, self.parameters(d)).sample(torch.Size((num_samples,)))
+            return draw(self.build(d, self.parameters(d)), torch.Size((num_samples,)))
 
     def complete(self, d: Distribution, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """

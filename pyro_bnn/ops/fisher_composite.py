@@ -147,7 +147,7 @@ class TransformedFisher(CompositeFisher):
                 if f"{name}_{i}" in own:
                     new = own[f"{name}_{i}"]
                     new = new.reshape(new.shape[:-1] + shape[len(d.batch_shape) :])
-                    moved[name] = new if any_real else new.exp() * old.sign()
+                    moved[name] = new if any_real else new.exp() * old.detach().sign()
             if moved and isinstance(transform, td.AffineTransform):
                 loc, scale = moved.get("loc", transform.loc), moved.get("scale", transform.scale)
                 transforms.append(td.AffineTransform(loc, scale, event_dim=transform.event_dim))

@@ -41,7 +41,8 @@ class NormalFisher(FisherRule):
         """See :meth:`FisherRule.build`."""
         loc = parameters["loc"].squeeze(-1) if "loc" in parameters else d.loc
         scale = parameters["log_scale"].squeeze(-1).exp() if "log_scale" in parameters else d.scale
-        return type(d)(*torch.broadcast_tensors(loc, scale))
+        family = td.LogNormal if isinstance(d, td.LogNormal) else td.Normal
+        return family(*torch.broadcast_tensors(loc, scale))
 
 
 @register_fisher(td.Categorical, td.OneHotCategorical)

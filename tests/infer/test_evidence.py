@@ -80,7 +80,7 @@ FAMILIES = {
     "normal": lambda f, noise: dist.Normal(f, noise).to_event(1),
     "heteroscedastic": lambda f, noise: dist.Normal(f[:, 0], noise * (0.3 * f[:, 1]).exp()),
     "categorical": lambda f, noise: dist.Categorical(logits=torch.cat([f, noise.expand(len(f), 1)], -1)),
-    "gumbel": lambda f, noise: dist.Gumbel(f[:, 0], noise),  # no closed-form Fisher information
+    "soft_laplace": lambda f, noise: dist.SoftLaplace(f[:, 0], noise),  # no closed-form Fisher information
 }
 STRUCTURES = ["full", "block", "kronecker", "diagonal", "low_rank", "function_space", "nystrom"]
 
@@ -91,7 +91,7 @@ STRUCTURES = ["full", "block", "kronecker", "diagonal", "low_rank", "function_sp
     + [(s, "ggn", "normal") for s in ("full", "kronecker", "diagonal")]
     + [(s, "empirical_fisher", "heteroscedastic") for s in STRUCTURES]
     + [(s, "hessian", "categorical") for s in ("full", "diagonal", "low_rank")]
-    + [("kronecker", "ggn", "gumbel")],
+    + [("kronecker", "ggn", "soft_laplace")],
 )
 def test_evidence_is_differentiable_in_every_parameter(structure, curvature, family):
     model = Features(family)

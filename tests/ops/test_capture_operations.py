@@ -214,6 +214,11 @@ def test_entries_that_are_not_of_interest_are_left_out(name):
 RECURRENT = {
     "lstm": (nn.LSTM, {"batch_first": True}),
     "lstm of two layers without biases": (nn.LSTM, {"batch_first": True, "num_layers": 2, "bias": False}),
+    "lstm with projections": (
+        nn.LSTM,
+        {"batch_first": True, "proj_size": 2, "bidirectional": True, "num_layers": 2},
+    ),
+    "lstm with a projection without biases": (nn.LSTM, {"batch_first": True, "proj_size": 1, "bias": False}),
     "gru both ways": (nn.GRU, {"batch_first": True, "bidirectional": True, "num_layers": 2}),
     "gru without biases": (nn.GRU, {"batch_first": True, "bias": False}),
     "tanh": (nn.RNN, {"batch_first": True}),
@@ -230,12 +235,12 @@ def test_recurrent_layers_with_their_states(name, states):
     sizes = [s.numel() for s in shapes.values()]
     x = torch.randn(B, 3, 2)
     start = torch.randn(net.num_layers * (1 + net.bidirectional), B, 3)
-    first = (start, start.flip(-1)) if kind is nn.LSTM else start
+    first = (start[..., : net.proj_size or 3], start.flip(-1)) if kind is nn.LSTM else start
 
     def function(u, x):
         values = {k: v.view(s) for (k, s), v in zip(shapes.items(), u.split(sizes), strict=True)}
         output, last = functional_call(net, values, (x, first) if states else (x,))
-        last = torch.cat(last) if isinstance(last, tuple) else last
+        last = torch.cat(last, -1) if isinstance(last, tuple) else last
         return torch.cat([output.flatten(1), last.movedim(1, 0).flatten(1)], 1)
 
     u = torch.randn(sum(sizes))

@@ -221,3 +221,32 @@ def test_a_hidden_dependence_is_refused():
         ValueError, match="'obs': TransformedDistribution depends on latents through more than"
     ):
         guide.laplace_approximation((x, torch.zeros(6)), map_tolerance=float("inf"))
+
+
+@pytest.mark.parametrize("name", ["affine", "power"])
+def test_arguments_of_transforms_may_be_latent(name):
+    x = torch.linspace(-1.0, 1.0, 40)
+
+    def model(x, y=None):
+        w, s = pyro.sample("w", dist.Normal(0.0, 1.0)), pyro.sample("s", dist.LogNormal(0.0, 0.3))
+        if name == "affine":
+            d = dist.TransformedDistribution(dist.Normal(w * x, 0.5), [T.AffineTransform(0.0, s)])
+        else:
+            d = dist.TransformedDistribution(dist.LogNormal(w * x, 0.5), [T.PowerTransform(s)])
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", d, obs=y)
+
+    y = torch.randn(40) if name == "affine" else torch.randn(40).exp()
+    guide = AutoLaplace(model).initialize(x, y)
+    with torch.no_grad():
+        guide.loc.copy_(torch.tensor([0.7, 0.2]))
+    guide.laplace_approximation((x, y), map_tolerance=1e9)
+    # y, or log(y), is Normal(s w x, s / 2): in (w, log s), s cancels from the location's share
+    loc = 0.7 * x
+    F = torch.tensor([
+        [(4 * x * x).sum(), (4 * x * loc).sum()],
+        [(4 * x * loc).sum(), (4 * loc * loc + 2).sum()],
+    ])  # fmt: skip
+    wanted = F + torch.diag(torch.tensor([1.0, 1 / 0.09]))
+    found = torch.linalg.inv(guide.posterior.covariance_matrix)
+    assert float((found - wanted).abs().max() / wanted.max()) < 0.05

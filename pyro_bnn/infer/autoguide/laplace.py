@@ -37,6 +37,7 @@ from pyro_bnn.infer.evidence import (
     tau_of,
 )
 from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.infer.fisher_checks import require_scores
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
 from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
@@ -248,7 +249,7 @@ class AutoLaplace(LinearizedGuide):
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
         data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
-        self.packed.require_function(self.loc, data)
+        self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         if before is None:
             self._select(data, generator)
@@ -481,7 +482,7 @@ class AutoLaplace(LinearizedGuide):
             latent = self.loc.detach().clone().requires_grad_(True)
             trace = self.packed.trace(latent, as_batches(data).first)
             if self.curvature != "hessian":
-                self.packed.check_factors(trace)
+                require_scores(self.packed, trace, latent)
             prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)
             log_prior = self.packed.log_prior(latent, trace).detach()
             if not isinstance(total, LowRankSum):

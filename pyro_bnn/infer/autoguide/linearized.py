@@ -425,6 +425,24 @@ class LinearizedGuide(AutoContinuous):
             site.name: site.build(outputs) for site, outputs in self.moved_outputs(offsets, (args, kwargs))
         }
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def can_linearize(self, batch: Batch) -> bool:
+        """
+        :param batch: arguments of the model.
+        :return: whether all likelihoods have parameters in which they can be linearised. With ``curvature="hessian"`` they
+            need not have any; predictions at draws are then those of the model itself.
+        :raises Exception: naming the site, where one has none and the curvature needs them.
+        """
+        latent = self.loc.detach().clone().requires_grad_(True)
+        try:
+            self.packed.outputs(latent, batch)
+        except (KeyError, ValueError):
+            if getattr(self, "curvature", None) != "hessian":
+                raise
+            return False
+        return True
+
     def moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The parameters of the observed sites at linearised offsets, shape (S,) + shape + (C,)."""
         latent = self.loc.detach().clone().requires_grad_(True)

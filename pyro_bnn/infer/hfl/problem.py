@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.infer.data import Batch, is_single_batch, iter_batches
+from pyro_bnn.infer.fisher_checks import require_scores
 from pyro_bnn.infer.handlers import Site
 from pyro_bnn.infer.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -75,11 +76,14 @@ class Problem:
         self.proximal = proximal
         self.correct_gradient = correct_gradient
         self.chunk_size = chunk_size
-        model.require_function(self.latent, data)
+        model.require_function(self.latent, data, hessian=curvature == "hessian")
         self.value, self.gradient = value_and_gradient(
             lambda u: model.losses(u, data, require_finite=True), self.latent
         )
         self.gradient_evaluations = 1
+        if curvature == "ggn":
+            leaf = self.latent.clone().requires_grad_(True)
+            require_scores(model, model.trace(leaf, next(iter_batches(data))), leaf)
         if not torch.isfinite(self.gradient).all():
             raise ValueError(
                 f"{int((~torch.isfinite(self.gradient)).sum())} of {len(self.latent)} entries of the gradient of the loss "
