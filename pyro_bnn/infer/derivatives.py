@@ -180,8 +180,8 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
             names.append(name)
     warn_user(
         f"autograd's gradient of the likelihood{_of(names)} differs by {100 * max(found):.3g} % from the "
-        "function's derivative, by finite differences: something on the way detaches a part of it, changes gradients in a hook, "
-        "or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
+        "function's derivative, by finite differences: something on the way detaches a part of it (as padding_idx does with a "
+        "row of a table), changes gradients in a hook, or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
         "of the function.",
         CurvatureWarning,
     )
