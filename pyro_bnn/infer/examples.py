@@ -274,6 +274,8 @@ class ExampleStream:
         for number, chunk in enumerate(self.chunks(batch)):
             with Capture(self.latent, self.active, differentiable=self.differentiable) as capture:
                 trace = self.model.trace(self.latent, chunk)
+                if scored:
+                    self.model.check_observations(trace)
                 terms = self.model.likelihood_names(trace)
                 if number and self._rows is not None:  # what has no rows counts with the first chunk
                     self.model.leave_out(trace, frozenset(terms) - self._rows.axes.keys())

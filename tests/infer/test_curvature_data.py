@@ -429,6 +429,21 @@ def test_the_empirical_fisher_without_masked_observations_whose_score_is_nan():
     assert_close(guide.precision, torch.eye(2) + J.mT @ J, rtol=1e-9, atol=1e-10)
 
 
+def test_an_offset_that_is_the_first_site():
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3), torch.randn(7, 2)
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(F.linear(x, w, b), 0.5).to_event(1), obs=y)
+
+    guide = AutoLaplace(model, structure="kronecker").initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    assert_close(guide.precision[:2, :2], torch.eye(2) * (1 + 7 / 0.5**2), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("layer", ["attention", "group_norm"])
 def test_layers_whose_second_derivative_torch_lacks_in_its_fast_form(layer):
     torch.manual_seed(0)

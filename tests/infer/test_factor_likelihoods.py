@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_bnn.infer import fit, hfl
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture
+from pyro_bnn.infer.curvature import CurvatureAccumulator
 from tests.common import assert_close
 from tests.infer.models import NOISE, linear_data, linear_model, linear_posterior
 
@@ -74,6 +75,13 @@ def test_fisher_matrices_are_refused(curvature: Any) -> None:
         AutoLaplace(model, curvature=curvature).initialize(x, y)
     with pytest.raises(ValueError, match="curvature='hessian'"):
         fit(model, AutoLaplace(model, curvature=curvature), (x, y), num_steps=1, progress_bar=False)
+
+
+def test_products_with_a_fisher_matrix_are_refused() -> None:
+    x, y = linear_data()
+    guide = AutoLaplace(model, curvature="hessian").initialize(x, y)
+    with pytest.raises(ValueError, match=r"'likelihood' is a pyro.factor.*curvature='hessian'"):
+        CurvatureAccumulator(guide.packed, guide.loc, "ggn").operator((x, y))
 
 
 def test_partly_covered_factors_are_refused() -> None:
