@@ -109,6 +109,17 @@ def leaves(tree: Any) -> dict[Path, Any]:
     return found
 
 
+def differing_places(first: Batch, second: Batch) -> set[Path] | None:
+    """The places of tensors that are not the same in two batches; ``None`` if all are."""
+    others = leaves(second)
+    found = {
+        path
+        for path, leaf in leaves(first).items()
+        if not isinstance(leaf, Tensor) or path not in others or not torch.equal(leaf, others[path])
+    }
+    return found or None
+
+
 def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """
     Applies ``fn`` to every tensor among the arguments of a batch, in containers and packed sequences too.
