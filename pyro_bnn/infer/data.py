@@ -309,6 +309,21 @@ def as_batches(data: Any) -> Batches:
     return data if isinstance(data, Batches) else Batches(data)
 
 
+def repeatable_batches(data: Any) -> Batches:
+    """
+    :param data: see :class:`Batches`.
+    :return: the data, read.
+    :raises ValueError: if they are an iterator, which can be run through once only.
+    """
+    batches = as_batches(data)
+    if batches.is_stream:
+        raise ValueError(
+            "data is an iterator, which can be run through once only, and several passes are needed: pass tensors, a list of "
+            "batches or a loader."
+        )
+    return batches
+
+
 def iter_batches(data: Any) -> Iterator[Batch]:
     """
     Iterates over ``data`` as arguments of the model; see :class:`Batches`.

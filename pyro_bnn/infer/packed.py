@@ -33,6 +33,7 @@ from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers
 from pyro_bnn.infer.coverage import Coverage, is_likelihood, unobserved
 from pyro_bnn.infer.data import Batch, Batches, as_batches, leaves, map_tensors
 from pyro_bnn.infer.handlers import (
+    RowsMessenger,
     Site,
     SubstituteMessenger,
     is_factor,
@@ -168,6 +169,24 @@ def called_modules() -> Iterator[list[torch.nn.Module]]:
             module.training = True
 
 
+class _Latents(SubstituteMessenger):
+    """Gives latent sites their values, if they have the shapes for which these were made."""
+
+    def __init__(self, values: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__(values)
+        self.shapes = shapes
+
+    def _pyro_sample(self, msg: Site) -> None:
+        shape = self.shapes.get(msg["name"])
+        if shape is not None and msg["fn"].shape() != shape:
+            raise ValueError(
+                f"latent site {msg['name']!r} has shape {tuple(msg['fn'].shape())} on these data, and {tuple(shape)} on those for "
+                "which the guide was made. A latent with one value per row belongs to these rows: pass all of them in one batch; "
+                "for other rows take draws of the other sites, posterior_predictive(model, draws, data)."
+            )
+        super()._pyro_sample(msg)
+
+
 class PackedModel:
     """
     A view of a Pyro model as a function of its packed, unconstrained latent vector.
@@ -187,6 +206,7 @@ class PackedModel:
         self.space = LatentSpace(prototype)
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
+        self._shapes = {name: prototype.nodes[name]["fn"].shape() for name in self._latents}
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         #: where rows were found, by the places and numbers of dimensions of the arguments
         self._rows: dict[Any, Rows] = {}
@@ -218,8 +238,9 @@ class PackedModel:
             module.training = False
         try:
             # the only attention that can be differentiated twice
-            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), SubstituteMessenger(values):
-                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
+                model = RowsMessenger(more=True)(_Latents(values, self._shapes)(self.model))
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
         finally:
             for module in training:
                 module.training = True
