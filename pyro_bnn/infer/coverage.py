@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether batches are all of the data, and parts of one model: plates covered once, sites observed, one prior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from pyro.poutine.subsample_messenger import _Subsample
@@ -48,9 +48,14 @@ class Coverage:
 
     :param observed: observed sites, each of which must be in one of the batches at least.
     :param latents: latent sites, whose densities must be the same in all batches.
+    :param before: how much of each plate earlier data covered, of which these are the continuation; ``None`` if these must
+        be all of the data.
     """
 
-    def __init__(self, observed: Sequence[str], latents: Sequence[str]) -> None:
+    def __init__(
+        self, observed: Sequence[str], latents: Sequence[str], before: Mapping[str, int] | None = None
+    ) -> None:
+        self._before = before
         self._latents = latents
         self._priors: dict[str, Tensor] = {}
         self._times = dict.fromkeys(observed, 0)
@@ -88,7 +93,8 @@ class Coverage:
 
     def check(self) -> None:
         """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
-        if self._times:
+        self._priors.clear()
+        if self._times and self._before is None:
             times = torch.tensor(list(self._times.values()))
             all_reduce_sum([times])
             for name, count in zip(self._times, times.tolist(), strict=True):
@@ -97,9 +103,23 @@ class Coverage:
         for name, full in self._full.items():
             seen = torch.tensor(self._seen[name])
             all_reduce_sum([seen])
-            if int(seen) != full:
+            self._seen[name] = int(seen)
+            total = int(seen) + (0 if self._before is None else self._before.get(name, 0))
+            if int(seen) != full and (self._before is None or total > full):
                 raise ValueError(
-                    f"the batches cover {int(seen)} of the {full} elements of plate {name!r}: pass every "
-                    "data point exactly once (a loader without drop_last, or all the data in one batch without "
-                    "subsampling)."
+                    f"the batches cover {total} of the {full} elements of plate {name!r}: pass every data point exactly once (a "
+                    "loader without drop_last, or all the data in one batch without subsampling); part after part by "
+                    "laplace_approximation(part, override=False)."
                 )
+
+    @property
+    def covered(self) -> dict[str, int]:
+        """How much of each plate has been covered by now, of those that come part after part."""
+        before = self._before or {}
+        parts = {name: self._seen[name] for name, full in self._full.items() if self._seen[name] != full}
+        return {**before, **{name: seen + before.get(name, 0) for name, seen in parts.items()}}
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a plate is not covered as a whole yet."""
+        return any(count < self._full.get(name, 0) for name, count in self.covered.items())

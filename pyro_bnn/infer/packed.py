@@ -204,9 +204,13 @@ class PackedModel:
         self.model = model
         self.modules = list(modules)
         self.space = LatentSpace(prototype)
+        #: how much of each plate earlier data covered, while more are added to them
+        self._covered_before: dict[str, int] | None = None
+        self.last_coverage: Coverage | None = None
         self.observed = observed_names(prototype)
         self._latents = latent_names(prototype)
-        self._shapes = {name: prototype.nodes[name]["fn"].shape() for name in self._latents}
+        nodes: dict[str, Site] = prototype.nodes
+        self._shapes = {name: nodes[name]["fn"].shape() for name in self._latents}
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         #: where rows were found, by the places and numbers of dimensions of the arguments
         self._rows: dict[Any, Rows] = {}
@@ -273,7 +277,23 @@ class PackedModel:
         :param batches: the data.
         :return: checks that they are all of the data, and that all of them have the same prior.
         """
-        return Coverage(self.observed, () if batches.is_single else self._latents)
+        self.last_coverage = Coverage(
+            self.observed, () if batches.is_single else self._latents, self._covered_before
+        )
+        return self.last_coverage
+
+    @contextmanager
+    def continuing(self, covered: dict[str, int] | None) -> Iterator[None]:
+        """
+        A context in which data are added to earlier ones.
+
+        :param covered: how much of each plate these covered; ``None`` for data that are all there is.
+        """
+        self._covered_before = covered
+        try:
+            yield
+        finally:
+            self._covered_before = None
 
     def leave_out(self, trace: Trace, names: frozenset[str]) -> None:
         """
