@@ -373,6 +373,10 @@ class Exporter:
                     f"two sites are named {key!r} in a tree, where {name!r} is written with dots: rename one."
                 )
             own = [dim.replace("/", ".") for dim in dims][: value.dim() - len(lead)]
+            if taken := {"chain", "draw"} & {key, *own}:
+                raise ValueError(
+                    f"site {name!r}: {taken.pop()!r} is the name of a dimension of every tree: rename the site or plate of this name."
+                )
             if len(own) < value.dim() - len(lead):
                 raise ValueError(f"dims of {name!r}: {value.dim() - len(lead)} names expected, got {own}.")
             for i, dim in enumerate(own):

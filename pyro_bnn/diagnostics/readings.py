@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_bnn.infer.coverage import other_prior
 from pyro_bnn.infer.data import Batch
 from pyro_bnn.infer.draws import Draws
 from pyro_bnn.infer.handlers import (
@@ -149,6 +150,11 @@ class SiteReadings:
         def of(kind: str) -> dict[str, list[Tensor]]:
             return {name: parts for (key, name), parts in self.parts.items() if key == kind}
 
+        for name, parts in of("lp").items():
+            if name in self.latent and len(parts) > 1 and join.axis(name) is None:
+                for part in parts[1:]:
+                    if not close(parts[0], part):
+                        raise other_prior(name, parts[0][:1], part[:1])
         totals = {name: join.total(name, parts) for name, parts in of("lp").items()}
         masks = {name: join.cat(name, parts, 0) for name, parts in self.masks.items() if parts[0].dim()}
         terms = torch.stack([torch.as_tensor(t) for t in totals.values()])

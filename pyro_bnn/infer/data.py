@@ -109,6 +109,17 @@ def leaves(tree: Any) -> dict[Path, Any]:
     return found
 
 
+def differing_places(first: Batch, second: Batch) -> set[Path] | None:
+    """The places of tensors that are not the same in two batches; ``None`` if all are."""
+    others = leaves(second)
+    found = {
+        path
+        for path, leaf in leaves(first).items()
+        if not isinstance(leaf, Tensor) or path not in others or not torch.equal(leaf, others[path])
+    }
+    return found or None
+
+
 def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     """
     Applies ``fn`` to every tensor among the arguments of a batch, in containers and packed sequences too.
@@ -296,6 +307,21 @@ def as_batches(data: Any) -> Batches:
     :return: the data, read.
     """
     return data if isinstance(data, Batches) else Batches(data)
+
+
+def repeatable_batches(data: Any) -> Batches:
+    """
+    :param data: see :class:`Batches`.
+    :return: the data, read.
+    :raises ValueError: if they are an iterator, which can be run through once only.
+    """
+    batches = as_batches(data)
+    if batches.is_stream:
+        raise ValueError(
+            "data is an iterator, which can be run through once only, and several passes are needed: pass tensors, a list of "
+            "batches or a loader."
+        )
+    return batches
 
 
 def iter_batches(data: Any) -> Iterator[Batch]:

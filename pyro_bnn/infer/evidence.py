@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.curvature import diagonal_of_diagonal
-from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.data import iter_batches, repeatable_batches
 from pyro_bnn.infer.examples import FisherKind, SiteExamples
 from pyro_bnn.infer.hyperparameters import LIMIT, HyperparameterReport, warn_of_edges, warn_of_runaways
 from pyro_bnn.infer.low_rank import placed_rows
@@ -100,6 +100,7 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
             "the evidence of a subset of data is not differentiable in the model's parameters: leave subset_size out, "
             "or use another structure."
         )
+    data = repeatable_batches(data)
     with torch.enable_grad():
         found, parts = guide.curvature_parts(data, generator)
         posterior = guide._assemble(parts, None)

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pyro_bnn.infer.data import Batch, as_batches, leaves
 from pyro_bnn.infer.memory import require_memory
 from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.packed import PackedModel, PlateCoverage, SiteOutputs
+from pyro_bnn.infer.packed import PackedModel, SiteOutputs
 from pyro_bnn.infer.parts import CurvatureWarning
 from pyro_bnn.infer.plates import Rows, close, dims_of, rows_of
 from pyro_bnn.infer.repeats import Repeats
@@ -253,7 +253,8 @@ class ExampleStream:
         :return: for each chunk the trace and those sites that depend on the latents.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage(self.model.observed)
+        batches = as_batches(data)
+        coverage = self.model.coverage(batches)
         repeats = None if batches.is_single else self.model.repeats(self.latent, data)
         for batch in batches:
             for trace, sites in self.run_batch(batch, repeats, scored=True):

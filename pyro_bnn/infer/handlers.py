@@ -53,16 +53,19 @@ class RowsMessenger(Messenger):
     whatever number of rows the plate stands for.
 
     :param int shift: added to the positions, round the plate.
+    :param bool more: only where the model asks for more rows than there are, as for a larger set of test data.
     """
 
-    def __init__(self, shift: int = 0) -> None:
+    def __init__(self, shift: int = 0, *, more: bool = False) -> None:
         super().__init__()
-        self.shift = shift
+        self.shift, self.more = shift, more
 
     def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
         if isinstance(fn, _Subsample) and msg["value"] is None:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
+            if self.more and size <= fn.size:
+                return
             msg["value"] = (torch.arange(size, device=fn.device) + self.shift) % max(fn.size, size)
             msg["done"] = True
 

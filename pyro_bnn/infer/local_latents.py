@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents with a value per row of the data, whose guide has a parameter per position in a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pyro
@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoN
 from pyro.infer.autoguide.structured import AutoStructured
 from pyro.poutine.subsample_messenger import _Subsample
 
-from pyro_bnn.infer.data import Batch
+from pyro_bnn.infer.data import Batch, differing_places
 from pyro_bnn.infer.handlers import (
     RowsMessenger,
     Site,
@@ -22,7 +22,6 @@ from pyro_bnn.infer.handlers import (
     unscaled_log_prob,
 )
 from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.pieces import differing_places
 from pyro_bnn.infer.plates import FAILURES, Sites, close, find_rows, plates_of
 
 
@@ -60,10 +59,23 @@ def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable
             f"of the plate {parts[0].name!r}, {parts[0].size} of {parts[0].full_size} of which are in a batch",
         )
     if others and owners:
-        places = differing_places(first, others[0])
-        for rows in find_rows(lambda tree: _run(model, tree[:2], 0), (*first, {}), places):
-            for name in rows.axes.keys() & owners.keys():
-                raise _refusal(owners[name], name, "of a batch")
+        for name in local_names(model, first, others[0], owners):
+            raise _refusal(owners[name], name, "of a batch")
+
+
+def local_names(
+    model: Callable[..., Any], first: Batch, second: Batch, names: Collection[str]
+) -> Iterator[str]:
+    """
+    :param model: a Pyro model.
+    :param first: a batch.
+    :param second: another one, which tells what changes from batch to batch.
+    :param names: latent sites in plates.
+    :return: those of them that have a value per row of a batch.
+    """
+    places = differing_places(first, second)
+    for rows in find_rows(lambda tree: _run(model, tree[:2], 0), (*first, {}), places):
+        yield from (name for name in names if name in rows.axes)
 
 
 def _refusal(guide: Any, name: str, where: str) -> ValueError:

@@ -24,19 +24,19 @@ import pyro
 import torch
 import torch.distributions as td
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.distributions import composite_fisher as composite_fisher  # registers its rules
 from pyro_bnn.distributions import ordered_fisher as ordered_fisher  # registers its rule
-from pyro_bnn.infer.data import Batch, as_batches, leaves, map_tensors
+from pyro_bnn.infer.coverage import Coverage, is_likelihood, unobserved
+from pyro_bnn.infer.data import Batch, Batches, as_batches, leaves, map_tensors
 from pyro_bnn.infer.derivatives import check_gradient, check_hessian
 from pyro_bnn.infer.handlers import (
+    RowsMessenger,
     Site,
     SubstituteMessenger,
-    is_deterministic,
     is_factor,
     latent_names,
     observed_names,
@@ -46,11 +46,12 @@ from pyro_bnn.infer.handlers import (
     unwrap,
 )
 from pyro_bnn.infer.latent_space import LatentSpace
+from pyro_bnn.infer.local_latents import local_names
 from pyro_bnn.infer.observations import check_run, validated_names
-from pyro_bnn.infer.plates import Rows, Sites, close, dims_of, find_rows, rows_of
+from pyro_bnn.infer.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
 from pyro_bnn.infer.reach import require_reach
 from pyro_bnn.infer.repeats import Repeats
-from pyro_bnn.ops.distributed import all_reduce_sum, rank
+from pyro_bnn.ops.distributed import rank
 from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule, score
 from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
@@ -183,6 +184,24 @@ def called_modules() -> Iterator[list[torch.nn.Module]]:
             module.training = True
 
 
+class _Latents(SubstituteMessenger):
+    """Gives latent sites their values, if they have the shapes for which these were made."""
+
+    def __init__(self, values: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__(values)
+        self.shapes = shapes
+
+    def _pyro_sample(self, msg: Site) -> None:
+        shape = self.shapes.get(msg["name"])
+        if shape is not None and msg["fn"].shape() != shape:
+            raise ValueError(
+                f"latent site {msg['name']!r} has shape {tuple(msg['fn'].shape())} on these data, and {tuple(shape)} on those for "
+                "which the guide was made. A latent with one value per row belongs to these rows: pass all of them in one batch; "
+                "for other rows take draws of the other sites, posterior_predictive(model, draws, data)."
+            )
+        super()._pyro_sample(msg)
+
+
 class PackedModel:
     """
     A view of a Pyro model as a function of its packed, unconstrained latent vector.
@@ -200,10 +219,15 @@ class PackedModel:
         self.model = model
         self.modules = list(modules)
         self.space = LatentSpace(prototype)
+        #: how much of each plate earlier data covered, while more are added to them
+        self._covered_before: dict[str, int] | None = None
+        self.last_coverage: Coverage | None = None
         self.observed = observed_names(prototype)
         #: observed sites whose support the user has not switched off; runs here do not validate
         self.validated = validated_names(prototype.nodes, self.observed)
         self._latents = latent_names(prototype)
+        nodes: dict[str, Site] = prototype.nodes
+        self._shapes = {name: nodes[name]["fn"].shape() for name in self._latents}
         self._latent_of: WeakKeyDictionary[Trace, Tensor] = WeakKeyDictionary()
         #: where rows were found, by the places and numbers of dimensions of the arguments
         self._rows: dict[Any, Rows] = {}
@@ -235,8 +259,9 @@ class PackedModel:
             module.training = False
         try:
             # the only attention that can be differentiated twice
-            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH), SubstituteMessenger(values):
-                trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
+                model = RowsMessenger(more=True)(_Latents(values, self._shapes)(self.model))
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
         finally:
             for module in training:
                 module.training = True
@@ -253,7 +278,8 @@ class PackedModel:
         :return: an iterator over traces.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
-        batches, coverage = as_batches(data), PlateCoverage(self.observed)
+        batches = as_batches(data)
+        coverage = self.coverage(batches)
         repeats = None if batches.is_single else self.repeats(latent, data)
         for batch in batches:
             trace = self.trace(latent, batch)
@@ -262,6 +288,29 @@ class PackedModel:
                 self.leave_out(trace, repeats.add(trace, self.likelihood_names(trace), batch))
             yield trace
         coverage.check()
+
+    def coverage(self, batches: Batches) -> Coverage:
+        """
+        :param batches: the data.
+        :return: checks that they are all of the data, and that all of them have the same prior.
+        """
+        self.last_coverage = Coverage(
+            self.observed, () if batches.is_single else self._latents, self._covered_before
+        )
+        return self.last_coverage
+
+    @contextmanager
+    def continuing(self, covered: dict[str, int] | None) -> Iterator[None]:
+        """
+        A context in which data are added to earlier ones.
+
+        :param covered: how much of each plate these covered; ``None`` for data that are all there is.
+        """
+        self._covered_before = covered
+        try:
+            yield
+        finally:
+            self._covered_before = None
 
     def leave_out(self, trace: Trace, names: frozenset[str]) -> None:
         """
@@ -299,7 +348,7 @@ class PackedModel:
         :param trace: a trace of the model.
         :return: the names of observed sites and factors.
         """
-        return [name for name, site in sample_sites(trace).items() if _is_likelihood(site)]
+        return [name for name, site in sample_sites(trace).items() if is_likelihood(site)]
 
     @torch.enable_grad()
     def rows(self, latent: Tensor, batch: Batch, number: int | None = None) -> list[Rows]:
@@ -344,7 +393,7 @@ class PackedModel:
         site: Site
         left_out = self._counted.get(trace, frozenset())
         for name, site in trace.nodes.items():
-            if _is_likelihood(site) and name not in left_out:
+            if is_likelihood(site) and name not in left_out:
                 scale = site["scale"] / subsample_scale(site)
                 term = (wide(unscaled_log_prob(site)) * scale).sum(dtype=torch.float64)  # of many terms
                 if require_finite and not torch.isfinite(term.detach()):
@@ -366,7 +415,9 @@ class PackedModel:
         :param hessian: whether second derivatives are looked at, too.
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
-        batch = as_batches(data).first
+        batches = as_batches(data)
+        batch = batches.first
+        self._check_local_latents(latent, batches)
         found = self.rows(latent, batch, 1)
         if found and found[0].separate:
             batch = found[0].take((*batch, {}), slice(0, 64))[:2]
@@ -382,6 +433,20 @@ class PackedModel:
         check_gradient(self, latent, batch)
         if hessian:
             check_hessian(self, latent, batch)
+
+    @torch.enable_grad()
+    def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:
+        """A latent with a value per row of a batch would have those of other rows in the next."""
+        if batches.is_single or batches.is_stream:
+            return
+        nodes = self.trace(latent.detach(), batches.first).nodes
+        inside = [name for name in self._latents if name in nodes and plates_of(nodes[name])]
+        first, *others = islice(batches, 2) if inside else (batches.first,)
+        for name in local_names(self.model, first, others[0], inside) if others else ():
+            raise ValueError(
+                f"latent site {name!r} has a value per row of a batch, and the vector of latents holds those of one batch: "
+                "pass all the data in one batch."
+            )
 
     @torch.enable_grad()  # some models take derivatives themselves
     def _two_values(self, latent: Tensor, batch: Batch) -> tuple[float, float]:
@@ -456,7 +521,7 @@ class PackedModel:
         factors = {
             n: s
             for n, s in trace.nodes.items()
-            if s["type"] == "sample" and _is_likelihood(s) and is_factor(s)
+            if s["type"] == "sample" and is_likelihood(s) and is_factor(s)
         }
         if not factors:
             return
@@ -540,14 +605,6 @@ class PackedModel:
             raise unobserved(self.observed[0])
 
 
-def unobserved(name: str) -> ValueError:
-    """The error for a site without data."""
-    return ValueError(
-        f"site {name!r} was observed at initialisation but has no observation here: pass the targets as well as the inputs, "
-        "as in (x, y)."
-    )
-
-
 def moved_from(latent: Tensor) -> Tensor:
     """
     :param latent: a packed vector of shape ``(p,)``.
@@ -557,57 +614,3 @@ def moved_from(latent: Tensor) -> Tensor:
     generator = torch.Generator(device=latent.device).manual_seed(0)
     noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)
     return latent + (0.3 + 0.3 * latent.abs()) * noise
-
-
-class PlateCoverage:
-    """
-    Counts how much of each plate the batches have covered, so that no partial sum passes for the whole.
-
-    :param observed: observed sites, each of which must be in one of the batches at least.
-    """
-
-    def __init__(self, observed: Sequence[str] = ()) -> None:
-        self._times = dict.fromkeys(observed, 0)
-        self._seen: dict[str, int] = {}
-        self._full: dict[str, int] = {}
-
-    def add(self, trace: Trace) -> None:
-        """
-        :param trace: the trace of one batch; its observed sites and factors count.
-        """
-        sites = [s for s in trace.nodes.values() if s["type"] == "sample" and _is_likelihood(s)]
-        for name in self._times:
-            self._times[name] += name in trace.nodes
-        frames = {frame.name: frame for site in sites for frame in site["cond_indep_stack"]}
-        for frame in frames.values():
-            full = frame.full_size if frame.full_size is not None else frame.size
-            self._seen[frame.name] = self._seen.get(frame.name, 0) + frame.size
-            if full != frame.size:
-                self._full[frame.name] = full
-
-    def check(self) -> None:
-        """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
-        if self._times:
-            times = torch.tensor(list(self._times.values()))
-            all_reduce_sum([times])
-            for name, count in zip(self._times, times.tolist(), strict=True):
-                if not count:
-                    raise unobserved(name)
-        for name, full in self._full.items():
-            seen = torch.tensor(self._seen[name])
-            all_reduce_sum([seen])
-            if int(seen) != full:
-                raise ValueError(
-                    f"the batches cover {int(seen)} of the {full} elements of plate {name!r}: pass every "
-                    "data point exactly once (a loader without drop_last, or all the data in one batch without "
-                    "subsampling)."
-                )
-
-
-def _is_likelihood(site: Site) -> bool:
-    return (
-        site["type"] == "sample"
-        and site["is_observed"]
-        and not isinstance(site["fn"], _Subsample)
-        and not is_deterministic(site)
-    )

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine import block
-from torch import Tensor
 
-from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
+from pyro_bnn.infer.data import Batch, Path, as_batches, differing_places
 from pyro_bnn.infer.draws import Draws, Posterior, draws_given, posterior_draws
 from pyro_bnn.infer.evaluation import evaluation_mode
 from pyro_bnn.infer.handlers import unscaled_log_prob
@@ -215,17 +214,6 @@ class Witness:
             if not close(unscaled_log_prob(other).index_select(axis, mine.to(device)), found):
                 return name
         return None
-
-
-def differing_places(first: Batch, second: Batch) -> set[Path] | None:
-    """The places of tensors that are not the same in two batches; ``None`` if all are."""
-    others = leaves(second)
-    found = {
-        path
-        for path, leaf in leaves(first).items()
-        if not isinstance(leaf, Tensor) or path not in others or not torch.equal(leaf, others[path])
-    }
-    return found or None
 
 
 def refusal(found: list[Rows]) -> str:

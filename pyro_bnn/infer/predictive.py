@@ -141,6 +141,11 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
                     dims = list(lead) + list(site.dims)
                     if value.dim() > len(dims):
                         dims += [f"{name}_class"]
+                    if name + suffix in variables or "draw" in (name, *site.dims):
+                        clash = name + suffix if name + suffix in variables else "draw"
+                        raise ValueError(
+                            f"site {name!r}: there is more than one variable or dimension {clash!r}: rename the site or plate."
+                        )
                     variables[name + suffix] = (tuple(dims[: value.dim()]), value.detach().cpu().numpy())
         coords = {
             "draw": np.arange(next((len(s.mean) for s in self.sites.values() if s.mean is not None), 0))

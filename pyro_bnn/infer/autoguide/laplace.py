@@ -147,6 +147,7 @@ class AutoLaplace(LinearizedGuide):
     _shown = ("structure", "curvature")
 
     log_joint: Tensor | None
+    _covered: dict[str, int] = {}  # noqa: RUF012 (never changed in place)
     log_prior: Tensor | None
     active: Tensor | None
     tau: Tensor | None
@@ -236,7 +237,8 @@ class AutoLaplace(LinearizedGuide):
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
             that the point estimate has not converged; default 0.1 for the exact Hessian and 1 for the others.
         :param bool override: ``False`` adds the curvature of these data, at the same point estimate, to what is
-            already there (continual learning); the prior counts once.
+            already there (continual learning); the prior counts once. Parts of a plate of the full size may come one
+            after the other in this way, the first with ``override=False`` as well.
         :param generator: source of random numbers for ``"mc_fisher"``, ``"nystrom"``, ``"low_rank"`` and random
             subnetworks.
         :param kwargs: keyword arguments of the model.
@@ -251,10 +253,19 @@ class AutoLaplace(LinearizedGuide):
         data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
         self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
-        if before is None:
-            self._select(data, generator)
-        found, parts, posterior = self._resolved(data, generator, before)
-        prior, prior_value = found.prior, found.log_prior
+        with self.packed.continuing(None if override else self._covered if before is not None else {}):
+            if before is None:
+                self._select(data, generator)
+            found, parts, posterior = self._resolved(data, generator, before)
+            prior, prior_value = found.prior, found.log_prior
+            if self.curvature == "hessian" and self.structure != "full":
+                index = torch.cat([part.index for part in parts])
+                scale = posterior.variance[index].sqrt()
+                require_minimum(
+                    self._joint_hessian(index, data, prior), scale, index, self.packed.space, len(self.loc)
+                )
+            coverage = self.packed.last_coverage
+        assert coverage is not None
         value = -found.log_likelihood - prior_value
         gradient = found.gradient + prior.gradient
         if before is not None:
@@ -263,23 +274,19 @@ class AutoLaplace(LinearizedGuide):
             # the prior of this call counts in neither value nor gradient
             value = value + prior_value - self.log_joint
             gradient = gradient - prior.gradient + self.gradient
-        if self.curvature == "hessian" and self.structure != "full":
-            index = torch.cat([part.index for part in parts])
-            scale = posterior.variance[index].sqrt()
-            require_minimum(
-                self._joint_hessian(index, data, prior), scale, index, self.packed.space, len(self.loc)
-            )
         self._report(posterior, parts, value, gradient)
         self.part_store.set(parts)
+        self._covered = coverage.covered
         self.gradient = gradient
         self.log_joint = -value
         self.log_prior = prior_value
         self.prior_gradient = prior.gradient
         self.tau = None
         self._posterior = posterior
-        self._warn_unconverged(
-            map_tolerance if map_tolerance is not None else (0.1 if self.curvature == "hessian" else 1.0)
-        )
+        if not coverage.is_partial:  # the gradient of some of the data is not zero at the point estimate
+            self._warn_unconverged(
+                map_tolerance if map_tolerance is not None else (0.1 if self.curvature == "hessian" else 1.0)
+            )
         return self
 
     def _resolved(

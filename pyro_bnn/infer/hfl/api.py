@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.infer.curvature import Curvature, NotAMinimumError, check_option
-from pyro_bnn.infer.data import iter_batches
+from pyro_bnn.infer.data import iter_batches, repeatable_batches
 from pyro_bnn.infer.handlers import SubstituteMessenger
 from pyro_bnn.infer.hfl.checks import (
     check_accuracy,
@@ -343,6 +343,7 @@ def _setup(
     correct_gradient: bool,
     chunk_size: int,
 ) -> tuple[Problem, Functionals]:
+    data = repeatable_batches(data)
     if targets is None and functional is None:
         raise ValueError(
             "nothing to compute a variance of: pass targets=(x_test,) for the outputs at test inputs, or "
