@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Pyro model's outputs as example-wise Jacobians, batch by batch, within a memory budget."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -169,12 +169,13 @@ class ExampleStream:
         #: numbers per example in each of the tensors that the model's graph keeps
         self._kept: list[int] = []
 
-    def chunks(self, batch: Batch) -> Iterator[Batch]:
+    def chunks(self, batch: Batch, whole: Callable[[], list[SiteOutputs]] | None = None) -> Iterator[Batch]:
         """
         :param batch: arguments of the model.
+        :param whole: see :meth:`rows`.
         :return: the batch, split to the budget where the model treats its examples separately.
         """
-        rows = self.rows(batch)
+        rows = self.rows(batch, whole=whole)
         if rows is None or rows.size <= _FIRST_CHUNK:
             yield batch
             return
@@ -184,12 +185,18 @@ class ExampleStream:
             yield rows.take((*batch, {}), slice(start, stop))[:2]
             start = stop
 
-    def rows(self, batch: Batch, more_than: int = _FIRST_CHUNK) -> Rows | None:
+    def rows(
+        self,
+        batch: Batch,
+        more_than: int = _FIRST_CHUNK,
+        whole: Callable[[], list[SiteOutputs]] | None = None,
+    ) -> Rows | None:
         """
         Where the examples of a batch are, if the model treats them separately.
 
         :param batch: arguments of the model.
         :param more_than: fewer rows are not looked for.
+        :param whole: gives the outputs of the whole batch, if they are needed anyway: what parts of it are compared with.
         :return: rows, found once for all batches of the stream.
         """
         here = leaves(batch)
@@ -197,29 +204,35 @@ class ExampleStream:
         if enough and not self._is_known:
             self._is_known = True
             found = self.model.rows(self.latent, batch, 1)
-            if found and found[0].separate and self._apart(found[0], batch):
+            if found and found[0].separate and self._apart(found[0], batch, whole):
                 self._rows = found[0]
         if self._rows is None:
             return None
         sizes = {rows_of(here[path], dim) for path, dim in self._rows.cuts.items() if path in here}
         return replace(self._rows, size=sizes.pop()) if len(sizes) == 1 else None
 
-    def _apart(self, rows: Rows, batch: Batch) -> bool:
+    def _apart(self, rows: Rows, batch: Batch, whole: Callable[[], list[SiteOutputs]] | None) -> bool:
         """
         Whether rows have the same outputs in other company: a few of them, at random and in another order, against
-        the same rows among many. Convolutions, recurrences and attention over the rows, statistics of a batch and
-        tables of positions all fail.
+        the same rows among many, or all where their outputs are at hand. Convolutions, recurrences and attention over the
+        rows, statistics of a batch and tables of positions all fail.
         """
         kept = self._kept = self._count_kept(rows, batch)
         affordable = self.budget // max(1, sum(kept))
         window = min(rows.size, max(2 * _FIRST_CHUNK, min(_WINDOW, rows.size // 32, affordable)))
+        if whole is not None:
+            window = rows.size
         generator = torch.Generator().manual_seed(0)
         start = int(torch.randint(rows.size - window + 1, (), generator=generator))
         picks = torch.randperm(window, generator=generator)[:_FEW]
-        parts = (rows.take((*batch, {}), part)[:2] for part in (slice(start, start + window), picks + start))
+
+        def outputs(part: slice | Tensor) -> list[SiteOutputs]:
+            return self.model.outputs(self.latent, rows.take((*batch, {}), part)[:2])
+
         with torch.random.fork_rng(devices=()):
-            whole, some = (self.model.outputs(self.latent, part) for part in parts)
-        for a, b in zip(whole, some, strict=True):
+            many = outputs(slice(start, start + window)) if whole is None else whole()
+            some = outputs(picks + start)
+        for a, b in zip(many, some, strict=True):
             for x, y in ((a.outputs, b.outputs), (a.weight, b.weight)):
                 x, axis = x.detach(), rows.axes.get(a.name)
                 if axis is not None:
@@ -263,16 +276,22 @@ class ExampleStream:
         coverage.check()
 
     def run_batch(
-        self, batch: Batch, repeats: Repeats | None = None, *, scored: bool = False
+        self,
+        batch: Batch,
+        repeats: Repeats | None = None,
+        *,
+        scored: bool = False,
+        whole: Callable[[], list[SiteOutputs]] | None = None,
     ) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
         :param batch: arguments of the model, with or without observations.
         :param repeats: tells which terms of the likelihood were counted with an earlier batch.
         :param scored: whether Jacobians are checked with the scores of the observations too, and so give the gradient of the
             log likelihood.
+        :param whole: see :meth:`rows`.
         :return: for each chunk the trace and those sites that depend on the latents.
         """
-        for number, chunk in enumerate(self.chunks(batch)):
+        for number, chunk in enumerate(self.chunks(batch, whole)):
             with Capture(self.latent, self.active, differentiable=self.differentiable) as capture:
                 trace = self.model.trace(self.latent, chunk)
                 if scored:

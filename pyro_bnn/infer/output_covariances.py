@@ -5,6 +5,7 @@ Covariances :math:`J P^{-1} J^\top` of a linearised model's outputs over one bat
 and of those of each observation, whose elements (its event dimensions) share the latents.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,19 +48,25 @@ def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
 
 
 def output_covariances(
-    posterior: Any, stream: ExampleStream, batch: Batch, *, joint: bool = False
+    posterior: Any,
+    stream: ExampleStream,
+    batch: Batch,
+    *,
+    joint: bool = False,
+    whole: Callable[[], list[SiteOutputs]] | None = None,
 ) -> tuple[dict[str, SiteCovariances], list[SiteOutputs]]:
     """
     :param posterior: a Gaussian over the packed vector.
     :param stream: runs the model.
     :param batch: arguments of the model.
     :param joint: whether covariances of whole observations are wanted, however large.
+    :param whole: gives the outputs of the whole batch, where they are needed if it does not run in one piece.
     :return: covariances by site; and the outputs, if the batch ran in one piece.
     """
     found: dict[str, SiteCovariances] = {}
     covariance = LinearCovariance(posterior)
     outputs: list[list[SiteOutputs]] = []
-    for _, sites in stream.run_batch(batch):
+    for _, sites in stream.run_batch(batch, whole=whole):
         outputs.append([examples.site for examples in sites])
         for examples in sites:
             with torch.no_grad():

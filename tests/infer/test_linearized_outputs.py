@@ -117,3 +117,33 @@ def test_methods_for_other_likelihoods_are_refused():
         normal.distribution("probit")
     with pytest.raises(ValueError, match="unknown method 'exact'"):
         normal.distribution("exact")
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_rows_that_interact_in_large_batches_only(structure):
+    """More than 1,500 rows see their mean: parts of the batch do not show it, the whole does."""
+    torch.manual_seed(0)
+
+    def loc(w, x):
+        h = torch.tanh(x @ w)
+        return h * (1 + h.mean()) if len(x) > 1500 else h
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(loc(w, x), 0.5), obs=y)
+
+    x, y, x_new = torch.randn(20, 3), torch.randn(20), torch.randn(2000, 3)
+    guide = AutoLaplace(model, structure=structure).initialize(x, y)
+    guide.loc.data.copy_(w := torch.randn(3))
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+
+    def precision():
+        J = torch.autograd.functional.jacobian(lambda w: loc(w, x), w)
+        P = J.mT @ J / 0.25 + torch.eye(3)
+        return P if structure == "full" else P.diagonal().diag()
+
+    J = torch.autograd.functional.jacobian(lambda w: loc(w, x_new), w)
+    found = guide.linearized_outputs(x_new)["obs"]
+    assert_close(found.mean[:, 0], loc(w, x_new), rtol=1e-10)
+    assert_close(found.variance[:, 0], ((J @ precision().inverse()) * J).sum(-1), rtol=1e-8)

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -361,14 +361,19 @@ class LinearizedGuide(AutoContinuous):
         Source: Khan et al. (2019), Immer et al. (2021).
         """
         posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
-        found, sites = output_covariances(posterior, stream, batch)
-        if len(sites) != len(self.packed.observed):
-            # means and distributions of the whole batch, without keeping its activations
+
+        @cache
+        def whole() -> list[SiteOutputs]:
+            # without keeping activations
             try:
                 with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
-                    sites = self.packed.outputs(stream.latent, batch)
+                    return self.packed.outputs(stream.latent, batch)
             except RuntimeError:  # a model that takes derivatives itself
-                sites = self.packed.outputs(stream.latent, batch)
+                return self.packed.outputs(stream.latent, batch)
+
+        found, sites = output_covariances(posterior, stream, batch, whole=whole)
+        if len(sites) != len(self.packed.observed):
+            sites = whole()  # means and distributions of the batch
         result = {}
         for site in sites:
             mean = site.outputs.detach()
