@@ -214,7 +214,7 @@ def test_the_model_is_not_changed(structure):
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
     guide.linearized_outputs(x)
     guide.functional_samples(2, x)
-    with pytest.raises(ValueError, match="has data of shape"):
+    with pytest.raises(ValueError, match="the observation has shape"):
         guide.laplace_approximation((x, y[:, None]))
     for name, value in net.state_dict().items():
         assert_close(value, before[name], rtol=0)
