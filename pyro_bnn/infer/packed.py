@@ -585,7 +585,7 @@ class PackedModel:
         given = trace.nodes["_INPUT"]
         check_run(sample_sites(trace), (given["args"], given["kwargs"]), self.validated)
 
-    @torch.no_grad()
+    @torch.enable_grad()  # some models take derivatives themselves
     def check_data(self, latent: Tensor, data: Any) -> None:
         """
         Checks the observations of all batches by a run of each, for computations that start with trial points.
@@ -595,7 +595,7 @@ class PackedModel:
         :raises ValueError: see :meth:`check_observations`.
         """
         for batch in as_batches(data):
-            self.check_observations(self.trace(latent, batch))
+            self.check_observations(self.trace(latent.detach(), batch))
 
     def _require_observed(self, trace: Trace) -> None:
         for name in self.observed:

@@ -157,6 +157,7 @@ def test_hessian_free_laplace_with_constant_factors():
     torch.testing.assert_close(found, (X @ covariance * X).sum(-1))
 
 
+@pytest.mark.filterwarnings("ignore:autograd's gradient of the likelihood")
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("outside", [False, True])
 def test_factors_of_latents_are_still_refused(cut, outside):
