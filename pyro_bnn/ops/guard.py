@@ -9,8 +9,8 @@ use belong to one example each. Three things are looked at, each before the batc
 * **rows**, in every batch: the gradients of a random combination of the outputs of a random half of the examples must
   vanish in all rows of the other half;
 * **the score**, in every batch for which it is given: :math:`\sum_n J_n^\top c_n` from the blocks must be the gradient in
-  the vector that autograd finds for the scores :math:`c_n` of all examples. That gradient is wanted anyhow, and so costs
-  nothing;
+  the vector that autograd finds for the scores :math:`c_n` of all examples. That gradient is wanted anyhow, so that this
+  costs little;
 * **a random combination** of the outputs of a random half, :math:`\sum_{n\in S} J_n^\top c_n` in the same way: once for
   each autograd graph, told apart by the names of its nodes, and in every batch whose scores show too little, which are those
   where more than half of the examples have a score of zero beside the largest, as an interpolating fit does.
@@ -117,7 +117,7 @@ def mistaken_entries(
     wrong = _tried(jacobian, generator, score)
     if wrong is None and score is not None:
         capture = jacobian.capture
-        wrong, gradient = _compared(jacobian, _roots(capture), score, None, generator)
+        wrong, gradient, _ = _compared(jacobian, _roots(capture), score, None, generator)
         jacobian.gradient = gradient if capture.active is None else gradient.where(capture.active, 0.0)
     return wrong
 
@@ -136,7 +136,10 @@ def _tried(jacobian: ExampleJacobian, generator: torch.Generator, score: Tensor 
     program = hash(tuple(node.name() for node in graph_nodes(flat)))
     if program in layouts.programs and (score is None or _shows(score, _precision(jacobian))):
         return _misplaced(jacobian, jacobian.pull_back(cotangent, capture.outputs), ~chosen)
-    wrong, expected = _compared(jacobian, roots, cotangent, chosen, generator)
+    wrong, expected, gradients = _compared(jacobian, roots, cotangent, chosen, generator)
+    misplaced = _misplaced(jacobian, gradients, ~chosen)
+    if misplaced is not None:
+        return misplaced if wrong is None else wrong | misplaced
     # a gradient of zero shows nothing
     if wrong is None and all(bool(expected[index].any()) for _, index in roots):
         layouts.programs.add(program)
@@ -155,10 +158,10 @@ def _compared(
     cotangent: Tensor,
     chosen: Tensor | None,
     generator: torch.Generator,
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Tensor, Gradients]:
     """
-    Entries whose blocks do not give the gradient of a combination of the outputs of chosen examples (all by default), and that
-    gradient by autograd, shape ``(p,)``.
+    Entries whose blocks do not give the gradient of a combination of the outputs of chosen examples (all by default); that
+    gradient by autograd, shape ``(p,)``; and the gradients in the outputs of the capture.
     """
     outputs = jacobian.capture.outputs
     found = jacobian.pull_back(cotangent, [*outputs, *(output for output, _ in roots)])
@@ -170,7 +173,7 @@ def _compared(
     for block in jacobian.blocks:
         if not _agrees(block, gradients, chosen, expected, _precision(jacobian), generator):
             wrong[block.index.reshape(-1)] = True
-    return (wrong if bool(wrong.any()) else None), expected
+    return (wrong if bool(wrong.any()) else None), expected, gradients
 
 
 def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) -> Tensor | None:
@@ -208,10 +211,12 @@ def _unseen(jacobian: ExampleJacobian, roots: Roots, expected: Tensor) -> Tensor
     """Entries of which no use was seen, in a part of the vector where they have a gradient."""
     capture = jacobian.capture
     known = capture.generic.clone() if capture.active is None else capture.generic | ~capture.active
+    wrong = torch.zeros_like(known)
+    if int(known.sum()) + sum(block.index.numel() for block in jacobian.blocks) == len(known):
+        return wrong  # blocks have no entry in common
     for block in jacobian.blocks:
         known[block.index.reshape(-1)] = True
     unseen = (expected != 0) & ~known
-    wrong = torch.zeros_like(known)
     if bool(unseen.any()):
         for _, index in roots:
             wrong[index.reshape(-1)] |= bool(unseen[index].any())
