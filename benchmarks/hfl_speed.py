@@ -34,11 +34,11 @@ import torch
 from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.curvature import CurvatureAccumulator
 from pyro_bnn.infer.hfl import HFLWarning
-from pyro_bnn.infer.hfl.problem import Problem
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.solver import Solver
 from pyro_bnn.ops.block_cg import block_conjugate_gradient
 from pyro_bnn.ops.conjugate_basis import ConjugateBasis

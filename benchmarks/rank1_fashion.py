@@ -44,8 +44,8 @@ from pyro_bnn.diagnostics.metrics import auroc
 from pyro_bnn.infer import Mixture_ELBO, Rank1Preset, default_preset, dusenberry2020, fit
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.infer.autoguide.initialization import init_component, site_hint
-from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.schedules import LinearAnnealing
+from pyro_bnn.infer.mixture.schedules import LinearAnnealing
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import FanInNormal, bayesian_, rank1_
 
 WIDTHS = (784, 200, 200, 10)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.diagnostics import diversity
 from pyro_bnn.infer import default_preset, dusenberry2020, fit
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import FanInNormal
 
 TRAIN, TEST = {"digits": 1000, "diabetes": 221}, {"digits": 500, "diabetes": 221}

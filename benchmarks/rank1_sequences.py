@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import LinearAnnealing, Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import FanInNormal, bayesian_, rank1_
 
 NUM_EVENTS, LENGTH = 20, 24

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import rank1_
 
 

@@ -30,11 +30,11 @@ from torch import Tensor
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.data import as_batch
-from pyro_bnn.infer.fit import _Run
-from pyro_bnn.infer.handlers import SubstituteMessenger
-from pyro_bnn.infer.optimizer import make_optimizer
-from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.train.loop import _Run
+from pyro_bnn.infer.train.optimizer import make_optimizer
+from pyro_bnn.model.data import as_batch
+from pyro_bnn.model.handlers import SubstituteMessenger
+from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.nn import bayesian_, rank1_
 
 NETWORKS = {

@@ -12,11 +12,11 @@ import xarray as xr
 
 from pyro_bnn.diagnostics.export import Exporter, attributes, chain_shape
 from pyro_bnn.diagnostics.storage import TreeWriter
-from pyro_bnn.infer.draws import Posterior
-from pyro_bnn.infer.memory import readable
-from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.predictive import evaluation_mode
-from pyro_bnn.infer.vectorize import MAX_MEMORY
+from pyro_bnn.infer.predict.draws import Posterior
+from pyro_bnn.infer.predict.predictive import evaluation_mode
+from pyro_bnn.infer.predict.runs import MAX_MEMORY
+from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.memory import readable
 
 
 @torch.no_grad()

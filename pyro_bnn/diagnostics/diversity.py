@@ -21,8 +21,8 @@ from torch.distributions import (
 
 from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
-from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 
 
 @dataclass

@@ -19,22 +19,22 @@ from torch import Tensor
 
 from pyro_bnn._version import __version__
 from pyro_bnn.diagnostics.readings import SiteReadings
-from pyro_bnn.infer.data import Batch, Path, as_batches, leaves
-from pyro_bnn.infer.density import guide_log_prob
-from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
-from pyro_bnn.infer.handlers import (
+from pyro_bnn.infer.nuts import NUTSResult, recorded_run
+from pyro_bnn.infer.predict.density import guide_log_prob
+from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.predict.pieces import Pieces
+from pyro_bnn.infer.predict.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
+from pyro_bnn.infer.predict.runs import MAX_MEMORY, ModelRunner
+from pyro_bnn.model.data import Batch, Path, as_batches, leaves
+from pyro_bnn.model.handlers import (
     deterministic_names,
     is_deterministic,
     observed_names,
     sample_sites,
 )
-from pyro_bnn.infer.nuts import NUTSResult, recorded_run
-from pyro_bnn.infer.options import require_count
-from pyro_bnn.infer.pieces import Pieces
-from pyro_bnn.infer.plates import Rows
-from pyro_bnn.infer.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
-from pyro_bnn.infer.vectorize import MAX_MEMORY, ModelRunner
+from pyro_bnn.model.plates import Rows
 from pyro_bnn.nn.packed import packed_sites
+from pyro_bnn.ops.options import require_count
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
 MAX_WEIGHT_SIZE = 1000

@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 
 from pyro_bnn.diagnostics.export import chain_draws
-from pyro_bnn.infer.data import as_batches
-from pyro_bnn.infer.draws import Posterior
-from pyro_bnn.infer.predictive import posterior_predictive
+from pyro_bnn.infer.predict.draws import Posterior
+from pyro_bnn.infer.predict.predictive import posterior_predictive
+from pyro_bnn.model.data import as_batches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

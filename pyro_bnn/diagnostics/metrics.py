@@ -30,7 +30,7 @@ from pyro_bnn.diagnostics.scored import (
     probabilities_and_labels,
 )
 from pyro_bnn.diagnostics.scored import as_prediction as as_prediction
-from pyro_bnn.infer.predictive import SitePrediction as SitePrediction
+from pyro_bnn.infer.predict.predictive import SitePrediction as SitePrediction
 
 #: Nominal coverages of a calibration curve.
 LEVELS = tuple(np.arange(1, 20) / 20)

@@ -13,7 +13,7 @@ import torch
 
 from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
 from pyro_bnn.diagnostics.scored import draws_and_observations
-from pyro_bnn.infer.fit_state import FitResult
+from pyro_bnn.infer.train.state import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

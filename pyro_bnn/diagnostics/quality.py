@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.export import Exporter
 from pyro_bnn.diagnostics.scored import check_numbers
-from pyro_bnn.infer.draws import Draws, posterior_draws
-from pyro_bnn.infer.handlers import is_deterministic, sample_sites
 from pyro_bnn.infer.nuts import nuts
-from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.predictive import evaluation_mode, posterior_predictive
+from pyro_bnn.infer.predict.draws import Draws, posterior_draws
+from pyro_bnn.infer.predict.predictive import evaluation_mode, posterior_predictive
+from pyro_bnn.model.handlers import is_deterministic, sample_sites
+from pyro_bnn.model.parameters import local_parameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,13 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_bnn.infer.coverage import other_prior
-from pyro_bnn.infer.data import Batch
-from pyro_bnn.infer.draws import Draws
-from pyro_bnn.infer.handlers import (
+from pyro_bnn.infer.predict.draws import Draws
+from pyro_bnn.infer.predict.pieces import Pieces
+from pyro_bnn.infer.predict.predictive import SitePrediction
+from pyro_bnn.infer.predict.runs import Reading, Sites, predicted_names
+from pyro_bnn.model.coverage import other_prior
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.handlers import (
     Site,
     base_distribution,
     is_deterministic,
@@ -25,12 +28,9 @@ from pyro_bnn.infer.handlers import (
     observation_draw,
     unscaled_log_prob,
 )
-from pyro_bnn.infer.join import Join
-from pyro_bnn.infer.observations import check_labels
-from pyro_bnn.infer.pieces import Pieces
-from pyro_bnn.infer.plates import close
-from pyro_bnn.infer.predictive import SitePrediction
-from pyro_bnn.infer.vectorize import Reading, Sites, predicted_names
+from pyro_bnn.model.join import Join
+from pyro_bnn.model.observations import check_labels
+from pyro_bnn.model.plates import close
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction
+from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction
 
 #: What an array of predictions of labels holds: probabilities of all classes ``(S, N, C)`` or ``(N, C)``, of the
 #: second of two ``(S, N)``, or labels that were drawn ``(S, N)``.

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import xarray as xr
 
-from pyro_bnn.infer.files import Replacement, reserve
+from pyro_bnn.infer.train.files import Replacement, reserve
 
 #: Bytes of a chunk of a netCDF variable, at least one draw.
 CHUNK_BYTES = 2**20

@@ -3,6 +3,7 @@
 """Gaussians over a packed latent vector, parameterised by their precision."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,104 +126,57 @@ class PrecisionNormal(TorchDistribution):
         return half @ half.mT
 
 
-class FullNormal(PrecisionNormal):
-    r"""
-    A Gaussian with a dense precision matrix.
+class BlockNormal(PrecisionNormal):
+    """
+    Independent Gaussians over parts of a vector; what no part covers is fixed at its mean.
+
+    Densities are with respect to the covered coordinates: :meth:`log_prob` ignores the others.
 
     :param Tensor loc: mean, shape ``(p,)``.
-    :param Tensor precision: symmetric positive definite, shape ``(p, p)``.
-    :param Tensor cholesky: its lower Cholesky factor, where known.
-    :raises torch.linalg.LinAlgError: if ``precision`` is not positive definite.
-
-    Example::
-
-        >>> d = FullNormal(torch.zeros(2), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
-        >>> d.variance
-        tensor([0.6667, 0.6667])
+    :param parts: pairs of disjoint positions, shape ``(q,)``, and the Gaussian over them.
     """
 
-    def __init__(self, loc: Tensor, precision: Tensor, *, cholesky: Tensor | None = None) -> None:
+    def __init__(self, loc: Tensor, parts: Sequence[tuple[Tensor, PrecisionNormal]]) -> None:
         super().__init__(loc)
-        self.precision = precision
-        self.cholesky = torch.linalg.cholesky(precision) if cholesky is None else cholesky
-        self._covariance: Tensor | None = None
-
-    def half_solve(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve`; here R = L⁻ᵀ."""
-        flat = x.reshape(-1, x.shape[-1])
-        solved = torch.linalg.solve_triangular(self.cholesky, flat, upper=False, left=False)
-        return solved.reshape(x.shape)
-
-    def half_solve_transposed(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve_transposed`."""
-        flat = x.reshape(-1, x.shape[-1])
-        solved = torch.linalg.solve_triangular(self.cholesky, flat.mT, upper=False)
-        return solved.mT.reshape(x.shape)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.multiply`."""
-        return x @ self.precision
+        self.parts = list(parts)
 
     @property
-    def smallest_precision(self) -> Tensor:
-        """See :attr:`PrecisionNormal.smallest_precision`; exact where p is small."""
-        if self.loc.shape[0] <= 256:
-            return torch.linalg.eigvalsh(self.precision.detach())[0]
-        return super().smallest_precision
+    def rank(self) -> int:
+        """How many coordinates are random."""
+        return sum(len(index) for index, _ in self.parts)
 
-    @property
-    def log_det_precision(self) -> Tensor:
-        """See :attr:`PrecisionNormal.log_det_precision`."""
-        return 2 * self.cholesky.diagonal().log().sum(dtype=torch.float64)
-
-    @property
-    def variance(self) -> Tensor:
-        """Marginal variances, shape ``(p,)``."""
-        return torch.cholesky_inverse(self.cholesky).diagonal()
-
-    @property
-    def covariance_matrix(self) -> Tensor:
-        """The covariance, shape ``(p, p)``; kept after the first call."""
-        if self._covariance is None:
-            self._covariance = torch.cholesky_inverse(self.cholesky)
-        return self._covariance
-
-
-class DiagonalNormal(PrecisionNormal):
-    r"""
-    A Gaussian with a diagonal precision.
-
-    :param Tensor loc: mean, shape ``(p,)``.
-    :param Tensor precision: positive, shape ``(p,)``.
-    """
-
-    def __init__(self, loc: Tensor, precision: Tensor) -> None:
-        super().__init__(loc)
-        self.precision = precision
+    def _each(self, x: Tensor, method: str) -> Tensor:
+        total = torch.zeros_like(x)
+        for index, part in self.parts:
+            total[..., index] = getattr(part, method)(x[..., index])
+        return total
 
     def half_solve(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.half_solve`."""
-        return x * self.precision.rsqrt()
+        return self._each(x, "half_solve")
 
     def half_solve_transposed(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.half_solve_transposed`."""
-        return self.half_solve(x)
+        return self._each(x, "half_solve_transposed")
 
     def multiply(self, x: Tensor) -> Tensor:
         """See :meth:`PrecisionNormal.multiply`."""
-        return x * self.precision
+        return self._each(x, "multiply")
 
     @property
     def log_det_precision(self) -> Tensor:
-        """See :attr:`PrecisionNormal.log_det_precision`."""
-        return self.precision.log().sum(dtype=torch.float64)
+        """See :attr:`PrecisionNormal.log_det_precision`; over the covered coordinates."""
+        return sum((part.log_det_precision for _, part in self.parts), self.loc.new_zeros(()))
 
     @property
     def smallest_precision(self) -> Tensor:
-        """The smallest entry."""
-        return self.precision.min()
+        """The smallest of the parts'."""
+        return torch.stack([part.smallest_precision for _, part in self.parts]).min()
 
     @property
     def variance(self) -> Tensor:
-        """Marginal variances, shape ``(p,)``."""
-        return self.precision.reciprocal()
+        """Marginal variances, shape ``(p,)``; zero where fixed."""
+        total = torch.zeros_like(self.loc)
+        for index, part in self.parts:
+            total[index] = part.variance
+        return total

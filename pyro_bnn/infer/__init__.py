@@ -3,20 +3,20 @@
 
 """Inference: fitting, bounds, guides, predictions."""
 
-from pyro_bnn.infer.checkpoint import Checkpoint
-from pyro_bnn.infer.component_check import ComponentLoopWarning
-from pyro_bnn.infer.curvature import NotAMinimumError
-from pyro_bnn.infer.draws import posterior_draws
-from pyro_bnn.infer.fit import fit
-from pyro_bnn.infer.fit_state import FitResult, FitState, NonFiniteLossError
-from pyro_bnn.infer.mixture_elbo import Mixture_ELBO
-from pyro_bnn.infer.moments import PredictiveMoments, SiteMoments, predictive_moments
+from pyro_bnn.curvature.accumulate import NotAMinimumError
+from pyro_bnn.infer.mixture.check import ComponentLoopWarning
+from pyro_bnn.infer.mixture.elbo import Mixture_ELBO
+from pyro_bnn.infer.mixture.presets import Rank1Preset, default_preset, dusenberry2020
+from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
 from pyro_bnn.infer.nuts import NUTSResult, nuts
-from pyro_bnn.infer.persist import load_guide, save_guide
-from pyro_bnn.infer.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
-from pyro_bnn.infer.presets import Rank1Preset, default_preset, dusenberry2020
-from pyro_bnn.infer.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
-from pyro_bnn.infer.stopping import ConvergenceTest, EarlyStopping
+from pyro_bnn.infer.predict.draws import posterior_draws
+from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
+from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.train.checkpoint import Checkpoint
+from pyro_bnn.infer.train.loop import fit
+from pyro_bnn.infer.train.persist import load_guide, save_guide
+from pyro_bnn.infer.train.state import FitResult, FitState, NonFiniteLossError
+from pyro_bnn.infer.train.stopping import ConvergenceTest, EarlyStopping
 
 __all__ = [
     "Checkpoint",

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn.curvature.diagonal import DiagonalPart
+from pyro_bnn.curvature.kronecker import KroneckerPart
+from pyro_bnn.curvature.low_rank import LowRankPart, placed_rows
+from pyro_bnn.curvature.parts import Part
+from pyro_bnn.curvature.prior import diagonal_of_diagonal
+from pyro_bnn.curvature.stream import FisherKind, SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
-from pyro_bnn.infer.curvature import diagonal_of_diagonal
-from pyro_bnn.infer.data import iter_batches, repeatable_batches
-from pyro_bnn.infer.examples import FisherKind, SiteExamples
 from pyro_bnn.infer.hyperparameters import LIMIT, HyperparameterReport, warn_of_edges, warn_of_runaways
-from pyro_bnn.infer.low_rank import placed_rows
-from pyro_bnn.infer.parts import DiagonalPart, KroneckerPart, LowRankPart, Part
+from pyro_bnn.model.data import iter_batches, repeatable_batches
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.graph import FirstOrderSum
 from pyro_bnn.ops.jacobian import hvp_operator, vjp

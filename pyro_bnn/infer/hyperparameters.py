@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyro_bnn.infer.notice import warn_user
+from pyro_bnn.ops.notice import warn_user
 
 #: Logarithms of multipliers beyond which a search does not go: 1e-8 to 1e8.
 LIMIT = 8 * 2.302585092994046

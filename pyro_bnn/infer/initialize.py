@@ -13,14 +13,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.infer.arguments import arguments_of, is_container
-from pyro_bnn.infer.data import Batch, check_finite, map_tensors
-from pyro_bnn.infer.flat import StartFlatSites, is_flat
-from pyro_bnn.infer.handlers import Site, is_factor, latent_names, observed_names, sample_sites
-from pyro_bnn.infer.observations import check_labels, check_shape, check_values
-from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.prototype import detach_prototypes
-from pyro_bnn.infer.reach import check_reached
+from pyro_bnn.model.arguments import arguments_of, is_container
+from pyro_bnn.model.data import Batch, check_finite, map_tensors
+from pyro_bnn.model.flat import StartFlatSites, is_flat
+from pyro_bnn.model.handlers import Site, is_factor, latent_names, observed_names, sample_sites
+from pyro_bnn.model.observations import check_labels, check_shape, check_values
+from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.model.prototype import detach_prototypes
+from pyro_bnn.model.reach import check_reached
 
 #: Attribute of a guide with the shapes of the batch that it was initialised on.
 EXAMPLE = "_initialized_on"
@@ -111,7 +111,7 @@ def initialize_guide(model: Callable[..., Any], guide: Callable[..., Any], batch
                 if flat := [n for n, site in sample_sites(model_trace).items() if is_flat(site)]:
                     error.add_note(
                         f"The priors of {flat} are flat, and {type(guide).__name__} draws from priors to start: pass it "
-                        "init_loc_fn=pyro_bnn.infer.flat.init_flat(init_to_median)."
+                        "init_loc_fn=pyro_bnn.model.flat.init_flat(init_to_median)."
                     )
                 raise
             detach_prototypes(guide)

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from pyro.infer import Trace_ELBO
 
-from pyro_bnn.infer.data import as_batch
 from pyro_bnn.infer.initialize import initialize_guide
-from pyro_bnn.infer.optimizer import make_optimizer
-from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.train.optimizer import make_optimizer
+from pyro_bnn.model.data import as_batch
+from pyro_bnn.model.parameters import local_parameters
 
 try:
     import lightning
@@ -30,7 +30,7 @@ class ElboModule(_Module):
     :param model: a Pyro model that is a module.
     :param guide: its guide.
     :param elbo: a Pyro bound; :class:`~pyro.infer.Trace_ELBO` by default.
-    :param optim: see :func:`~pyro_bnn.infer.optimizer.make_optimizer`.
+    :param optim: see :func:`~pyro_bnn.infer.train.optimizer.make_optimizer`.
     :param scheduler: a function of the optimiser returning a torch scheduler, stepped after each step.
 
     Call :meth:`initialize` with one batch before training, so that all parameters exist.

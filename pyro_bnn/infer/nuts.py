@@ -13,14 +13,14 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_bnn.infer.data import Batch, Batches
-from pyro_bnn.infer.draws import Draws, component_draws, posterior_draws
-from pyro_bnn.infer.flat import StartFlatSites, is_flat
-from pyro_bnn.infer.handlers import latent_names, sample_sites
 from pyro_bnn.infer.initialize import check_observations, run_model
-from pyro_bnn.infer.parameters import local_parameters
-from pyro_bnn.infer.plates import plates_of
-from pyro_bnn.infer.progress import shows_bars
+from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.train.progress import shows_bars
+from pyro_bnn.model.data import Batch, Batches
+from pyro_bnn.model.flat import StartFlatSites, is_flat
+from pyro_bnn.model.handlers import latent_names, sample_sites
+from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.model.plates import plates_of
 
 _Nuts: Any = NUTS
 

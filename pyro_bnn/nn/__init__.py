@@ -5,13 +5,7 @@
 
 from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
-from pyro_bnn.nn.convert import bayesian_, rank1_
-from pyro_bnn.nn.folding import fold_
-from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
-from pyro_bnn.nn.packed import unpack_site
-from pyro_bnn.nn.priors import FanInNormal
-from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options
-from pyro_bnn.nn.rank1_conv import (
+from pyro_bnn.nn.conv import (
     Rank1Conv1d,
     Rank1Conv2d,
     Rank1Conv3d,
@@ -19,6 +13,12 @@ from pyro_bnn.nn.rank1_conv import (
     Rank1ConvTranspose2d,
     Rank1ConvTranspose3d,
 )
+from pyro_bnn.nn.convert import bayesian_, rank1_
+from pyro_bnn.nn.folding import fold_
+from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
+from pyro_bnn.nn.packed import unpack_site
+from pyro_bnn.nn.priors import FanInNormal
+from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import init_to_trained
 

@@ -13,9 +13,9 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
 from pyro_bnn.nn.bayesian import broadcast_linear
+from pyro_bnn.nn.conv import _OPTIONS
 from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
 from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options, finish_layer
-from pyro_bnn.nn.rank1_conv import _OPTIONS
 from pyro_bnn.nn.sites import SiteModule
 
 _Attention: Any = PyroModule[nn.MultiheadAttention]

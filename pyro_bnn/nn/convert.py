@@ -13,13 +13,7 @@ from torch.nn.utils import parametrize
 from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.bayesian_layers import BAYESIAN_LAYERS
-from pyro_bnn.nn.convertible import Selector, all_or_nothing, convertible, torch_class
-from pyro_bnn.nn.folding import Folding
-from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
-from pyro_bnn.nn.packed import PackedSite
-from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
-from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
-from pyro_bnn.nn.rank1_conv import (
+from pyro_bnn.nn.conv import (
     Rank1Conv1d,
     Rank1Conv2d,
     Rank1Conv3d,
@@ -27,6 +21,12 @@ from pyro_bnn.nn.rank1_conv import (
     Rank1ConvTranspose2d,
     Rank1ConvTranspose3d,
 )
+from pyro_bnn.nn.convertible import Selector, all_or_nothing, convertible, torch_class
+from pyro_bnn.nn.folding import Folding
+from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
+from pyro_bnn.nn.packed import PackedSite
+from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
+from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import describe_module
 from pyro_bnn.nn.subclassed import subclass_layer

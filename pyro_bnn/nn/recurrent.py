@@ -10,9 +10,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from pyro_bnn.nn.conv import _OPTIONS
 from pyro_bnn.nn.per_sample import Rank1PerSampleMixin
 from pyro_bnn.nn.rank1 import finish_layer
-from pyro_bnn.nn.rank1_conv import _OPTIONS
 from pyro_bnn.nn.structure import repack
 
 _RNN: Any = PyroModule[nn.RNN]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics import to_datatree, to_inference_data
 from pyro_bnn.infer import fit, load_guide, posterior_predictive, save_guide
-from pyro_bnn.infer.handlers import latent_names
+from pyro_bnn.model.handlers import latent_names
 from tests.common import assert_close
 
 N = 12

@@ -16,7 +16,7 @@ import xarray as xr
 
 from pyro_bnn.diagnostics import to_datatree, write_tree
 from pyro_bnn.diagnostics.storage import TreeWriter
-from pyro_bnn.infer.files import Replacement
+from pyro_bnn.infer.train.files import Replacement
 from tests.common import small_disk
 from tests.infer.models import linear_data, linear_model
 

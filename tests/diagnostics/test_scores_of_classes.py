@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import brier_score_loss
 
 from pyro_bnn.diagnostics import metrics
-from pyro_bnn.infer.predictive import SitePrediction
+from pyro_bnn.infer.predict.predictive import SitePrediction
 from tests.common import assert_close
 
 

@@ -15,7 +15,7 @@ from pyro_bnn.diagnostics import metrics, to_datatree, to_inference_data
 from pyro_bnn.diagnostics.diversity import diversity
 from pyro_bnn.infer import posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
-from pyro_bnn.infer.predictive import SitePrediction
+from pyro_bnn.infer.predict.predictive import SitePrediction
 from tests.common import assert_close
 
 OBSERVED = torch.tensor([True, False, True, True, False, True])

@@ -11,7 +11,7 @@ import torch
 
 from pyro_bnn.diagnostics import metrics, prediction_draws, quality
 from pyro_bnn.infer import posterior_predictive
-from pyro_bnn.infer.predictive import SitePrediction
+from pyro_bnn.infer.predict.predictive import SitePrediction
 
 NUMERIC: dict[str, Callable[..., object]] = {
     "rmse": metrics.rmse,

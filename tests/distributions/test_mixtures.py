@@ -11,11 +11,16 @@ import torch
 import torch.distributions as td
 from pyro import poutine
 
-from pyro_bnn.distributions.equal_mixture import EqualMixture
-from pyro_bnn.distributions.mixture import SharedIndexMixture, mixture_quantile
-from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal
-from pyro_bnn.distributions.structured_normal import BlockNormal
-from pyro_bnn.distributions.weighted_mixture import PackedMixture, WeightedMixture
+from pyro_bnn.curvature.dense import FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal
+from pyro_bnn.distributions.mixture import (
+    EqualMixture,
+    PackedMixture,
+    SharedIndexMixture,
+    WeightedMixture,
+    mixture_quantile,
+)
+from pyro_bnn.distributions.precision_normal import BlockNormal
 from tests.common import assert_close
 
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

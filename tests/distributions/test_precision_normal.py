@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal
-from pyro_bnn.distributions.structured_normal import BlockNormal, KroneckerNormal, LowRankNormal
+from pyro_bnn.curvature.dense import FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal
+from pyro_bnn.curvature.kronecker import KroneckerNormal
+from pyro_bnn.curvature.low_rank import LowRankNormal
+from pyro_bnn.distributions.precision_normal import BlockNormal
 from tests.common import assert_close
 
 

@@ -13,9 +13,9 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.infer import Mixture_ELBO, fit, hfl
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
-from pyro_bnn.infer.curvature import CurvatureAccumulator
 from pyro_bnn.infer.initialize import initialize_guide
 from tests.infer.models import NOISE, linear_data, linear_posterior
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from pyro_bnn.diagnostics import log_weights, to_datatree
 from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.data import Batches
+from pyro_bnn.model.data import Batches
 
 S = 5
 

@@ -18,7 +18,7 @@ from torch.distributions import MultivariateNormal, Normal
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.join import Join
+from pyro_bnn.model.join import Join
 from tests.common import assert_close
 
 SHAPES = [((4, 5), (4, 7)), ((5, 4), (3, 7)), ((4, 4), (7, 7))]

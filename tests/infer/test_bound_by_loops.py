@@ -16,7 +16,7 @@ from pyro import poutine
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.mixture_terms import per_component
+from pyro_bnn.infer.mixture.terms import per_component
 from tests.common import assert_close
 
 N, TOTAL, NARROW = 5, 12, 1e-9

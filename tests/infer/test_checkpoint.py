@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import Checkpoint, FitState, fit
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.files import atomic_save
+from pyro_bnn.infer.train.files import atomic_save
 from tests.infer.models import linear_data, linear_model
 
 SCRIPT = Path(__file__).with_name("resume_script.py")

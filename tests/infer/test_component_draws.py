@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import posterior_draws
 from pyro_bnn.infer.autoguide import AutoMixture, components
-from pyro_bnn.infer.density import guide_log_prob
-from pyro_bnn.infer.draws import component_draws
+from pyro_bnn.infer.predict.density import guide_log_prob
+from pyro_bnn.infer.predict.draws import component_draws
 from pyro_bnn.nn import rank1_
 from tests.common import assert_close
 

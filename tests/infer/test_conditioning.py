@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.parts import CurvatureWarning
+from pyro_bnn.ops.notice import CurvatureWarning
 from tests.common import assert_close
 
 

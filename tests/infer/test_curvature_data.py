@@ -15,9 +15,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from pyro_bnn.curvature.linear_maps import eigh_factor
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.parts import CurvatureWarning
-from pyro_bnn.ops.kronecker import eigh_factor
+from pyro_bnn.ops.notice import CurvatureWarning
 from tests.common import assert_close
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_bnn.infer.parts import CurvatureWarning
+from pyro_bnn.ops.notice import CurvatureWarning
 from tests.common import assert_close
 from tests.infer.test_curvature_programs import MLP, Cube, Program, scripted_layer
 

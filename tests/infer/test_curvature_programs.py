@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.parts import CurvatureWarning
+from pyro_bnn.ops.notice import CurvatureWarning
 from tests.common import assert_close
 
 NOISE = 0.5

@@ -10,18 +10,27 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal
-from pyro_bnn.distributions.structured_normal import BlockNormal, KroneckerNormal, LowRankNormal
-from pyro_bnn.infer.conditioning import condition_number, describe, expected_error
-from pyro_bnn.infer.definite import blame, main_sites, require_finite_mode, require_minimum, require_resolved
+from pyro_bnn.curvature.conditioning import condition_number, describe, expected_error
+from pyro_bnn.curvature.definite import (
+    blame,
+    main_sites,
+    require_finite_mode,
+    require_minimum,
+    require_resolved,
+)
+from pyro_bnn.curvature.dense import DensePart, FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal, DiagonalPart
+from pyro_bnn.curvature.kronecker import KroneckerNormal
+from pyro_bnn.curvature.low_rank import LowRankNormal
+from pyro_bnn.curvature.parts import NotAMinimumError
+from pyro_bnn.distributions.precision_normal import BlockNormal
 from pyro_bnn.infer.hyperparameters import (
     HyperparameterReport,
     HyperparameterWarning,
     warn_of_edges,
     warn_of_runaways,
 )
-from pyro_bnn.infer.latent_space import LatentSpace
-from pyro_bnn.infer.parts import DensePart, DiagonalPart, NotAMinimumError
+from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.ops.krylov import ritz_pairs
 from tests.common import assert_close
 

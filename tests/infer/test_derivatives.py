@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.derivatives import mismatch
-from pyro_bnn.infer.parts import CurvatureWarning
+from pyro_bnn.model.derivatives import mismatch
 from pyro_bnn.nn import bayesian_
+from pyro_bnn.ops.notice import CurvatureWarning
 from tests.common import assert_close
 
 GRADIENT = "autograd's gradient of the likelihood"

@@ -10,8 +10,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_bnn.curvature.dense import DensePart
+from pyro_bnn.curvature.diagonal import DiagonalPart
+from pyro_bnn.curvature.kronecker import KroneckerPart
+from pyro_bnn.curvature.low_rank import LowRankPart
+from pyro_bnn.curvature.parts import NotAMinimumError
+from pyro_bnn.curvature.prior import diagonal_of_diagonal, operator_diagonal
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.curvature import diagonal_of_diagonal, operator_diagonal
 from pyro_bnn.infer.evidence import (
     _Spectrum,
     optimize_evidence,
@@ -21,7 +26,6 @@ from pyro_bnn.infer.evidence import (
     train_with_evidence,
     validation_score,
 )
-from pyro_bnn.infer.parts import DensePart, DiagonalPart, KroneckerPart, LowRankPart, NotAMinimumError
 from tests.common import assert_close
 
 Q = 6

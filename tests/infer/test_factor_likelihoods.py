@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.infer import fit, hfl
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture
-from pyro_bnn.infer.curvature import CurvatureAccumulator
 from tests.common import assert_close
 from tests.infer.models import NOISE, linear_data, linear_model, linear_posterior
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import ComponentLoopWarning, Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoLaplaceMixture, AutoMixture
-from pyro_bnn.infer.component_runs import DirectRun
-from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.mixture.runs import DirectRun
+from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
 

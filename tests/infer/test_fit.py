@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoMultivariate
 from pyro.infer.autoguide.initialization import init_to_value
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.infer.fit import fit
-from pyro_bnn.infer.fit_state import FitState, NonFiniteLossError
+from pyro_bnn.infer.train.loop import fit
+from pyro_bnn.infer.train.state import FitState, NonFiniteLossError
 from tests.common import assert_close
 from tests.infer.models import TextbookNet, linear_data, linear_model, linear_posterior
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.curvature import NotAMinimumError
 from tests.common import assert_close
 from tests.infer.models import linear_data
 

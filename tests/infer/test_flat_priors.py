@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 
 from pyro_bnn.infer import fit, nuts
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
-from pyro_bnn.infer.flat import init_flat
+from pyro_bnn.model.flat import init_flat
 from tests.common import assert_close
 from tests.infer.models import NOISE, linear_data
 

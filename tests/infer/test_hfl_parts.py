@@ -10,21 +10,21 @@ import pytest
 import torch
 from scipy import stats
 
+from pyro_bnn.curvature.parts import NotAMinimumError
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.api import _agreement, _from_responses
 from pyro_bnn.infer.hfl.checks import warn_of
 from pyro_bnn.infer.hfl.functionals import Functionals
+from pyro_bnn.infer.hfl.loss import PerturbedLoss, Problem
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
+from pyro_bnn.infer.hfl.nystrom import _inverse_root, probe
 from pyro_bnn.infer.hfl.paired import fine_tune
 from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb, slopes
-from pyro_bnn.infer.hfl.probe import _inverse_root, probe
-from pyro_bnn.infer.hfl.problem import PerturbedLoss, Problem
+from pyro_bnn.infer.hfl.regvar import regvar_score
 from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
 from pyro_bnn.infer.hfl.sandwich import score_responses
-from pyro_bnn.infer.hfl.score import regvar_score
 from pyro_bnn.infer.hfl.solver import Solver
-from pyro_bnn.infer.parts import NotAMinimumError
 from tests.common import assert_close
 
 N, D = 12, 5

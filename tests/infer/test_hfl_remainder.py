@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace
-from pyro_bnn.infer.curvature import NotAMinimumError
 from tests.common import assert_close
 
 

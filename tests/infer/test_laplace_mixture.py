@@ -12,7 +12,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import load_guide, posterior_predictive, save_guide
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoLaplaceMixture, AutoMixture
-from pyro_bnn.infer.density import guide_log_prob
+from pyro_bnn.infer.predict.density import guide_log_prob
 from tests.common import assert_close
 from tests.models import in_between_data, tanh_network
 

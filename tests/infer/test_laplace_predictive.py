@@ -12,7 +12,7 @@ import torch.nn as nn
 from pyro.infer import Trace_ELBO
 from torch.func import functional_call
 
-from pyro_bnn.distributions.equal_mixture import EqualMixture
+from pyro_bnn.distributions.mixture import EqualMixture
 from pyro_bnn.infer.autoguide import AutoLaplace
 from tests.common import assert_close
 from tests.models import in_between_data, linear_regression, logistic_regression, tanh_network

@@ -11,11 +11,11 @@ import torch
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from pyro.poutine import block
 
+from pyro_bnn.curvature.selection import largest
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
-from pyro_bnn.infer.density import guide_log_prob
-from pyro_bnn.infer.latent_space import LatentSpace
-from pyro_bnn.infer.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
-from pyro_bnn.infer.selection import largest
+from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
+from pyro_bnn.infer.predict.density import guide_log_prob
+from pyro_bnn.model.latent_space import LatentSpace
 from tests.common import assert_close
 
 

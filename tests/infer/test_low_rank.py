@@ -7,8 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_bnn.curvature.low_rank import LowRankSum
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.low_rank import LowRankSum
 from pyro_bnn.ops.eigen import leading_eigenpairs
 from tests.common import assert_close
 

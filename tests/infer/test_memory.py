@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.memory import available_bytes, readable, require_memory
+from pyro_bnn.ops.memory import available_bytes, readable, require_memory
 from tests.models import in_between_data, tanh_network
 
 

@@ -18,7 +18,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import Rank1Linear, init_to_trained, rank1_
 from tests.common import assert_close
 from tests.contracts.posterior import LinearGaussian, assert_below_the_evidence

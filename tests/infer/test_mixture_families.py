@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture, dropout_scale, init_to_normal, init_to_random_sign
-from pyro_bnn.infer.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
+from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
 from pyro_bnn.nn import init_to_trained, rank1_
 from tests.common import assert_close
 from tests.contracts.posterior import LinearGaussian

@@ -13,9 +13,9 @@ from torch import nn
 
 from pyro_bnn.infer import Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.component_check import ComponentLoopWarning
-from pyro_bnn.infer.component_runs import Step
-from pyro_bnn.infer.parameters import local_parameters
+from pyro_bnn.infer.mixture.check import ComponentLoopWarning
+from pyro_bnn.infer.mixture.runs import Step
+from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
 

@@ -14,6 +14,7 @@ import torch
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer import fit
 from pyro_bnn.infer.autoguide import (
     AutoHessianFreeLaplace,
@@ -22,7 +23,6 @@ from pyro_bnn.infer.autoguide import (
     AutoMixture,
     UnconvergedMAPWarning,
 )
-from pyro_bnn.infer.curvature import NotAMinimumError
 from pyro_bnn.nn import bayesian_
 from tests.common import assert_close
 from tests.infer.models import linear_data, linear_model, linear_posterior

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import posterior_predictive, predictive_moments
-from pyro_bnn.infer.moments import site_moments
+from pyro_bnn.infer.predict.moments import site_moments
 from tests.common import assert_close
 from tests.infer.models import NOISE, linear_data, linear_model, linear_posterior
 

@@ -12,7 +12,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import rank1_
 from tests.common import assert_close
 from tests.nn.test_layer_contract import CASES, B, flat

@@ -37,7 +37,7 @@ from pyro.infer.autoguide import (
 from pyro_bnn.infer import fit, load_guide, posterior_draws, posterior_predictive, save_guide
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.infer.autoguide.laplace import Structure
-from pyro_bnn.infer.files import atomic_save
+from pyro_bnn.infer.train.files import atomic_save
 from pyro_bnn.nn import rank1_
 from tests.common import small_disk
 from tests.infer.models import linear_data, linear_model

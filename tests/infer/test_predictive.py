@@ -23,8 +23,8 @@ from pyro.infer.autoguide import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.infer.draws import posterior_draws
-from pyro_bnn.infer.predictive import posterior_predictive
+from pyro_bnn.infer.predict.draws import posterior_draws
+from pyro_bnn.infer.predict.predictive import posterior_predictive
 from tests.common import assert_close
 from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import categorical_draw
+from pyro_bnn.model.handlers import categorical_draw
 from pyro_bnn.nn import HierarchicalPrior, bayesian_, rank1_
 from tests.common import assert_close
 from tests.nn import architectures as arch

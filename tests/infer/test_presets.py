@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_bnn.infer import default_preset, dusenberry2020, fit
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from tests.common import assert_close
 from tests.infer.test_mixture import D, N, X, Y
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.infer import Checkpoint, ConvergenceTest, EarlyStopping, FitState, Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
-from pyro_bnn.infer.fit_state import FitResult, NonFiniteLossError
+from pyro_bnn.infer.train.state import FitResult, NonFiniteLossError
 from pyro_bnn.nn import rank1_
 from tests.infer.models import linear_data, linear_model
 
@@ -201,7 +201,7 @@ def test_resuming_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     train(tmp_path / "run")
     assert not caplog.records
     train(tmp_path / "run", num_steps=9)
-    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.resume"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.train.resume"] == [
         f"fit: resuming from step 5 of {tmp_path / 'run'}"
     ]
     assert caplog.records[0].levelno == logging.WARNING  # shown without any set-up

@@ -14,7 +14,7 @@ from torch import nn
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from pyro_bnn.nn.folding import split_batch
 from tests.common import assert_close

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from pyro_bnn.infer import default_preset
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
 from tests.nn import architectures as arch

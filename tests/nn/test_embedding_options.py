@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
 from tests.infer.component_oracle import with_factors

@@ -13,7 +13,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior, bayesian_, rank1_
 from tests.common import assert_close
 from tests.infer.test_mixture import D, X, Y, run

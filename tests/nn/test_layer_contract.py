@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pyro_bnn.nn as nn_
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from pyro_bnn.nn.folding import split_batch
 from tests.common import assert_close

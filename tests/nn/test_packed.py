@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, init_to_trained, unpack_site
 from tests.common import assert_close
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import nn
 
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import (
     BayesianLinear,
     FanInNormal,

@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from pyro_bnn.ops.capture import Capture
-from pyro_bnn.ops.examples import ExampleJacobian
+from pyro_bnn.curvature.capture import Capture
+from pyro_bnn.curvature.jacobian import ExampleJacobian
 from tests.common import assert_close
 
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from pyro_bnn.ops.kronecker import (
+from pyro_bnn.curvature.linear_maps import (
     MapBlock,
     _chunks,
     eigh_factor,
@@ -20,7 +20,15 @@ from pyro_bnn.ops.kronecker import (
     squared_rows,
     weight_gradients,
 )
-from pyro_bnn.ops.patches import ChannelRows, OutputPatches, PatchInputs, column_gram, gram, patches, sizes
+from pyro_bnn.curvature.patches import (
+    ChannelRows,
+    OutputPatches,
+    PatchInputs,
+    column_gram,
+    gram,
+    patches,
+    sizes,
+)
 from tests.common import assert_close
 
 B, K, OUT, IN = 6, 3, 4, 5

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pyro_bnn.infer.hfl.problem import by_chunks
+from pyro_bnn.infer.hfl.loss import by_chunks
 from pyro_bnn.ops.block_cg import block_conjugate_gradient, orthonormal_rows
 from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import dense, hvp_operator, jacobian, jvp_operator, vjp

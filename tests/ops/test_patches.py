@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_bnn.ops.kronecker import MapBlock, pair_block, squared_rows
-from pyro_bnn.ops.patches import patch_gram, patches
+from pyro_bnn.curvature.linear_maps import MapBlock, pair_block, squared_rows
+from pyro_bnn.curvature.patches import patch_gram, patches
 
 GEOMETRIES = list(
     itertools.product([(3, 3), (5, 2), (1, 1), (2, 4)], [1, 2, (2, 3)], [0, (1, 2)], [1, (2, 1)])

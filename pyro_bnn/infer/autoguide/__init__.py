@@ -14,7 +14,7 @@ from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
 from pyro_bnn.infer.autoguide.linearized import MAPReport, PointEstimateWarning, UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
+from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 
 __all__ = [
     "AutoHessianFreeLaplace",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from pyro_bnn.infer.handlers import observed_names
+from pyro_bnn.model.handlers import observed_names
 
 #: An argument, by position or name, one of its dimensions, and the size that it had.
 RowSource = tuple[int | str, int, int]

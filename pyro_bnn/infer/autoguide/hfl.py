@@ -11,16 +11,16 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.distributions.factor_normal import FactorNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.curvature import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.infer.hfl.api import Method, solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.solver import Preconditioner
-from pyro_bnn.infer.options import require_number
+from pyro_bnn.ops.options import require_number
 
 Remainder = Literal["isotropic", "diagonal"]
 

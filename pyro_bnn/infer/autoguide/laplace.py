@@ -11,22 +11,33 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from pyro_bnn.distributions.precision_normal import DiagonalNormal, FullNormal, PrecisionNormal
-from pyro_bnn.distributions.structured_normal import BlockNormal
-from pyro_bnn.infer.arguments import as_data
-from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.conditioning import TOLERANCE, describe, expected_error
-from pyro_bnn.infer.curvature import (
+from pyro_bnn.curvature.accumulate import (
     Accumulated,
     CurvatureAccumulator,
-    PriorCurvature,
     accumulate_examples,
     accumulate_operators,
     check_option,
-    prior_curvature,
 )
-from pyro_bnn.infer.data import as_batches
-from pyro_bnn.infer.definite import blame, require_minimum, require_resolved
+from pyro_bnn.curvature.capture import Capture
+from pyro_bnn.curvature.conditioning import TOLERANCE, describe, expected_error
+from pyro_bnn.curvature.definite import blame, require_minimum, require_resolved
+from pyro_bnn.curvature.dense import DENSE_LIMIT, BlockSum, DenseSum, FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal, DiagonalSum
+from pyro_bnn.curvature.fisher_checks import require_scores
+from pyro_bnn.curvature.joint_covariance import joint_covariance_blocks
+from pyro_bnn.curvature.kronecker import KroneckerSum
+from pyro_bnn.curvature.linear_maps import Sharing
+from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
+from pyro_bnn.curvature.part_store import PartStore
+from pyro_bnn.curvature.parts import NotAMinimumError, Part
+from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
+from pyro_bnn.curvature.selection import Selection, largest, select
+from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.curvature.subset import count_examples, random_subset
+from pyro_bnn.curvature.sums import CurvatureSum
+from pyro_bnn.curvature.uses import LinearUse
+from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
+from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
 from pyro_bnn.infer.evidence import (
     Per,
     differentiable_evidence,
@@ -36,30 +47,13 @@ from pyro_bnn.infer.evidence import (
     prior_change,
     tau_of,
 )
-from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.fisher_checks import require_scores
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
-from pyro_bnn.infer.joint_covariance import joint_covariance_blocks
-from pyro_bnn.infer.low_rank import LowRankSum, Reserve, curvature_rows
-from pyro_bnn.infer.memory import available_bytes, readable, require_memory
-from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.part_store import PartStore
-from pyro_bnn.infer.parts import CurvatureWarning, NotAMinimumError, Part
-from pyro_bnn.infer.selection import Selection, largest, select
-from pyro_bnn.infer.structures import (
-    DENSE_LIMIT,
-    BlockSum,
-    CurvatureSum,
-    DenseSum,
-    DiagonalSum,
-    KroneckerSum,
-)
-from pyro_bnn.infer.subset import count_examples, random_subset
-from pyro_bnn.ops.capture import Capture
+from pyro_bnn.model.arguments import as_data
+from pyro_bnn.model.data import as_batches
 from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
 from pyro_bnn.ops.jacobian import hvp_operator, wide
-from pyro_bnn.ops.kronecker import Sharing
-from pyro_bnn.ops.uses import LinearUse
+from pyro_bnn.ops.memory import available_bytes, readable, require_memory
+from pyro_bnn.ops.notice import CurvatureWarning, warn_user
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]

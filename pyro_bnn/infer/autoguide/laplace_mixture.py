@@ -13,15 +13,14 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
-from pyro_bnn.distributions.mixture import mixture_quantile
-from pyro_bnn.distributions.weighted_mixture import PackedMixture, WeightedMixture
+from pyro_bnn.curvature.accumulate import check_option
+from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, mixture_quantile
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
-from pyro_bnn.infer.curvature import check_option
-from pyro_bnn.infer.flat import init_flat
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
-from pyro_bnn.infer.packed import PackedModel, called_modules
-from pyro_bnn.infer.prototype import detach_prototypes
+from pyro_bnn.model.flat import init_flat
+from pyro_bnn.model.packed import PackedModel, called_modules
+from pyro_bnn.model.prototype import detach_prototypes
 
 Weights = Literal["equal", "evidence"]
 

@@ -15,22 +15,27 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
-from pyro_bnn.infer.arguments import as_data
-from pyro_bnn.infer.data import Batch, as_batches, iter_batches
-from pyro_bnn.infer.examples import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.flat import init_flat
-from pyro_bnn.infer.handlers import SubstituteMessenger, latent_names
+from pyro_bnn.curvature.mode import DENSE_LIMIT as DENSE_LIMIT
+from pyro_bnn.curvature.mode import UnconvergedMAPWarning, find_mode
+from pyro_bnn.curvature.output_covariances import (
+    SiteCovariances,
+    event_covariance,
+    joined,
+    output_covariances,
+)
+from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
+from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
-from pyro_bnn.infer.linearized_outputs import LinearizedOutputs
-from pyro_bnn.infer.mode import DENSE_LIMIT as DENSE_LIMIT
-from pyro_bnn.infer.mode import UnconvergedMAPWarning, find_mode
-from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.observations import is_stand_in
-from pyro_bnn.infer.output_covariances import SiteCovariances, event_covariance, joined, output_covariances
-from pyro_bnn.infer.packed import PackedModel, SiteOutputs, called_modules
-from pyro_bnn.infer.prototype import detach_prototypes
+from pyro_bnn.model.arguments import as_data
+from pyro_bnn.model.data import Batch, as_batches, iter_batches
+from pyro_bnn.model.flat import init_flat
+from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
+from pyro_bnn.model.observations import is_stand_in
+from pyro_bnn.model.packed import PackedModel, SiteOutputs, called_modules
+from pyro_bnn.model.prototype import detach_prototypes
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import value_and_gradient
+from pyro_bnn.ops.notice import warn_user
 
 
 class PointEstimateWarning(UserWarning):

@@ -36,9 +36,9 @@ from pyro_bnn.infer.autoguide.families import (
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
 from pyro_bnn.infer.autoguide.joint_draws import JointDraws
-from pyro_bnn.infer.flat import init_flat
-from pyro_bnn.infer.handlers import SubstituteMessenger, observed_names
-from pyro_bnn.infer.observations import check_labels
+from pyro_bnn.model.flat import init_flat
+from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
+from pyro_bnn.model.observations import check_labels
 from pyro_bnn.nn.sites import SITE_KEY
 
 

@@ -9,9 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import Curvature, NotAMinimumError, check_option
-from pyro_bnn.infer.data import iter_batches, repeatable_batches
-from pyro_bnn.infer.handlers import SubstituteMessenger
+from pyro_bnn.curvature.accumulate import Curvature, NotAMinimumError, check_option
 from pyro_bnn.infer.hfl.checks import (
     check_accuracy,
     check_sizes,
@@ -20,20 +18,22 @@ from pyro_bnn.infer.hfl.checks import (
     warn_of,
 )
 from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
+from pyro_bnn.infer.hfl.nystrom import Probes, probe
 from pyro_bnn.infer.hfl.paired import paired
 from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb
-from pyro_bnn.infer.hfl.probe import Probes, probe
-from pyro_bnn.infer.hfl.problem import Problem
+from pyro_bnn.infer.hfl.regvar import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
 from pyro_bnn.infer.hfl.sandwich import score_responses
-from pyro_bnn.infer.hfl.score import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
-from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.options import require_count, require_number
-from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.model.data import iter_batches, repeatable_batches
+from pyro_bnn.model.handlers import SubstituteMessenger
+from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.krylov import smallest_eigenvalue
+from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.options import require_count, require_number
 
 Method = Literal["cg", "one_sided", "central", "paired", "probe"]
 
@@ -287,14 +287,14 @@ def regvar(
     """
     The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
 
-    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.score.regvar_score` and the
+    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score` and the
     documentation.
 
     :param guide: a point estimate, as for :func:`solve`.
     :param data: one batch or an iterable of batches, with observations.
     :param targets: one batch of inputs.
     :param curvature: ``"hessian"`` or ``"ggn"``.
-    :param epsilon: see :func:`~pyro_bnn.infer.hfl.score.regvar_score`.
+    :param epsilon: see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score`.
     :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
     :param twin: whether the reference is a twin run on the same batches, or the point estimate.
     :param calibrate: how many exact solves calibrate the score.

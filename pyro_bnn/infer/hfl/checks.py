@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
-from pyro_bnn.infer.notice import warn_user
-from pyro_bnn.infer.options import require_count, require_number
+from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.options import require_count, require_number
 
 
 def check_accuracy(epsilon: float | None, tolerance: float | None) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.data import Batch
-from pyro_bnn.infer.packed import PackedModel, depends_on
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.packed import PackedModel, depends_on
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, vjp
 
 #: A user's function: the latents by site name, then the targets, to a tensor.

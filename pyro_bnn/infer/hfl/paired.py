@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import NotAMinimumError
-from pyro_bnn.infer.data import Batch, iter_batches
+from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer.hfl.functionals import Functionals
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.perturbation import Perturbation, slopes
-from pyro_bnn.infer.hfl.problem import Problem
 from pyro_bnn.infer.hfl.solver import Solver
+from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.ops.krylov import largest_eigenvalue
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import NotAMinimumError
+from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer.hfl.functionals import Functionals
-from pyro_bnn.infer.hfl.problem import PerturbedLoss, Problem
+from pyro_bnn.infer.hfl.loss import PerturbedLoss, Problem
 from pyro_bnn.infer.hfl.solver import Solver
 from pyro_bnn.ops.newton import minimize_newton
 

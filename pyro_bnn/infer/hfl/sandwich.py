@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.handlers import Site, subsample_scale, unscaled_log_prob
-from pyro_bnn.infer.packed import PackedModel
+from pyro_bnn.model.handlers import Site, subsample_scale, unscaled_log_prob
+from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.jacobian import jvp_operator
 
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.curvature import CurvatureAccumulator, NotAMinimumError, prior_curvature
-from pyro_bnn.infer.data import iter_batches
-from pyro_bnn.infer.hfl.problem import Problem
+from pyro_bnn.curvature.accumulate import CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.curvature.prior import prior_curvature
+from pyro_bnn.infer.hfl.loss import Problem
+from pyro_bnn.model.data import iter_batches
 from pyro_bnn.ops.block_cg import block_conjugate_gradient
 from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import LinearMap

@@ -1,0 +1,280 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+A check of example-wise Jacobians against ordinary backward passes.
+
+A Jacobian in blocks rests on two beliefs about the program: that every use of an entry was seen, and that the rows of each
+use belong to one example each. Three things are looked at, each before the batch is used:
+
+* **rows**, in every batch: the gradients of a random combination of the outputs of a random half of the examples must
+  vanish in all rows of the other half;
+* **the score**, in every batch for which it is given: :math:`\sum_n J_n^\top c_n` from the blocks must be the gradient in
+  the vector that autograd finds for the scores :math:`c_n` of all examples. That gradient is wanted anyhow, so that this
+  costs little;
+* **a random combination** of the outputs of a random half, :math:`\sum_{n\in S} J_n^\top c_n` in the same way: once for
+  each autograd graph, told apart by the names of its nodes, and in every batch whose scores show too little, which are those
+  where more than half of the examples have a score of zero beside the largest, as an interpolating fit does.
+
+Both sides of a comparison come from one and the same backward pass, and are compared through one random linear functional
+per block. What none of them sees are uses whose gradient is zero for the combinations that were tried, or within their
+rounding, or, where no scores are given, that a graph known by the names of its nodes has for some batches only.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.curvature.capture import Capture
+from pyro_bnn.curvature.jacobian import Block, ExampleJacobian, Gradients, Layouts, LinearBlock
+from pyro_bnn.curvature.suspects import Suspects, suspects
+from pyro_bnn.curvature.uses import ElementwiseUse, Output
+from pyro_bnn.ops.graph import graph_nodes
+from pyro_bnn.ops.jacobian import wide
+
+#: The relative precision of a product on tensor cores.
+_TF32 = 2.0**-10
+
+#: Parts of the vector as places in the graph, with the positions of their entries.
+Roots = Sequence[tuple[Output, Tensor]]
+
+
+class CheckedJacobian(ExampleJacobian):
+    r"""
+    A Jacobian that was compared with ordinary backward passes.
+
+    :ivar gradient: :math:`\sum_n J_n^\top c_n` for the scores c by autograd, on the active entries, shape ``(p,)``.
+    :ivar mistakes: what was found wrong on the way and is generic here.
+    """
+
+    gradient: Tensor
+    mistakes: Sequence[Suspects] = ()
+
+
+def checked_jacobian(
+    capture: Capture,
+    latent: Tensor,
+    outputs: Tensor,
+    layouts: Layouts | None = None,
+    *,
+    score: Callable[[CheckedJacobian], Tensor] | None = None,
+    event_dim: int = 0,
+    differentiable: bool = False,
+) -> CheckedJacobian:
+    """
+    The Jacobian of a captured function, example by example, checked; entries that fail the check are differentiated
+    output by output, which is right for whatever autograd can differentiate.
+
+    :param capture: see :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`; so are the other arguments.
+    :param latent: the vector, shape ``(p,)``.
+    :param outputs: the function's value, shape ``(*shape, C)``.
+    :param layouts: those of an earlier batch; ``layouts.mistaken`` holds the entries that have failed so far.
+    :param score: gives the combination of outputs whose gradient is wanted, shape ``(B, M)``.
+    :param event_dim: how many of the last dimensions of ``shape`` hold no examples.
+    :param differentiable: whether the Jacobian keeps its graph.
+    :return: the Jacobian.
+    """
+    mistaken = torch.zeros_like(capture.generic) if layouts is None else layouts.mistaken
+    generator = torch.Generator().manual_seed(0) if layouts is None else layouts.generator
+    attempts = [None] if layouts is None else [layouts, None]
+    failed: list[Suspects] = []
+    while True:
+        attempt = attempts.pop(0) if attempts else None
+        found = CheckedJacobian(
+            capture,
+            latent,
+            outputs,
+            attempt,
+            generic=mistaken,
+            event_dim=event_dim,
+            differentiable=differentiable,
+        )
+        found.layouts.mistaken, found.layouts.generator = mistaken, generator
+        wrong = mistaken_entries(found, generator, None if score is None else score(found))
+        if wrong is None:
+            generic = found.capture.generic
+            found.mistakes = [s for s in failed if bool((s.entries & generic).any())]
+            return found
+        failed.append(suspects(found.capture, found.flat, wrong))
+        if not attempts:  # also with its own layouts
+            mistaken = mistaken | wrong
+
+
+@torch.no_grad()
+def mistaken_entries(
+    jacobian: CheckedJacobian, generator: torch.Generator, score: Tensor | None = None
+) -> Tensor | None:
+    """
+    :param jacobian: of a batch; its gradient is set if a score is given.
+    :param generator: source of random numbers, on the CPU.
+    :param score: the combination of outputs whose gradient is wanted, shape ``(B, M)``.
+    :return: entries whose blocks are not right, bool, shape ``(p,)``, or ``None``.
+    """
+    if not jacobian.flat.requires_grad:
+        jacobian.gradient = wide(torch.zeros_like(jacobian.latent.detach()))
+        return None
+    wrong = _tried(jacobian, generator, score)
+    if wrong is None and score is not None:
+        capture = jacobian.capture
+        wrong, gradient, _ = _compared(jacobian, _roots(capture), score, None, generator)
+        jacobian.gradient = gradient if capture.active is None else gradient.where(capture.active, 0.0)
+    return wrong
+
+
+def _tried(jacobian: ExampleJacobian, generator: torch.Generator, score: Tensor | None) -> Tensor | None:
+    """The entries that random outputs of a random half of the examples show to be wrong."""
+    capture, flat, layouts = jacobian.capture, jacobian.flat, jacobian.layouts
+    # nothing is believed about a part that is generic as a whole
+    roots = [(output, index) for output, index in _roots(capture) if not bool(capture.generic[index].all())]
+    if not roots:
+        return None
+    order = torch.randperm(jacobian.B, generator=generator)
+    chosen = (order < (jacobian.B + 1) // 2).to(flat.device)
+    noise = torch.randn(jacobian.B, jacobian.M, generator=generator).to(flat)
+    cotangent = noise * chosen.unsqueeze(-1)
+    program = hash(tuple(node.name() for node in graph_nodes(flat)))
+    if program in layouts.programs and (score is None or _shows(score, _precision(jacobian))):
+        return _misplaced(jacobian, jacobian.pull_back(cotangent, capture.outputs), ~chosen)
+    wrong, expected, gradients = _compared(jacobian, roots, cotangent, chosen, generator)
+    misplaced = _misplaced(jacobian, gradients, ~chosen)
+    if misplaced is not None:
+        return misplaced if wrong is None else wrong | misplaced
+    # a gradient of zero shows nothing
+    if wrong is None and all(bool(expected[index].any()) for _, index in roots):
+        layouts.programs.add(program)
+    return wrong
+
+
+def _shows(score: Tensor, eps: float) -> bool:
+    """Whether half of the examples have a score that is not lost beside the largest."""
+    size = score.abs().amax(-1)
+    return 2 * int((size > min(1e3 * eps, 1e-3) * size.max()).sum()) >= len(size)
+
+
+def _compared(
+    jacobian: ExampleJacobian,
+    roots: Roots,
+    cotangent: Tensor,
+    chosen: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[Tensor | None, Tensor, Gradients]:
+    """
+    Entries whose blocks do not give the gradient of a combination of the outputs of chosen examples (all by default); that
+    gradient by autograd, shape ``(p,)``; and the gradients in the outputs of the capture.
+    """
+    outputs = jacobian.capture.outputs
+    found = jacobian.pull_back(cotangent, [*outputs, *(output for output, _ in roots)])
+    gradients, in_roots = found[: len(outputs)], found[len(outputs) :]
+    expected = wide(torch.zeros_like(jacobian.latent.detach()))
+    for (_, index), g in zip(roots, in_roots, strict=True):
+        expected.index_add_(0, index.reshape(-1), g.reshape(-1).to(expected.dtype))
+    wrong = _unseen(jacobian, roots, expected)
+    for block in jacobian.blocks:
+        if not _agrees(block, gradients, chosen, expected, _precision(jacobian), generator):
+            wrong[block.index.reshape(-1)] = True
+    return (wrong if bool(wrong.any()) else None), expected, gradients
+
+
+def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) -> Tensor | None:
+    """Entries with a use whose gradient does not vanish for examples that should have none."""
+    uses = jacobian.capture.uses
+    index = others.nonzero().squeeze(-1)
+    if not len(index) or not uses:
+        return None
+    placed = [_in_memory_order(use.placed_rows(gradients[use.slot], jacobian.B)) for use in uses]
+    # uses of one output mostly share their rows
+    rows = {(r.data_ptr(), r.shape, r.stride()): r for r in placed}
+    sizes = [torch.linalg.vector_norm(r, dim=tuple(range(1, r.dim()))) for r in rows.values()]
+    if not bool(torch.stack(sizes)[:, index].any()):
+        return None
+    wrong = torch.zeros_like(jacobian.capture.generic)
+    share = min(1e3 * _precision(jacobian), 0.1)
+    for use, r in zip(uses, placed, strict=True):
+        r = r.index_select(0, index)
+        if r.numel() and not bool(r.abs().max() <= share * gradients[use.slot].abs().max()):
+            wrong[use.index.reshape(-1)] = True
+    return wrong if bool(wrong.any()) else None
+
+
+def _in_memory_order(rows: Tensor) -> Tensor:
+    """The same with its dimensions after the first in the order of memory, as one where they lie there without gaps."""
+    if rows.dim() == 1:
+        return rows.unsqueeze(-1)
+    order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
+    rows = rows.permute(0, *order)
+    dense = all(rows.stride(d) == rows.stride(d + 1) * rows.shape[d + 1] for d in range(1, rows.dim() - 1))
+    return rows.flatten(1) if dense else rows
+
+
+def _unseen(jacobian: ExampleJacobian, roots: Roots, expected: Tensor) -> Tensor:
+    """Entries of which no use was seen, in a part of the vector where they have a gradient."""
+    capture = jacobian.capture
+    known = capture.generic.clone() if capture.active is None else capture.generic | ~capture.active
+    wrong = torch.zeros_like(known)
+    if int(known.sum()) + sum(block.index.numel() for block in jacobian.blocks) == len(known):
+        return wrong  # blocks have no entry in common
+    for block in jacobian.blocks:
+        known[block.index.reshape(-1)] = True
+    unseen = (expected != 0) & ~known
+    if bool(unseen.any()):
+        for _, index in roots:
+            wrong[index.reshape(-1)] |= bool(unseen[index].any())
+    return wrong & ~known
+
+
+def _roots(capture: Capture) -> Roots:
+    """Where the ordinary gradient is taken: the parts of the vector with active entries."""
+    latent = capture.latent
+    if capture.roots is None:
+        return [(Output(latent), torch.arange(len(latent), device=latent.device))]
+    return capture.roots
+
+
+def _precision(jacobian: ExampleJacobian) -> float:
+    """The relative precision of the products in a backward pass."""
+    dtypes = {jacobian.flat.dtype, *(output.dtype for output in jacobian.capture.outputs)}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    tensor_cores = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return max(eps, _TF32) if jacobian.flat.is_cuda and torch.float32 in dtypes and tensor_cores else eps
+
+
+def _agrees(
+    block: Block,
+    gradients: Gradients,
+    chosen: Tensor | None,
+    expected: Tensor,
+    eps: float,
+    generator: torch.Generator,
+) -> bool:
+    """Whether a random functional of a block's sum over the chosen examples is that of the expected gradient."""
+    if isinstance(block, LinearBlock):
+        # outer products of vectors, in the dimensions of a convolution's kernel too, are fast to take inner products with
+        u, v = (
+            [torch.randn(n, generator=generator).to(expected) for n in part] for part in block.uses[0].parts
+        )
+        wanted = (reduce(torch.kron, u) @ expected[block.index]) @ reduce(torch.kron, v)
+        products = [
+            use.contracted(gradients[use.slot], u, block.B) * use.projected(v, block.B) for use in block.uses
+        ]
+        terms = products[0] if len(products) == 1 else torch.cat(products, 1)
+    else:
+        u = [torch.randn(len(block.index), generator=generator).to(expected)]
+        wanted = u[0] @ expected[block.index]
+        terms = (block.rows(gradients) @ u[0]).unsqueeze(-1)
+    if chosen is not None:
+        terms = terms * chosen.unsqueeze(-1)
+    found = terms.sum()
+    error = (found - wanted).abs()
+    # rounding errors of a sum, and of the products in it
+    tolerance = min(300 * eps, 0.1) * terms.norm()
+    if bool((error <= tolerance) | ~(found.isfinite() | wanted.isfinite())):
+        return True  # mostly, and the rest takes time
+    tolerance = tolerance + min(10 * eps, 0.02) * terms.abs().sum()
+    for use in block.uses:
+        if isinstance(use, ElementwiseUse):
+            # what cancels within an example, as one offset of all logits does, is known to the rounding of what cancels
+            g = gradients[use.slot]
+            cancelled = (g if use.x is None else g * use.x).abs().sum()
+            tolerance = tolerance + min(10 * eps, 0.02) * cancelled * u[0].abs().max()
+    return bool(error <= tolerance)

@@ -1,0 +1,100 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The search for the mode of a joint density."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.curvature.definite import require_finite_mode
+from pyro_bnn.model.data import is_single_batch
+from pyro_bnn.model.double import double_precision, doubled
+from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg
+from pyro_bnn.ops.notice import warn_user
+
+#: largest number of latents whose Hessian may be held: products with the identity and an eigendecomposition per step
+DENSE_LIMIT = 1000
+
+
+class UnconvergedMAPWarning(UserWarning):
+    """The gradient at the point estimate is large in units of posterior standard deviations."""
+
+
+def find_mode(
+    model: PackedModel,
+    start: Tensor,
+    data: Any,
+    *,
+    tolerance: float,
+    max_iter: int,
+    float64: bool,
+    report: bool = True,
+) -> Tensor:
+    """
+    Minimises the negative log joint density by L-BFGS and Newton steps, and says where it could not.
+
+    :param model: the packed model.
+    :param start: shape ``(p,)``.
+    :param data: one batch or an iterable of batches, with observations.
+    :param tolerance: the Newton decrement at which to stop.
+    :param max_iter: largest number of L-BFGS iterations.
+    :param float64: whether to search in double precision.
+    :param report: whether to warn if the search has not converged in the metric of the exact Hessian.
+    :return: shape ``(p,)``.
+    :raises NotAMinimumError: if a site runs off, as there is no mode.
+    :raises RuntimeError: if ``float64`` meets tensors of lower precision that do not combine with it.
+    """
+    start = start.detach()
+    with double_precision(model.modules) if float64 else nullcontext():
+        try:
+            first = start.double() if float64 else start
+            model.check_data(first, doubled(data) if float64 else data)
+            terms = _terms(model, data, float64)
+            found = _search(terms, first, data, tolerance, max_iter)
+        except RuntimeError as error:
+            if float64 and "dtype" in str(error):
+                raise RuntimeError(
+                    f"float64=True: the model mixes precisions ({error}): keep its tensors in modules (as buffers) "
+                    "or pass them as arguments, or create them with the dtype of its inputs."
+                ) from error
+            raise
+    require_finite_mode(model.space, start, found.point)
+    if report:
+        _report(found, tolerance)
+    return found.point
+
+
+def _terms(model: PackedModel, data: Any, float64: bool) -> Terms:
+    return lambda latent: model.losses(latent, doubled(data) if float64 else data)
+
+
+def _search(terms: Terms, start: Tensor, data: Any, tolerance: float, max_iter: int) -> NewtonResult:
+    # exact Newton steps get on faster than slow rounds of L-BFGS
+    least = 0.5 if len(start) <= DENSE_LIMIT else 0.0
+    point = lbfgs(terms, start, max_iter=max_iter, least_progress=least)
+    return newton_cg(
+        terms, point, tolerance=tolerance, keep_graphs=is_single_batch(data), dense_limit=DENSE_LIMIT
+    )
+
+
+def _report(found: NewtonResult, tolerance: float) -> None:
+    """What was reached where the search has not converged, unless that is the precision of the numbers."""
+    single = found.point.dtype != torch.float64
+    if found.converged or (found.decrement <= 1e-2 and not found.indefinite):
+        return
+    shape = "with a direction of flat or negative curvature left, " if found.indefinite else ""
+    advice = (
+        "pass float64=True, which searches in double precision"
+        if single
+        else "networks with kinks (ReLU) have modes on them, where the Hessian says nothing: use smooth activations "
+        "(Tanh, SiLU, GELU) or curvature='ggn'; scale inputs and targets to unit variance"
+    )
+    warn_user(
+        f"polish stopped {shape}at a Newton decrement of {found.decrement:.3g} posterior standard deviations "
+        f"(tolerance {tolerance:.3g}) in {found.point.dtype}: no step improves the joint density any more. To get further, "
+        f"{advice}.",
+        UnconvergedMAPWarning,
+    )

@@ -1,0 +1,115 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Which entries of the packed latent vector are random; the rest stays a point estimate."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.curvature.capture import Capture
+from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.nn.sites import SITE_KEY
+
+#: Names or patterns of sites, ``callable(name) -> bool``, a mask over the packed vector, ``"last_layer"``, or ``None``.
+Selection = str | Sequence[str] | Callable[[str], bool] | Tensor | None
+
+
+def select(model: PackedModel, selection: Selection, latent: Tensor, batch: Batch) -> Tensor | None:
+    """
+    Turns a selection into a mask.
+
+    :param model: the packed model.
+    :param selection: see :data:`Selection`.
+    :param latent: the packed vector, shape ``(p,)``.
+    :param batch: arguments of the model.
+    :return: bool, shape ``(p,)``, or ``None`` for everything.
+    :raises ValueError: if the selection is empty, a pattern matches no site, or a mask has another shape.
+    """
+    if selection is None:
+        return None
+    if isinstance(selection, Tensor):
+        mask = selection.to(torch.bool)
+        if mask.shape != latent.shape:
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}, expected {tuple(latent.shape)}, that of the packed vector"
+            )
+        mask = mask.to(latent.device)
+    elif isinstance(selection, str) and selection == "last_layer" and selection not in model.space.slices:
+        mask = last_layer(model, latent, batch)
+    else:
+        mask = torch.zeros_like(latent, dtype=torch.bool)
+        for name in _names(model, selection):
+            mask[model.space.slices[name]] = True
+    if not bool(mask.any()):
+        raise ValueError(f"the selection {selection!r} admits no latent site of {list(model.space.slices)}")
+    return mask
+
+
+def _names(model: PackedModel, selection: Any) -> list[str]:
+    sites = list(model.space.slices)
+    if callable(selection):
+        return [name for name in sites if selection(name)]
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    found = []
+    for pattern in patterns:
+        matching = [name for name in sites if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(f"sites names {pattern!r}, which matches none of the latent sites {sites}")
+        found += matching
+    return found
+
+
+def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
+    """
+    The weights of the last linear map that the model applies, and the offsets and scales that follow it. Where the last
+    latents that are used are factors of a rank-1 layer, all the latents of that layer.
+
+    :param model: the packed model.
+    :param latent: the packed vector, shape ``(p,)``.
+    :param batch: arguments of the model.
+    :return: bool, shape ``(p,)``.
+    :raises ValueError: if latents enter no linear map.
+    """
+    leaf = latent.detach().clone().requires_grad_(True)
+    with Capture(leaf) as capture:
+        trace = model.trace(leaf, batch)
+    if capture.uses:
+        last = int(capture.uses[-1].index.reshape(-1)[0])
+        (site,) = [name for name, where in model.space.slices.items() if where.start <= last < where.stop]
+        layer = site.rpartition(".")[0] + "."
+        mine = [name for name in model.space.slices if name.startswith(layer)]
+        hints: list[Any] = [trace.nodes[name]["infer"] for name in mine]
+        if any(hint.get(SITE_KEY, {}).get("role") == "factor" for hint in hints):
+            mask = torch.zeros_like(latent, dtype=torch.bool)
+            for name in mine:
+                mask[model.space.slices[name]] = True
+            return mask
+    places = [i for i, use in enumerate(capture.uses) if isinstance(use, LinearUse)]
+    if not places:
+        raise ValueError(
+            f"no latent of {list(model.space.slices)} is the weight of a linear map: name the sites instead"
+        )
+    mask = torch.zeros_like(latent, dtype=torch.bool)
+    for use in capture.uses[places[-1] :]:
+        if use is capture.uses[places[-1]] or isinstance(use, ElementwiseUse):
+            mask[use.index.reshape(-1)] = True
+    return mask
+
+
+def largest(values: Tensor, size: int, within: Tensor | None) -> Tensor:
+    """
+    :param values: shape ``(p,)``.
+    :param size: how many entries to choose.
+    :param within: from which, bool, shape ``(p,)``.
+    :return: the ``size`` largest, bool, shape ``(p,)``.
+    """
+    if within is not None:
+        values = values.masked_fill(~within, -torch.inf)
+    mask = torch.zeros_like(values, dtype=torch.bool)
+    mask[values.topk(min(size, len(values))).indices] = True
+    return mask if within is None else mask & within

@@ -1,0 +1,325 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.curvature.capture.Capture`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, gram
+
+
+class Output:
+    """
+    A place in an autograd graph that gradients are taken in: that of a tensor when it was made. What the program
+    does to the tensor in place later moves the tensor on, not this place.
+
+    :param y: a tensor that requires a gradient.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        self.edge: GradientEdge = get_gradient_edge(y)
+        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
+
+    @property
+    def key(self) -> tuple[object, int]:
+        """The same for two outputs if they are the same place."""
+        return self.edge.node, self.edge.output_nr
+
+    def zeros(self) -> Tensor:
+        """
+        :return: the gradient where there is no path.
+        """
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class Layout:
+    """
+    Where the examples are among the batch dimensions of a tensor.
+
+    :ivar dim: the dimension.
+    :ivar major: whether the dimension, if larger than the number of examples, runs over examples first.
+    """
+
+    dim: int
+    major: bool = True
+
+    def split(self, x: Tensor, B: int) -> Tensor:
+        """
+        :param x: any tensor that has the dimension.
+        :param B: the number of examples.
+        :return: ``x`` with the examples in a dimension of their own, moved to the front.
+        """
+        size = x.shape[self.dim]
+        if size != B:
+            parts = (B, size // B) if self.major else (size // B, B)
+            x = x.unflatten(self.dim, parts)
+        return x.movedim(self.dim if self.major or size == B else self.dim + 1, 0)
+
+    def fits(self, use: "Use", output: Output, B: int) -> bool:
+        """
+        :param use: a use.
+        :param output: the output that it belongs to.
+        :param B: the number of examples.
+        :return: whether the dimension is there, free, and a multiple of the examples.
+        """
+        # shapes only: no memory is touched
+        rows, dims = use.batch_rows(torch.empty(output.shape, device="meta"))
+        if self.dim >= dims or not rows.shape[self.dim] or rows.shape[self.dim] % B:
+            return False
+        return not isinstance(use, ElementwiseUse) or use.allows(self.dim, dims)
+
+
+@dataclass
+class Use:
+    """
+    One use of entries of the vector.
+
+    :ivar index: their positions.
+    :ivar slot: number of the output in which the gradient is taken.
+    :ivar function: name of the function that the program called.
+    :ivar layout: where the examples are, found by :func:`find_layout`.
+    """
+
+    index: Tensor
+    slot: int = field(default=-1, init=False)
+    function: str = field(default="", init=False)
+    layout: Layout | None = field(default=None, init=False)
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """
+        :param g: the gradient in the output.
+        :return: the gradient in the form whose leading dimensions may hold the examples, and how many do.
+        """
+        raise NotImplementedError
+
+    def placed_rows(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: its rows, examples first.
+        """
+        assert self.layout is not None
+        return self.layout.split(self.batch_rows(g)[0], B)
+
+
+@dataclass
+class LinearUse(Use):
+    """
+    Entries that are the weight of a linear map.
+
+    :ivar index: shape ``(out, in)``.
+    :ivar x: inputs of the map, shape ``(*batch, in)``, or a function that forms them.
+    :ivar rows: turns the gradient in the output tensor into shape ``(*batch, out)``.
+    """
+
+    index: Tensor
+    x: Tensor | Callable[[], Tensor]
+    rows: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self, index: Tensor, x: Tensor | Callable[[], Tensor], rows: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(index)
+        self.x = x
+        self.rows = rows
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`Use.batch_rows`."""
+        rows = self.rows(g)
+        return rows, rows.dim() - 1
+
+    @property
+    def rows_per_example(self) -> int:
+        """1 where the inputs are known to be one row per example of the output itself, else 0."""
+        return int(isinstance(self.x, Tensor) and self.x.dim() == 2)
+
+    def input_numel(self) -> int:
+        """
+        :return: how many numbers the inputs are.
+        """
+        if isinstance(self.x, PatchInputs):
+            return self.x.numel()
+        return self._inputs().numel()
+
+    def input_gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """
+        :param dtype: the precision of the sum.
+        :return: the sum of outer products of the inputs, shape ``(in, in)``, and the number of terms.
+        """
+        if isinstance(self.x, PatchInputs):
+            return self.x.gram(dtype)
+        x = self._inputs().to(dtype)
+        x = x.reshape(-1, x.shape[-1])
+        return gram(x), x.shape[0]
+
+    def present(self) -> Tensor:
+        """
+        :return: which rows have an input other than zero, bool, shape ``batch``.
+        """
+        if isinstance(self.x, PatchInputs):
+            return self.x.present()
+        x = self._inputs()
+        present = x[..., 0] != 0
+        rest = ~present
+        if bool(rest.any()):  # few rows, mostly
+            present[rest] = (x[rest] != 0).any(-1)
+        return present
+
+    def _inputs(self) -> Tensor:
+        return self.x if isinstance(self.x, Tensor) else self.x()
+
+    def output_gram(self, g: Tensor, present: Tensor | None = None) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param present: which rows count, bool, shape ``batch``; all by default.
+        :return: the sum of outer products of its rows, shape ``(out, out)``.
+        """
+        if isinstance(self.rows, ChannelRows) and present is None:
+            return self.rows.gram(g)
+        rows = self.rows(g)
+        rows = rows.reshape(-1, rows.shape[-1])
+        return gram(rows if present is None else rows[present.reshape(-1)])
+
+    def placed(self, values: Tensor, B: int) -> Tensor:
+        """
+        :param values: one per row, shape ``batch``.
+        :param B: the number of examples.
+        :return: the same by example, shape ``(B, T)``.
+        """
+        assert self.layout is not None
+        return self.layout.split(values, B).reshape(B, -1)
+
+    def inputs(self, B: int) -> Tensor:
+        """
+        :param B: the number of examples.
+        :return: the inputs, shape ``(B, T, in)``.
+        """
+        assert self.layout is not None
+        x = self._inputs()
+        return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Output and input of the map as shapes: with the dimensions of the kernel where they are patches."""
+        out, into = self.index.shape
+        rows, x = self.rows, self.x
+        if isinstance(rows, OutputPatches):
+            kernel = tuple(rows.geometry[0])
+            return (out // math.prod(kernel), *kernel), (into,)
+        return (out,), x.shape if isinstance(x, PatchInputs) else (into,)
+
+    def projected(self, v: Sequence[Tensor], B: int) -> Tensor:
+        """
+        :param v: vectors whose outer product is a vector over the inputs.
+        :param B: the number of examples.
+        :return: inner products of the inputs with it, shape ``(B, T)``.
+        """
+        x = self.x
+        if isinstance(x, PatchInputs) and tuple(map(len, v)) == x.shape:
+            return self.placed(x.project(v), B)
+        return self.placed(self._inputs() @ reduce(torch.kron, v), B)
+
+    def contracted(self, g: Tensor, u: Sequence[Tensor], B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param u: vectors whose outer product is a vector over the outputs.
+        :param B: the number of examples.
+        :return: inner products of the rows of the gradient with it, shape ``(B, T)``.
+        """
+        rows = self.rows
+        if isinstance(rows, OutputPatches) and tuple(map(len, u)) == self.parts[0]:
+            return self.placed(rows.project(g, u), B)
+        whole = reduce(torch.kron, u)
+        return self.placed(rows.project(g, whole) if isinstance(rows, ChannelRows) else rows(g) @ whole, B)
+
+    def gradients(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: shape ``(B, T, out)``.
+        """
+        return self.placed_rows(g, B).reshape(B, -1, self.index.shape[0])
+
+
+@dataclass
+class ElementwiseUse(Use):
+    """
+    Entries that scale a tensor (``x`` given) or are added to one.
+
+    :ivar index: positions, in a shape that broadcasts to that of the output.
+    :ivar x: the tensor that is scaled, broadcastable to the output's shape, or ``None``.
+    :ivar sign: 1, or -1 where the entries are subtracted.
+    """
+
+    index: Tensor
+    x: Tensor | None
+    sign: float
+
+    def __init__(self, index: Tensor, x: Tensor | None, sign: float) -> None:
+        super().__init__(index)
+        self.x = x
+        self.sign = sign
+
+    def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
+        """See :meth:`Use.batch_rows`: dimensions along which the entries vary hold no examples."""
+        return g, g.dim()
+
+    def allows(self, dim: int, output_dim: int) -> bool:
+        """
+        :param dim: a dimension of the output.
+        :param output_dim: how many dimensions the output has.
+        :return: whether the entries are constant along it.
+        """
+        at = dim - (output_dim - self.index.dim())
+        return at < 0 or self.index.shape[at] == 1
+
+    def jacobian(self, g: Tensor, B: int) -> Tensor:
+        """
+        :param g: the gradient in the output.
+        :param B: the number of examples.
+        :return: the gradient in the entries for each example, shape ``(B, q)``.
+        """
+        assert self.layout is not None
+        product = g if self.x is None else g * self.x
+        shape = (1,) * (product.dim() - self.index.dim()) + tuple(self.index.shape)
+        product = self.layout.split(product, B)
+        rest = list(shape)
+        rest.pop(self.layout.dim)
+        if product.dim() > len(rest) + 1:  # the dimension held more than the examples
+            rest.insert(self.layout.dim, 1)
+        return self.sign * product.sum_to_size((B, *rest)).reshape(B, -1)
+
+
+def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor, *, eps: float) -> Layout | None:
+    """
+    Finds the dimension that holds the examples, by the gradients of a sum over examples and of a weighted sum: if
+    and only if each example's outputs depend on its own slice alone, the second is the first times the weights.
+
+    :param use: a recorded use.
+    :param plain: the gradient in the use's output of the sum.
+    :param weighted: that of the weighted sum.
+    :param weights: random weights, shape ``(B,)``.
+    :param eps: the relative precision that the gradients were computed in.
+    :return: the layout, or ``None``.
+    """
+    B = weights.shape[0]
+    (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
+    tolerance = min(1e3 * eps, 0.1) * float(b.abs().max()) if b.numel() else 0.0
+    for dim in range(dims):
+        size = a.shape[dim]
+        if size == 0 or size % B or (isinstance(use, ElementwiseUse) and not use.allows(dim, dims)):
+            continue
+        for major in (True, False) if size > B else (True,):
+            layout = Layout(dim, major)
+            x, y = layout.split(a, B), layout.split(b, B)
+            factor = weights.reshape((B,) + (1,) * (x.dim() - 1))
+            if torch.allclose(x * factor, y, rtol=max(1e-3, 8 * eps), atol=tolerance):
+                return layout
+    return None

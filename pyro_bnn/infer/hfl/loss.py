@@ -1,0 +1,221 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+The loss around a point estimate: its gradient, its curvature, and the loss perturbed by a functional.
+
+With ``curvature="hessian"`` the loss is :math:`L(u)` itself. With ``curvature="ggn"`` it is the loss of the
+linearised model :math:`L(\phi(\hat u) + J(u - \hat u))`, which is convex and whose Hessian at :math:`\hat u` is
+the GGN; for a Gaussian likelihood and prior it is quadratic, so that perturbations of any size give the same
+variance. Either loss may carry a gradient correction :math:`-g_0^\top(u - \hat u)`, which makes the point estimate
+stationary, and a proximal term :math:`\frac\delta2 |u - \hat u|^2`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.curvature.fisher_checks import require_scores
+from pyro_bnn.model.data import Batch, is_single_batch, iter_batches
+from pyro_bnn.model.handlers import Site
+from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.ops.distributed import all_reduce_sum, rank
+from pyro_bnn.ops.jacobian import LinearMap, jvp_operator, vjp
+from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
+
+
+def by_chunks(operator: LinearMap, chunk_size: int) -> LinearMap:
+    """
+    :param operator: a linear map.
+    :param chunk_size: how many vectors it is given at once.
+    :return: the same map for any number of vectors.
+    """
+
+    def multiply(v: Tensor) -> Tensor:
+        if v.shape[0] <= chunk_size:
+            return operator(v)
+        return torch.cat([operator(part) for part in v.split(chunk_size)])
+
+    return multiply
+
+
+class Problem:
+    """
+    The loss of a model around a point estimate.
+
+    :param PackedModel model: the packed model.
+    :param Tensor latent: the point estimate, shape ``(p,)``.
+    :param data: one batch or an iterable of batches, with observations.
+    :param str curvature: ``"hessian"`` or ``"ggn"``.
+    :param float proximal: δ.
+    :param bool correct_gradient: whether the point estimate is made stationary.
+    :param int chunk_size: how many vectors are multiplied at once.
+    :ivar Tensor gradient: of the uncorrected loss at the point estimate, shape ``(p,)``.
+    :ivar int gradient_evaluations: gradients over all the data so far.
+    :raises ValueError: if the loss is not a function of the latents, or its gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        model: PackedModel,
+        latent: Tensor,
+        data: Any,
+        curvature: Curvature,
+        *,
+        proximal: float = 0.0,
+        correct_gradient: bool = True,
+        chunk_size: int = 256,
+    ) -> None:
+        self.model = model
+        self.latent = latent.detach().clone()
+        self.data = data
+        self.curvature: Curvature = curvature
+        self.proximal = proximal
+        self.correct_gradient = correct_gradient
+        self.chunk_size = chunk_size
+        model.require_function(self.latent, data, hessian=curvature == "hessian")
+        self.value, self.gradient = value_and_gradient(
+            lambda u: model.losses(u, data, require_finite=True), self.latent
+        )
+        self.gradient_evaluations = 1
+        if curvature == "ggn":
+            leaf = self.latent.clone().requires_grad_(True)
+            require_scores(model, model.trace(leaf, next(iter_batches(data))), leaf)
+        if not torch.isfinite(self.gradient).all():
+            raise ValueError(
+                f"{int((~torch.isfinite(self.gradient)).sum())} of {len(self.latent)} entries of the gradient of the loss "
+                f"are not finite at the point estimate (the loss is {float(self.value):.3g}): check the data, and whether "
+                "the model can be differentiated there."
+            )
+        self._base = by_chunks(CurvatureAccumulator(model, self.latent, curvature).operator(data), chunk_size)
+
+    def operator(self, v: Tensor) -> Tensor:
+        """
+        Products with the curvature at the point estimate, proximal term included.
+
+        :param v: shape ``(S, p)``.
+        :return: shape ``(S, p)``.
+        :raises NotAMinimumError: if they are not finite.
+        """
+        product = self._base(v)
+        if not torch.isfinite(product).all():
+            raise NotAMinimumError(
+                f"products with the {self.curvature} are not finite: the model has no second derivative at the point "
+                "estimate, or the data are not finite"
+            )
+        return product + self.proximal * v if self.proximal else product
+
+    def gradients(self, offsets: Tensor) -> Tensor:
+        r"""
+        Gradients of the loss, corrected and with the proximal term, at :math:`\hat u` + offsets.
+
+        :param offsets: shape ``(S, p)``.
+        :return: shape ``(S, p)``.
+        """
+        self.gradient_evaluations += offsets.shape[0]
+        if self.curvature == "hessian":
+            rows = [value_and_gradient(self._terms, self.latent + offset)[1] for offset in offsets]
+            gradients = torch.stack(rows)
+        else:
+            leaf = self.latent.clone().requires_grad_(True)
+            gradients = self._linearized_gradients(offsets, leaf, self.model.traces(leaf, self.data))
+            gradients = gradients + self._prior_gradients(offsets, next(iter_batches(self.data)))
+        return gradients + self._extra(offsets)
+
+    def batch_gradients(self, offsets: Tensor, batch: Batch, scale: float) -> Tensor:
+        r"""
+        Stochastic gradients of the loss: the likelihood of one batch counts ``scale`` times.
+
+        :param offsets: shape ``(S, p)``.
+        :param batch: arguments of the model, with observations.
+        :param scale: the number of batches.
+        :return: shape ``(S, p)``.
+        """
+        if self.curvature == "ggn":
+            leaf = self.latent.clone().requires_grad_(True)
+            likelihood = self._linearized_gradients(offsets, leaf, [self.model.trace(leaf, batch)])
+            gradients = scale * likelihood + self._prior_gradients(offsets, batch)
+        else:
+
+            def terms(u: Tensor) -> Iterator[Tensor]:
+                trace = self.model.trace(u, batch)
+                loss = -scale * self.model.log_likelihood(trace, require_finite=False)
+                yield loss - self.model.log_prior(u, trace) if rank() == 0 else loss
+
+            gradients = torch.stack([value_and_gradient(terms, self.latent + o)[1] for o in offsets])
+        return gradients + self._extra(offsets)
+
+    def _terms(self, u: Tensor) -> Iterator[Tensor]:
+        return self.model.losses(u, self.data)
+
+    def _extra(self, offsets: Tensor) -> Tensor:
+        extra = self.proximal * offsets
+        return extra - self.gradient if self.correct_gradient else extra
+
+    def _linearized_gradients(self, offsets: Tensor, leaf: Tensor, traces: Iterable[Trace]) -> Tensor:
+        """Gradients of the linearised likelihood, from traces that were made at ``leaf``."""
+        total = torch.zeros_like(offsets)
+        for trace in traces:
+            for site in self.model.site_outputs(trace):
+                if not site.outputs.shape[-1]:
+                    continue
+                flat = site.outputs.reshape(-1)
+                moves = by_chunks(jvp_operator(flat, leaf), self.chunk_size)(offsets)
+                outputs = (flat.detach() + moves).reshape(offsets.shape[:1] + site.outputs.shape)
+                outputs.requires_grad_(True)
+                parts = dict(zip(site.names, outputs.split(site.sizes, -1), strict=True))
+                node: Site = trace.nodes[site.name]
+                log_prob = site.rule.build(site.base, parts).log_prob(node["value"])
+                (slopes,) = torch.autograd.grad(-(log_prob * site.weight).sum(), outputs)
+                for rows, part in zip(
+                    total.split(self.chunk_size),
+                    slopes.reshape(len(offsets), -1).split(self.chunk_size),
+                    strict=True,
+                ):
+                    rows += vjp(flat, leaf, part).detach()
+        all_reduce_sum([total])
+        return total
+
+    def _prior_gradients(self, offsets: Tensor, batch: Batch) -> Tensor:
+        def terms(u: Tensor) -> Iterator[Tensor]:
+            if rank() == 0:  # the processes of a data-parallel run share one prior
+                yield -self.model.log_prior(u, self.model.trace(u, batch))
+
+        return torch.stack([value_and_gradient(terms, self.latent + offset)[1] for offset in offsets])
+
+
+class PerturbedLoss:
+    r"""
+    The loss minus λ times a functional, as an :class:`~pyro_bnn.ops.newton.Objective` of the offset from the
+    point estimate.
+
+    :param Problem problem: the loss, with ``curvature="hessian"``.
+    :param callable functional: a scalar function of the packed vector.
+    :param float shift: λ.
+    """
+
+    def __init__(self, problem: Problem, functional: Callable[[Tensor], Tensor], shift: float) -> None:
+        self.problem = problem
+        self.functional = functional
+        self.shift = shift
+
+    def _terms(self, offset: Tensor) -> Iterator[Tensor]:
+        problem = self.problem
+        u = problem.latent + offset
+        yield from problem._terms(u)
+        if rank() > 0:
+            return
+        extra = 0.5 * problem.proximal * offset.square().sum() - self.shift * self.functional(u)
+        yield extra - problem.gradient @ offset if problem.correct_gradient else extra
+
+    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`pyro_bnn.ops.newton.Objective.value_and_gradient`."""
+        self.problem.gradient_evaluations += 1
+        return value_and_gradient(self._terms, point)
+
+    def operator(self, point: Tensor) -> LinearMap:
+        """See :meth:`pyro_bnn.ops.newton.Objective.operator`."""
+        return hessian_operator(self._terms, point, keep_graphs=is_single_batch(self.problem.data))

@@ -1,0 +1,135 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The variation due to regularisation: an uncertainty score for all inputs from one fine-tuning run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.hfl.functionals import Functionals
+from pyro_bnn.infer.hfl.loss import Problem
+from pyro_bnn.infer.hfl.paired import fine_tune
+from pyro_bnn.infer.hfl.solver import Solver
+from pyro_bnn.model.data import Batch, iter_batches
+from pyro_bnn.ops.distributed import all_reduce_sum
+
+
+@dataclass
+class RegVarScore:
+    r"""
+    A score, not a variance, unless few calibrating solves say otherwise.
+
+    :ivar score: :math:`|f_\lambda(x) - f_0(x)|/\lambda` for all functionals, shape ``(m,)``.
+    :ivar shape: the shape of the outputs that were scored.
+    :ivar scale: the factor between exact variances and scores, the geometric mean over the calibrating solves;
+        ``None`` without calibration.
+    :ivar spread: the standard deviation of the logarithm of that factor: 0.1 means that calibrated scores are
+        variances within about 10 %, and 2 that they are no variances at all.
+    :ivar rank_correlation: Spearman's, between scores and exact variances of the calibrating solves.
+    """
+
+    score: Tensor
+    shape: torch.Size
+    scale: float | None = None
+    spread: float | None = None
+    rank_correlation: float | None = None
+
+    @property
+    def calibrated(self) -> Tensor:
+        """:attr:`score` times :attr:`scale`, shape ``(m,)``."""
+        if self.scale is None:
+            raise ValueError("the score is not calibrated: ask for calibrating solves with calibrate=16, say")
+        return self.scale * self.score
+
+    def __str__(self) -> str:
+        lines = [f"RegVar score of {self.score.shape[0]} functionals (a score, not a variance)"]
+        if self.scale is not None:
+            lines.append(
+                f"  against exact variances: scale {self.scale:.3g}, spread of its logarithm {self.spread:.2g}, "
+                f"rank correlation {self.rank_correlation:.2f}"
+            )
+        return "\n".join(lines)
+
+
+def regvar_score(
+    problem: Problem,
+    functionals: Functionals,
+    solver: Solver,
+    *,
+    epsilon: float,
+    num_epochs: int | None,
+    twin: bool,
+    calibrate: int,
+    seed: int = 0,
+) -> RegVarScore:
+    r"""
+    Fine-tunes with the loss of the second version of the paper, per data point
+
+    .. math:: \text{NLL}(f, y) - \frac1n\log p(\theta) + \frac\lambda n\,\text{mean}|f|,
+
+    and returns :math:`|f_\lambda(x) - f_0(x)|/\lambda`, with :math:`f_0` from a twin that is fine-tuned on the same
+    batches without the regulariser. As :math:`\lambda\to0` this is :math:`|\text{mean}_i\,s_i k(x, x_i)|` with
+    :math:`s_i` the signs of the training outputs and k the posterior covariance of outputs, which differs from
+    :math:`k(x, x)` unless the covariance between inputs is negligible.
+
+    :param problem: the loss.
+    :param functionals: outputs at the inputs to score.
+    :param solver: for the limit and the calibration.
+    :param epsilon: posterior standard deviations by which the regulariser is moved; it sets λ.
+    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
+    :param twin: whether to fine-tune a twin; without, :math:`f_0` is the point estimate's output.
+    :param calibrate: how many exact variances to solve for, at random functionals.
+    :param seed: of the choice of these functionals.
+    :return: a :class:`RegVarScore`.
+
+    Source: McInerney and Kallus (2025), "Variation due to regularization tractably recovers Bayesian deep learning",
+    algorithm listing.
+    """
+    gradient = _mean_slope(problem, problem.latent, iter_batches(problem.data))
+    direction = solver(gradient[None])[0]
+    if num_epochs is None:
+        score = functionals.responses(direction[None])[0].abs()
+    else:
+        shift = epsilon / float((gradient @ direction).clamp(min=torch.finfo(gradient.dtype).tiny).sqrt())
+
+        def push(offsets: Tensor, batch: Batch) -> Tensor:
+            slope = _mean_slope(problem, problem.latent + offsets[0], [batch])
+            return torch.cat([shift * slope[None], torch.zeros_like(offsets[1:])])
+
+        offsets = fine_tune(problem, solver, 2 if twin else 1, push, num_epochs=num_epochs)
+        reference = functionals.at(problem.latent + offsets[1]).detach() if twin else functionals.values
+        score = (functionals.at(problem.latent + offsets[0]).detach() - reference).abs() / shift
+    result = RegVarScore(score, functionals.shape)
+    if calibrate:
+        generator = torch.Generator(device=score.device).manual_seed(seed)
+        chosen = torch.randperm(len(functionals), generator=generator, device=score.device)[:calibrate]
+        weights = torch.nn.functional.one_hot(chosen, len(functionals)).to(score.dtype)
+        rows = functionals.transposed(weights)
+        exact = (rows * solver(rows)).sum(-1)
+        tiny = torch.finfo(score.dtype).tiny
+        ratio = exact.clamp(min=tiny).log() - score[chosen].clamp(min=tiny).log()
+        result.scale = float(ratio.mean().exp())
+        result.spread = float(ratio.std()) if len(chosen) > 1 else 0.0
+        ranks = torch.stack([score[chosen].argsort().argsort(), exact.argsort().argsort()]).to(score.dtype)
+        result.rank_correlation = float(torch.corrcoef(ranks)[0, 1]) if len(chosen) > 1 else 1.0
+    return result
+
+
+def _batch_slope(problem: Problem, u: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The gradient of the mean absolute output over one batch, and the number of outputs."""
+    leaf = u.detach().clone().requires_grad_(True)
+    outputs = torch.cat([site.outputs.reshape(-1) for site in problem.model.outputs(leaf, batch)])
+    (slope,) = torch.autograd.grad(outputs.abs().mean(), leaf, materialize_grads=True)
+    return slope, outputs.numel()
+
+
+def _mean_slope(problem: Problem, u: Tensor, batches: Iterable[Batch]) -> Tensor:
+    """The gradient of the mean absolute output over batches, those of all processes."""
+    total, count = torch.zeros_like(problem.latent), problem.latent.new_zeros(())
+    for batch in batches:
+        slope, number = _batch_slope(problem, u, batch)
+        total, count = total + number * slope, count + number
+    all_reduce_sum([total, count])
+    return total / count

@@ -1,0 +1,332 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a model gives each component of a mixture, run together with the others, what it gives it alone."""
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.trace_struct import Trace
+from pyro.util import check_model_guide_match
+from torch import Tensor
+
+from pyro_bnn.infer.autoguide.components import is_real
+from pyro_bnn.infer.mixture.runs import (
+    DirectRun,
+    Step,
+    TracedRun,
+    component_draw,
+    component_run,
+    rehearsal,
+    subsamples,
+)
+from pyro_bnn.model.dispatch import Watch
+from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
+from pyro_bnn.model.observations import check_values
+from pyro_bnn.model.plates import FAILURES, first_line
+from pyro_bnn.nn.sites import SITE_KEY, note_readers
+from pyro_bnn.ops.graph import graph_nodes
+
+#: How far the trial values lie from the guide's draws, relative to their size: apart enough for a mix-up to be seen.
+SPREAD = 0.3
+
+
+class ComponentLoopWarning(UserWarning):
+    """The components of a mixture run through the model one by one; the text says why they cannot together."""
+
+
+@dataclass
+class Decision:
+    """
+    How the components of a guide run through a model on data of one structure.
+
+    :ivar together: whether in one run.
+    :ivar direct: whether the draws are taken from the parameters of the guide without calling it.
+    :ivar readers: by layer, who reads its parameters in its place.
+    :ivar used: whether an evaluation with gradients has shown what the likelihood depends on.
+    :ivar until: the step from which it is to be found out again: gates that open later show what was hidden.
+    """
+
+    together: bool
+    direct: bool
+    readers: dict[str, str]
+    used: bool = False
+    until: int = 0
+
+
+def check_alone(step: Step) -> tuple[Trace, dict[str, str]]:
+    """
+    Runs guide and model under one draw of the first component, as plainly as can be.
+
+    :param step: the evaluation.
+    :return: the trace of the guide, and by layer, who reads its parameters in its place.
+    :raises ValueError: if the guide does not cover the model, or a model that gets split batches has sites outside of
+        networks that differ between components.
+    """
+    with rehearsal(step.model), note_readers() as readers:
+        guide_trace = component_draw(step, 0, {})
+        model_trace = component_run(step, {}, guide_trace)
+        check_latents(sample_sites(model_trace), sample_sites(guide_trace))
+        check_values(sample_sites(model_trace), (step.args, step.kwargs))
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, step.nesting + int(step.per_example))
+    if step.split:
+        _check_split(model_trace, guide_trace)
+    return guide_trace, readers
+
+
+def _check_split(model_trace: Trace, guide_trace: Trace) -> None:
+    """Examples meet their component inside the network only, so nothing else may differ between components."""
+    for name, site in sample_sites(guide_trace).items():
+        if name in model_trace and SITE_KEY in site["infer"]:
+            hint = site["infer"][SITE_KEY]
+            if hint["role"] is None and hint["kind"] != "point":
+                raise ValueError(
+                    f"site {name!r} lies outside the converted network and differs between components, which "
+                    "batch='split' cannot match with the examples: give it the family 'point', e.g. "
+                    f"component={{{name!r}: 'point'}}."
+                )
+
+
+def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any]) -> None:
+    """
+    :param model_sites: nodes of the model.
+    :param guide_sites: the sites of the guide.
+    :raises ValueError: if a latent site of the model is not among them.
+    """
+    for name, site in model_sites.items():
+        if not site["is_observed"] and name not in guide_sites:
+            raise ValueError(
+                f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
+                "if it is latent, add a guide for it."
+            )
+
+
+def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Mapping[str, str]) -> str:
+    """
+    Compares one run of all components with runs of the first and the last one, under the same values: the densities of
+    all sites of the model, per entry.
+
+    :param step: the evaluation.
+    :param run: how the components run together.
+    :param alone: a trace of the guide under one draw of one component.
+    :param readers: by layer, who reads its parameters in its place.
+    :return: what differs; empty if nothing does.
+    """
+    own = sample_sites(alone)
+    with rehearsal(step.model), torch.enable_grad():
+        try:
+            drawn = run.draw()
+        except FAILURES as failure:
+            return first_line(failure)
+        if own.keys() - drawn.keys():
+            return f"the guide has no joint draw of {sorted(own.keys() - drawn.keys())}"
+        frozen = dict(run.guide_subsamples)
+        for spread in (SPREAD, 0.0):
+            values = _apart(step, drawn, spread)
+            try:
+                singles = _singles(step, values, own, frozen)
+            except FAILURES:
+                if spread:  # values that far from the guide need not be legal
+                    continue
+                raise
+            if all(bool(t.isfinite().all()) for single in singles.values() for t in single.values()):
+                break
+        if step.per_example:
+            _check_rows(step, values, own, frozen)
+        try:
+            with Watch(values.values()) as watch:
+                joint = densities(run.run(values, frozen))
+            if watch.where:
+                return watch.reason
+            for name, density in joint.items():
+                check_broadcast(name, density.shape, step.nesting + 1 + (step.S > 1), "components")
+        except FAILURES as failure:
+            return first_line(failure)
+        for (s, k), single in singles.items():
+            for name, density in joint.items():
+                if error := _compare(step, name, density.detach(), single.get(name), s, k):
+                    return error
+        for name in unreached(joint.values(), values, run.layers):
+            layer = name.rpartition(".")[0]
+            if layer in readers:
+                return f"{readers[layer]} reads the parameters of {layer!r} without the layer"
+    return ""
+
+
+def unreached(outputs: Iterable[Tensor], values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """
+    :param outputs: tensors.
+    :param values: by site, its value.
+    :param names: sites.
+    :return: those of the sites with trained values on which no output depends.
+    """
+    nodes = {node for output in outputs for node in graph_nodes(output)}
+    reached = {*nodes, *(node.variable for node in nodes if hasattr(node, "variable"))}
+    own = {name: values[name] for name in names if name in values and values[name].requires_grad}
+    return [n for n, value in own.items() if (value if value.is_leaf else value.grad_fn) not in reached]
+
+
+def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """
+    :param sites: nodes of a model.
+    :return: by site, what its entries add to the log joint density; deterministic sites are left out.
+    """
+    return {
+        name: scale_and_mask(log_prob_of(site), site["scale"], site["mask"])
+        for name, site in sites.items()
+        if not is_deterministic(site)
+    }
+
+
+def pick(value: Tensor, event_dim: int, s: int, k: int, nesting: int) -> Tensor:
+    """
+    One draw of one component.
+
+    :param value: shape ``(S, K, *plates, *event)``, or with fewer dimensions on the left.
+    :param event_dim: number of event dimensions.
+    :param s: the draw.
+    :param k: the component.
+    :param nesting: number of plate dimensions of the model.
+    :return: shape ``(*plates, *event)``.
+    """
+    for place, index in ((nesting + 2, s), (nesting + 1, k)):
+        if value.dim() - event_dim >= place:
+            value = value[index if len(value) > 1 else 0]
+    return value
+
+
+def _apart(step: Step, drawn: Mapping[str, Tensor], spread: float) -> dict[str, Tensor]:
+    """Values that differ clearly between the components; those that components share stay as they are."""
+    values = dict(drawn)
+    for site in (site for mixture in step.mixtures for site in mixture.sites):
+        if site.name in values and site.kind not in ("point", "index", "lognormal") and is_real(site.support):
+            value = values[site.name]
+            size = value.detach().square().mean().sqrt() or 0.1
+            noise = spread * (value.detach().abs() + 0.3 * size)
+            values[site.name] = value + noise * torch.randn_like(value)
+    return values
+
+
+def _own_value(step: Step, value: Tensor, site: Site, s: int, k: int) -> Tensor:
+    """The value of a site for one draw of one component alone."""
+    return pick(value, len(site["fn"].event_shape), s, k, step.nesting).reshape(site["value"].shape)
+
+
+def _singles(
+    step: Step, values: Mapping[str, Tensor], own: Mapping[str, Site], frozen: dict[str, Tensor]
+) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """The densities of the first draw of the first and the last draw of the last component, each run alone."""
+    singles = {}
+    for s, k in dict.fromkeys([(0, 0), (step.S - 1, step.K - 1)]):
+        mine = {name: _own_value(step, values[name], site, s, k) for name, site in own.items()}
+        trace = component_run(step, mine | frozen)
+        frozen.update(subsamples(trace))
+        singles[s, k] = {name: t.detach() for name, t in densities(sample_sites(trace)).items()}
+    return singles
+
+
+def _compare(step: Step, name: str, joint: Tensor, single: Tensor | None, s: int, k: int) -> str:
+    """How the density of a site differs; empty if it does not."""
+    if single is None:
+        return f"site {name!r} is there only if the components run together"
+    found = _core(pick(joint, 0, s, k, step.nesting))
+    expected = _core(pick(single, 0, 0, 0, step.nesting))
+    if found.shape != expected.shape:
+        return f"the density of site {name!r} has shape {tuple(joint.shape)}, that of one component {tuple(expected.shape)}"
+    if step.split:  # any dimension may be that of the examples
+        sizes, parts = found.shape, step.S * step.K
+        cuts = [(dim, n // parts) for dim, n in enumerate(sizes) if n % parts == 0]
+        part = s * step.K + k
+        same = any(is_close(*(t.narrow(d, part * n, n) for t in (found, expected))) for d, n in cuts)
+        same = same or is_close(found, expected)
+    else:
+        same = is_close(found, expected)
+    return "" if same else f"the density of site {name!r} depends on which components run together"
+
+
+def _core(value: Tensor) -> Tensor:
+    """Without singleton dimensions on the left."""
+    while value.dim() and len(value) == 1:
+        value = value[0]
+    return value
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """
+    :param found: densities of a run of all components.
+    :param expected: those of a single run, the same shape.
+    :return: whether they differ by rounding only, which is not the same in products of other sizes.
+    """
+    finite = expected.isfinite()
+    scale = 1.0 + (float(expected[finite].abs().max()) if finite.any() else 0.0)
+    tolerance = 1e-7 if expected.dtype == torch.float64 else 4e-3
+    close = (found - expected).abs() <= tolerance * scale
+    return bool(torch.where(finite, close, (found == expected) | (found.isnan() & expected.isnan())).all())
+
+
+def _check_rows(
+    step: Step, values: Mapping[str, Tensor], own: Mapping[str, Site], frozen: Mapping[str, Tensor]
+) -> None:
+    """Compares a run in which every example has its factors with runs in which all have those of one example."""
+    mine = {name: _own_value(step, values[name], site, 0, 0) for name, site in own.items()}
+    run = lambda values: densities(sample_sites(component_run(step, values | dict(frozen))))  # noqa: E731
+    each = run(mine)
+    factors = {
+        site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"
+    }
+    rows = {own[name]["value"].shape[-1 - site.event_dim] for name, site in factors.items()}
+    for row in {0, max(rows) - 1}:
+        shared = {}
+        for name, value in mine.items():
+            event_dim = len(own[name]["fn"].event_shape)
+            if name in factors and value.shape[-1 - event_dim] > 1:
+                value = value.select(-1 - event_dim, row).unsqueeze(-1 - event_dim)
+            shared[name] = value
+        for name, density in run(shared).items():
+            at_row = [
+                t[..., row].detach() for t in (each[name], density) if t.dim() and t.shape[-1] == max(rows)
+            ]
+            if name not in mine and len(at_row) == 2 and not is_close(*at_row):
+                raise ValueError(
+                    f"noise='per_example' gives every example its own factors, but the density of {name!r} at example "
+                    f"{row} does not depend on those of this example alone: the network must keep one example per row "
+                    "of its batch. Use noise='shared'."
+                )
+
+
+def check_used(
+    likelihood: Tensor, values: Mapping[str, Tensor], layers: Collection[str], readers: Mapping[str, str]
+) -> None:
+    """
+    Looks for values that were drawn for layers of this package and that no observation depends on.
+
+    :param likelihood: the likelihood term.
+    :param values: by site, the value.
+    :param layers: the sites of layers.
+    :param readers: by layer, who reads its parameters in its place.
+    :raises ValueError: if another module reads the parameters of such a layer.
+    """
+    unused = unreached([likelihood], values, layers)
+    if not unused:
+        return
+    layer_of = {name: name.rpartition(".")[0] for name in layers}
+    used = {layer for name, layer in layer_of.items() if name not in unused}
+    whole = list(dict.fromkeys(layer_of[name] for name in unused if layer_of[name] not in used))
+    parts = [name for name in unused if layer_of[name] in used]
+    for layer in whole:
+        if layer in readers:
+            raise ValueError(
+                f"the sites of layer {layer!r} are drawn, but no observation depends on them: {readers[layer]} reads the "
+                "parameters without the layer, in a way that the draws do not reach. Leave the layer out by skip=."
+            )
+    named = " and ".join([f"the layers {whole}"] * bool(whole) + [f"the sites {parts}"] * bool(parts))
+    warnings.warn(
+        f"no observation depends on {named}, which keep their prior. Layers that no batch needs are left out by skip= of "
+        "the conversion.",
+        stacklevel=4,
+    )

@@ -1,0 +1,108 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""The packed latent vector: all latent sites of a model, unconstrained, flattened and concatenated."""
+
+from collections.abc import Mapping
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
+
+from pyro_bnn.model.handlers import Site, latent_names
+
+
+class LatentSpace:
+    r"""
+    The bijection between the values of a model's latent sites and one real vector :math:`u`.
+
+    Sites appear in the order of the prototype trace, each mapped to unconstrained space by
+    :func:`~torch.distributions.biject_to` of its support: the order and the transforms that
+    :class:`~pyro.infer.autoguide.AutoContinuous` uses.
+
+    :param trace: a prototype trace of the model, e.g. ``guide.prototype_trace``.
+    :ivar int dim: length ``p`` of the packed vector.
+    :ivar dict slices: the slice of each site, by name.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("a", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        ...     pyro.sample("b", dist.LogNormal(0.0, 1.0))
+        >>> space = LatentSpace(pyro.poutine.trace(model).get_trace())
+        >>> space.dim, space.slices["b"]
+        (3, slice(2, 3, None))
+        >>> space.unpack(torch.zeros(3))["b"]
+        tensor(1.)
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.slices: dict[str, slice] = {}
+        self._supports: dict[str, Constraint] = {}
+        self._shapes: dict[str, torch.Size] = {}
+        start = 0
+        for name in latent_names(trace):
+            site: Site = trace.nodes[name]
+            support = site["fn"].support
+            shape = biject_to(support).inv(site["value"]).shape
+            self._supports[name] = support
+            self._shapes[name] = shape
+            self.slices[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        self.dim = start
+
+    def is_constrained(self, name: str) -> bool:
+        """
+        :param name: a site.
+        :return: whether its support is not all of real space.
+        """
+        transform = biject_to(self._supports[name])
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        return not (isinstance(transform, ComposeTransform) and not transform.parts)
+
+    def unpack(self, latent: Tensor) -> dict[str, Tensor]:
+        """
+        The constrained values of all sites.
+
+        :param latent: packed vectors, shape ``sample_shape + (p,)``.
+        :return: by site name, tensors of shape ``sample_shape + site_shape``.
+        """
+        sample_shape = latent.shape[:-1]
+        return {
+            name: biject_to(self._supports[name])(
+                latent[..., self.slices[name]].reshape(sample_shape + shape)
+            )
+            for name, shape in self._shapes.items()
+        }
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """
+        The inverse of :meth:`unpack`.
+
+        :param values: by site name, tensors of shape ``sample_shape + site_shape``.
+        :return: packed vectors, shape ``sample_shape + (p,)``.
+        """
+        parts = []
+        for name, shape in self._shapes.items():
+            unconstrained = biject_to(self._supports[name]).inv(values[name])
+            sample_shape = unconstrained.shape[: unconstrained.dim() - len(shape)]
+            parts.append(unconstrained.reshape(sample_shape + (-1,)))
+        return torch.cat(parts, -1)
+
+    def log_abs_det_jacobian(self, latent: Tensor) -> Tensor:
+        r"""
+        :math:`\log|\det \partial \theta/\partial u|`, summed over all sites.
+
+        :param latent: one packed vector, shape ``(p,)``.
+        :return: a scalar.
+        """
+        total = latent.new_zeros(())
+        for name, shape in self._shapes.items():
+            transform = biject_to(self._supports[name])
+            unconstrained = latent[self.slices[name]].reshape(shape)
+            total = total + transform.log_abs_det_jacobian(unconstrained, transform(unconstrained)).sum()
+        return total

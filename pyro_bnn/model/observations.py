@@ -1,0 +1,166 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of observations: their shape, type and range, for one site or all sites of a run."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import pyro
+import torch
+import torch.distributions as td
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from pyro_bnn.model.data import Batch, leaves
+from pyro_bnn.model.handlers import Site, is_deterministic, is_factor, unwrap
+from pyro_bnn.ops.families import of_family
+
+
+def check_shape(name: str, site: Site) -> None:
+    """
+    Checks that an observation has the shape of its distribution.
+
+    :param name: the observed site.
+    :param site: its node in a trace.
+    :raises TypeError: if it is no tensor.
+    :raises ValueError: naming the site, the shape found and the shape expected.
+    """
+    if not isinstance(site["value"], Tensor):
+        kind = type(site["value"])
+        raise TypeError(
+            f"Site {name!r}: the observation is a {kind.__module__}.{kind.__qualname__}, expected a tensor: pass "
+            "torch.as_tensor(y)."
+        )
+    found, expected = tuple(site["value"].shape), tuple(site["fn"].shape())
+    try:
+        fits = tuple(torch.broadcast_shapes(found, expected)) == expected
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"Site {name!r}: the observation has shape {found}, its distribution has shape {expected} "
+            "(batch shape + event shape). Reshape one of them, e.g. by squeeze(-1); broadcasting them "
+            "would compare every point with every other."
+        )
+    if 0 in found:
+        raise ValueError(
+            f"Site {name!r}: the observation of shape {found} is empty: pass at least one data point."
+        )
+
+
+def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
+    """
+    Checks the shapes of all observations: none is compared with another's, and none of the arguments of the model counts
+    more than once. What the model itself observes (a residual of zero, say) may broadcast.
+
+    :param sites: the sample sites of a run under one draw.
+    :param batch: the arguments of the model.
+    :raises ValueError: naming the site, the shape found and the shape expected.
+    """
+    given = {(leaf.data_ptr(), leaf.shape) for leaf in leaves(batch).values() if isinstance(leaf, Tensor)}
+    for name, site in sites.items():
+        if not site["is_observed"] or is_deterministic(site) or is_factor(site):
+            continue
+        check_shape(name, site)
+        value, expected = site["value"], site["fn"].shape()
+        if expected.numel() > value.numel() and (value.data_ptr(), value.shape) in given:
+            raise ValueError(
+                f"Site {name!r}: the observation has shape {tuple(value.shape)}, its distribution has shape "
+                f"{tuple(expected)}: each value would count {expected.numel() // value.numel()} times. Pass one value per "
+                "element, expanded in the model if that is meant."
+            )
+
+
+def check_run(sites: Mapping[str, Site], batch: Batch, validated: Collection[str] | None = None) -> None:
+    """
+    Checks everything about the observations of a run: what :func:`check_values` and :func:`check_labels` do.
+
+    :param sites: the sample sites of a run under one draw.
+    :param batch: the arguments of the model.
+    :param validated: the sites whose support is looked at; by default those made with validation on.
+    :raises ValueError: naming the site, what was found and what was expected.
+    """
+    check_values(sites, batch)
+    for name, site in sites.items():
+        if site["is_observed"] and not is_deterministic(site) and not is_factor(site):
+            check_labels(name, site, None if validated is None else name in validated)
+
+
+#: Whether validation was on outside of :func:`stand_in_data`; ``None`` where data are themselves.
+_VALIDATED: ContextVar[bool | None] = ContextVar("_VALIDATED", default=None)
+
+
+@contextmanager
+def stand_in_data() -> Iterator[None]:
+    """A context in which data stand for others of the same shapes, so that nobody looks at their values."""
+    token = _VALIDATED.set(is_validation_enabled())
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        _VALIDATED.reset(token)
+
+
+def is_stand_in() -> bool:
+    """Whether data stand for others, see :func:`stand_in_data`."""
+    return _VALIDATED.get() is not None
+
+
+def validated_names(sites: Mapping[str, Site], names: Collection[str]) -> set[str]:
+    """
+    The sites whose support is looked at.
+
+    :param sites: the sites of a run.
+    :param names: some of them.
+    :return: those that the user has not made with validation off.
+    """
+    outside = _VALIDATED.get()
+    return {name for name in names if (is_validated(sites[name]) if outside is None else outside)}
+
+
+def is_validated(site: Site) -> bool:
+    """Whether the distribution of a site was made with validation on."""
+    return all(getattr(d, "_validate_args", False) for d in (site["fn"], unwrap(site["fn"])[0]))
+
+
+def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
+    """
+    Checks that observations have a type that their distribution takes and lie in its support, where they are not
+    masked. With validation switched off (``validate_args=False``) the support is not looked at.
+
+    :param name: the observed site.
+    :param site: its node in a trace.
+    :param validated: whether to look at the support; by default as the distribution was made.
+    :raises ValueError: naming the site, what was found and what was expected.
+    """
+    value = site["value"]
+    base, mask, event_dim = unwrap(site["fn"])
+    family = type(base).__name__
+    if of_family(base, td.Bernoulli) and not value.is_floating_point():
+        raise ValueError(
+            f"Site {name!r}: the labels of a {family} are 0.0 and 1.0 in a floating-point type, found {value.dtype}: "
+            "pass y.to(torch.get_default_dtype())."
+        )
+    if not (is_validated(site) if validated is None else validated):
+        return
+    support: Any = base.support
+    try:
+        wrong = ~support.check(value)
+    except (NotImplementedError, RuntimeError, ValueError):  # a distribution that does not say
+        return
+    for kept in (mask, _to_elements(site["mask"], event_dim)):
+        if kept is not None:
+            wrong = wrong & kept
+    if bool(wrong.any()):
+        some = value[wrong].reshape(-1)[:3].tolist() if wrong.shape == value.shape[: wrong.dim()] else []
+        raise ValueError(
+            f"Site {name!r}: {int(wrong.sum())} of {wrong.numel()} observations, {some} among them, lie outside the "
+            f"support {support} of {family}. Labels of C classes are the integers from 0 to C - 1; mask what is missing "
+            "with poutine.mask."
+        )
+
+
+def _to_elements(mask: Tensor | bool | None, event_dim: int) -> Tensor | bool | None:
+    return mask.reshape(mask.shape + (1,) * event_dim) if isinstance(mask, Tensor) and mask.dim() else mask

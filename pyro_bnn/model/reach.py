@@ -1,0 +1,97 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Whether gradients of the likelihood reach the latents that it depends on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.handlers import Site, is_deterministic, sample_sites
+
+_CAUSES = (
+    "Something on the way cuts the graph (detach(), .data, .item(), numpy, torch.no_grad(), integer indices), or the "
+    "value is not used at all"
+)
+
+
+def unreached(value: Tensor, leaves: dict[str, Tensor]) -> list[str]:
+    """
+    :param value: a scalar.
+    :param leaves: tensors that require gradients, by name.
+    :return: the names of those from which no path leads to ``value``.
+    """
+    if not value.requires_grad:
+        return list(leaves)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is None]
+
+
+def nothing_reached(names: Sequence[str]) -> ValueError:
+    """The error for a likelihood without any latent."""
+    return ValueError(
+        f"no gradient of the likelihood reaches a latent site ({', '.join(map(repr, list(names)[:5]))}): the posterior "
+        f"would be the prior. {_CAUSES}: compute the observed distribution from the sites by torch operations."
+    )
+
+
+@torch.enable_grad()
+def require_reach(model: Any, latent: Tensor, batch: Batch) -> None:
+    """
+    Raises if no latent site reaches the likelihood, or if one moves it without a gradient.
+
+    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
+    :param latent: a packed vector of shape ``(p,)``.
+    :param batch: arguments of the model, with observations.
+    :raises ValueError: naming the sites.
+    """
+    latent = latent.detach()
+    leaves = {name: v.detach().clone().requires_grad_(True) for name, v in model.space.unpack(latent).items()}
+    value = model.log_likelihood(model.trace(latent, batch, leaves), require_finite=False)
+    names = unreached(value, leaves)
+    if not names:
+        return
+    moving = [name for name in names if _moves(model, latent, batch, name, float(value.detach()))]
+    if moving:
+        raise ValueError(
+            f"the likelihood depends on the latent sites {moving}, but its gradient does not reach them: their "
+            f"posterior would be their prior. {_CAUSES.partition(', or')[0]}: compute it by torch operations."
+        )
+    if len(names) == len(leaves):
+        raise nothing_reached(names)
+
+
+def _moves(model: Any, latent: Tensor, batch: Batch, name: str, before: float) -> bool:
+    """Whether another value of a site gives another likelihood."""
+    moved = latent.clone()
+    generator = torch.Generator(device=latent.device).manual_seed(0)
+    part = moved[model.space.slices[name]]
+    part += torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device)
+    with torch.random.fork_rng():
+        after = model.log_likelihood(model.trace(moved, batch), require_finite=False)
+    return abs(float(after.detach()) - before) > 1e3 * torch.finfo(latent.dtype).eps * abs(before)
+
+
+def check_reached(trace: Trace, leaves: dict[str, Tensor]) -> None:
+    """
+    Raises if the likelihood of a trace reaches none of its latent sites.
+
+    :param trace: a trace of a model.
+    :param leaves: the values of the latent sites in it, which require gradients.
+    :raises ValueError: naming the sites.
+    """
+    terms = [
+        site for site in sample_sites(trace).values() if site["is_observed"] and not is_deterministic(site)
+    ]
+    if not leaves or not terms:
+        return
+    value = sum((_density(site) for site in terms), torch.zeros(()))
+    if len(unreached(value, leaves)) == len(leaves):
+        raise nothing_reached(list(leaves))
+
+
+def _density(site: Site) -> Tensor:
+    return site["fn"].log_prob(site["value"]).sum()
