@@ -197,6 +197,45 @@ def test_the_gradient_of_what_depends_on_nothing_is_zero():
     assert_close(jacobian.gradient, torch.zeros(29))
 
 
+MAPS = {
+    "conv1d": lambda u, x: F.conv1d(x[:, :2, 0], u[:24].view(3, 2, 4), stride=2, padding=1),
+    "conv2d": lambda u, x: F.conv2d(x, u[:24].view(2, 3, 2, 2), u[24:26], padding=(1, 0), dilation=(1, 2)),
+    "grouped": lambda u, x: F.conv2d(x[:, :2], u[:24].view(4, 1, 3, 2), groups=2),
+    "transposed": lambda u, x: F.conv_transpose2d(
+        x, u[:24].view(3, 2, 2, 2), u[24:26], stride=2, output_padding=1
+    ),
+    "two kernels": lambda u, x: torch.cat(
+        [
+            F.conv2d(x, u[:24].view(2, 3, 4, 1)).flatten(1),
+            F.conv2d(x, u[:24].view(2, 3, 2, 2)).flatten(1),
+            F.linear(x[:, :, :2, :2].flatten(1), u[:24].view(2, 12)),
+        ],
+        1,
+    ),
+    "two transposed kernels": lambda u, x: torch.cat(
+        [
+            F.conv_transpose2d(x, u[:24].view(3, 2, 4, 1)).flatten(1),
+            F.conv_transpose2d(x, u[:24].view(3, 2, 2, 2)).flatten(1),
+        ],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_convolutions_pass_and_their_mistakes_are_found(name):
+    jacobian = known(
+        jacobian_of(lambda u, x: torch.tanh(MAPS[name](u, x)).flatten(1), torch.randn(B, 3, 5, 6))
+    )
+    score = torch.randn(B, jacobian.M)
+    assert check(jacobian, score) is None
+    use = jacobian.capture.uses[0]
+    of = use if isinstance(use.x, torch.Tensor) else use.x
+    of.x = of.x.clone()
+    of.x[0, 0] += 1e-6
+    assert bool(check(jacobian, score)[:12].all())
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
