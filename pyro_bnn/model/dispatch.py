@@ -22,6 +22,7 @@ _LIBRARIES = tuple(
 #: What operations are given beside tensors and lists of them.
 _PLAIN = (int, float, type(None), torch.dtype, torch.device)
 
+_HALF = (torch.float16, torch.bfloat16)
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
@@ -34,6 +35,7 @@ class Watch(TorchDispatchMode):
         that run their draws one after the other do not count: what they take does not grow with the draws.
     :ivar str where: the first line that turns a value which depends on the sources into a number or a truth value of Python,
         as ``if`` and ``.item()`` do: run for several draws at once it decides for all of them by one number. Empty if none does.
+    :ivar bool half: whether something is computed in half precision, as under autocast.
     """
 
     def __init__(self, sources: Iterable[Tensor] = ()) -> None:
@@ -42,6 +44,7 @@ class Watch(TorchDispatchMode):
         self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
         self.total = 0
         self.where = ""
+        self.half = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -56,6 +59,7 @@ class Watch(TorchDispatchMode):
             self.where = _place()
         counts = not runs_plain()
         for tensor in _tensors(out):
+            self.half = self.half or tensor.dtype in _HALF
             storage = tensor.untyped_storage()
             # views, and what an operation in place returns, take no memory of their own
             if (place := storage.data_ptr()) not in held:

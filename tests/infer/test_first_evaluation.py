@@ -300,3 +300,35 @@ def test_layers_that_nothing_depends_on_are_named() -> None:
         pytest.warns(ComponentLoopWarning),
     ):
         Mixture_ELBO().differentiable_loss(model, guide, x, y)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_number_that_falls_on_the_rows_in_single_precision(seed: int):
+    """As many rows as components, and an intercept that differs little between these."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(2, 2).float(), torch.tensor([1.0, 2.0]).float()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2).float(), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(torch.tensor(0.0).float(), 0.5))
+        pyro.sample("obs", dist.Normal((x * w.unsqueeze(-2)).sum(-1) + b, 3.0).to_event(1), obs=y)
+
+    guide = AutoMixture(model, 2, "delta", rest="delta").initialize(x, y)
+    places = [
+        {"w": torch.tensor(w).float(), "b": torch.tensor(b).float()}
+        for w, b in (([0.3, -0.8], -0.1203), ([1.1, 0.4], -0.1151))
+    ]
+    with torch.no_grad():
+        (value,) = guide.parameters()
+        value.copy_(torch.stack([torch.cat([p["w"], p["b"].reshape(1)]) for p in places]))
+    expected = (
+        -sum(
+            pyro.poutine.trace(pyro.poutine.condition(model, p)).get_trace(x, y).log_prob_sum()
+            for p in places
+        )
+        / 2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ComponentLoopWarning)
+        found = Mixture_ELBO().differentiable_loss(model, guide, x, y)
+    assert_close(found, expected, rtol=1e-6)

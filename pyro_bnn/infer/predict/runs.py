@@ -533,7 +533,8 @@ def _difference(found: Tensor, expected: Tensor, what: str, name: str, floor: fl
         finite = expected.isfinite()
         scale = floor + (float(expected[finite].abs().max()) if finite.any() else 0.0)
         # rounding differs between batched and single products; a wrong broadcast differs by more
-        close = (found - expected).abs() <= 1e-3 * scale
+        tolerance = 1e-6 if expected.dtype in (torch.float64, torch.complex128) else 1e-3
+        close = (found - expected).abs() <= tolerance * scale
         same = torch.where(finite, close, (found == expected) | (found.isnan() & expected.isnan()))
     else:
         same = found == expected
