@@ -339,8 +339,8 @@ def _exact_step(
     """
     slopes = vectors.mT @ gradient
     lowest, scale = float(values[0]), float(values.abs().max())
+    indefinite = lowest <= 0
     floor = torch.finfo(values.dtype).eps * scale
-    indefinite = lowest <= floor * len(values)  # below the rounding errors of eigenvalues it is zero
 
     def coordinates(shift: float) -> Tensor:
         return -slopes / (values + shift).clamp(min=floor)
