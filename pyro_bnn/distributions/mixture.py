@@ -267,7 +267,7 @@ class PackedMixture(TorchDistribution):
 
     Example::
 
-        >>> from pyro_bnn.distributions.precision_normal import DiagonalNormal
+        >>> from pyro_bnn.curvature.diagonal import DiagonalNormal
         >>> parts = [DiagonalNormal(torch.full((2,), m), torch.ones(2)) for m in (-1.0, 1.0)]
         >>> PackedMixture(parts, torch.tensor([0.5, 0.5]).log()).variance
         tensor([2., 2.])

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from pyro_bnn.infer import Mixture_ELBO, hfl, predictive_moments
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
 from pyro_bnn.nn import bayesian_
-from pyro_bnn.ops import fisher
-from pyro_bnn.ops.fisher import FisherRule, fisher_rule, register_fisher
+from pyro_bnn.ops.fisher import FisherRule, fisher_rule, register_fisher, rule
 from tests.common import assert_close
 
 _unit = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
@@ -153,7 +152,7 @@ def registered() -> Iterator[None]:
             return Truncated(parameters["loc"].squeeze(-1), d.scale)
 
     yield
-    del fisher._RULES[Truncated]
+    del rule._RULES[Truncated]
 
 
 def test_a_registered_rule_counts_and_no_closed_form_of_the_parent(registered: None) -> None:
