@@ -3,6 +3,7 @@
 """Whether batches are all of the data, and parts of one model: plates covered once, sites observed, one prior."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pyro.poutine.subsample_messenger import _Subsample
@@ -58,6 +59,7 @@ class Coverage:
         self._before = before
         self._latents = latents
         self._priors: dict[str, Tensor] = {}
+        self._given: dict[str, tuple[Any, ...]] = {}
         self._times = dict.fromkeys(observed, 0)
         self._seen: dict[str, int] = {}
         self._full: dict[str, int] = {}
@@ -86,14 +88,22 @@ class Coverage:
                     "every run of the model."
                 )
             site: Site = trace.nodes[name]
+            given = (site["fn"], site["mask"], site["scale"])
+            if name in self._priors and all(
+                a is b or (isinstance(a, float) and a == b)
+                for a, b in zip(self._given[name], given, strict=True)
+            ):
+                continue  # the very same distribution, as that of a converted layer is
             density = torch.as_tensor(unscaled_log_prob(site) * site["scale"])
             first = self._priors.setdefault(name, density)
+            self._given.setdefault(name, given)
             if first is not density and not close(first, density):
                 raise other_prior(name, first, density)
 
     def check(self) -> None:
         """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
         self._priors.clear()
+        self._given.clear()
         if self._times and self._before is None:
             times = torch.tensor(list(self._times.values()))
             all_reduce_sum([times])
