@@ -129,8 +129,7 @@ def grouped(x, group, y=None):
 
 guide = AutoLaplace(grouped, init_loc_fn=pyro.infer.autoguide.init_to_sample).initialize(x, group, y_groups)
 fit(grouped, guide, (x, group, y_groups), num_steps=STEPS, optim=0.01, progress_bar=False)
-if not SMOKE:
-    guide.polish((x, group, y_groups), max_iter=500)
+guide.polish((x, group, y_groups), max_iter=500)
 guide.laplace_approximation((x, group, y_groups), map_tolerance=float("inf"))
 low, middle, high = guide.quantiles([0.025, 0.5, 0.975])["offset"]
 figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
