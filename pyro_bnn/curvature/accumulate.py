@@ -133,12 +133,14 @@ class CurvatureAccumulator:
         :return: for each batch its trace and its negative log likelihood.
         """
         for trace in self.model.traces(self.latent, data):
+            self.model.check_observations(trace)
             yield trace, -self.model.log_likelihood(trace)
 
     def _terms(self, data: Any) -> Iterator[tuple[Any, bool]]:
         for i, trace in enumerate(self.model.traces(self.latent, data)):
             if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                 yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent), True
+            self.model.check_observations(trace)
             negative_log_likelihood = -self.model.log_likelihood(trace)
             if self.curvature == "hessian":
                 yield hvp_operator(negative_log_likelihood, self.latent), False

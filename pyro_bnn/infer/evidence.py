@@ -503,6 +503,7 @@ def train_with_evidence(
             for batch in iter_batches(data):
                 optimizer.zero_grad()
                 trace = guide.packed.trace(guide.loc, batch)
+                guide.packed.check_observations(trace)
                 loss = -guide.packed.log_likelihood(trace)
                 loss = loss - guide.packed.log_prior(guide.loc, trace) / batches
                 loss.backward(inputs=[guide.loc])

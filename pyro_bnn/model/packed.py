@@ -378,15 +378,12 @@ class PackedModel:
         The log density of observed sites and factors in a trace, without the scale of subsampled plates.
 
         :param trace: a trace made with observations.
-        :param require_finite: whether to check the observations, and to raise where the density is not finite; the
-            trial points of an optimiser may be far out.
+        :param require_finite: whether to raise where the density is not finite; the trial points of an optimiser may be
+            far out. Whether the observations fit is for :meth:`check_observations` to say, once per trace.
         :return: a scalar.
-        :raises ValueError: if an observed site of the prototype has no observation in this trace, or one that does not fit.
+        :raises ValueError: if an observed site of the prototype has no observation in this trace.
         """
-        if require_finite:
-            self.check_observations(trace)
-        else:
-            self._require_observed(trace)
+        self._require_observed(trace)
         total: Tensor | float = 0.0
         site: Site
         left_out = self._counted.get(trace, frozenset())
@@ -479,10 +476,12 @@ class PackedModel:
 
         :param latent: a packed vector of shape ``(p,)``.
         :param data: one batch or an iterable of batches.
-        :param require_finite: see :meth:`log_likelihood`.
+        :param require_finite: whether to check the observations, and see :meth:`log_likelihood`.
         :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
         for i, trace in enumerate(self.traces(latent, data)):
+            if require_finite:
+                self.check_observations(trace)
             with pyro.validation_enabled(False):  # trial points may not be finite
                 loss = -self.log_likelihood(trace, require_finite=require_finite)
                 if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior

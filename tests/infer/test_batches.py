@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions, densities and exports do not depend on how the data are cut; the reference is plain Pyro on all of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,6 @@ from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.model.data import Batches
 
 S = 5
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def traces(model: Callable[..., Any], draws: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> list[Any]:

@@ -6,7 +6,6 @@ the rows, what has not is refused. The references are plain torch.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -22,15 +21,6 @@ from pyro_bnn.model.join import Join
 from tests.common import assert_close
 
 SHAPES = [((4, 5), (4, 7)), ((5, 4), (3, 7)), ((4, 4), (7, 7))]
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def sequences(rows: int | None, event: bool = True) -> Any:

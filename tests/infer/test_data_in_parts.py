@@ -5,7 +5,6 @@ Data in parts, more rows than the plate has, and other rows than those of the gu
 is conjugacy.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -20,15 +19,6 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from tests.common import assert_close
 
 N = 8
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def model(x: Any, y: Any = None) -> None:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in which Python decides by values: their draws and components run one by one, as a loop of plain Pyro does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -14,14 +14,6 @@ from torch.testing import assert_close
 
 from pyro_bnn.infer import ComponentLoopWarning, Mixture_ELBO, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def branch(f: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that fail without a word where they do not broadcast, as a bare ``assert`` does. The reference are loops by Pyro."""
 
-from collections.abc import Iterator
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,14 +12,6 @@ from pyro_bnn.infer import posterior_predictive, predictive_moments
 from tests.common import assert_close
 
 Y = torch.randn(3, 5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def kalman(y: torch.Tensor | None = None) -> None:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latents with a value per row under :func:`fit`: right with all rows, refused in batches. The reference is conjugacy."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -26,15 +25,6 @@ from tests.common import assert_close
 Y = 2.0 * torch.arange(8.0, dtype=torch.float64)
 EXACT = Y * 100.0 / (100.0 + 0.01)
 GUIDES = [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, AutoStructured, AutoLaplace]
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def declared(y: Any) -> None:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Priors that depend on the data: right in one batch, refused by name where batches do not agree."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -17,15 +16,6 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from tests.common import assert_close
 
 N = 8
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def model(x: Any, mean: Any, y: Any) -> None:

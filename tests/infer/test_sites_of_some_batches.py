@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An observed site that some batches do not have, in any order of the batches. The reference is conjugacy in plain torch."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -19,15 +18,6 @@ from tests.common import assert_close
 
 N = 8
 NOISY = torch.tensor([5, 6])
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def regression(declared: bool) -> Any:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table outside the plate of the data, in a plate that the data are in as well: it counts once. The reference is conjugacy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -17,15 +17,6 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from tests.common import assert_close
 
 N, GROUPS = 8, 3
-
-
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def groups(declared: bool, data_last: bool) -> Callable[..., None]:
