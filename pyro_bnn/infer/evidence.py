@@ -9,12 +9,14 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.kronecker import KroneckerPart
 from pyro_bnn.curvature.low_rank import LowRankPart, placed_rows
@@ -108,22 +110,32 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
         posterior = guide._assemble(parts, None)
         value = guide._evidence_of(parts, found.log_likelihood + found.log_prior)
         weights = [_part_gradients(part, guide.loc) for part in parts]
-        stream = guide._stream(differentiable=True)
-        total = FirstOrderSum(stream.latent)
-        for i, (trace, sites) in enumerate(stream.run(data)):
-            log_likelihood = stream.model.log_likelihood(trace)
+        latent, chunks = _differentiable_chunks(guide, data)
+        total = FirstOrderSum(latent)
+        for i, (trace, sites) in enumerate(chunks):
+            log_likelihood = guide.packed.log_likelihood(trace)
             term = log_likelihood
             if i == 0 and rank() == 0:
-                log_prior = stream.model.log_prior(stream.latent, trace)
-                term = term + log_prior - 0.5 * _prior_trace(posterior, -log_prior, stream.latent)
+                log_prior = guide.packed.log_prior(latent, trace)
+                term = term + log_prior - 0.5 * _prior_trace(posterior, -log_prior, latent)
             if guide.curvature == "hessian":
-                term = term - 0.5 * _hessian_trace(posterior, parts, -log_likelihood, stream.latent)
-            else:
-                for site in sites:
-                    term = term - 0.5 * _curvature_trace(guide, parts, weights, site)
+                term = term - 0.5 * _hessian_trace(posterior, parts, -log_likelihood, latent)
+            for site in sites:
+                term = term - 0.5 * _curvature_trace(guide, parts, weights, site)
             total.add(term)
         all_reduce_sum(total.gradients())
         return total.attach(value)
+
+
+def _differentiable_chunks(
+    guide: Any, data: Any
+) -> tuple[Tensor, Iterator[tuple[Trace, list[SiteExamples]]]]:
+    """The packed vector, and by chunk of data a trace at it with the sites whose Fisher information is wanted."""
+    if guide.curvature == "hessian":
+        accumulator = CurvatureAccumulator(guide.packed, guide.loc, "hessian")
+        return accumulator.latent, ((trace, []) for trace, _ in accumulator.likelihood_terms(data))
+    stream = guide._stream(differentiable=True)
+    return stream.latent, stream.run(data)
 
 
 def _part_gradients(part: Part, loc: Tensor) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, mixtu
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.model.data import Batch
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.packed import PackedModel, called_modules
 from pyro_bnn.model.prototype import detach_prototypes
@@ -139,6 +140,17 @@ class AutoLaplaceMixture(AutoContinuous):
         """The model as a function of the packed latent vector."""
         guide: Any = self.components[0]
         return guide.packed
+
+    @property
+    def curvature(self) -> str:
+        """The curvature of the components."""
+        guide: Any = self.components[0]
+        return guide.curvature
+
+    def can_linearize(self, batch: Batch) -> bool:
+        """See :meth:`AutoLaplace.can_linearize`."""
+        guide: Any = self.components[0]
+        return guide.can_linearize(batch)
 
     def set_modes(self, modes: Any) -> Self:
         """
