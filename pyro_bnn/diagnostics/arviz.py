@@ -5,10 +5,9 @@
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import xarray as xr
 
 from pyro_bnn.diagnostics.export import Exporter, attributes, chain_shape
 from pyro_bnn.diagnostics.storage import TreeWriter
@@ -17,6 +16,9 @@ from pyro_bnn.infer.predict.predictive import evaluation_mode
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.memory import readable
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @torch.no_grad()
@@ -42,7 +44,7 @@ def to_datatree(
     path: str | PathLike[str] | None = None,
     block_size: int | None = None,
     max_block_memory: float = 2**28,
-) -> xr.DataTree:
+) -> "xr.DataTree":
     r"""
     Exports a posterior as an :class:`xarray.DataTree` in ArviZ's schema, with dims ``(chain, draw)``.
 
@@ -109,6 +111,8 @@ def to_datatree(
         >>> tree["log_likelihood"]["obs"].dims, sorted(tree["sample_stats"].data_vars)
         (('chain', 'draw', 'data'), ['log_q', 'log_weight', 'lp'])
     """
+    import xarray as xr
+
     exporter = Exporter(model, posterior, data, batch_size=batch_size, coords=coords, dims=dims)
     with evaluation_mode(model), local_parameters():
         if path is not None and block_size is None:
@@ -134,7 +138,7 @@ def to_datatree(
             max_memory=max_memory,
         )
 
-        def described(group: xr.Dataset) -> xr.Dataset:
+        def described(group: "xr.Dataset") -> "xr.Dataset":
             sampled = {"sample_dims": ["chain", "draw"]} if "draw" in group.dims else {}
             return group.assign_attrs(common() | sampled)
 
@@ -178,7 +182,7 @@ def to_inference_data(model: Callable[..., Any], posterior: Any, data: Any = Non
     return datatree_to_inference_data(to_datatree(model, posterior, data, **kwargs))
 
 
-def datatree_to_inference_data(tree: xr.DataTree) -> Any:
+def datatree_to_inference_data(tree: "xr.DataTree") -> Any:
     """
     Converts a tree to the form that the installed ArviZ works with.
 

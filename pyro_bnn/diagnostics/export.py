@@ -7,13 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
-import xarray as xr
 from pyro.infer import MCMC
 from torch import Tensor
 
@@ -36,12 +35,15 @@ from pyro_bnn.model.plates import Rows
 from pyro_bnn.nn.packed import packed_sites
 from pyro_bnn.ops.options import require_count
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
 MAX_WEIGHT_SIZE = 1000
 
 _WEIGHT = re.compile(r"(^|\.)packed$|\.([a-z_]*_)?(weight|bias)(_[a-z0-9_]+)?$")
 
-Groups = dict[str, xr.Dataset]
+Groups = dict[str, "xr.Dataset"]
 
 
 def chain_draws(
@@ -361,8 +363,10 @@ class Exporter:
 
     def dataset(
         self, variables: Mapping[str, tuple[Tensor, Sequence[str]]], sampled: bool = True
-    ) -> xr.Dataset:
+    ) -> "xr.Dataset":
         """A dataset from tensors (with chain and draw first if ``sampled``) and the names of their dims."""
+        import xarray as xr
+
         lead = ("chain", "draw") if sampled else ()
         sizes: dict[str, int] = {}
         arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
@@ -442,7 +446,7 @@ class Exporter:
         }
         return groups, found.lp, found.values
 
-    def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
+    def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> "xr.Dataset":
         """Log joint density, density of the guide, importance weights, divergences."""
         posterior, recorded = self.posterior, self.recorded
         stats = {"lp": lp}
@@ -460,7 +464,7 @@ class Exporter:
                 stats["diverging"] = diverging
         return self.dataset({n: (v, ()) for n, v in stats.items()})
 
-    def constants(self, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
+    def constants(self, given: Mapping[str, Any] | None, observed: "xr.Dataset") -> "xr.Dataset":
         """The inputs: given ones, or the tensors of a single batch that are not observations; and which observations count."""
         assert self.data is not None
         values: dict[str, Tensor] = {}
@@ -482,7 +486,7 @@ class Exporter:
             variables[f"{name}_mask"] = mask, self.site_dims[name]
         return self.dataset(variables, sampled=False)
 
-    def inputs(self, observed: xr.Dataset) -> tuple[dict[str, Tensor], dict[str, tuple[int, str]]]:
+    def inputs(self, observed: "xr.Dataset") -> tuple[dict[str, Tensor], dict[str, tuple[int, str]]]:
         """The tensors of a single batch that are not observations by name, and where those with rows have them."""
         assert self.data is not None
         values, places = {}, {}
@@ -515,7 +519,7 @@ class Exporter:
                 )
         stacked = self.unpacked({n: torch.stack([row[n] for row in rows])[None] for n in rows[0]})
 
-        def pick(names: Sequence[str]) -> xr.Dataset:
+        def pick(names: Sequence[str]) -> "xr.Dataset":
             return self.dataset({n: (stacked[n], self.site_dims[n]) for n in names if n in stacked})
 
         return {"prior": pick(self.names), "prior_predictive": pick(observed)}

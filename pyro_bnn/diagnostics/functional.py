@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from pyro_bnn.diagnostics.export import chain_draws
 from pyro_bnn.infer.predict.draws import Posterior
@@ -15,6 +14,7 @@ from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.model.data import as_batches
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.axes import Axes
 
 
@@ -28,7 +28,7 @@ def prediction_draws(
     num_chains: int = 1,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """
     The mean of each observation under each posterior draw, with dims ``(chain, draw)``.
 
@@ -57,6 +57,8 @@ def prediction_draws(
         >>> dict(found.sizes)
         {'chain': 4, 'draw': 25, 'data': 3}
     """
+    import xarray as xr
+
     data = as_batches(data)
     draws, shape = chain_draws(posterior, num_samples, num_chains, data.first)
     source: Any = posterior[0] if isinstance(posterior, (list, tuple)) else posterior
@@ -81,7 +83,7 @@ def prediction_draws(
     return xr.Dataset(variables, coords={"chain": np.arange(shape[0]), "draw": np.arange(shape[1])})
 
 
-def prediction_diagnostics(predictions: xr.Dataset) -> xr.Dataset:
+def prediction_diagnostics(predictions: "xr.Dataset") -> "xr.Dataset":
     """
     R-hat and effective sample sizes of predictions, by ArviZ.
 
@@ -90,6 +92,7 @@ def prediction_diagnostics(predictions: xr.Dataset) -> xr.Dataset:
         nan.
     """
     import arviz
+    import xarray as xr
 
     found = {}
     for name, variable in predictions.data_vars.items():
@@ -110,7 +113,7 @@ def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
 
-def plot_diversity(predictions: xr.Dataset, *, site: str | None = None, ax: "Axes | None" = None) -> "Axes":
+def plot_diversity(predictions: "xr.Dataset", *, site: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """
     How far apart components are: for every observation the spread between the chains' mean predictions over the
     spread within chains.
@@ -138,7 +141,7 @@ def plot_diversity(predictions: xr.Dataset, *, site: str | None = None, ax: "Axe
 
 
 def plot_prediction_ranks(
-    predictions: xr.Dataset,
+    predictions: "xr.Dataset",
     index: int = 0,
     *,
     site: str | None = None,

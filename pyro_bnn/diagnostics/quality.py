@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro.poutine as poutine
 import torch
-import xarray as xr
 from pyro.ops.stats import fit_generalized_pareto
-from scipy.stats import chi2
 from torch import Tensor
 
 from pyro_bnn.diagnostics.export import Exporter
@@ -24,6 +22,7 @@ from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.axes import Axes
 
 
@@ -199,6 +198,8 @@ class CalibrationRanks:
         :param int bins: the number of bins; it should divide L + 1.
         :return: by quantity, the p value.
         """
+        from scipy.stats import chi2
+
         found = {}
         for name in self.ranks:
             counts = self.counts(name, bins)
@@ -305,7 +306,7 @@ def compare_with_nuts(
     warmup_steps: int = 500,
     num_chains: int = 4,
     progress_bar: bool = False,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     r"""
     Runs NUTS from a fitted guide and compares both posteriors, site by site and in their predictions.
 
@@ -327,6 +328,8 @@ def compare_with_nuts(
     :param bool progress_bar: whether to show the progress of NUTS.
     :return: the comparison.
     """
+    import xarray as xr
+
     run = nuts(
         model, data, guide=guide, num_samples=num_samples, warmup_steps=warmup_steps,
         num_chains=num_chains, progress_bar=progress_bar,

@@ -5,16 +5,18 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.predictive import SitePrediction, join_sites, predict_batches
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass
@@ -114,13 +116,15 @@ class PredictiveMoments(Mapping[str, SiteMoments]):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def to_dataset(self) -> xr.Dataset:
+    def to_dataset(self) -> "xr.Dataset":
         """
         The moments with named dims: ``<site>_mean``, ``<site>_aleatoric``, ``<site>_epistemic``,
         ``<site>_log_density`` and ``<site>_observed``.
 
         :return: a dataset.
         """
+        import xarray as xr
+
         variables = {}
         for name, site in self.sites.items():
             for field in ("mean", "aleatoric", "epistemic", "log_density", "observed"):

@@ -5,11 +5,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
@@ -29,6 +28,9 @@ from pyro_bnn.model.join import Join
 from pyro_bnn.model.observations import check_labels, check_run
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.families import has_own, of_family
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass
@@ -121,13 +123,15 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
         """The pointwise log likelihood of each draw at the only observed site."""
         return self._only().log_likelihood
 
-    def to_dataset(self) -> xr.Dataset:
+    def to_dataset(self) -> "xr.Dataset":
         """
         The predictions with named dims: ``<site>`` (samples), ``<site>_mean``, ``<site>_variance``,
         ``<site>_log_likelihood`` and ``<site>_observed``.
 
         :return: a dataset with dims ``draw`` and those of the sites.
         """
+        import xarray as xr
+
         variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name, site in self.sites.items():
             for suffix, value, lead in (
