@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def _axes(ax: Any) -> Any:
+def axes(ax: Any) -> Any:
+    """The axes to draw in, new ones if there are none."""
     if ax is not None:
         return ax
     from matplotlib import pyplot
@@ -60,7 +61,7 @@ def plot_bands(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     x = np.asarray(x).reshape(-1)
     order = np.argsort(x)
     values = _samples(samples, site)
@@ -96,8 +97,8 @@ def plot_intervals(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    drawn, found = draws_and_observations(samples, observed, site, "samples", "samples")
+    ax = axes(ax)
+    drawn, found = draws_and_observations(samples, observed, site, "samples")
     values, y = drawn.flatten(1).cpu().numpy(), found.flatten().cpu().numpy()
     low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
     order = np.argsort(middle)
@@ -129,7 +130,7 @@ def plot_calibration(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for name, prediction in _named(predictions).items():
         nominal, empirical = calibration_curve(prediction, observed, levels, site=site)
@@ -165,7 +166,7 @@ def plot_pit(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     values = pit(samples, observed, site=site).reshape(-1)
     ax.hist(values, bins=bins, range=(0, 1), density=True, alpha=0.6)
     # two binomial standard deviations of a bin's height
@@ -190,7 +191,7 @@ def plot_reliability(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
     for name, source in _named(probs).items():
         value, y = mean_probs(source, labels, site=site)
@@ -220,7 +221,7 @@ def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     for index, (name, source) in enumerate(_named(result).items()):
         found = source
         if not isinstance(found, FitResult):
