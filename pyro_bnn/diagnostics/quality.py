@@ -13,9 +13,9 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
 
+from pyro_bnn.diagnostics.axes import new_axes
 from pyro_bnn.diagnostics.export import Exporter, Wanted
 from pyro_bnn.diagnostics.labels import in_tree
-from pyro_bnn.diagnostics.plots import axes
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
@@ -219,7 +219,7 @@ class CalibrationRanks:
         :param ax: matplotlib axes to draw in.
         :return: the axes.
         """
-        ax = axes(ax)
+        ax = new_axes(ax)
         counts = self.counts(name, bins)
         total = counts.sum()
         spread = 2 * math.sqrt(total / bins * (1 - 1 / bins))
