@@ -121,7 +121,8 @@ def test_a_gradient_that_is_no_derivative_is_named(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", RIGHT)
 def test_there_are_no_false_alarms(name: str, dtype: torch.dtype, at: float) -> None:
     guide = guide_at(RIGHT[name], at, dtype)
-    assert not told(lambda: guide.packed.require_function(guide.loc, data(dtype), hessian=True))
+    has_hessian = (name, at) != ("norm", 0.0)  # a norm bends without limit at zero
+    assert not told(lambda: guide.packed.require_function(guide.loc, data(dtype), hessian=has_hessian))
 
 
 def test_a_slope_that_is_right_or_not_certain() -> None:
