@@ -244,7 +244,7 @@ class AutoLaplace(LinearizedGuide):
             plates of the model; for a model that is no function of its latents, because it draws hidden sites,
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
-        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
+        data = as_batches(as_data(self._plain[0], args, kwargs, "laplace_approximation"))
         self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         with self.packed.continuing(None if override else self._covered if before is not None else {}):
