@@ -46,9 +46,8 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
     cotangents = cotangents.to(outputs.dtype)
 
     def pull_back(c: Tensor, *, batched: bool) -> Tensor:
-        (product,) = grad(
-            outputs, inputs, c, retain_graph=True, create_graph=create_graph, is_grads_batched=batched, materialize_grads=True
-        )  # fmt: skip
+        how = {"create_graph": create_graph, "is_grads_batched": batched}
+        (product,) = grad(outputs, inputs, c, retain_graph=True, materialize_grads=True, **how)
         return product
 
     try:
