@@ -81,6 +81,11 @@ class TreeWriter:
         """Sets the attributes of the file, which are written at the end."""
         self._attrs = dict(attrs)
 
+    def append_all(self, groups: "Mapping[str, xr.Dataset]") -> None:
+        """Writes several groups, see :meth:`append`."""
+        for name, group in groups.items():
+            self.append(name, group)
+
     def append(self, name: str, group: "xr.Dataset") -> None:
         """Writes a group, or appends to it along ``draw`` if it has been written before; empty ones are left out."""
         if not group.data_vars:
