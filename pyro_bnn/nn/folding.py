@@ -92,7 +92,7 @@ class Folding:
         self._values: dict[tuple[int, str], Tensor] = {}
         self._varying: dict[tuple[int, str], Tensor] = {}  # the values that differ between samples
         # by layer its parameters with the samples in front, while these run one after the other, and the present one
-        self._built: dict[int, dict[str, Tensor | None]] = {}
+        self._built: dict[int, dict[str, Sequence[Any]]] = {}
         self._sample = 0
         # dimensions of the batch in arguments, -1 for none, as far as calls have told them
         self._known_dims: dict[tuple[int | str, int], int] = {}
@@ -200,11 +200,15 @@ class Folding:
 
     def _start_loop(self) -> None:
         """Builds the parameters of layers for all samples."""
-        self._built = {id(layer): layer._built() for layer in self.layers if layer._costs is not None}
-        built = [value for values in self._built.values() for value in values.values() if value is not None]
         loop: Any = loop_of_samples()
         loop.running = True
-        loop.plain_bytes += sum(value[0].numel() * value.element_size() for value in built)
+        for layer in self.layers:
+            if layer._costs is not None:
+                built = layer._built()
+                loop.plain_bytes += sum(
+                    v[0].numel() * v.element_size() for v in built.values() if v is not None
+                )
+                self._built[id(layer)] = {n: [None] if v is None else v.unbind(0) for n, v in built.items()}
         self.num_samples = 1
         self._choose(0)
 
@@ -212,12 +216,12 @@ class Folding:
         self._sample = sample
         self._values |= {key: value[sample : sample + 1] for key, value in self._varying.items()}
 
-    def built(self, layer: SiteModule) -> dict[str, Tensor | None] | None:
+    def built(self, layer: SiteModule) -> dict[str, Any] | None:
         """The parameters of a layer for the present sample, if samples run one after the other."""
         values = self._built.get(id(layer))
         if values is None:
             return None
-        return {n: v if v is None else v[self._sample if len(v) > 1 else 0] for n, v in values.items()}
+        return {n: v[self._sample if len(v) > 1 else 0] for n, v in values.items()}
 
     def _finish_loop(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The samples after the first, and the outputs of all of them with the sample dimensions in front."""
