@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pyro_bnn.curvature.jacobian import Pulled
-from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places
+from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places, require_finite
 from pyro_bnn.curvature.stream import SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator, world_size
@@ -139,6 +139,7 @@ class LowRankSum(CurvatureSum):
             for rows in self._all_rows():
                 total = total + (scaled @ rows.mT) @ rows
             all_reduce_sum([total])
+            require_finite(total)
             return total * scale
 
         generator = self._generator or shared_generator(self.latent.device)

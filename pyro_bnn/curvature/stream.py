@@ -17,6 +17,7 @@ from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
 from pyro_bnn.curvature.suspects import Suspects
 from pyro_bnn.model.data import Batch, as_batches, leaves
+from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
 from pyro_bnn.model.repeats import Repeats
@@ -314,6 +315,8 @@ class ExampleStream:
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts
+        if value is not None:
+            require_finite(self.model, jacobian.gradient)
         for mistake in jacobian.mistakes:
             self._say(site.name, mistake)
         q, size = len(jacobian.generic), jacobian.flat.numel()

@@ -241,6 +241,8 @@ def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor, *, e
     B = weights.shape[0]
     (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
     tolerance = min(1e3 * eps, 0.1) * float(b.abs().max()) if b.numel() else 0.0
+    if not tolerance >= 0:  # not finite
+        return None
     for dim in range(dims):
         size = a.shape[dim]
         if size == 0 or size % B or not use.allows(dim, dims):
