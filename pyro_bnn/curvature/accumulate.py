@@ -16,13 +16,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.curvature.dense import DenseSum
-from pyro_bnn.curvature.diagonal import DiagonalSum
+from pyro_bnn.curvature.dense import DensePart
+from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.fisher_checks import require_fixed_values, require_scores
-from pyro_bnn.curvature.parts import NotAMinimumError
+from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError
 from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
 from pyro_bnn.curvature.stream import ExampleStream, SiteExamples
-from pyro_bnn.curvature.sums import CurvatureSum
 from pyro_bnn.model.data import is_single_batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.distributed import all_reduce_sum, rank, world_size
@@ -72,7 +71,7 @@ class CurvatureAccumulator:
         :return: the precision, shape ``(p, p)``.
         """
         index = torch.arange(len(self.latent), device=self.latent.device)
-        total = DenseSum(index, self.latent)
+        total = CurvatureSum([DensePart.zero(index, self.latent.detach())])
         prior = self._accumulate(total, data)
         (part,) = total.parts(prior.diagonal)
         return part.tensors["curvature"] + prior.matrix(index)
@@ -83,7 +82,7 @@ class CurvatureAccumulator:
         :return: the diagonal of the precision, shape ``(p,)``.
         """
         index = torch.arange(len(self.latent), device=self.latent.device)
-        total = DiagonalSum(index, self.latent)
+        total = CurvatureSum([DiagonalPart.zero(index, self.latent.detach())])
         prior = self._accumulate(total, data)
         (part,) = total.parts(prior.diagonal)
         return part.tensors["curvature"] + part.prior

@@ -3,6 +3,7 @@
 """The search for the mode of a joint density."""
 
 from contextlib import nullcontext
+from math import isfinite
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from pyro_bnn.curvature.definite import require_finite_mode
 from pyro_bnn.model.data import is_single_batch
+from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.double import double_precision, doubled
 from pyro_bnn.model.packed import PackedModel
-from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg
+from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg, value_and_gradient
 from pyro_bnn.ops.notice import warn_user
 
 #: largest number of latents whose Hessian may be held: products with the identity and an eigendecomposition per step
@@ -45,6 +47,7 @@ def find_mode(
     :param report: whether to warn if the search has not converged in the metric of the exact Hessian.
     :return: shape ``(p,)``.
     :raises NotAMinimumError: if a site runs off, as there is no mode.
+    :raises ValueError: where the gradient is not finite.
     :raises RuntimeError: if ``float64`` meets tensors of lower precision that do not combine with it.
     """
     start = start.detach()
@@ -54,6 +57,8 @@ def find_mode(
             model.check_data(first, doubled(data) if float64 else data)
             terms = _terms(model, data, float64)
             found = _search(terms, first, data, tolerance, max_iter)
+            if not isfinite(found.decrement):
+                require_finite(model, value_and_gradient(terms, found.point)[1])
         except RuntimeError as error:
             if float64 and "dtype" in str(error):
                 raise RuntimeError(

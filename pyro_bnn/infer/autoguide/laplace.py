@@ -19,22 +19,27 @@ from pyro_bnn.curvature.accumulate import (
     check_option,
 )
 from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.conditioning import TOLERANCE, describe, expected_error
-from pyro_bnn.curvature.definite import blame, require_minimum, require_resolved
-from pyro_bnn.curvature.dense import DENSE_LIMIT, BlockSum, DenseSum, FullNormal
-from pyro_bnn.curvature.diagonal import DiagonalNormal, DiagonalSum
+from pyro_bnn.curvature.definite import (
+    TOLERANCE,
+    blame,
+    describe,
+    expected_error,
+    require_minimum,
+    require_resolved,
+)
+from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart, FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal, DiagonalPart
 from pyro_bnn.curvature.fisher_checks import require_scores
-from pyro_bnn.curvature.joint_covariance import joint_covariance_blocks
 from pyro_bnn.curvature.kronecker import KroneckerSum
 from pyro_bnn.curvature.linear_maps import Sharing
 from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
+from pyro_bnn.curvature.output_covariances import joint_covariance_blocks
 from pyro_bnn.curvature.part_store import PartStore
-from pyro_bnn.curvature.parts import NotAMinimumError, Part
+from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
 from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
 from pyro_bnn.curvature.selection import Selection, largest, select
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.curvature.subset import count_examples, random_subset
-from pyro_bnn.curvature.sums import CurvatureSum
 from pyro_bnn.curvature.uses import LinearUse
 from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
@@ -244,7 +249,7 @@ class AutoLaplace(LinearizedGuide):
             plates of the model; for a model that is no function of its latents, because it draws hidden sites,
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
-        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "laplace_approximation"))
+        data = as_batches(as_data(self._plain[0], args, kwargs, "laplace_approximation"))
         self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         with self.packed.continuing(None if override else self._covered if before is not None else {}):
@@ -347,7 +352,7 @@ class AutoLaplace(LinearizedGuide):
         elif self.subnetwork == "random":
             values = torch.rand(len(self.loc), generator=generator).to(self.loc)
         else:
-            total = DiagonalSum(self._index(), wide(self.loc.detach()))
+            total = CurvatureSum([DiagonalPart.zero(self._index(), wide(self.loc.detach()))])
             stream = ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
             found = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn"))
             (part,) = total.parts(found.prior)
@@ -394,13 +399,12 @@ class AutoLaplace(LinearizedGuide):
         :return: a sum of curvatures over data, still zero, in the structures "full", "diagonal", "kronecker", "block".
         """
         index, latent = self._index(), wide(self.loc.detach()).to(dtype)
-        if self.structure == "full":
-            return DenseSum(index, latent)
-        if self.structure == "diagonal":
-            return DiagonalSum(index, latent)
         if self.structure == "kronecker":
             return KroneckerSum(index, latent, self.sharing)
-        return BlockSum(self._groups(index), latent)
+        if self.structure == "diagonal":
+            return CurvatureSum([DiagonalPart.zero(index, latent)])
+        groups = [index] if self.structure == "full" else self._groups(index)
+        return CurvatureSum([DensePart.zero(group, latent) for group in groups])
 
     def _groups(self, index: Tensor) -> list[Tensor]:
         """The random entries of each site."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
@@ -10,10 +10,10 @@ from typing import Any, Self
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pyro_bnn.curvature.mode import DENSE_LIMIT as DENSE_LIMIT
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning, find_mode
@@ -25,14 +25,11 @@ from pyro_bnn.curvature.output_covariances import (
 )
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
-from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import Batch, as_batches, iter_batches
-from pyro_bnn.model.flat import init_flat
-from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
 from pyro_bnn.model.observations import is_stand_in
-from pyro_bnn.model.packed import PackedModel, SiteOutputs, called_modules
-from pyro_bnn.model.prototype import detach_prototypes
+from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
@@ -68,7 +65,7 @@ def _multiply_transposed(rows: Tensor, v: Tensor) -> Tensor:
     return v @ rows.mT
 
 
-class LinearizedGuide(AutoContinuous):
+class LinearizedGuide(PackedGuide):
     r"""
     Base class of guides that are a point estimate first and a Gaussian around it afterwards.
 
@@ -98,56 +95,37 @@ class LinearizedGuide(AutoContinuous):
         chunk_size: int = 256,
         budget: int = DEFAULT_BUDGET,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
-        # self.model initialises every site anew in each run; not registered as a submodule
-        self.__dict__["_plain_model"] = model
+        super().__init__(model, init_loc_fn)
         self.chunk_size = chunk_size
         self.budget = budget
         self.map_report: MAPReport | None = None
         self._packed: PackedModel | None = None
         self._posterior: dist.TorchDistribution | None = None
+        self._said_so = False  # that draws are all the same
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
-        """
-        Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
-        before the first step.
-
-        :param args: arguments of the model, **with observations**.
-        :param kwargs: keyword arguments of the model.
-        :return: the guide itself.
-        :raises ValueError: if the arguments are not finite or no site of the model is observed.
-        """
-        if self.prototype_trace is None:
-            initialize_with(self, args, kwargs)
-        return self
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(), called_modules() as modules:
-            trace = run_model(self.model, (args, kwargs))
-        check_observations(trace, (args, kwargs))
-        check_latents(trace, self, continuous=True)
-        values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
-        with SubstituteMessenger(values), called_modules():
-            super()._setup_prototype(*args, **kwargs)
-        detach_prototypes(self)
-        packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
+    @override
+    def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
+        packed = PackedModel(self._plain[0], trace, modules)
         if not is_stand_in():
             packed.log_likelihood(trace)  # raises where it is not finite
         self._packed = packed
         self.loc = nn.Parameter(self._init_loc())
-        if not packed.observed and getattr(self, "curvature", "hessian") != "hessian":
-            packed.check_factors(packed.trace(self.loc, (args, kwargs)))
+        if not packed.observed and self._curvature != "hessian":
+            packed.check_factors(packed.trace(self.loc, batch))
 
     @property
+    @override
     def packed(self) -> PackedModel:
-        """The model as a function of the packed latent vector."""
         if self._packed is None:
             raise RuntimeError(
                 "the guide is not initialised: call guide.initialize(*args) with one batch of data and observations"
             )
         return self._packed
+
+    @property
+    def _curvature(self) -> str:
+        """The curvature that the guide takes of the likelihood."""
+        return getattr(self, "curvature", "hessian")
 
     def __repr__(self) -> str:
         """What the guide is: its options, the number of latents, and whether it has been fitted."""
@@ -168,8 +146,8 @@ class LinearizedGuide(AutoContinuous):
 
         :return: the guide itself.
         """
-        for name in self._buffers:
-            self._buffers[name] = None
+        for name, _ in list(self.named_buffers(recurse=False)):
+            setattr(self, name, None)
         self.map_report = None
         self._posterior = None
         return self
@@ -204,18 +182,23 @@ class LinearizedGuide(AutoContinuous):
         """
         return self.posterior if self.is_fitted else dist.Delta(self.loc).to_event(1)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         self._posterior = None
         return super()._apply(fn, *args, **kwargs)
 
+    @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Buffers that only laplace_approximation creates are None in a fresh object.
-        for name, buffer in list(self._buffers.items()):
-            key = prefix + name
-            if key in state_dict and (buffer is None or buffer.shape != state_dict[key].shape):
-                self._buffers[name] = torch.empty_like(state_dict[key], device=self.loc.device)
-            elif key not in state_dict and buffer is not None:
-                self._buffers[name] = None
+        # buffers that only laplace_approximation creates are None in a fresh object
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        held = dict(self.named_buffers(recurse=False))
+        for name in held.keys() - own.keys():
+            setattr(self, name, None)
+        parameters = dict(self.named_parameters(recurse=False))
+        for name, value in own.items():
+            fits = name in held and held[name].shape == value.shape
+            if not fits and "." not in name and name not in parameters and hasattr(self, name):
+                setattr(self, name, torch.empty_like(value, device=self.loc.device))
         self._posterior = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -240,9 +223,9 @@ class LinearizedGuide(AutoContinuous):
         return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
 
     def _warn_point_estimate(self) -> None:
-        if self.__dict__.get("_said_so"):
+        if self._said_so:
             return
-        self.__dict__["_said_so"] = True
+        self._said_so = True
         warn_user(
             f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance of "
             "predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate on purpose "
@@ -272,6 +255,7 @@ class LinearizedGuide(AutoContinuous):
         rows = self.loc + td.Normal(0.0, 1.0).icdf(q).unsqueeze(-1) * scale
         return self.packed.space.unpack(rows.to(self.loc))
 
+    @override
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         # the Gaussian of a network in half precision is in float32
         return super()._unpack_latent(latent.to(self.loc.dtype))
@@ -309,7 +293,7 @@ class LinearizedGuide(AutoContinuous):
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "polish"))
+        data = as_batches(as_data(self._plain[0], args, kwargs, "polish"))
         if self.is_fitted:
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
@@ -323,7 +307,7 @@ class LinearizedGuide(AutoContinuous):
             max_iter=max_iter,
             float64=float64,
             # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
-            report=getattr(self, "curvature", "hessian") == "hessian",
+            report=self._curvature == "hessian",
         )
         self.loc.data.copy_(point)
         return self
@@ -417,23 +401,15 @@ class LinearizedGuide(AutoContinuous):
             for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def observed_distributions(
-        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> dict[str, td.Distribution]:
-        r"""
-        The observed sites' distributions at posterior draws, through the linearised model.
+    @override
+    def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        return self.moved_outputs(latent - self.loc.detach(), batch)
 
-        :param draws: by site name, shape ``(S,) + site_shape``, as :meth:`sample_posterior` returns them.
-        :param args: arguments of the model; observations are not needed.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
-        """
-        offsets = self.packed.space.pack(draws) - self.loc.detach()
-        return {
-            site.name: site.build(outputs) for site, outputs in self.moved_outputs(offsets, (args, kwargs))
-        }
+    @override
+    def _functions(
+        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        return self._linearized(self._draw(shape, generator), batch)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -448,7 +424,7 @@ class LinearizedGuide(AutoContinuous):
         try:
             self.packed.outputs(latent, batch)
         except (KeyError, ValueError):
-            if getattr(self, "curvature", None) != "hessian":
+            if self._curvature != "hessian":
                 raise
             return False
         return True
@@ -473,23 +449,6 @@ class LinearizedGuide(AutoContinuous):
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
-
-    @torch.inference_mode(False)
-    def functional_samples(
-        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """
-        Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
-        Thompson sampling needs.
-
-        :param int num_samples: S.
-        :param args: arguments of the model; observations are not needed.
-        :param generator: source of random numbers; torch's default if ``None``.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
-        """
-        offsets = self._draw(torch.Size((num_samples,)), generator) - self.loc.detach()
-        return {site.name: outputs for site, outputs in self.moved_outputs(offsets, (args, kwargs))}
 
     @torch.inference_mode(False)
     @torch.enable_grad()
