@@ -24,76 +24,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
+from pyro_bnn.curvature.recurrence import unrolled
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
 
 #: Functions that only move entries: they act on the positions as they act on the values.
 MOVES = frozenset(
     [
-        "reshape",
-        "view",
-        "transpose",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "permute",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "broadcast_to",
-        "broadcast_tensors",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "chunk",
-        "unbind",
-        "select",
-        "narrow",
-        "__getitem__",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "index_select",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "hstack",
-        "vstack",
-        "diagonal",
-        "flip",
-        "roll",
-        "tile",
-        "repeat",
+        "reshape", "view", "transpose", "t", "T", "mT", "H", "mH", "permute", "flatten", "unflatten", "ravel", "unsqueeze",
+        "squeeze", "expand", "expand_as", "view_as", "reshape_as", "broadcast_to", "broadcast_tensors", "split",
+        "split_with_sizes", "tensor_split", "chunk", "unbind", "select", "narrow", "__getitem__", "movedim", "moveaxis",
+        "swapaxes", "swapdims", "index_select", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "diagonal",
+        "flip", "roll", "tile", "repeat",
     ]
-)
+)  # fmt: skip
 #: Functions that keep entry and place.
 COPIES = frozenset(
-    [
-        "contiguous",
-        "clone",
-        "to",
-        "type",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type_as",
-        "cpu",
-        "cuda",
-        "requires_grad_",
-        "alias",
-    ]
-)
+    ["contiguous", "clone", "to", "type", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda", "requires_grad_",
+     "alias"]
+)  # fmt: skip
 #: Functions that take no more from their second argument than its shape or type.
 _LIKE = frozenset(["expand_as", "view_as", "reshape_as"])
 #: Functions that write into their first argument, by the function whose result they write.
@@ -101,25 +50,10 @@ _IN_PLACE = {
     **dict.fromkeys(("mul_", "multiply_", "__imul__"), "mul"),
     **dict.fromkeys(("add_", "sub_", "subtract_", "__iadd__", "__isub__"), "add"),
 }
-_WRITES = frozenset(
+_WRITES = {"__setitem__"} | {
     f"__i{name}__"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "div",
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-    ]
-) | {"__setitem__"}
+    for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+}  # fmt: skip
 _MATMULS = frozenset(["matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm"])
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
@@ -501,7 +435,7 @@ class Capture(TorchFunctionMode):
         if dropout and train:
             return NotImplemented
         with self:
-            return _unrolled(
+            return unrolled(
                 name, input, hx, params, has_biases, num_layers, 2 if bidirectional else 1, batch_first
             )
 
@@ -577,53 +511,3 @@ def _unsqueeze(g: Tensor) -> Tensor:
 
 def _transpose(g: Tensor) -> Tensor:
     return g.mT
-
-
-def _unrolled(
-    name: str,
-    x: Tensor,
-    hx: Any,
-    params: Any,
-    has_biases: bool,
-    layers: int,
-    directions: int,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    """The recurrence of torch's LSTM, GRU and RNN in elementary operations; returns (output, *final states)."""
-    if batch_first:
-        x = x.transpose(0, 1)
-    step = len(params) // (layers * directions)
-    states = (hx[0], hx[1]) if name == "lstm" else (hx,)
-    finals: list[tuple[Tensor, ...]] = []
-    for _ in range(layers):
-        sides = []
-        for side in range(directions):
-            at = len(finals)
-            w_ih, w_hh, *rest = params[at * step : (at + 1) * step]
-            b_ih, b_hh = rest[:2] if has_biases else (None, None)
-            projection = rest[2 * has_biases :]  # of an LSTM with proj_size
-            state = tuple(s[at] for s in states)
-            inputs, hidden = F.linear(x, w_ih, b_ih).unbind(0), []
-            for i in reversed(inputs) if side else inputs:
-                state = _cell(name, i, F.linear(state[0], w_hh, b_hh), state)
-                if projection:
-                    state = (F.linear(state[0], projection[0]), state[1])
-                hidden.append(state[0])
-            sides.append(torch.stack(hidden[::-1] if side else hidden))
-            finals.append(state)
-        x = torch.cat(sides, -1)
-    result = x.transpose(0, 1) if batch_first else x
-    return (result, *(torch.stack(final) for final in zip(*finals, strict=True)))
-
-
-def _cell(name: str, i: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if name == "gru":
-        (ir, iz, new), (hr, hz, hn) = i.chunk(3, -1), h.chunk(3, -1)
-        reset, update = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
-        candidate = torch.tanh(new + reset * hn)
-        return (candidate + update * (state[0] - candidate),)
-    if name == "lstm":
-        a, forget, cell, out = (i + h).chunk(4, -1)
-        memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(a) * torch.tanh(cell)
-        return torch.sigmoid(out) * torch.tanh(memory), memory
-    return (torch.relu(i + h) if name == "rnn_relu" else torch.tanh(i + h),)

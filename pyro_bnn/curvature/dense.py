@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.curvature.jacobian import Block, LinearBlock, Pulled
+from pyro_bnn.curvature.blocks import Block, LinearBlock
+from pyro_bnn.curvature.jacobian import Pulled
 from pyro_bnn.curvature.linear_maps import MapBlock, dense_covariance, pair_block
 from pyro_bnn.curvature.parts import Part, Prior, indefinite, lowest_pair, require_finite
 from pyro_bnn.distributions.precision_normal import PrecisionNormal

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.curvature.jacobian import DenseBlock, LinearBlock, Pulled
+from pyro_bnn.curvature.blocks import DenseBlock, LinearBlock
+from pyro_bnn.curvature.jacobian import Pulled
 from pyro_bnn.curvature.linear_maps import independent_covariance, squared_rows
 from pyro_bnn.curvature.parts import Part, Prior, indefinite, lowest_entry, require_finite
 from pyro_bnn.distributions.precision_normal import PrecisionNormal

@@ -26,8 +26,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from pyro_bnn.curvature.blocks import Block, Gradients, LinearBlock
 from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.jacobian import Block, ExampleJacobian, Gradients, Layouts, LinearBlock
+from pyro_bnn.curvature.jacobian import ExampleJacobian, Layouts
 from pyro_bnn.curvature.suspects import Suspects, suspects
 from pyro_bnn.curvature.uses import ElementwiseUse, Output
 from pyro_bnn.ops.graph import graph_nodes
@@ -64,32 +65,18 @@ def checked_jacobian(
 ) -> CheckedJacobian:
     """
     The Jacobian of a captured function, example by example, checked; entries that fail the check are differentiated
-    output by output, which is right for whatever autograd can differentiate.
-
-    :param capture: see :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`; so are the other arguments.
-    :param latent: the vector, shape ``(p,)``.
-    :param outputs: the function's value, shape ``(*shape, C)``.
-    :param layouts: those of an earlier batch; ``layouts.mistaken`` holds the entries that have failed so far.
-    :param score: gives the combination of outputs whose gradient is wanted, shape ``(B, M)``.
-    :param event_dim: how many of the last dimensions of ``shape`` hold no examples.
-    :param differentiable: whether the Jacobian keeps its graph.
-    :return: the Jacobian.
+    output by output, which is right for whatever autograd can differentiate. Arguments are those of
+    :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`; ``score`` gives the combination of outputs whose gradient is wanted,
+    shape ``(B, M)``.
     """
     mistaken = torch.zeros_like(capture.generic) if layouts is None else layouts.mistaken
     generator = torch.Generator().manual_seed(0) if layouts is None else layouts.generator
     attempts = [None] if layouts is None else [layouts, None]
+    options = {"event_dim": event_dim, "differentiable": differentiable}
     failed: list[Suspects] = []
     while True:
         attempt = attempts.pop(0) if attempts else None
-        found = CheckedJacobian(
-            capture,
-            latent,
-            outputs,
-            attempt,
-            generic=mistaken,
-            event_dim=event_dim,
-            differentiable=differentiable,
-        )
+        found = CheckedJacobian(capture, latent, outputs, attempt, generic=mistaken, **options)
         found.layouts.mistaken, found.layouts.generator = mistaken, generator
         wrong = mistaken_entries(found, generator, None if score is None else score(found))
         if wrong is None:
@@ -105,12 +92,7 @@ def checked_jacobian(
 def mistaken_entries(
     jacobian: CheckedJacobian, generator: torch.Generator, score: Tensor | None = None
 ) -> Tensor | None:
-    """
-    :param jacobian: of a batch; its gradient is set if a score is given.
-    :param generator: source of random numbers, on the CPU.
-    :param score: the combination of outputs whose gradient is wanted, shape ``(B, M)``.
-    :return: entries whose blocks are not right, bool, shape ``(p,)``, or ``None``.
-    """
+    """Entries whose blocks are not right, bool, shape ``(p,)``; with a score, shape ``(B, M)``, the gradient is set."""
     if not jacobian.flat.requires_grad:
         jacobian.gradient = wide(torch.zeros_like(jacobian.latent.detach()))
         return None
@@ -225,10 +207,10 @@ def _unseen(jacobian: ExampleJacobian, roots: Roots, expected: Tensor) -> Tensor
 
 def _roots(capture: Capture) -> Roots:
     """Where the ordinary gradient is taken: the parts of the vector with active entries."""
+    if capture.roots is not None:
+        return capture.roots
     latent = capture.latent
-    if capture.roots is None:
-        return [(Output(latent), torch.arange(len(latent), device=latent.device))]
-    return capture.roots
+    return [(Output(latent), torch.arange(len(latent), device=latent.device))]
 
 
 def _precision(jacobian: ExampleJacobian) -> float:
@@ -248,18 +230,20 @@ def _agrees(
     generator: torch.Generator,
 ) -> bool:
     """Whether a random functional of a block's sum over the chosen examples is that of the expected gradient."""
+
+    def draw(n: int) -> Tensor:
+        return torch.randn(n, generator=generator).to(expected)
+
     if isinstance(block, LinearBlock):
         # outer products of vectors, in the dimensions of a convolution's kernel too, are fast to take inner products with
-        u, v = (
-            [torch.randn(n, generator=generator).to(expected) for n in part] for part in block.uses[0].parts
-        )
+        u, v = ([draw(n) for n in part] for part in block.uses[0].parts)
         wanted = (reduce(torch.kron, u) @ expected[block.index]) @ reduce(torch.kron, v)
-        products = [
-            use.contracted(gradients[use.slot], u, block.B) * use.projected(v, block.B) for use in block.uses
-        ]
-        terms = products[0] if len(products) == 1 else torch.cat(products, 1)
+        B = block.B
+        terms = torch.cat(
+            [use.contracted(gradients[use.slot], u, B) * use.projected(v, B) for use in block.uses], 1
+        )
     else:
-        u = [torch.randn(len(block.index), generator=generator).to(expected)]
+        u = [draw(len(block.index))]
         wanted = u[0] @ expected[block.index]
         terms = (block.rows(gradients) @ u[0]).unsqueeze(-1)
     if chosen is not None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pyro_bnn.curvature.blocks import DenseBlock, LinearBlock
 from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart
 from pyro_bnn.curvature.diagonal import DiagonalPart
-from pyro_bnn.curvature.jacobian import DenseBlock, ExampleJacobian, LinearBlock
+from pyro_bnn.curvature.jacobian import ExampleJacobian
 from pyro_bnn.curvature.linear_maps import Sharing, eigh_factor, kronecker_covariance, rank_one
 from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, places
 from pyro_bnn.distributions.precision_normal import PrecisionNormal

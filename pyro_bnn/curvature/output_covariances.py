@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.curvature.jacobian import ExampleJacobian, LinearBlock, Pulled
+from pyro_bnn.curvature.blocks import LinearBlock
+from pyro_bnn.curvature.jacobian import ExampleJacobian, Pulled
 from pyro_bnn.curvature.stream import ExampleStream, SiteExamples
 from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
 from pyro_bnn.model.data import Batch, iter_batches

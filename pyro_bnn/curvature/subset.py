@@ -26,41 +26,23 @@ class Subset:
     weight: float
 
     def run(self, stream: ExampleStream) -> Iterator[tuple[Trace, list[SiteExamples]]]:
-        """
-        :param stream: runs the model.
-        :return: see :meth:`~pyro_bnn.curvature.stream.ExampleStream.run_batch`.
-        """
+        """See :meth:`~pyro_bnn.curvature.stream.ExampleStream.run_batch`."""
         for batch in self.batches:
             yield from stream.run_batch(batch, scored=True)
 
 
 def count_examples(stream: ExampleStream, data: Any) -> int | None:
-    """
-    :param stream: tells where the examples are.
-    :param data: one batch or an iterable of batches.
-    :return: how many examples there are, or ``None`` if the model does not treat them separately.
-    """
-    total = 0
-    for batch in iter_batches(data):
-        rows = stream.rows(batch, 0)
-        if rows is None:
-            return None
-        total += rows.size
-    return total
+    """How many examples batches hold, or ``None`` if the model does not treat them separately."""
+    sizes = [rows and rows.size for rows in (stream.rows(batch, 0) for batch in iter_batches(data))]
+    return None if None in sizes else sum(size for size in sizes if size)
 
 
 def random_subset(
     stream: ExampleStream, data: Any, size: int, generator: torch.Generator | None = None
 ) -> Subset:
     """
-    A uniform sample of the examples without replacement, by two passes over the data in which the model does not run.
-
-    :param stream: tells where the examples are.
-    :param data: one batch or an iterable of batches, with observations.
-    :param size: how many examples; all of them if there are no more.
-    :param generator: source of random numbers.
-    :return: the subset.
-    :raises ValueError: if the model does not treat examples separately.
+    A uniform sample of the examples without replacement, or all of them if there are no more, by two passes over the data in
+    which the model does not run; raises :exc:`ValueError` if the model does not treat examples separately.
     """
     total = count_examples(stream, data)
     if total is None:

@@ -15,14 +15,8 @@ from pyro_bnn.ops.graph import graph_nodes
 
 #: Names of autograd's nodes for functions that keep entries as they are, in lower case.
 _MOVES = {name.replace("_", "").lower() for name in MOVES | COPIES} | {
-    "asstrided",
-    "index",
-    "reshapealias",
-    "slice",
-    "tocopy",
-    "unsafesplit",
-    "unsafeview",
-}
+    "asstrided", "index", "reshapealias", "slice", "tocopy", "unsafesplit", "unsafeview"
+}  # fmt: skip
 
 
 @dataclass
@@ -41,12 +35,7 @@ class Suspects:
 
 
 def suspects(capture: Capture, value: Tensor, entries: Tensor) -> Suspects:
-    """
-    :param capture: what was seen.
-    :param value: the function's value.
-    :param entries: of wrong blocks, bool, shape ``(p,)``.
-    :return: what made them wrong.
-    """
+    """What made the blocks of a captured function's value that cover ``entries``, bool, shape ``(p,)``, wrong."""
     consumers: dict[Any, list[Any]] = defaultdict(list)  # of one result of a node, and of any
     for node in graph_nodes(value):
         for key in node.next_functions:

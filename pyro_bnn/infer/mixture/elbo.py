@@ -24,6 +24,7 @@ from pyro_bnn.infer.mixture.check import (
     check_latents,
     check_used,
     difference,
+    require_function,
 )
 from pyro_bnn.infer.mixture.constant_priors import ConstantPriors, plain_layers
 from pyro_bnn.infer.mixture.loop import ComponentLoop
@@ -309,6 +310,7 @@ class Mixture_ELBO(_Elbo):
             run = JointRun(step, constant.priors if constant else {})
             reason = "" if step.is_single else difference(step, run, alone, readers)
             if reason:
+                require_function(step, alone)
                 self._say(step, reason)
             until = AGAIN * max(self.step, 1)
             found[key] = Decision(not reason, constant, readers, known is not None and known.used, until)
