@@ -118,7 +118,7 @@ def search(
         if len(groups) == 1 or torch.equal(before, tau):
             break
     report = groups.report(tau, history)
-    _warn_of_edges(report, candidates)
+    warn_of_edges(report, candidates)
     return report
 
 
@@ -141,7 +141,7 @@ def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int
     return total
 
 
-def _warn_of_edges(report: HyperparameterReport, candidates: Sequence[float]) -> None:
+def warn_of_edges(report: HyperparameterReport, candidates: Sequence[float]) -> None:
     """Warns where the best candidate is the smallest or the largest of at least three."""
     lowest, highest = min(candidates), max(candidates)
     found = [
