@@ -102,6 +102,6 @@ def _traced_log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor | None:
         if set(sites) != set(draws) or any(isinstance(s["fn"], dist.Delta) for s in sites.values()):
             return None
         # a messenger guide runs the model, whose observations and factors are none of its own
-        mine = (lambda name, _: name in sites) if isinstance(guide, GuideMessenger) else (lambda *_: True)
-        totals.append(trace.log_prob_sum(mine))
+        own = sites if isinstance(guide, GuideMessenger) else trace.nodes
+        totals.append(trace.log_prob_sum(lambda name, _, own=own: name in own))
     return torch.stack([torch.as_tensor(total) for total in totals])
