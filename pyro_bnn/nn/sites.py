@@ -44,6 +44,12 @@ class SiteSpec:
     event_dim: int = 0
 
 
+def layer_priors(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """By site of a layer among the nodes of a run, the prior that the layer has for it."""
+    hints = {name: site["infer"].get(SITE_KEY, {}) for name, site in sites.items()}
+    return {name: hint["prior"] for name, hint in hints.items() if "prior" in hint}
+
+
 # Pyro names the attributes of modules and keeps their values for one call of the network. Only its own attributes are
 # told so in public (PyroSample), and those carry no hints for guides; the next three functions are all that asks in private.
 
@@ -267,10 +273,7 @@ class SiteModule(_PyroModule):
             return self._site_prior(name, spec).sample()
 
         def sample(full: str) -> Tensor:
-            silent = _SILENT.get()
-            if silent is not None:
-                silent.seen[full] = spec.prior
-            hint: Any = {SITE_KEY: {"role": spec.role, "init": spec.init}}
+            hint: Any = {SITE_KEY: {"role": spec.role, "init": spec.init, "prior": spec.prior}}
             return pyro.sample(full, self._site_prior(name, spec), infer=hint)
 
         return once_per_call(self, name, sample)

@@ -21,7 +21,7 @@ from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.model.observations import check_values
 from pyro_bnn.model.plates import FAILURES, first_line
-from pyro_bnn.nn.sites import SITE_KEY, note_readers, silent_sites
+from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
 
 #: How far the trial values lie from the guide's draws, relative to their size: apart enough for a mix-up to be seen.
@@ -46,8 +46,7 @@ def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
         guide_trace = step.guide_trace(0)
         own = sample_sites(guide_trace)
         values = {name: site["value"] for name, site in own.items()} | subsamples(guide_trace)
-        with silent_sites({}, {}) as silent:
-            model_trace = step.model_trace(values)
+        model_trace = step.model_trace(values)
         sites = sample_sites(model_trace)
         check_latents(sites, own)
         check_values(sites, (step.args, step.kwargs))
@@ -62,7 +61,7 @@ def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
                 "batch='split' cannot match with the examples: give it the family 'point', e.g. "
                 f"component={{{name!r}: 'point'}}."
             )
-    return guide_trace, plain_layers(sites, silent.seen), readers
+    return guide_trace, plain_layers(sites), readers
 
 
 def require_function(step: Step, alone: Trace) -> None:
