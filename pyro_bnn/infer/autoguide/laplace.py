@@ -38,8 +38,7 @@ from pyro_bnn.curvature.part_store import PartStore
 from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
 from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
 from pyro_bnn.curvature.selection import Selection, largest, select
-from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.curvature.subset import count_examples, random_subset
+from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream, count_examples, random_subset
 from pyro_bnn.curvature.uses import LinearUse
 from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
