@@ -58,6 +58,7 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
+        self._lost: list[Tensor] = []  # more such entries; inside of a torch.func transform nothing may be written
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
@@ -83,11 +84,13 @@ class Capture(TorchFunctionMode):
 
     def drop_generic(self) -> None:
         """Closes the set of generic entries: a use that shares an entry with it is dropped, and its entries are generic."""
+        self._note_lost()
         while bool(self.generic.any()):
             dropped = [use for use in self.uses if bool(self.generic[use.index].any())]
             if not dropped:
                 return
             self._give_up(use.index for use in dropped)
+            self._note_lost()
             self.uses = [use for use in self.uses if use not in dropped]
 
     def fork(self) -> "Capture":
@@ -96,6 +99,7 @@ class Capture(TorchFunctionMode):
         other.uses = [copy.copy(use) for use in self.uses]
         other.outputs = list(self.outputs)
         other.generic = self.generic.clone()
+        other._lost = list(self._lost)
         other._tracked = dict(self._tracked)
         return other
 
@@ -110,8 +114,12 @@ class Capture(TorchFunctionMode):
         return None if found is None else found[1]
 
     def _give_up(self, indices: Iterable[Tensor]) -> None:
-        for index in indices:
+        self._lost += indices
+
+    def _note_lost(self) -> None:
+        for index in self._lost:
             self.generic[index.reshape(-1)] = True
+        self._lost = []
 
     def _record(self, y: Tensor, *uses: Use) -> Tensor:
         if not y.requires_grad:  # made without a graph
