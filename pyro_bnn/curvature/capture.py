@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
-from pyro_bnn.curvature.recurrence import unrolled
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
+from pyro_bnn.ops.recurrence import Affine, unrolled
 
 
 class Capture(TorchFunctionMode):
@@ -414,10 +414,27 @@ class Capture(TorchFunctionMode):
             return NotImplemented  # a packed sequence, whose second argument are the sizes of its batches
         if dropout and train:
             return NotImplemented
+        directions = 2 if bidirectional else 1
+        step = len(params) // (num_layers * directions)
+        maps = [_affine(params[i : i + step], has_biases) for i in range(0, len(params), step)]
+        x = input.transpose(0, 1) if batch_first else input
         with self:
-            return unrolled(
-                name, input, hx, params, has_biases, num_layers, 2 if bidirectional else 1, batch_first
+            y, final = unrolled(
+                name,
+                x,
+                tuple(hx) if name == "lstm" else (hx,),
+                maps,
+                directions,
+                projects=step > 2 + 2 * has_biases,
             )
+        return (y.transpose(0, 1) if batch_first else y, *final)
+
+
+def _affine(params: Sequence[Tensor], has_biases: bool) -> Affine:
+    """The maps by the parameters of one layer and direction of a recurrence."""
+    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
+    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
+    return lambda x, part: F.linear(x, weights[part], biases.get(part))
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
