@@ -30,8 +30,7 @@ from torch import Tensor
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.train.loop import _Run
-from pyro_bnn.infer.train.optimizer import make_optimizer
+from pyro_bnn.infer.train.loop import Run
 from pyro_bnn.model.data import as_batch
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.model.parameters import local_parameters
@@ -125,8 +124,8 @@ def plain_step(sizes: list[int], x: torch.Tensor, y: torch.Tensor) -> Callable[[
 
 def fit_step(model: Any, guide: Any, elbo: Any, data: tuple[Any, ...]) -> Callable[[], Any]:
     """The step that fit takes, its bookkeeping included."""
-    run = _Run(model, guide, data, elbo, None, None)
-    run.optimizer, run.scheduler, run.clip_grad_norm = make_optimizer(1e-3, run.tensors), None, None
+    run = Run(model, guide, data, elbo)
+    run.prepare(1e-3)
     batch = as_batch(data)
 
     def steps(count: int) -> None:
