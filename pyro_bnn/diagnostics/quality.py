@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro.poutine as poutine
 import torch
-from pyro.ops.stats import fit_generalized_pareto
+from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
 
-from pyro_bnn.diagnostics.export import Exporter
+from pyro_bnn.diagnostics.axes import new_axes
+from pyro_bnn.diagnostics.export import Exporter, Wanted
+from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
@@ -39,9 +41,10 @@ def log_weights(
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
     """
-    exporter = Exporter(model, guide, data, unpack=False)
+    wanted = Wanted(weights=True, predictions=False, unpack=False)
     with torch.no_grad(), evaluation_mode(model), local_parameters():
-        (groups,) = exporter.blocks(num_samples, 1, None, weights=True, predictions=False)
+        exporter = Exporter(model, guide, data, wanted, num_samples)
+        (groups,) = exporter.blocks()
     stats = exporter.rest["sample_stats"]
     if exporter.missing:
         raise ValueError(
@@ -53,7 +56,7 @@ def log_weights(
             f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."
         )
     weights = torch.as_tensor((stats["lp"] - stats["log_q"]).values).flatten()
-    values = {name: groups["posterior"][name.replace("/", ".")].values for name in exporter.names}
+    values = {name: groups["posterior"][in_tree(name)].values for name in exporter.names}
     return {name: torch.as_tensor(np.array(v)).flatten(0, 1) for name, v in values.items()}, weights
 
 
@@ -216,10 +219,7 @@ class CalibrationRanks:
         :param ax: matplotlib axes to draw in.
         :return: the axes.
         """
-        from matplotlib import pyplot
-
-        if ax is None:
-            ax = pyplot.subplots()[1]
+        ax = new_axes(ax)
         counts = self.counts(name, bins)
         total = counts.sum()
         spread = 2 * math.sqrt(total / bins * (1 - 1 / bins))
@@ -284,17 +284,11 @@ def observation_names(sites: dict[str, Any]) -> list[str]:
     """
     The sites that stand for data in a model called without observations: those that no other site follows in
     their plate, which are the last ones, all in the plates of the last site.
-
-    :param sites: sample sites of a trace.
-    :return: names.
     """
     latent = [n for n, s in sites.items() if not is_deterministic(s)]
-    plates = {f.name for f in sites[latent[-1]]["cond_indep_stack"]}
-    return [
-        n
-        for n in latent
-        if n == latent[-1] or (plates and {f.name for f in sites[n]["cond_indep_stack"]} == plates)
-    ]
+    plates = {n: {frame.name for frame in sites[n]["cond_indep_stack"]} for n in latent}
+    last = latent[-1]
+    return [n for n in latent if n == last or (plates[last] and plates[n] == plates[last])]
 
 
 def compare_with_nuts(
@@ -350,17 +344,5 @@ def compare_with_nuts(
         sd = p.std(0)
         rows["shift"].append(float(((q.mean(0) - p.mean(0)) / sd).square().mean().sqrt()))
         rows["scale_ratio"].append(float((q.std(0) / sd).log().mean().exp()))
-        rows["r_hat"].append(float(split_r_hat(p.reshape(num_chains, num_samples, *p.shape[1:])).max()))
+        rows["r_hat"].append(float(split_gelman_rubin(p.unflatten(0, (num_chains, num_samples))).max()))
     return xr.Dataset({k: ("quantity", v) for k, v in rows.items()}, coords={"quantity": list(pairs)})
-
-
-def split_r_hat(draws: Tensor) -> Tensor:
-    """
-    Split R-hat.
-
-    :param draws: shape ``(chains, draws, ...)``.
-    :return: one value per element.
-    """
-    from pyro.ops.stats import split_gelman_rubin
-
-    return split_gelman_rubin(draws, chain_dim=0, sample_dim=1)

@@ -33,18 +33,6 @@ class TreeWriter:
     full disk) and after a kill the name holds what was there before. Used as a context, it closes at the end.
 
     :param path: a netCDF file, or a Zarr store if the name ends in ``.zarr``; what is there is replaced.
-
-    Example::
-
-        >>> import tempfile, xarray as xr
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     writer = TreeWriter(Path(folder) / "tree.nc")
-        ...     for start in (0, 3):
-        ...         draws = {"z": (("chain", "draw"), [[1.0, 2.0, 3.0]])}
-        ...         writer.append("posterior", xr.Dataset(draws, {"draw": range(start, start + 3)}))
-        ...     with writer.open() as tree:
-        ...         tree["posterior"]["z"].values
-        array([[1., 2., 3., 1., 2., 3.]])
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -80,6 +68,11 @@ class TreeWriter:
     def set_attrs(self, attrs: Mapping[Any, Any]) -> None:
         """Sets the attributes of the file, which are written at the end."""
         self._attrs = dict(attrs)
+
+    def append_all(self, groups: "Mapping[str, xr.Dataset]") -> None:
+        """Writes several groups, see :meth:`append`."""
+        for name, group in groups.items():
+            self.append(name, group)
 
     def append(self, name: str, group: "xr.Dataset") -> None:
         """Writes a group, or appends to it along ``draw`` if it has been written before; empty ones are left out."""

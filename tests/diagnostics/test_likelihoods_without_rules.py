@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics import log_weights, to_datatree
 from pyro_bnn.infer import posterior_predictive
-from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.infer.autoguide import AutoLaplace, AutoLaplaceMixture
 from tests.common import assert_close
 
 COVARIANCE = torch.tensor([[1.0, 0.3], [0.3, 0.5]], dtype=torch.float64)
@@ -56,3 +56,54 @@ def test_weights_and_densities_of_a_likelihood_without_a_rule() -> None:
     prediction = posterior_predictive(model, guide, (x, y), num_samples=3)
     wanted = torch.stack([density(w, x, y) for w in prediction.draws["w"]])
     assert_close(prediction.log_likelihood, wanted)
+
+
+def test_predictions_of_a_mixture_for_a_likelihood_without_a_rule() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(8, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    guide = AutoLaplaceMixture(model, 2, curvature="hessian").initialize(x, y).polish((x, y))
+    guide.laplace_approximation((x, y))
+    prediction = posterior_predictive(model, guide, (x, y), num_samples=3)
+    wanted = torch.stack([density(w, x, y) for w in prediction.draws["w"]])
+    assert_close(prediction.log_likelihood, wanted)
+
+
+def test_evidence_of_a_likelihood_without_a_rule_is_differentiable() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(8, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    log_scale = torch.nn.Parameter(x.new_tensor(0.2))
+
+    def scaled(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(x.new_zeros(2), log_scale.exp()).to_event(1))
+        loc = torch.stack([x @ w, x @ w], -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample(
+                "obs",
+                dist.MultivariateStudentT(x.new_tensor(5.0), loc, torch.linalg.cholesky(COVARIANCE)),
+                obs=y,
+            )
+
+    def log_joint(w: Tensor, log_scale: Tensor) -> Tensor:
+        prior = (
+            -0.5 * (w / log_scale.exp()).square().sum()
+            - 2 * log_scale
+            - torch.log(x.new_tensor(2 * torch.pi))
+        )
+        return density(w, x, y).sum() + prior
+
+    for structure in ("full", "low_rank"):
+        guide = AutoLaplace(scaled, structure=structure, rank=2, curvature="hessian").initialize(x, y)
+        guide.polish((x, y)).laplace_approximation((x, y))
+        mode = guide.loc.detach()
+        other = log_scale.detach().clone().requires_grad_(True)
+        hessian = -torch.autograd.functional.hessian(
+            lambda w, other=other: log_joint(w, other),
+            mode,
+            create_graph=True,
+        )
+        wanted = log_joint(mode, other) + torch.log(x.new_tensor(2 * torch.pi)) - 0.5 * torch.logdet(hessian)
+        found = guide.log_evidence(data=(x, y))
+        assert_close(found, wanted, rtol=1e-8)
+        assert_close(
+            *(torch.autograd.grad(e, p)[0] for e, p in ((found, log_scale), (wanted, other))), rtol=1e-8
+        )

@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
+from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -100,5 +101,7 @@ def _traced_log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor | None:
         sites = {n: s for n, s in sample_sites(trace).items() if not s["is_observed"]}
         if set(sites) != set(draws) or any(isinstance(s["fn"], dist.Delta) for s in sites.values()):
             return None
-        totals.append(trace.log_prob_sum())
+        # a messenger guide runs the model, whose observations and factors are none of its own
+        own = sites if isinstance(guide, GuideMessenger) else trace.nodes
+        totals.append(trace.log_prob_sum(lambda name, _, own=own: name in own))
     return torch.stack([torch.as_tensor(total) for total in totals])

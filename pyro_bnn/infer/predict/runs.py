@@ -15,6 +15,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -66,6 +67,11 @@ PAIR, OTHERS = 2, (3, 5, 7, 11, 13)
 
 #: With more rows than these the comparison is made on a few of them; finding them costs some runs too.
 LARGE = 1024
+
+NO_FUNCTION = (
+    "the model is not a function of its latents: {}. A module or closure keeps something from call to call, such as a "
+    "hidden state: reset it at the start of the model."
+)
 
 #: The sample sites of a run by name.
 Sites = dict[str, Site]
@@ -257,6 +263,33 @@ class ModelRunner:
             self.decide(self.check(batch))
             if self.vectorize:
                 self.set_chunk_size(self.bytes_per_draw)
+
+    def require_function(self, batch: Batch) -> None:
+        """
+        :raises ValueError: if two runs under one draw and the same random numbers differ.
+        """
+        with torch.random.fork_rng(devices=()):
+            state = get_rng_state()
+            try:
+                first = self.single(batch, 0)
+                set_rng_state(state)
+                second = self.single(batch, 0)
+            except FAILURES as failure:  # the first run of all did not fail
+                raise ValueError(
+                    NO_FUNCTION.format(f"a second run fails, {first_line(failure)}")
+                ) from failure
+            finally:
+                set_rng_state(state)
+        for name in predicted_names(first, self.draws):
+            values = {"value": first[name]["value"]}
+            if name in second and not close(
+                unscaled_log_prob(first[name]), unscaled_log_prob({**second[name], **values})
+            ):
+                raise ValueError(
+                    NO_FUNCTION.format(
+                        f"the distribution of site {name!r} differs between two runs under the same draw and random numbers"
+                    )
+                )
 
     def set_chunk_size(self, per_draw: float) -> None:
         """How many draws run together, from the bytes that one takes."""
@@ -485,6 +518,8 @@ class ModelRunner:
                 if not self.compared or self.vectorize:
                     self.prepare(batch)
                     self.warn_missing(batch)
+                if not self.vectorize:
+                    self.require_function(batch)
                 self.compared.add(key)
             parts: list[dict[Key, Tensor]] = []
             # the prototype has been validated, and the rest has its structure
