@@ -250,7 +250,7 @@ class Exporter:
             readings.read(pieces, batch)
             if linearized:
                 readings.replace(predict_by_guide(posterior, pieces.runner, batch)[0], wanted.predictions)
-        if not readings.observed and (readings.missing or not readings.has_factors):
+        if not readings.of("observed") and (readings.missing or not readings.has_factors):
             raise ValueError(
                 "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
             )
