@@ -18,13 +18,14 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_bnn._version import __version__
-from pyro_bnn.diagnostics.readings import SiteReadings
+from pyro_bnn.diagnostics.readings import read_sites
+from pyro_bnn.diagnostics.scored import need
 from pyro_bnn.infer.nuts import NUTSResult, recorded_run
 from pyro_bnn.infer.predict.density import guide_log_prob
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.predict.pieces import Pieces
-from pyro_bnn.infer.predict.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
 from pyro_bnn.infer.predict.runs import MAX_MEMORY, ModelRunner
+from pyro_bnn.infer.predict.sites import site_dims, value_dims
 from pyro_bnn.model.data import Batch, Path, as_batches, leaves
 from pyro_bnn.model.handlers import (
     deterministic_names,
@@ -307,7 +308,7 @@ class Exporter:
         if batch is not None:
             runner = ModelRunner(self.model, draws)
             runner.look(batch)
-            sites = runner.prototype or {}
+            sites = runner.structure.sites
         for name, value in draws.items():
             if name in sites:
                 dims = site_dims(sites[name], len(sites[name]["fn"].batch_shape))
@@ -402,30 +403,19 @@ class Exporter:
         Runs the model over the data: densities, predictions and observations, the log joint density, and the values of
         deterministic sites and of latents that were drawn batch by batch.
         """
-        linearized = predicts_itself(self.posterior, pieces.batches.first)
-        readings = SiteReadings(self.deterministic, predictions and not linearized)
-        for batch in pieces:
-            readings.read(pieces, batch)
-            if linearized:
-                readings.replace(predict_by_guide(self.posterior, pieces.runner, batch)[0], predictions)
-        if not readings.observed and (readings.missing or not readings.has_factors):
-            raise ValueError(
-                "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
-            )
-        found = readings.joined(pieces.join)
+        found = read_sites(pieces, self.deterministic, samples=predictions)
+        sites, structure = found.sites, pieces.runner.structure
         names = set(self.site_dims)
-        for name in (
-            found.log_likelihood.keys() - names
-        ):  # a site of some batches only, which the first does not show
-            site = (pieces.runner.prototype or {})[name]
-            dims = site_dims(site, pieces.runner.ndims[name])
+        for name in sites.keys() - names:  # a site of some batches only, which the first does not show
+            dims = site_dims(structure.sites[name], structure.ndims[name])
             self.site_dims[name] = tuple(f"{d}_dim" if d in names else d for d in dims)
-        self.masks, self.missing = found.masks, found.missing
+        self.masks = {name: site.mask for name, site in sites.items() if site.mask is not None}
+        self.missing = found.missing
         likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-        for name, value in found.log_likelihood.items():
-            dims = self.site_dims[name]
-            if name in found.masks:  # what does not count has no likelihood
-                kept = found.masks[name].reshape(value.shape[1:] + (-1,)).any(-1).flatten()
+        for name, site in sites.items():
+            value, dims = need(site.log_likelihood, "log_likelihood"), self.site_dims[name]
+            if name in self.masks:  # what does not count has no likelihood
+                kept = self.masks[name].reshape(value.shape[1:] + (-1,)).any(-1).flatten()
                 if not kept.all():
                     value, dims = value.flatten(1)[:, kept], (f"{name}_kept",)
                     self.coords.setdefault(dims[0], kept.nonzero().squeeze(-1).numpy())
@@ -434,10 +424,15 @@ class Exporter:
             "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in found.log_prior.items()}),
             "log_likelihood": self.dataset(likelihoods),
             "posterior_predictive": self.dataset(
-                {n: (self.chained(v), self.site_dims[n]) for n, v in found.samples.items()}
+                {
+                    n: (self.chained(s.samples), self.site_dims[n])
+                    for n, s in sites.items()
+                    if s.samples is not None
+                }
             ),
             "observed_data": self.dataset(
-                {n: (v, self.site_dims[n]) for n, v in found.observed.items()}, sampled=False
+                {n: (need(s.observed, "observed"), self.site_dims[n]) for n, s in sites.items()},
+                sampled=False,
             ),
         }
         return groups, found.lp, found.values

@@ -46,11 +46,6 @@ class Coverage:
     """
     Counts how much of each plate the batches have covered, so that no partial sum passes for the whole, and compares their
     priors, which count once.
-
-    :param observed: observed sites, each of which must be in one of the batches at least.
-    :param latents: latent sites, whose densities must be the same in all batches.
-    :param before: how much of each plate earlier data covered, of which these are the continuation; ``None`` if these must
-        be all of the data.
     """
 
     def __init__(
@@ -101,7 +96,7 @@ class Coverage:
                 raise other_prior(name, first, density)
 
     def check(self) -> None:
-        """:raises ValueError: if the batches did not cover a subsampled plate exactly once, or an observed site never."""
+        """Raises if the batches did not cover a subsampled plate exactly once, or an observed site never."""
         self._priors.clear()
         self._given.clear()
         if self._times and self._before is None:

@@ -44,9 +44,6 @@ def is_single_batch(data: Any) -> bool:
     """
     Tells whether ``data`` is one batch (a tensor, a tuple or mapping of arguments, or a list of tensors)
     rather than an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples, ...).
-
-    :param data: data in any of the forms that :class:`Batches` takes.
-    :return: ``True`` for one batch.
     """
     if isinstance(data, Batches):
         return data.is_single
@@ -60,11 +57,6 @@ def is_single_batch(data: Any) -> bool:
 def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """
     Applies a function to the tensors and packed sequences in nested containers (tuples, lists, mappings, dataclasses).
-
-    :param tree: any value.
-    :param callable fn: takes the place of a tensor or packed sequence and the object, and returns what replaces it.
-    :param path: the place of ``tree``.
-    :return: the same containers with replaced leaves; containers in which nothing changes are returned as they are.
     """
     if isinstance(tree, (Tensor, PackedSequence)):
         return fn(path, tree)
@@ -125,8 +117,6 @@ def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     Applies ``fn`` to every tensor among the arguments of a batch, in containers and packed sequences too.
 
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them, or any nested containers.
-    :param callable fn: a function of a tensor.
-    :return: the batch with each tensor replaced; other arguments are untouched.
 
     Example::
 
@@ -154,7 +144,6 @@ def check_finite(batch: Batch) -> None:
     Checks that the floating-point tensors of a batch are finite, in nested containers too.
 
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
-    :raises ValueError: naming the argument and the number of entries that are not finite.
     """
     for path, leaf in leaves(batch).items():
         value = leaf.data if isinstance(leaf, PackedSequence) else leaf
@@ -186,10 +175,6 @@ def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
     """
     What may decide how a model handles its arguments: their nesting, and which of their sizes agree. Other sizes in the
     same places are the same structure.
-
-    :param value: arguments.
-    :param known: sizes that were met before.
-    :return: a hashable description.
     """
     known = {} if known is None else known
     if isinstance(value, Tensor):
@@ -204,13 +189,7 @@ def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
 
 
 def check_structure(first: Any, other: Any, number: int, path: Path = ()) -> None:
-    """
-    :param first: the :func:`structure` of the first batch.
-    :param other: that of a later batch.
-    :param number: which one it is, for the message.
-    :param path: where the two were found.
-    :raises ValueError: naming the argument in which they differ.
-    """
+    """Raises naming the argument in which they differ."""
     if first == other:
         return
     if isinstance(first, dict) and isinstance(other, dict):
@@ -231,12 +210,8 @@ class Batches:
     Every batch is checked: its entries are finite, in whatever containers they are, and its arguments and their numbers of
     dimensions are those of the first batch. Tensors made in inference mode are copied, so that they can take part in a graph.
 
-    :param data: one batch (a tensor; a tuple of positional arguments; a mapping of keyword arguments; a list
-        of tensors) or an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples).
     :ivar bool is_single: whether the data are one batch.
     :ivar bool is_stream: whether they are an iterator, which can be run through once only.
-
-    :raises ValueError: if a batch fails these checks, if there is no batch, or if an iterator is run through a second time.
 
     Example::
 
@@ -302,19 +277,12 @@ class Batches:
 
 
 def as_batches(data: Any) -> Batches:
-    """
-    :param data: see :class:`Batches`, or such an object, which is returned as it is.
-    :return: the data, read.
-    """
+    """The data, read."""
     return data if isinstance(data, Batches) else Batches(data)
 
 
 def repeatable_batches(data: Any) -> Batches:
-    """
-    :param data: see :class:`Batches`.
-    :return: the data, read.
-    :raises ValueError: if they are an iterator, which can be run through once only.
-    """
+    """The data, read."""
     batches = as_batches(data)
     if batches.is_stream:
         raise ValueError(
@@ -328,7 +296,6 @@ def iter_batches(data: Any) -> Iterator[Batch]:
     """
     Iterates over ``data`` as arguments of the model; see :class:`Batches`.
 
-    :param data: data in any of the forms that :class:`Batches` takes.
     :return: an iterator over ``(args, kwargs)``.
     """
     return iter(as_batches(data))

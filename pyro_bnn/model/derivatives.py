@@ -26,12 +26,7 @@ _DIRECTIONS = 3
 
 
 def mismatch(phi: Callable[[float], float], slope: float, eps: float) -> float:
-    r"""
-    :param phi: a function of one number.
-    :param slope: its alleged slope at zero.
-    :param eps: the relative precision of its values.
-    :return: the relative error of the slope, zero where it is not certain.
-    """
+    r"""The relative error of the slope, zero where it is not certain."""
     step = eps ** (1 / 3)
     up, down = phi(step), phi(-step)
     coarse = (up - down) / (2 * step)
@@ -81,9 +76,7 @@ class Probe:
     """
     A random combination of a model's log densities on one batch.
 
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
     :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
     """
 
     def __init__(self, model: Any, latent: Tensor, batch: Batch) -> None:
@@ -93,17 +86,11 @@ class Probe:
         self._noise: dict[str, Tensor] = {}
 
     def random(self, like: Tensor) -> Tensor:
-        """
-        :param like: a tensor.
-        :return: Gaussian noise of its shape, type and device.
-        """
+        """Gaussian noise of its shape, type and device."""
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
 
     def value(self, u: Tensor) -> Tensor:
-        """
-        :param u: a packed vector.
-        :return: the combination there, a scalar.
-        """
+        """The combination there, a scalar."""
         with torch.random.fork_rng(devices=()):
             trace = self.model.trace(u, self.batch)
         total = torch.zeros((), dtype=torch.float64, device=u.device)
@@ -117,11 +104,7 @@ class Probe:
 
     @torch.enable_grad()
     def gradient(self, u: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """
-        :param u: a packed vector.
-        :param create_graph: whether it can be differentiated again.
-        :return: the vector as a leaf, and the gradient there.
-        """
+        """The vector as a leaf, and the gradient there."""
         leaf = u.detach().clone().requires_grad_(True)
         value = self.value(leaf)
         if not value.requires_grad:
@@ -130,17 +113,15 @@ class Probe:
         return leaf, found
 
     def directions(self) -> Iterator[Tensor]:
-        """
-        :return: random directions, steps in proportion to the latents' sizes.
-        """
+        """Random directions, steps in proportion to the latents' sizes."""
         while True:
             yield self.random(self.latent) * (1 + self.latent.abs()) * len(self.latent) ** -0.5
 
     def slopes(self, direction: Tensor, gradient: Tensor) -> float:
         """
+        The relative error of its product with the direction, see :func:`mismatch`.
+
         :param direction: shape ``(p,)``.
-        :param gradient: autograd's.
-        :return: the relative error of its product with the direction, see :func:`mismatch`.
         """
 
         @torch.enable_grad()  # some models take derivatives themselves
@@ -154,10 +135,7 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     """
     Warns where the gradient of the likelihood is not its derivative.
 
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
     :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    :raises ValueError: for embeddings with ``scale_grad_by_freq``.
     """
     if wide(latent) is not latent:  # half precision does not resolve it
         return
@@ -190,9 +168,7 @@ def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
     """
     Warns where second derivatives of the likelihood are not derivatives of its gradient.
 
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
     :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
     """
     if wide(latent) is not latent:
         return

@@ -19,8 +19,6 @@ def double_precision(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     A context in which the floating-point parameters and buffers of modules, and torch's default, are float64. The
     tensors that were there before are put back at the end, also when an exception strikes.
 
-    :param modules: modules, whose submodules are converted too.
-
     Example::
 
         >>> net = torch.nn.Linear(2, 1).float()
@@ -48,12 +46,7 @@ def double_precision(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def doubled(data: Any) -> Iterator[Any]:
-    """
-    Batches in double precision.
-
-    :param data: one batch or an iterable of batches.
-    :return: an iterator over batches.
-    """
+    """Batches in double precision."""
     for batch in iter_batches(data):
         args, kwargs = map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
         yield kwargs if kwargs else args

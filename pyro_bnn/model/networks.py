@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_bnn.model.data import Batch
-from pyro_bnn.model.packed import called_modules
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.parameters import local_parameters
 
 
@@ -22,8 +22,6 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
     """
     A context that lists the modules whose forward methods run within it, and puts their buffers (running statistics)
     back at its end.
-
-    :return: the list, complete at the end.
     """
     found: list[nn.Module] = []
     seen: set[int] = set()
@@ -50,23 +48,13 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
 
 
 def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """
-    Those of some modules that are part of no other.
-
-    :param modules: modules in the order of their first calls.
-    :return: some of them, in this order.
-    """
+    """Those of some modules that are part of no other."""
     parts = {id(part) for module in modules for part in module.modules() if part is not module}
     return [module for module in modules if id(module) not in parts]
 
 
 def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """
-    The parameters and persistent buffers of the networks among some modules.
-
-    :param modules: modules in the order of their first calls.
-    :return: live tensors by class, number and name, such as ``"Sequential[0].1.running_mean"``; each appears once.
-    """
+    """The parameters and persistent buffers of the networks among some modules."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for i, module in enumerate(outermost(modules)):
@@ -78,14 +66,7 @@ def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def named_networks(model: Any, guide: Any, called: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """
-    Model and guide, where they are modules, and the networks that they call without holding them as parts.
-
-    :param model: a Pyro model.
-    :param guide: its guide.
-    :param called: the modules that run when they run.
-    :return: modules by name: ``"model"``, ``"guide"``, ``"Sequential[0]"``.
-    """
+    """Model and guide, where they are modules, and the networks that they call without holding them as parts."""
     found = {n: m for n, m in (("model", model), ("guide", guide)) if isinstance(m, nn.Module)}
     held = {id(part) for module in found.values() for part in module.modules()}
     others = outermost([module for module in called if id(module) not in held])
@@ -96,13 +77,6 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
     """
     The tensors that predictions depend on beside the guide's own: those of the networks that model and guide call, and
     those of their :func:`pyro.param` statements.
-
-    :param model: a Pyro model.
-    :param guide: its guide.
-    :param batch: arguments of both, with observations.
-    :param latents: a trace with values of the latent sites, for a guide that holds all that it draws from; by default the
-        guide runs too.
-    :return: live, unconstrained tensors by name.
     """
     args, kwargs = batch
     with ExitStack() as stack:
@@ -114,7 +88,7 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
         ):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
-        called = stack.enter_context(called_modules())
+        called = stack.enter_context(evaluation_mode())
         nodes: dict[str, Any] = {}
         if latents is None:
             latents = poutine.trace(guide).get_trace(*args, **kwargs)

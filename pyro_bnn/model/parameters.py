@@ -69,12 +69,6 @@ def named_parameters(
     """
     The trainable leaf tensors of a model and a guide: those of the modules, and those that
     :func:`pyro.param` statements reach when both run once.
-
-    :param callable model: a Pyro model.
-    :param callable guide: its guide, with all parameters created.
-    :param args: positional arguments of both.
-    :param kwargs: keyword arguments of both.
-    :return: unconstrained leaf tensors by a unique name; each tensor appears once.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -19,11 +19,7 @@ _CAUSES = (
 
 
 def unreached(value: Tensor, leaves: dict[str, Tensor]) -> list[str]:
-    """
-    :param value: a scalar.
-    :param leaves: tensors that require gradients, by name.
-    :return: the names of those from which no path leads to ``value``.
-    """
+    """The names of those from which no path leads to ``value``."""
     if not value.requires_grad:
         return list(leaves)
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
@@ -43,10 +39,7 @@ def require_reach(model: Any, latent: Tensor, batch: Batch) -> None:
     """
     Raises if no latent site reaches the likelihood, or if one moves it without a gradient.
 
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
     :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    :raises ValueError: naming the sites.
     """
     latent = latent.detach()
     leaves = {name: v.detach().clone().requires_grad_(True) for name, v in model.space.unpack(latent).items()}
@@ -76,13 +69,7 @@ def _moves(model: Any, latent: Tensor, batch: Batch, name: str, before: float) -
 
 
 def check_reached(trace: Trace, leaves: dict[str, Tensor]) -> None:
-    """
-    Raises if the likelihood of a trace reaches none of its latent sites.
-
-    :param trace: a trace of a model.
-    :param leaves: the values of the latent sites in it, which require gradients.
-    :raises ValueError: naming the sites.
-    """
+    """Raises if the likelihood of a trace reaches none of its latent sites."""
     terms = [
         site for site in sample_sites(trace).values() if site["is_observed"] and not is_deterministic(site)
     ]

@@ -22,11 +22,6 @@ class Repeats:
     same as in the first batch. They count once; where they differ, they add up.
 
     The plate of the data is the one that holds what changed. Where all is the same, it is found as for predictions.
-
-    :param callable find: finds the rows of the first batch, see :func:`~pyro_bnn.model.plates.find_rows`; called only
-        where the batches do not tell which plate they cut.
-    :param callable elsewhere: runs the model on a batch at other values of the latents: where a slope is zero, other
-        inputs give the same.
     """
 
     def __init__(self, find: Callable[[], list[Rows]], elsewhere: Callable[[Batch], Trace]) -> None:
@@ -37,12 +32,7 @@ class Repeats:
 
     @torch.no_grad()
     def add(self, trace: Trace, names: list[str], batch: Batch) -> frozenset[str]:
-        """
-        :param trace: the run of one batch.
-        :param names: the sites of the likelihood, factors too.
-        :param batch: the arguments of the model.
-        :return: those of them that were counted with the first batch.
-        """
+        """Those of them that were counted with the first batch."""
         sites = {name: trace.nodes[name] for name in names}
         self._join.add(sites)
         same = [name for name, site in sites.items() if self._is_same(name, site, batch)]

@@ -19,8 +19,9 @@ from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.model.data import Batch
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import init_flat
-from pyro_bnn.model.packed import PackedModel, called_modules
+from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.model.prototype import detach_prototypes
 
 Weights = Literal["equal", "evidence"]
@@ -124,11 +125,11 @@ class AutoLaplaceMixture(AutoContinuous):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(), torch.random.fork_rng(), called_modules():
+        with poutine.block(), torch.random.fork_rng(), evaluation_mode():
             trace = run_model(self.model, (args, kwargs))
         check_observations(trace, (args, kwargs))
         check_latents(trace, self, continuous=True)
-        with called_modules():
+        with evaluation_mode():
             super()._setup_prototype(*args, **kwargs)
         detach_prototypes(self)
         for guide in self.components:

@@ -30,9 +30,9 @@ from pyro_bnn.infer.mixture.joint_terms import JointTerms, constant_priors
 from pyro_bnn.infer.mixture.loop import OUTSIDE, ComponentLoop, example_key
 from pyro_bnn.infer.mixture.runs import PLATES, DirectRun, Step, TracedRun, rehearsal
 from pyro_bnn.infer.mixture.terms import SiteTerms, per_component
-from pyro_bnn.infer.predict.runs import FAILURES
 from pyro_bnn.model.data import coincidences
 from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
+from pyro_bnn.model.plates import FAILURES
 from pyro_bnn.ops.options import require_number
 
 _Elbo: Any = ELBO

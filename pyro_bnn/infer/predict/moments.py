@@ -5,16 +5,19 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
-from pyro_bnn.infer.predict.predictive import SitePrediction, join_sites, predict_batches
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
+from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, SitePrediction, join_sites
+from pyro_bnn.infer.predict.stream import predictions
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass
@@ -114,13 +117,15 @@ class PredictiveMoments(Mapping[str, SiteMoments]):
     def __len__(self) -> int:
         return len(self.sites)
 
-    def to_dataset(self) -> xr.Dataset:
+    def to_dataset(self) -> "xr.Dataset":
         """
         The moments with named dims: ``<site>_mean``, ``<site>_aleatoric``, ``<site>_epistemic``,
         ``<site>_log_density`` and ``<site>_observed``.
 
         :return: a dataset.
         """
+        import xarray as xr
+
         variables = {}
         for name, site in self.sites.items():
             for field in ("mean", "aleatoric", "epistemic", "log_density", "observed"):
@@ -175,9 +180,5 @@ def predictive_moments(
         model, posterior, data, num_samples=num_samples, batch_size=batch_size, vectorize=vectorize,
         max_memory=max_memory, draws=draws,
     )  # fmt: skip
-    parts = [{n: site_moments(site) for n, site in sites.items()} for sites in predict_batches(pieces)]
-    return PredictiveMoments(join_sites(pieces.join, parts, FIELDS))
-
-
-#: For each field, the number of dimensions left of the site's own.
-FIELDS = {"mean": 0, "aleatoric": 0, "epistemic": 0, "log_density": 0, "observed": 0, "mask": 0}
+    parts = [{n: site_moments(site) for n, site in found.sites.items()} for found in predictions(pieces)]
+    return PredictiveMoments(join_sites(pieces.join, parts, MOMENT_FIELDS))
