@@ -32,11 +32,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.ops.stats import effective_sample_size
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from uci_models import Member
 
-from pyro_bnn.diagnostics.quality import split_r_hat
 from pyro_bnn.infer import nuts
 
 MISSING = "NumPyro is not installed (pip install 'pyro-bnn[gold]')"
@@ -356,7 +355,7 @@ def mixing(values: Tensor) -> dict[str, float]:
     :param values: shape (chains, draws, N).
     :return: split R-hat and effective sample size over the N values.
     """
-    r_hat = split_r_hat(values)
+    r_hat = split_gelman_rubin(values)
     # one by one, since Pyro's memory is quadratic in the draws
     size = torch.stack([effective_sample_size(value, 0, 1) for value in values.unbind(-1)])
     return {

@@ -49,9 +49,9 @@ TARGETS = [
     "infer/evidence.py",
     "infer/hyperparameters.py",
     "infer/hfl/*.py",
-    "infer/autoguide/outputs.py",
+    *(f"infer/autoguide/{name}.py" for name in ("components", "outputs")),
     *(f"infer/predict/{name}.py" for name in ("density", "moments")),
-    *(f"infer/mixture/{name}.py" for name in ("elbo", "joint_terms", "schedules", "terms")),
+    *(f"infer/mixture/{name}.py" for name in ("constant_priors", "elbo", "schedules", "terms")),
 ]  # fmt: skip
 #: Tests that are asked; those of diagnostics, tutorials and programs execute the mathematics, too, but check other things.
 TESTS = ("tests/ops", "tests/distributions", "tests/infer", "tests/nn")

@@ -14,18 +14,16 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
-from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
+from workflow_baselines import Model, by_hand, data_of, hand_step, network, plain_step, textbook
 
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
@@ -47,53 +45,6 @@ NETWORKS = {
 LARGER_BATCHES = {"784-400-400-10, 1024 points": ([784, 400, 400, 10], 1024)}
 
 
-def network(sizes: list[int]) -> torch.nn.Sequential:
-    layers: list[torch.nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
-
-
-class Model(PyroModule):
-    """A network and its likelihood: Normal with known noise, or Categorical."""
-
-    def __init__(self, net: torch.nn.Module, outputs: int) -> None:
-        super().__init__()
-        self.net = net
-        self.outputs = outputs
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
-        """The likelihood of y given x."""
-        out = self.net(x)
-        with pyro.plate("data", len(x)):
-            if self.outputs == 1:
-                return pyro.sample("obs", dist.Normal(out.squeeze(-1), 0.1), obs=y)
-            return pyro.sample("obs", dist.Categorical(logits=out), obs=y)
-
-
-def textbook(net: torch.nn.Sequential) -> Any:
-    """Every weight a PyroSample with a N(0, 1 / fan-in) prior, the way Pyro's documentation does it."""
-    module = PyroModule[torch.nn.Sequential](
-        *[
-            PyroModule[torch.nn.Linear](layer.in_features, layer.out_features)
-            if isinstance(layer, torch.nn.Linear)
-            else layer
-            for layer in net
-        ]
-    )
-    for layer in module:
-        if isinstance(layer, torch.nn.Linear):
-            for name, value in list(layer.named_parameters(recurse=False)):
-                prior = dist.Normal(torch.tensor(0.0), torch.tensor(layer.in_features**-0.5))
-                setattr(layer, name, PyroSample(prior.expand(value.shape).to_event(value.dim())))
-    return module
-
-
-def data_of(sizes: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(rows, sizes[0])
-    return x, (x[:, 0].sin() if sizes[-1] == 1 else torch.randint(sizes[-1], (rows,)))
-
-
 class Repeated:
     """A step that comes with its own loop, for a setting around all repetitions."""
 
@@ -103,24 +54,6 @@ class Repeated:
     def __call__(self) -> None:
         """One step."""
         self.steps(1)
-
-
-def plain_step(sizes: list[int], x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    net = network(sizes)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        out = net(x)
-        loss = (
-            ((out.squeeze(-1) - y) ** 2).sum()
-            if sizes[-1] == 1
-            else torch.nn.functional.cross_entropy(out, y)
-        )
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def fit_step(model: Any, guide: Any, elbo: Any, data: tuple[Any, ...]) -> Callable[[], Any]:
@@ -215,60 +148,6 @@ def training(name: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     found = compare(variants, plain_step(sizes, *data), rounds, steps)
     pyro.clear_param_store()
     return [{"question": "training step / plain torch step", "network": name, **row} for row in found]
-
-
-def by_hand(net: torch.nn.Sequential, guide: Any, x: torch.Tensor, draws: int, store: bool) -> Any:
-    """Draws all weights into one vector and applies the layers to views of it: the least that draws cost."""
-    loc, scale = guide.loc.detach()[0], guide.scale.detach()[0]
-    shapes = [p.shape for p in net.parameters()]
-    sizes = [shape.numel() for shape in shapes]
-
-    @torch.no_grad()
-    def run() -> torch.Tensor:
-        weights = torch.empty(draws if store else 1, len(loc))
-        found = []
-        for s in range(draws):
-            row = weights[s if store else 0].normal_()
-            torch.addcmul(loc, row, scale, out=row)
-            parts = [part.view(shape) for part, shape in zip(row.split(sizes), shapes, strict=True)]
-            h = x
-            for i in range(0, len(parts), 2):
-                h = torch.nn.functional.linear(h, parts[i], parts[i + 1])
-                h = h.relu() if i + 2 < len(parts) else h
-            found.append(h)
-        return torch.stack(found)
-
-    return run
-
-
-def hand_step(sizes: list[int], x: torch.Tensor, y: torch.Tensor) -> Callable[[], Any]:
-    """Mean-field variational inference in plain torch: one vector, closed-form KL, fused Adam."""
-    net = network(sizes)
-    shapes = [p.shape for p in net.parameters()]
-    numbers = [shape.numel() for shape in shapes]
-    loc = torch.nn.Parameter(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
-    raw = torch.nn.Parameter(torch.full_like(loc, -3.0))
-    optimizer = torch.optim.Adam([loc, raw], lr=1e-3, fused=True)
-
-    def step() -> None:
-        scale = torch.nn.functional.softplus(raw)
-        weights = loc + scale * torch.randn_like(loc)
-        parts = [p.view(shape) for p, shape in zip(weights.split(numbers), shapes, strict=True)]
-        h = x
-        for i in range(0, len(parts), 2):
-            h = torch.nn.functional.linear(h, parts[i], parts[i + 1])
-            h = h.relu() if i + 2 < len(parts) else h
-        if sizes[-1] == 1:
-            nll = 50 * ((h.squeeze(-1) - y) ** 2).sum()
-        else:
-            nll = torch.nn.functional.cross_entropy(h, y, reduction="sum")
-        variance = scale.square()
-        loss = nll + 0.5 * (variance + loc.square() - 1 - variance.log()).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def prediction(name: str, rounds: int, draws: int) -> list[dict[str, Any]]:

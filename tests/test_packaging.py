@@ -4,6 +4,7 @@
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -46,3 +47,12 @@ def test_the_test_extra_holds_what_the_tests_import() -> None:
     providers = importlib.metadata.packages_distributions()
     wanted = {providers[name][0].lower() for name in third_party}
     assert wanted <= declared(), wanted - declared()
+
+
+def test_importing_the_package_loads_no_library_of_a_single_function() -> None:
+    """A fresh process pays for torch and Pyro; what single functions need is imported where they run."""
+    faces = "pyro_bnn, pyro_bnn.nn, pyro_bnn.infer, pyro_bnn.infer.autoguide, pyro_bnn.infer.hfl, pyro_bnn.diagnostics"
+    heavy = ["scipy.stats", "xarray", "arviz", "pandas", "matplotlib"]
+    code = f"import {faces}, sys; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"

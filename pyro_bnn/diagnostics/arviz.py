@@ -5,18 +5,21 @@
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import xarray as xr
 
-from pyro_bnn.diagnostics.export import Exporter, attributes, chain_shape
+from pyro_bnn.diagnostics.export import Exporter, Groups, Wanted
+from pyro_bnn.diagnostics.labels import Labels
 from pyro_bnn.diagnostics.storage import TreeWriter
 from pyro_bnn.infer.predict.draws import Posterior
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.memory import readable
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @torch.no_grad()
@@ -42,7 +45,7 @@ def to_datatree(
     path: str | PathLike[str] | None = None,
     block_size: int | None = None,
     max_block_memory: float = 2**28,
-) -> xr.DataTree:
+) -> "xr.DataTree":
     r"""
     Exports a posterior as an :class:`xarray.DataTree` in ArviZ's schema, with dims ``(chain, draw)``.
 
@@ -109,59 +112,61 @@ def to_datatree(
         >>> tree["log_likelihood"]["obs"].dims, sorted(tree["sample_stats"].data_vars)
         (('chain', 'draw', 'data'), ['log_q', 'log_weight', 'lp'])
     """
-    exporter = Exporter(model, posterior, data, batch_size=batch_size, coords=coords, dims=dims)
+    import xarray as xr
+
+    wanted = Wanted(
+        var_names=var_names,
+        weights=weights,
+        thin=thin,
+        prior_samples=prior_samples,
+        predictions=predictions,
+        constant_data=constant_data,
+        batch_size=batch_size,
+        vectorize=vectorize,
+        max_memory=max_memory,
+    )
     with evaluation_mode(model), local_parameters():
+        exporter = Exporter(model, posterior, data, wanted, num_samples, num_chains, Labels(coords, dims))
         if path is not None and block_size is None:
-            chains, _ = chain_shape(posterior, num_samples, num_chains)
-            needed = exporter.bytes_per_draw(chains, num_chains, predictions)
-            block_size = int(max_block_memory // needed)
-            if not block_size:
-                raise ValueError(
-                    f"max_block_memory: one draw of each chain ({chains}) takes {readable(needed)}, more than "
-                    f"{readable(max_block_memory)}; allow more."
-                )
-        blocks = exporter.blocks(
-            num_samples,
-            num_chains,
-            block_size,
-            var_names=var_names,
-            weights=weights,
-            thin=thin,
-            predictions=predictions,
-            constant_data=constant_data,
-            prior_samples=prior_samples,
-            vectorize=vectorize,
-            max_memory=max_memory,
-        )
+            block_size = _fitting_block(exporter, max_block_memory)
 
-        def described(group: xr.Dataset) -> xr.Dataset:
-            sampled = {"sample_dims": ["chain", "draw"]} if "draw" in group.dims else {}
-            return group.assign_attrs(common() | sampled)
+        def described(groups: Groups) -> Groups:
+            common = exporter.attributes() | dict(attrs or {})
+            sampled = {"sample_dims": ["chain", "draw"]}
+            return {
+                name: group.assign_attrs(common | (sampled if "draw" in group.dims else {}))
+                for name, group in groups.items()
+                if group.data_vars
+            }
 
-        def common() -> dict[str, Any]:
-            return attributes(posterior) | {"left_out": exporter.left_out or ""} | dict(attrs or {})
-
+        blocks = exporter.blocks(block_size)
         if path is not None:
             with TreeWriter(path) as writer:
-                for block in blocks:
-                    for name, group in block.items():
-                        if group.data_vars:
-                            writer.append(name, described(group))
-                for name, group in exporter.rest.items():
-                    if group.data_vars:
-                        writer.append(name, described(group))
-                writer.set_attrs(common())
+                for groups in blocks:
+                    writer.append_all(described(groups))
+                writer.append_all(described(exporter.rest))
+                writer.set_attrs(exporter.attributes() | dict(attrs or {}))
             return writer.open()
         parts = list(blocks)
-    groups = {
-        name: parts[0][name] if len(parts) == 1 else xr.concat([part[name] for part in parts], "draw")
-        for name in parts[0]
-    } | exporter.rest
-    tree = xr.DataTree.from_dict(
-        {name: described(group) for name, group in groups.items() if group.data_vars}
+    whole = (
+        {name: xr.concat([part[name] for part in parts], "draw") for name in parts[0]}
+        if len(parts) > 1
+        else parts[0]
     )
-    tree.attrs.update(common())
+    tree = xr.DataTree.from_dict(described(whole | exporter.rest))
+    tree.attrs.update(exporter.attributes() | dict(attrs or {}))
     return tree
+
+
+def _fitting_block(exporter: Exporter, max_block_memory: float) -> int:
+    """As many draws of each chain as fit into memory."""
+    needed = exporter.bytes_per_draw()
+    if needed > max_block_memory:
+        raise ValueError(
+            f"max_block_memory: one draw of each chain ({exporter.chains.shape[0]}) takes {readable(needed)}, more than "
+            f"{readable(max_block_memory)}; allow more."
+        )
+    return int(max_block_memory // needed)
 
 
 def to_inference_data(model: Callable[..., Any], posterior: Any, data: Any = None, **kwargs: Any) -> Any:
@@ -178,7 +183,7 @@ def to_inference_data(model: Callable[..., Any], posterior: Any, data: Any = Non
     return datatree_to_inference_data(to_datatree(model, posterior, data, **kwargs))
 
 
-def datatree_to_inference_data(tree: xr.DataTree) -> Any:
+def datatree_to_inference_data(tree: "xr.DataTree") -> Any:
     """
     Converts a tree to the form that the installed ArviZ works with.
 

@@ -19,6 +19,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pyro_bnn.diagnostics.chains import num_components
 from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
@@ -144,7 +145,7 @@ def diversity(
 
 def _mixture(guide: Any) -> Any:
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    mixtures = [part for part in parts if hasattr(part, "num_components")]
+    mixtures = [part for part in parts if num_components(part) is not None]
     if len(mixtures) == 1:
         return mixtures[0]
     raise ValueError(

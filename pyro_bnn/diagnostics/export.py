@@ -6,146 +6,106 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
-import xarray as xr
-from pyro.infer import MCMC
 from torch import Tensor
 
 from pyro_bnn._version import __version__
-from pyro_bnn.diagnostics.readings import read_sites
-from pyro_bnn.diagnostics.scored import need
-from pyro_bnn.infer.nuts import NUTSResult, recorded_run
-from pyro_bnn.infer.predict.density import guide_log_prob
-from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.diagnostics.chains import Chains
+from pyro_bnn.diagnostics.labels import Labels, Variables, numbered
+from pyro_bnn.diagnostics.readings import SiteValues, read_sites
+from pyro_bnn.infer.predict.draws import Draws
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import MAX_MEMORY, ModelRunner
 from pyro_bnn.infer.predict.sites import site_dims, value_dims
 from pyro_bnn.model.data import Batch, Path, as_batches, leaves
-from pyro_bnn.model.handlers import (
-    deterministic_names,
-    is_deterministic,
-    observed_names,
-    sample_sites,
-)
-from pyro_bnn.model.plates import Rows
+from pyro_bnn.model.handlers import deterministic_names, is_deterministic, observed_names, sample_sites
 from pyro_bnn.nn.packed import packed_sites
-from pyro_bnn.ops.options import require_count
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: Largest number of values per draw that a weight site may have to be exported when nothing else is.
 MAX_WEIGHT_SIZE = 1000
 
 _WEIGHT = re.compile(r"(^|\.)packed$|\.([a-z_]*_)?(weight|bias)(_[a-z0-9_]+)?$")
 
-Groups = dict[str, xr.Dataset]
+Groups = dict[str, "xr.Dataset"]
 
 
-def chain_draws(
-    posterior: Any, num_samples: int | None, num_chains: int = 1, batch: Batch = ((), {})
-) -> tuple[Draws, tuple[int, int]]:
+@dataclass
+class Wanted:
+    """What a tree shall hold, and how the model is run; see :func:`~pyro_bnn.diagnostics.to_datatree`."""
+
+    var_names: Sequence[str] | None = None
+    weights: bool = False
+    thin: int = 1
+    prior_samples: int = 0
+    predictions: bool = True
+    constant_data: Mapping[str, Any] | None = None
+    batch_size: int | None = None
+    vectorize: bool | None = None
+    max_memory: float = MAX_MEMORY
+    unpack: bool = True
+
+    def select(self, draws: Draws, deterministic: Sequence[str]) -> list[str]:
+        """The latent and deterministic sites to export."""
+        known = [*draws, *deterministic]
+        if self.var_names is not None:
+            unknown = sorted(set(self.var_names) - set(known))
+            if unknown:
+                raise ValueError(
+                    f"var_names: {unknown} are not latent or deterministic sites; there are {sorted(known)}."
+                )
+            return list(self.var_names)
+        few = [n for n in known if self.weights or not _WEIGHT.search(n)]
+        return few or [n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE]
+
+
+@dataclass
+class Block:
     """
-    Draws of all chains, one after the other.
+    Some draws of every chain.
 
-    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
-    :param int num_chains: chains in a mapping of draws.
-    :param batch: arguments of the guide, for guides that need them.
-    :return: draws by site, each of shape ``(chains * draws,) + site shape``, and ``(chains, draws)``.
-    :raises ValueError: if the draws do not divide into the chains.
+    :ivar draws: by site, one chain after the other.
+    :ivar start: the number of the first.
+    :ivar shape: the numbers of chains and of draws in each.
     """
-    chains, size = shape = chain_shape(posterior, num_samples, num_chains)
-    if hasattr(posterior, "get_samples"):
-        grouped: Draws = posterior.get_samples(group_by_chain=True)
-        held = next(iter(grouped.values())).shape[1]
-        index = torch.linspace(0, held - 1, size, dtype=torch.float64).long()
-        return {n: v[:, index].flatten(0, 1) for n, v in grouped.items()}, shape
-    if isinstance(posterior, (list, tuple)):
-        members = [posterior_draws(member, size, batch) for member in posterior]
-        return {n: torch.cat([m[n] for m in members]) for n in members[0]}, shape
-    if chains > 1 and not isinstance(posterior, Mapping):
-        return {n: v.flatten(0, 1) for n, v in component_draws(posterior, size).items()}, shape
-    return posterior_draws(posterior, chains * size, batch), shape
 
+    draws: Draws
+    start: int
+    shape: tuple[int, int]
 
-def chain_shape(posterior: Any, num_samples: int | None, num_chains: int = 1) -> tuple[int, int]:
-    """
-    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :param int num_samples: the number of draws in all chains together; by default all that there are, of guides 1000 or
-        as many fewer as divide into the chains.
-    :param int num_chains: chains in a mapping of draws.
-    :return: the numbers of chains and of draws in each.
-    :raises ValueError: if the draws do not divide into the chains, or there are fewer.
-    """
-    if hasattr(posterior, "get_samples"):
-        chains, size = next(iter(posterior.get_samples(group_by_chain=True).values())).shape[:2]
-        if num_samples is not None and num_samples > chains * size:
-            raise ValueError(f"num_samples={num_samples}, but there are {chains * size} draws only.")
-        return chains, size if num_samples is None else _per_chain(num_samples, chains, "chains of the run")
-    if isinstance(posterior, Mapping):
-        size = len(next(iter(posterior.values()))) if num_samples is None else num_samples
-        if size % num_chains:
-            raise ValueError(f"num_chains={num_chains} does not divide the number of draws, {size}.")
-        return num_chains, size // num_chains
-    chains, what = 1, "chain"
-    if isinstance(posterior, (list, tuple)):
-        chains, what = len(posterior), "guides, a chain each"
-    elif getattr(posterior, "equal_weights", True):
-        chains, what = getattr(posterior, "num_components", 1), "components of the guide, a chain each"
-    return chains, max(1, 1000 // chains) if num_samples is None else _per_chain(num_samples, chains, what)
+    def chained(self, value: Tensor) -> Tensor:
+        """Splits the first dimension, of all draws, into chains and draws."""
+        return value.unflatten(0, self.shape)
 
-
-def _per_chain(num_samples: int, chains: int, what: str) -> int:
-    """Draws of each of some chains, which are all of one length."""
-    require_count("num_samples", num_samples)
-    if num_samples % chains:
-        few = num_samples - num_samples % chains
-        numbers = " or ".join(str(n) for n in (few, few + chains) if n)
-        raise ValueError(
-            f"num_samples={num_samples} draws cannot be shared equally by the {chains} {what}: pass num_samples={numbers}."
-        )
-    return num_samples // chains
-
-
-def draw_blocks(
-    posterior: Any, num_samples: int | None, num_chains: int, batch: Batch, block_size: int | None
-) -> Iterator[tuple[Draws, tuple[int, int]]]:
-    """
-    The draws of :func:`chain_draws` in blocks, of which a guide draws one at a time.
-
-    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :param int num_samples: the number of draws in all chains together; 1000 for guides by default.
-    :param int num_chains: chains in a mapping of draws.
-    :param batch: arguments of the guide, for guides that need them.
-    :param int block_size: draws of each chain in a block; ``None`` for all.
-    :return: an iterator over draws by site and ``(chains, draws)``.
-    """
-    chains, size = chain_shape(posterior, num_samples, num_chains)
-    if block_size is None or block_size >= size:
-        yield chain_draws(posterior, num_samples, num_chains, batch)
-        return
-    given = isinstance(posterior, Mapping) or hasattr(posterior, "get_samples")
-    held = chain_draws(posterior, num_samples, num_chains, batch)[0] if given else {}
-    for start in range(0, size, block_size):
-        length = min(block_size, size - start)
-        if given:
-            part = {n: v.unflatten(0, (chains, size))[:, start : start + length] for n, v in held.items()}
-            yield {n: v.flatten(0, 1) for n, v in part.items()}, (chains, length)
-        else:
-            yield chain_draws(posterior, chains * length, num_chains, batch)
+    def chain_all(self, values: Mapping[str, Tensor]) -> Draws:
+        """The same for several."""
+        return {name: self.chained(value) for name, value in values.items()}
 
 
 class Exporter:
     """
     Builds the groups of one tree.
 
+    :param model: a Pyro model.
+    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :param data: see :func:`~pyro_bnn.diagnostics.to_datatree`.
+    :param wanted: what the tree shall hold.
+    :param num_samples: the number of draws in all chains together.
+    :param num_chains: chains in a mapping of draws.
+    :param labels: the names of dims.
     :ivar rest: the groups that do not grow with the blocks of draws, once :meth:`blocks` is exhausted.
     :ivar names: the sites in the posterior group.
-    :ivar deterministic: the deterministic sites of the model, known where there are data.
+    :ivar left_out: the other ones.
+    :ivar missing: latent sites of the model of which there are no draws.
     """
 
     def __init__(
@@ -153,197 +113,100 @@ class Exporter:
         model: Callable[..., Any],
         posterior: Any,
         data: Any,
-        *,
-        batch_size: int | None = None,
-        coords: Mapping[str, Any] | None = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-        unpack: bool = True,
+        wanted: Wanted,
+        num_samples: int | None = None,
+        num_chains: int = 1,
+        labels: Labels | None = None,
     ) -> None:
         if isinstance(data, Iterator):
             raise ValueError(
                 "data is an iterator, which can be run through once only; pass tensors, a list or a loader."
             )
-        self.model = model
-        self.posterior = posterior
+        if wanted.thin < 1:
+            raise ValueError(f"thin must be at least 1, not {wanted.thin}.")
+        self.model, self.wanted = model, wanted
         self.data = None if data is None else as_batches(data)
-        self.batch_size = batch_size
-        self.coords = dict(coords or {})
-        self.user_dims = {name: tuple(own) for name, own in (dims or {}).items()}
-        self.packed = packed_sites(model) if unpack else {}
-        self.site_dims: dict[str, tuple[str, ...]] = {}
-        self.recorded: NUTSResult | None = recorded_run(posterior)
-        self.shape = (1, 1)
+        #: The arguments that show the structure of the model; none without data.
+        self.batch: Batch = ((), {}) if self.data is None else self.data.first
+        self.chains = Chains(posterior, num_samples, num_chains, self.batch)
+        self.labels = labels or Labels(None, None)
+        self.packed = packed_sites(model) if wanted.unpack else {}
+        self.pieces: Pieces | None = None
+        self.observed: xr.Dataset | None = None
         self.rest: Groups = {}
         self.names: list[str] = []
         self.deterministic: list[str] = []
         self.left_out: list[str] = []
         self.masks: dict[str, Tensor] = {}
         self.missing: list[str] = []
-        self.rows: list[Rows] = []
 
-    def first_batch(self) -> Batch:
-        """The arguments that show the structure of the model; none without data."""
-        return ((), {}) if self.data is None else self.data.first
-
-    def bytes_per_draw(self, chains: int, num_chains: int, predictions: bool) -> int:
+    def bytes_per_draw(self) -> int:
         """Bytes of one draw of each chain: of all latent sites, the pointwise likelihoods and the predictions."""
+        chains = self.chains.shape[0]
         with torch.random.fork_rng():
-            batch = self.first_batch()
-            draws, shape = chain_draws(self.posterior, chains, num_chains, batch)
-            rows = math.prod(shape)
-            total = sum(v.numel() * v.element_size() for v in draws.values()) / rows
+            draws = self.chains.draws(length=1)
+            total = sum(v.numel() * v.element_size() for v in draws.values()) / chains
             if self.data is None:
                 return int(chains * total)
-            pieces = Pieces(self.model, self.posterior, self.data, draws=draws, redraw=True)
+            pieces = Pieces(self.model, self.chains.posterior, self.data, draws=draws, redraw=True)
             for batch in pieces:
                 for name, site in pieces.runner.single(batch, 0).items():
                     if name not in draws:
                         value, fixed = site["value"], is_deterministic(site)
                         terms = 0 if fixed else math.prod(site["fn"].batch_shape)
-                        total += (terms + (predictions or fixed) * value.numel()) * value.element_size()
+                        predicted = (self.wanted.predictions or fixed) * value.numel()
+                        total += (terms + predicted) * value.element_size()
         return int(chains * total)
 
-    def blocks(
-        self,
-        num_samples: int | None,
-        num_chains: int,
-        block_size: int | None,
-        *,
-        var_names: Sequence[str] | None = None,
-        weights: bool = False,
-        thin: int = 1,
-        predictions: bool = True,
-        constant_data: Mapping[str, Any] | None = None,
-        prior_samples: int = 0,
-        vectorize: bool | None = None,
-        max_memory: float = MAX_MEMORY,
-    ) -> Iterator[Groups]:
+    def blocks(self, block_size: int | None = None) -> Iterator[Groups]:
         """The groups with draws in blocks of ``block_size`` draws of each chain; then sets :attr:`rest`."""
-        if thin < 1:
-            raise ValueError(f"thin must be at least 1, not {thin}.")
-        batch, observed = self.first_batch(), None
-        pieces: Pieces | None = None
-        start, total = 0, chain_shape(self.posterior, num_samples, num_chains)
-        lp: list[Tensor] = []
-        log_q: list[Tensor | None] = []
-        for draws, shape in draw_blocks(self.posterior, num_samples, num_chains, batch, block_size):
+        start, densities = 0, []
+        for draws, shape in self.chains.blocks(block_size):
+            block = Block(draws, start, shape)
             named = self.unpacked(draws)
-            if not self.names:
-                if not draws:
-                    raise ValueError("The posterior has no latent site, of which there could be draws.")
-                self.inspect(draws, batch if self.data is not None else None)
-                self.names = self.select(named, self.deterministic, var_names, weights)
-                self.left_out = sorted({*named, *self.deterministic} - set(self.names))
-                self.deterministic = [name for name in self.deterministic if name in self.names]
-            self.shape = shape
-            skip = -start % thin
-            block: Groups = {}
+            if not start:
+                self.look(draws, named)
+            groups: Groups = {}
             if self.data is not None:
-                pieces = Pieces(
-                    self.model, self.posterior, self.data, batch_size=self.batch_size, vectorize=vectorize,
-                    max_memory=max_memory, draws=draws, redraw=True, runner=None if pieces is None else pieces.runner,
-                )  # fmt: skip
-                found, density, values = self.data_groups(pieces, predictions)
-                self.names = [n for n in self.names if n not in self.deterministic or n in values]
-                self.deterministic = [n for n in self.deterministic if n in values]
-                named |= values
-                lp.append(self.chained(density))
-                whole = self.data.is_single or not pieces.local
-                whole = whole and not self.missing  # the guide says nothing of those sites
-                log_q.append(self.guide_density(draws, batch) if whole else None)
-                block |= found
-                if observed is not None and not observed.identical(block["observed_data"]):
-                    raise ValueError(
-                        "The observations came in another order the second time: export in blocks of draws needs "
-                        "a loader that does not shuffle."
-                    )
-                observed = block.pop("observed_data")
-            kept = {n: (self.chained(named[n])[:, skip::thin], self.site_dims[n]) for n in self.names}
-            block = {"posterior": self.dataset(kept)} | block
-            for name, group in block.items():
-                if "draw" in group.dims:
-                    first, step = (start + skip, thin) if name == "posterior" else (start, 1)
-                    labels = first + step * np.arange(group.sizes["draw"])
-                    block[name] = group.assign_coords(draw=labels)
+                found = self.read(draws)
+                named |= found.values
+                densities.append((block.chained(found.lp), self.guide_density(block)))
+                groups = self.data_groups(block, found)
             start += shape[1]
-            yield block
-        self.shape = total
-        if observed is not None:
-            assert pieces is not None
-            if constant_data is None and self.data is not None and self.data.is_single:
-                self.rows = pieces.runner.rows(batch)
-            stats = (
-                None if any(q is None for q in log_q) else torch.cat([q for q in log_q if q is not None], 1)
-            )
-            self.rest["sample_stats"] = self.sample_stats(torch.cat(lp, 1), stats)
-            self.rest["observed_data"] = observed
-            self.rest["constant_data"] = self.constants(constant_data, observed)
-        if prior_samples:
-            self.rest |= self.prior_groups(batch, prior_samples)
-        if self.recorded is not None and self.recorded.warmup:
-            warmup = self.unpacked(self.recorded.warmup)
-            self.rest["warmup_posterior"] = self.dataset(
-                {n: (warmup[n], self.site_dims[n]) for n in self.names if n in warmup}
-            )
-            self.rest["warmup_sample_stats"] = self.dataset(
-                {n: (v, ()) for n, v in self.recorded.warmup_stats.items()}
-            )
+            yield {"posterior": self.posterior(block, named)} | groups
+        self.rest = self.data_rest(densities) if self.data is not None else {}
+        if self.wanted.prior_samples:
+            self.rest |= self.prior_groups()
+        warmup, stats = self.chains.warmup()
+        if warmup:
+            values = self.labels.of(self.unpacked(warmup), self.names)
+            self.rest["warmup_posterior"] = self.labels.dataset(values)
+            self.rest["warmup_sample_stats"] = self.labels.dataset({n: (v, ()) for n, v in stats.items()})
 
-    def guide_density(self, draws: Draws, batch: Batch) -> Tensor | None:
-        """The log density of the guide, ``(chains, draws)``; ``None`` where there is none."""
-        posterior = self.posterior
-        if isinstance(posterior, Mapping) or hasattr(posterior, "get_samples"):
-            return None
-        guides = posterior if isinstance(posterior, (list, tuple)) else [posterior]
-        terms = [guide_log_prob(guide, draws, batch) for guide in guides]
-        if any(term is None for term in terms):
-            return None
-        # independent fits are a mixture with equal weights
-        stacked = torch.stack([term for term in terms if term is not None])
-        return self.chained(torch.logsumexp(stacked, 0) - math.log(len(guides)))
-
-    def inspect(self, draws: Draws, batch: Batch | None) -> None:
-        """Finds the names of dims from the plates of the model."""
+    def look(self, draws: Draws, named: Draws) -> None:
+        """Names the dims of all sites by the plates of the model, and chooses the sites to export."""
+        if not draws:
+            raise ValueError("The posterior has no latent site, of which there could be draws.")
         sites: dict[str, Any] = {}
-        if batch is not None:
+        if self.data is not None:
             runner = ModelRunner(self.model, draws)
-            runner.look(batch)
+            runner.look(self.batch)
             sites = runner.structure.sites
-        for name, value in draws.items():
-            if name in sites:
-                dims = site_dims(sites[name], len(sites[name]["fn"].batch_shape))
-            else:
-                dims = tuple(f"{name}_dim_{i}" for i in range(value.dim() - 1))
-            self.site_dims[name] = dims
+        dims = {name: numbered(name, value.dim() - 1) for name, value in draws.items()}
         for name, site in sites.items():
-            dims = (
-                value_dims(site) if is_deterministic(site) else site_dims(site, len(site["fn"].batch_shape))
-            )
-            self.site_dims.setdefault(name, dims)
-        self.deterministic = deterministic_names(sites)
-        for site, packed in self.packed.items():
+            latent = name in draws or not is_deterministic(site)
+            dims[name] = site_dims(site, len(site["fn"].batch_shape)) if latent else value_dims(site)
+        for name, packed in self.packed.items():
             for part, shape in packed.layout.items():
-                full = _part_name(site, part)
-                self.site_dims[full] = tuple(f"{full}_dim_{i}" for i in range(len(shape)))
-        names = set(self.site_dims)
-        for name, dims in self.site_dims.items():
-            # a variable may not share its name with a dim
-            dims = tuple(f"{d}_dim" if d in names else d for d in dims)
-            own = self.user_dims.get(name, dims)
-            if len(own) != len(dims):
-                raise ValueError(f"dims of {name!r}: {len(dims)} names expected, got {list(own)}.")
-            self.site_dims[name] = own
-        arguments = {} if batch is None else dict(_inputs(self.model, batch).values())
-        unknown = sorted(set(self.user_dims) - names - set(arguments))
-        if unknown:
-            raise ValueError(
-                f"dims: {unknown} are no sites and no arguments of the model; there are {sorted(names)}."
-            )
-        known = {d for dims in (*self.site_dims.values(), *self.user_dims.values()) for d in dims}
-        known |= {f"{name}_dim_{i}" for name, value in arguments.items() for i in range(value.dim())}
-        unknown = sorted(set(self.coords) - known - {"chain", "draw"})
-        if unknown and batch is not None:
-            raise ValueError(f"coords: no variable has the dims {unknown}; there are {sorted(known)}.")
+                full = _part_name(name, part)
+                dims[full] = numbered(full, len(shape))
+        self.labels.name_sites(dims)
+        arguments = dict(_inputs(self.model, self.batch).values())
+        self.labels.check(arguments, self.data is not None)
+        deterministic = deterministic_names(sites)
+        self.names = self.wanted.select(named, deterministic)
+        self.left_out = sorted({*named, *deterministic} - set(self.names))
+        self.deterministic = [name for name in deterministic if name in self.names]
 
     def unpacked(self, values: Mapping[str, Tensor]) -> Draws:
         """Splits flat sites into their named weights."""
@@ -356,183 +219,160 @@ class Exporter:
                 found[name] = value
         return found
 
-    def chained(self, value: Tensor) -> Tensor:
-        """Splits the first dimension, of all draws, into chains and draws."""
-        return value.reshape(*self.shape, *value.shape[1:])
+    def posterior(self, block: Block, values: Draws) -> "xr.Dataset":
+        """Every ``thin``-th draw of the sites to export."""
+        thin = self.wanted.thin
+        skip = -block.start % thin
+        kept = {name: block.chained(values[name])[:, skip::thin] for name in self.names}
+        return _numbered_draws(self.labels.dataset(self.labels.of(kept)), block.start + skip, thin)
 
-    def dataset(
-        self, variables: Mapping[str, tuple[Tensor, Sequence[str]]], sampled: bool = True
-    ) -> xr.Dataset:
-        """A dataset from tensors (with chain and draw first if ``sampled``) and the names of their dims."""
-        lead = ("chain", "draw") if sampled else ()
-        sizes: dict[str, int] = {}
-        arrays: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-        for name, (value, dims) in variables.items():
-            key = name.replace("/", ".")  # slashes are paths in a DataTree
-            if key in arrays:
-                raise ValueError(
-                    f"two sites are named {key!r} in a tree, where {name!r} is written with dots: rename one."
-                )
-            own = [dim.replace("/", ".") for dim in dims][: value.dim() - len(lead)]
-            if taken := {"chain", "draw"} & {key, *own}:
-                raise ValueError(
-                    f"site {name!r}: {taken.pop()!r} is the name of a dimension of every tree: rename the site or plate of this name."
-                )
-            if len(own) < value.dim() - len(lead):
-                raise ValueError(f"dims of {name!r}: {value.dim() - len(lead)} names expected, got {own}.")
-            for i, dim in enumerate(own):
-                size = value.shape[len(lead) + i]
-                if sizes.setdefault(dim, size) != size:  # two plates of one name with different sizes
-                    own[i] = f"{key}_dim_{i}"
-                    sizes[own[i]] = size
-            arrays[key] = (*lead, *own), value.detach().cpu().numpy()
-        for dim, size in sizes.items():
-            if dim in self.coords and len(self.coords[dim]) != size:
-                raise ValueError(
-                    f"coords of the dim {dim!r}: {len(self.coords[dim])} values for a size of {size}."
-                )
-        coords: dict[str, Any] = {d: self.coords.get(d, np.arange(n)) for d, n in sizes.items()}
-        if sampled and arrays:
-            first = next(iter(arrays.values()))[1]
-            coords |= {"chain": np.arange(first.shape[0]), "draw": np.arange(first.shape[1])}
-        used = {d for dims, _ in arrays.values() for d in dims}
-        return xr.Dataset(arrays, coords={d: c for d, c in coords.items() if d in used})
+    def guide_density(self, block: Block) -> Tensor | None:
+        """The log density of the guide, ``(chains, draws)``; ``None`` where there is none."""
+        assert self.data is not None
+        assert self.pieces is not None
+        # of other latents than those of the first batch, and of missing ones, the guide says nothing
+        if self.missing or (self.pieces.local and not self.data.is_single):
+            return None
+        log_q = self.chains.log_prob(block.draws)
+        return None if log_q is None else block.chained(log_q)
 
-    def data_groups(self, pieces: Pieces, predictions: bool) -> tuple[Groups, Tensor, Draws]:
-        """
-        Runs the model over the data: densities, predictions and observations, the log joint density, and the values of
-        deterministic sites and of latents that were drawn batch by batch.
-        """
-        found = read_sites(pieces, self.deterministic, samples=predictions)
-        sites, structure = found.sites, pieces.runner.structure
-        names = set(self.site_dims)
-        for name in sites.keys() - names:  # a site of some batches only, which the first does not show
-            dims = site_dims(structure.sites[name], structure.ndims[name])
-            self.site_dims[name] = tuple(f"{d}_dim" if d in names else d for d in dims)
-        self.masks = {name: site.mask for name, site in sites.items() if site.mask is not None}
-        self.missing = found.missing
-        likelihoods: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
-        for name, site in sites.items():
-            value, dims = need(site.log_likelihood, "log_likelihood"), self.site_dims[name]
-            if name in self.masks:  # what does not count has no likelihood
-                kept = self.masks[name].reshape(value.shape[1:] + (-1,)).any(-1).flatten()
-                if not kept.all():
-                    value, dims = value.flatten(1)[:, kept], (f"{name}_kept",)
-                    self.coords.setdefault(dims[0], kept.nonzero().squeeze(-1).numpy())
-            likelihoods[name] = self.chained(value), dims
-        groups = {
-            "log_prior": self.dataset({n: (self.chained(v), ()) for n, v in found.log_prior.items()}),
-            "log_likelihood": self.dataset(likelihoods),
-            "posterior_predictive": self.dataset(
-                {
-                    n: (self.chained(s.samples), self.site_dims[n])
-                    for n, s in sites.items()
-                    if s.samples is not None
-                }
-            ),
-            "observed_data": self.dataset(
-                {n: (need(s.observed, "observed"), self.site_dims[n]) for n, s in sites.items()},
-                sampled=False,
-            ),
+    def read(self, draws: Draws) -> SiteValues:
+        """Runs the model over the data under some draws."""
+        wanted, posterior = self.wanted, self.chains.posterior
+        self.pieces = pieces = Pieces(
+            self.model, posterior, self.data, batch_size=wanted.batch_size, vectorize=wanted.vectorize,
+            max_memory=wanted.max_memory, draws=draws, redraw=True,
+            runner=None if self.pieces is None else self.pieces.runner,
+        )  # fmt: skip
+        found = read_sites(pieces, self.deterministic, samples=wanted.predictions)
+        structure = pieces.runner.structure
+        # sites of some batches only, which the first does not show
+        new = found.log_likelihood.keys() - self.labels.dims.keys()
+        self.labels.name_sites({n: site_dims(structure.sites[n], structure.ndims[n]) for n in new})
+        self.masks, self.missing = found.masks, found.missing
+        self.names = [n for n in self.names if n not in self.deterministic or n in found.values]
+        self.deterministic = [n for n in self.deterministic if n in found.values]
+        return found
+
+    def data_groups(self, block: Block, found: SiteValues) -> Groups:
+        """Densities and predictions; the observations are compared with those of the blocks before."""
+        labels = self.labels
+        observed = labels.dataset(labels.of(found.observed), sampled=False)
+        if self.observed is not None and not self.observed.identical(observed):
+            raise ValueError(
+                "The observations came in another order the second time: export in blocks of draws needs "
+                "a loader that does not shuffle."
+            )
+        self.observed = observed
+        likelihoods = dict(labels.of(block.chain_all(found.log_likelihood)))
+        for name, mask in found.masks.items():  # what does not count has no likelihood
+            value, _ = likelihoods[name]
+            kept = mask.reshape(value.shape[2:] + (-1,)).any(-1).flatten()
+            if not kept.all():
+                dim = f"{name}_kept"
+                likelihoods[name] = value.flatten(2)[..., kept], (dim,)
+                labels.coords.setdefault(dim, kept.nonzero().squeeze(-1).numpy())
+        parts: dict[str, Variables] = {
+            "log_prior": {n: (v, ()) for n, v in block.chain_all(found.log_prior).items()},
+            "log_likelihood": likelihoods,
+            "posterior_predictive": labels.of(block.chain_all(found.samples)),
         }
-        return groups, found.lp, found.values
+        return {name: _numbered_draws(labels.dataset(part), block.start) for name, part in parts.items()}
 
-    def sample_stats(self, lp: Tensor, log_q: Tensor | None) -> xr.Dataset:
-        """Log joint density, density of the guide, importance weights, divergences."""
-        posterior, recorded = self.posterior, self.recorded
+    def data_rest(self, densities: Sequence[tuple[Tensor, Tensor | None]]) -> Groups:
+        """Statistics of the draws of all blocks, observations and inputs."""
+        assert self.observed is not None
+        lp = torch.cat([block for block, _ in densities], 1)
         stats = {"lp": lp}
+        known = [block for _, block in densities if block is not None]
+        log_q = torch.cat(known, 1) if len(known) == len(densities) else None
         if log_q is not None and bool(torch.isfinite(log_q).all()):
             log_weight = lp.cpu() - log_q.cpu()
             stats |= {"log_q": log_q, "log_weight": log_weight - torch.logsumexp(log_weight, (0, 1))}
-        if recorded is not None:
-            stats |= {n: v for n, v in recorded.sample_stats.items() if v.shape == self.shape}
-        elif isinstance(posterior, MCMC):
-            divergences = posterior.diagnostics().get("divergences", {})
-            diverging = torch.zeros(posterior.num_chains, posterior.num_samples, dtype=torch.bool)
-            for chain, indices in enumerate(divergences.values()):
-                diverging[chain, indices] = True
-            if diverging.shape == self.shape:
-                stats["diverging"] = diverging
-        return self.dataset({n: (v, ()) for n, v in stats.items()})
+        stats |= self.chains.statistics()
+        return {
+            "sample_stats": self.labels.dataset({n: (v, ()) for n, v in stats.items()}),
+            "observed_data": self.observed,
+            "constant_data": self.constants(),
+        }
 
-    def constants(self, given: Mapping[str, Any] | None, observed: xr.Dataset) -> xr.Dataset:
+    def constants(self) -> "xr.Dataset":
         """The inputs: given ones, or the tensors of a single batch that are not observations; and which observations count."""
         assert self.data is not None
-        values: dict[str, Tensor] = {}
-        rows: dict[str, tuple[int, str]] = {}
+        given, variables = self.wanted.constant_data, {}
         if given is not None:
             values = {name: torch.as_tensor(np.asarray(value)) for name, value in given.items()}
+            variables = {name: (value, numbered(name, value.dim())) for name, value in values.items()}
         elif self.data.is_single:  # the inputs of a loader are not held in memory at once
-            values, rows = self.inputs(observed)
-        variables = {}
-        for name, value in values.items():
-            dims = [f"{name}_dim_{i}" for i in range(value.dim())]
-            if name in rows:
-                axis, plate = rows[name]
-                dims[axis] = (
-                    f"{plate}_dim" if plate in values else plate
-                )  # a variable may not share its name with a dim
-            variables[name] = value, self.user_dims.get(name, dims)
-        for name, mask in self.masks.items():
-            variables[f"{name}_mask"] = mask, self.site_dims[name]
-        return self.dataset(variables, sampled=False)
+            variables = self.inputs()
+        variables = {n: (value, self.labels.given.get(n, dims)) for n, (value, dims) in variables.items()}
+        variables |= {f"{name}_mask": (mask, self.labels.dims[name]) for name, mask in self.masks.items()}
+        return self.labels.dataset(variables, sampled=False)
 
-    def inputs(self, observed: xr.Dataset) -> tuple[dict[str, Tensor], dict[str, tuple[int, str]]]:
-        """The tensors of a single batch that are not observations by name, and where those with rows have them."""
-        assert self.data is not None
-        values, places = {}, {}
-        for path, (name, leaf) in _inputs(self.model, self.data.first).items():
-            if not any(np.array_equal(leaf.numpy(force=True), o.values) for o in observed.values()):
-                values[name], places[path] = leaf, name
+    def inputs(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        """The tensors of a single batch that are not observations; their rows have the name of the plate."""
+        assert self.observed is not None
+        assert self.pieces is not None
         rows = {
-            places[path]: (dim, next(iter(found.plates)))
-            for found in self.rows
+            path: (dim, next(iter(found.plates)))
+            for found in self.pieces.runner.rows(self.batch)
             for path, dim in found.cuts.items()
-            if len(found.plates) == 1 and path in places
+            if len(found.plates) == 1
         }
-        return values, rows
+        observed = [variable.values for variable in self.observed.values()]
+        values = {
+            path: (name, leaf)
+            for path, (name, leaf) in _inputs(self.model, self.batch).items()
+            if not any(np.array_equal(leaf.numpy(force=True), other) for other in observed)
+        }
+        names, found = {name for name, _ in values.values()}, {}
+        for path, (name, leaf) in values.items():
+            dims = list(numbered(name, leaf.dim()))
+            if path in rows:
+                axis, plate = rows[path]
+                # a variable may not share its name with a dim
+                dims[axis] = f"{plate}_dim" if plate in names else plate
+            found[name] = leaf, tuple(dims)
+        return found
 
-    def prior_groups(self, batch: Batch, num_samples: int) -> Groups:
+    def prior_groups(self) -> Groups:
         """Draws from the model with its observations taken away."""
-        args, kwargs = batch
+        args, kwargs = self.batch
         rows: list[dict[str, Tensor]] = []
         with poutine.block():
             observed = observed_names(poutine.trace(self.model).get_trace(*args, **kwargs))
-            for _ in range(num_samples):
+            for _ in range(self.wanted.prior_samples):
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
                 rows.append(
                     {
                         # the distribution of a deterministic site has dimensions of plates that the value lacks
                         n: s["infer"]["obs"] if is_deterministic(s) else s["value"]
                         for n, s in sample_sites(trace).items()
-                        if n in self.site_dims
+                        if n in self.labels.dims
                     }
                 )
         stacked = self.unpacked({n: torch.stack([row[n] for row in rows])[None] for n in rows[0]})
+        groups = {"prior": self.names, "prior_predictive": observed}
+        return {group: self.labels.dataset(self.labels.of(stacked, names)) for group, names in groups.items()}
 
-        def pick(names: Sequence[str]) -> xr.Dataset:
-            return self.dataset({n: (stacked[n], self.site_dims[n]) for n in names if n in stacked})
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of ArviZ's schema, and the sites that are left out."""
+        return {
+            "created_at": datetime.now(UTC).isoformat(),
+            "creation_library": "pyro_bnn",
+            "creation_library_version": __version__,
+            "creation_library_language": "Python",
+            "inference_library": "pyro",
+            "inference_library_version": pyro.__version__,
+            "posterior_class": self.chains.kind,
+            "left_out": self.left_out or "",
+        }
 
-        return {"prior": pick(self.names), "prior_predictive": pick(observed)}
 
-    @staticmethod
-    def select(
-        draws: Draws, deterministic: Sequence[str], var_names: Sequence[str] | None, weights: bool
-    ) -> list[str]:
-        """The latent and deterministic sites to export."""
-        if var_names is not None:
-            known = [*draws, *deterministic]
-            unknown = sorted(set(var_names) - set(known))
-            if unknown:
-                raise ValueError(
-                    f"var_names: {unknown} are not latent or deterministic sites; there are {sorted(known)}."
-                )
-            return list(var_names)
-        if weights:
-            return [*draws, *deterministic]
-        return [n for n in (*draws, *deterministic) if not _WEIGHT.search(n)] or [
-            n for n, v in draws.items() if v[0].numel() <= MAX_WEIGHT_SIZE
-        ]
+def _numbered_draws(group: "xr.Dataset", start: int, step: int = 1) -> "xr.Dataset":
+    if "draw" not in group.dims:
+        return group
+    return group.assign_coords(draw=start + step * np.arange(group.sizes["draw"]))
 
 
 def _part_name(site: str, part: str) -> str:
@@ -542,7 +382,6 @@ def _part_name(site: str, part: str) -> str:
 
 def _inputs(model: Any, batch: Batch) -> dict[Path, tuple[str, Tensor]]:
     """The tensors among the arguments of a model with their names: of the parameter, and of the places in containers."""
-    args, kwargs = batch
     function = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -556,23 +395,4 @@ def _inputs(model: Any, batch: Batch) -> dict[Path, tuple[str, Tensor]]:
             first = positional[first] if first < len(positional) else f"argument_{first}"
         return ".".join(map(str, (first, *path[2:])))
 
-    return {
-        path: (name(path), leaf) for path, leaf in leaves((args, kwargs)).items() if isinstance(leaf, Tensor)
-    }
-
-
-def attributes(posterior: Any) -> dict[str, Any]:
-    """
-    :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :return: the attributes of ArviZ's schema.
-    """
-    kind = type(posterior[0] if isinstance(posterior, (list, tuple)) else posterior)
-    return {
-        "created_at": datetime.now(UTC).isoformat(),
-        "creation_library": "pyro_bnn",
-        "creation_library_version": __version__,
-        "creation_library_language": "Python",
-        "inference_library": "pyro",
-        "inference_library_version": pyro.__version__,
-        "posterior_class": kind.__name__,
-    }
+    return {path: (name(path), leaf) for path, leaf in leaves(batch).items() if isinstance(leaf, Tensor)}

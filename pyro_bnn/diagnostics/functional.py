@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 
-from pyro_bnn.diagnostics.export import chain_draws
+from pyro_bnn.diagnostics.axes import diagonal, new_axes
+from pyro_bnn.diagnostics.chains import Chains
 from pyro_bnn.infer.predict.draws import Posterior
 from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.model.data import as_batches
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.axes import Axes
 
 
@@ -28,7 +29,7 @@ def prediction_draws(
     num_chains: int = 1,
     batch_size: int | None = None,
     vectorize: bool | None = None,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     """
     The mean of each observation under each posterior draw, with dims ``(chain, draw)``.
 
@@ -57,31 +58,35 @@ def prediction_draws(
         >>> dict(found.sizes)
         {'chain': 4, 'draw': 25, 'data': 3}
     """
+    import xarray as xr
+
     data = as_batches(data)
-    draws, shape = chain_draws(posterior, num_samples, num_chains, data.first)
-    source: Any = posterior[0] if isinstance(posterior, (list, tuple)) else posterior
-    if not hasattr(source, "observed_distributions"):
-        source = draws
-    elif isinstance(posterior, (list, tuple)):
-        raise ValueError(
-            "prediction_draws: several linearised guides have no common linearisation; call one by one."
-        )
-    found = posterior_predictive(model, source, data, draws=draws, batch_size=batch_size, vectorize=vectorize)
+    chains = Chains(posterior, num_samples, num_chains, data.first)
+    draws = chains.draws()
+    found = posterior_predictive(
+        model,
+        chains.predicting_guide() or draws,
+        data,
+        draws=draws,
+        batch_size=batch_size,
+        vectorize=vectorize,
+    )
     variables = {}
     for name, site in found.items():
         if site.mean is not None and bool(site.mean.isfinite().any()):  # a Cauchy distribution has none
             value = site.mean.cpu().numpy()
             dims = [*site.dims, f"{name}_class"][: value.ndim - 1]
-            variables[name] = (["chain", "draw", *dims], value.reshape(*shape, *value.shape[1:]))
+            variables[name] = (["chain", "draw", *dims], value.reshape(*chains.shape, *value.shape[1:]))
     if not variables:
         raise ValueError(
             f"prediction_draws: the distributions of the observed sites {list(found)} have no mean. Export a function of the "
             "latents with pyro.deterministic in its place."
         )
-    return xr.Dataset(variables, coords={"chain": np.arange(shape[0]), "draw": np.arange(shape[1])})
+    coords = {"chain": np.arange(chains.shape[0]), "draw": np.arange(chains.shape[1])}
+    return xr.Dataset(variables, coords=coords)
 
 
-def prediction_diagnostics(predictions: xr.Dataset) -> xr.Dataset:
+def prediction_diagnostics(predictions: "xr.Dataset") -> "xr.Dataset":
     """
     R-hat and effective sample sizes of predictions, by ArviZ.
 
@@ -90,27 +95,20 @@ def prediction_diagnostics(predictions: xr.Dataset) -> xr.Dataset:
         nan.
     """
     import arviz
+    import xarray as xr
 
     found = {}
-    for name, variable in predictions.data_vars.items():
-        single = xr.Dataset({name: variable})
+    with np.errstate(divide="ignore", invalid="ignore"):  # predictions that all draws share give nan
         # ArviZ warns about a single chain, whose R-hat is nan here
-        if predictions.sizes["chain"] > 1:
-            found[f"{name}_r_hat"] = _quiet(arviz.rhat, single)[name]
-        else:
-            found[f"{name}_r_hat"] = variable.isel(chain=0, draw=0, drop=True) * np.nan
+        several = predictions.sizes["chain"] > 1
+        one = predictions.isel(chain=0, draw=0, drop=True)
+        found["r_hat"] = arviz.rhat(predictions) if several else one * np.nan
         for kind in ("bulk", "tail"):
-            found[f"{name}_ess_{kind}"] = _quiet(arviz.ess, single, method=kind)[name]
-    return xr.Dataset(found)
+            found[f"ess_{kind}"] = arviz.ess(predictions, method=kind)
+    return xr.Dataset({f"{n}_{what}": part[n] for n in predictions.data_vars for what, part in found.items()})
 
 
-def _quiet(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Predictions that all draws share give nan, without a word about the division by their variance."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return function(*args, **kwargs)
-
-
-def plot_diversity(predictions: xr.Dataset, *, site: str | None = None, ax: "Axes | None" = None) -> "Axes":
+def plot_diversity(predictions: "xr.Dataset", *, site: str | None = None, ax: "Axes | None" = None) -> "Axes":
     """
     How far apart components are: for every observation the spread between the chains' mean predictions over the
     spread within chains.
@@ -122,23 +120,19 @@ def plot_diversity(predictions: xr.Dataset, *, site: str | None = None, ax: "Axe
     :param ax: matplotlib axes to draw in.
     :return: the axes.
     """
-    from matplotlib import pyplot
-
-    if ax is None:
-        ax = pyplot.subplots()[1]
-    variable = predictions[site if site is not None else next(iter(predictions.data_vars))]
+    ax = new_axes(ax)
+    variable = predictions[site or next(iter(predictions.data_vars))]
     between = variable.mean("draw").std("chain").values.reshape(-1)
     within = variable.std("draw").mean("chain").values.reshape(-1)
     ax.plot(within, between, ".", markersize=4)
-    limit = max(float(within.max()), float(between.max())) * 1.05
-    ax.plot([0, limit], [0, limit], color="0.6", linestyle="--", linewidth=1)
+    diagonal(ax, max(float(within.max()), float(between.max())) * 1.05)
     ax.set_xlabel("spread within components")
     ax.set_ylabel("spread between components")
     return ax
 
 
 def plot_prediction_ranks(
-    predictions: xr.Dataset,
+    predictions: "xr.Dataset",
     index: int = 0,
     *,
     site: str | None = None,
@@ -155,11 +149,8 @@ def plot_prediction_ranks(
     :param ax: matplotlib axes to draw in.
     :return: the axes.
     """
-    from matplotlib import pyplot
-
-    if ax is None:
-        ax = pyplot.subplots()[1]
-    variable = predictions[site if site is not None else next(iter(predictions.data_vars))].values
+    ax = new_axes(ax)
+    variable = predictions[site or next(iter(predictions.data_vars))].values
     chains, draws = variable.shape[:2]
     values = variable.reshape(chains * draws, -1)[:, index]
     ranks = values.argsort(kind="stable").argsort(kind="stable").reshape(chains, draws)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.scored import (
     Kind,
+    Scored,
     check_numbers,
     check_probability,
     draws_and_observations,
-    field_of,
     is_soft,
     need,
     probabilities_and_labels,
@@ -52,8 +52,7 @@ def nll(log_likelihood: Any, *, site: str | None = None) -> float:
         >>> round(nll(torch.tensor([[0.2], [0.4]]).log()), 4) == round(-math.log(0.3), 4)
         True
     """
-    value = field_of(log_likelihood, site, "log_likelihood", "log_likelihood")
-    value = check_numbers(value, "log_likelihood", infinite=True)
+    value = Scored(log_likelihood, site, "log_likelihood").draws("log_likelihood", infinite=True)
     if bool((value == math.inf).any()):
         raise ValueError("log_likelihood holds infinite densities: the score would be minus infinity.")
     return float(-(torch.logsumexp(value, 0) - math.log(len(value))).mean())
@@ -73,7 +72,7 @@ def rmse(mean: Any, observed: Any = None, *, site: str | None = None) -> float:
         >>> rmse(torch.tensor([[0.0], [2.0]]), torch.tensor([4.0]))
         3.0
     """
-    value, y = draws_and_observations(mean, observed, site, "mean", "mean")
+    value, y = draws_and_observations(mean, observed, site, "mean")
     return float((value.mean(0) - y).square().mean().sqrt())
 
 
@@ -96,7 +95,7 @@ def crps(samples: Any, observed: Any = None, *, site: str | None = None) -> floa
         >>> crps(torch.tensor([[0.0], [2.0]]), torch.tensor([1.0]))
         0.0
     """
-    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples")
     size = len(value)
     if size < 2:
         return float((value - y).abs().mean())
@@ -126,7 +125,7 @@ def crps_normal(mean: Any, variance: Any, observed: Any) -> float:
         >>> round(crps_normal(torch.zeros(1, 1), torch.ones(1, 1), y), 4)
         0.2337
     """
-    mean, y = draws_and_observations(mean, observed, None, "mean", "mean")
+    mean, y = draws_and_observations(mean, observed, None, "mean")
     variance = check_numbers(need(variance, "variance"), "variance")
     if variance.shape != mean.shape or bool((variance < 0).any()):
         raise ValueError(
@@ -167,7 +166,7 @@ def interval_coverage(
         >>> interval_coverage(torch.linspace(-1, 1, 101)[:, None].expand(-1, 2), torch.tensor([0.3, 0.8]), 0.5)
         0.5
     """
-    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples")
     low, high = _interval(value, check_probability(level, "level"))
     return float(((y >= low) & (y <= high)).double().mean())
 
@@ -181,7 +180,7 @@ def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None)
     :param str site: the observed site, if there are several.
     :return: the mean width, in units of y.
     """
-    value = check_numbers(field_of(samples, site, "samples", "samples"), "samples")
+    value = Scored(samples, site, "samples").draws("samples")
     low, high = _interval(value, check_probability(level, "level"))
     return float((high - low).mean())
 
@@ -208,7 +207,7 @@ def calibration_curve(
     :param str site: the observed site, if there are several.
     :return: nominal and empirical coverage.
     """
-    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples")
     for level in levels:
         check_probability(level, "levels")
     return np.asarray(levels), np.asarray([interval_coverage(value, y, level) for level in levels])
@@ -224,7 +223,7 @@ def pit(samples: Any, observed: Any = None, *, site: str | None = None) -> np.nd
     :param str site: the observed site, if there are several.
     :return: one value per observation; masked ones are left out.
     """
-    value, y = draws_and_observations(samples, observed, site, "samples", "samples")
+    value, y = draws_and_observations(samples, observed, site, "samples")
     below, equal = (value < y).sum(0), (value == y).sum(0)
     rank = below + torch.rand(y.shape, dtype=torch.float64, device=y.device) * (equal + 1)
     return (rank / (len(value) + 1)).cpu().numpy()

@@ -5,35 +5,19 @@ Plots of predictions; each takes what the scores of :mod:`pyro_bnn.diagnostics.m
 matplotlib axes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from pyro_bnn.diagnostics.axes import diagonal, each, new_axes
 from pyro_bnn.diagnostics.metrics import LEVELS, as_prediction, calibration_curve, mean_probs, pit
-from pyro_bnn.diagnostics.scored import draws_and_observations
+from pyro_bnn.diagnostics.scored import draws_and_observations, need
 from pyro_bnn.infer.train.state import FitResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def _axes(ax: Any) -> Any:
-    if ax is not None:
-        return ax
-    from matplotlib import pyplot
-
-    return pyplot.subplots()[1]
-
-
-def _samples(source: Any, site: str | None) -> np.ndarray:
-    if isinstance(source, (torch.Tensor, np.ndarray)):
-        return np.asarray(source)
-    samples = as_prediction(source, site).samples
-    if samples is None:
-        raise ValueError("The prediction holds no samples.")
-    return samples.cpu().numpy()
 
 
 def plot_bands(
@@ -60,11 +44,12 @@ def plot_bands(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     x = np.asarray(x).reshape(-1)
     order = np.argsort(x)
-    values = _samples(samples, site)
-    values = values.reshape(len(values), -1)[:, order]
+    if not isinstance(samples, (torch.Tensor, np.ndarray)):
+        samples = need(as_prediction(samples, site).samples, "samples")
+    values = torch.as_tensor(samples).flatten(1).numpy(force=True)[:, order]
     for level in sorted(levels, reverse=True):
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
         ax.fill_between(x[order], low, high, color=color, alpha=0.25, linewidth=0)
@@ -96,9 +81,9 @@ def plot_intervals(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    drawn, found = draws_and_observations(samples, observed, site, "samples", "samples")
-    values, y = drawn.flatten(1).cpu().numpy(), found.flatten().cpu().numpy()
+    ax = new_axes(ax)
+    drawn, found = draws_and_observations(samples, observed, site, "samples")
+    values, y = drawn.flatten(1).numpy(force=True), found.flatten().numpy(force=True)
     low, middle, high = np.quantile(values, [(1 - level) / 2, 0.5, (1 + level) / 2], axis=0)
     order = np.argsort(middle)
     rank = np.arange(len(order))
@@ -129,27 +114,14 @@ def plot_calibration(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    for name, prediction in _named(predictions).items():
+    ax = new_axes(ax)
+    diagonal(ax)
+    for name, prediction in each(ax, predictions):
         nominal, empirical = calibration_curve(prediction, observed, levels, site=site)
         ax.plot(nominal, empirical, marker=".", label=name)
     ax.set_xlabel("nominal coverage")
     ax.set_ylabel("empirical coverage")
-    _legend(ax, predictions)
     return ax
-
-
-def _named(predictions: Any) -> Mapping[str | None, Any]:
-    """A mapping from names to predictions; predictions are mappings themselves, from sites."""
-    if type(predictions) is dict:
-        return predictions
-    return {None: predictions}
-
-
-def _legend(ax: Any, predictions: Any) -> None:
-    if type(predictions) is dict:
-        ax.legend()
 
 
 def plot_pit(
@@ -165,7 +137,7 @@ def plot_pit(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     values = pit(samples, observed, site=site).reshape(-1)
     ax.hist(values, bins=bins, range=(0, 1), density=True, alpha=0.6)
     # two binomial standard deviations of a bin's height
@@ -190,24 +162,22 @@ def plot_reliability(
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    ax.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1)
-    for name, source in _named(probs).items():
+    ax = new_axes(ax)
+    diagonal(ax)
+    for name, source in each(ax, probs):
         value, y = mean_probs(source, labels, site=site)
         confidence, predicted = value.max(-1)
-        correct = (predicted == y).double()
-        index = (confidence * num_bins).long().clamp(max=num_bins - 1)
-        counts = torch.bincount(index, minlength=num_bins)
+        bins = (confidence * num_bins).long().clamp(max=num_bins - 1)
+        counts = torch.bincount(bins, minlength=num_bins)
+        sums = [torch.bincount(bins, v.double(), num_bins) for v in (confidence, predicted == y)]
         used = counts > 0
-        x, height = (
-            (torch.bincount(index, v.double(), num_bins) / counts.clamp(min=1))[used].numpy()
-            for v in (confidence, correct)
+        x, height, share = (
+            v[used].numpy() for v in (sums[0] / counts, sums[1] / counts, counts / counts.sum())
         )
         (line,) = ax.plot(x, height, label=name)
-        ax.scatter(x, height, s=20 + 200 * (counts[used] / counts.sum()).numpy(), color=line.get_color())
+        ax.scatter(x, height, s=20 + 200 * share, color=line.get_color())
     ax.set_xlabel("confidence")
     ax.set_ylabel("accuracy")
-    _legend(ax, probs)
     return ax
 
 
@@ -220,12 +190,10 @@ def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "
     :param ax: axes to draw in.
     :return: the axes.
     """
-    ax = _axes(ax)
-    for index, (name, source) in enumerate(_named(result).items()):
-        found = source
-        if not isinstance(found, FitResult):
+    ax = new_axes(ax)
+    for index, (name, source) in enumerate(each(ax, result)):
+        if not isinstance(source, FitResult):
             losses = torch.as_tensor(source, dtype=torch.float64)
-            found = FitResult(losses, len(losses), "", 0.0)
-        found.plot(smooth=smooth, color=f"C{index}", label=name, ax=ax)
-    _legend(ax, result)
+            source = FitResult(losses, len(losses), "", 0.0)
+        source.plot(smooth=smooth, color=f"C{index}", label=name, ax=ax)
     return ax

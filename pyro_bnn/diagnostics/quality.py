@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro.poutine as poutine
 import torch
-import xarray as xr
-from pyro.ops.stats import fit_generalized_pareto
-from scipy.stats import chi2
+from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
 
-from pyro_bnn.diagnostics.export import Exporter
+from pyro_bnn.diagnostics.axes import new_axes
+from pyro_bnn.diagnostics.export import Exporter, Wanted
+from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
@@ -25,6 +25,7 @@ from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 
 if TYPE_CHECKING:
+    import xarray as xr
     from matplotlib.axes import Axes
 
 
@@ -41,9 +42,10 @@ def log_weights(
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
     """
-    exporter = Exporter(model, guide, data, unpack=False)
+    wanted = Wanted(weights=True, predictions=False, unpack=False)
     with torch.no_grad(), evaluation_mode(model), local_parameters():
-        (groups,) = exporter.blocks(num_samples, 1, None, weights=True, predictions=False)
+        exporter = Exporter(model, guide, data, wanted, num_samples)
+        (groups,) = exporter.blocks()
     stats = exporter.rest["sample_stats"]
     if exporter.missing:
         raise ValueError(
@@ -55,7 +57,7 @@ def log_weights(
             f"{type(guide).__name__} has no density that could be evaluated (point masses or auxiliary variables)."
         )
     weights = torch.as_tensor((stats["lp"] - stats["log_q"]).values).flatten()
-    values = {name: groups["posterior"][name.replace("/", ".")].values for name in exporter.names}
+    values = {name: groups["posterior"][in_tree(name)].values for name in exporter.names}
     return {name: torch.as_tensor(np.array(v)).flatten(0, 1) for name, v in values.items()}, weights
 
 
@@ -200,6 +202,8 @@ class CalibrationRanks:
         :param int bins: the number of bins; it should divide L + 1.
         :return: by quantity, the p value.
         """
+        from scipy.stats import chi2
+
         found = {}
         for name in self.ranks:
             counts = self.counts(name, bins)
@@ -216,10 +220,7 @@ class CalibrationRanks:
         :param ax: matplotlib axes to draw in.
         :return: the axes.
         """
-        from matplotlib import pyplot
-
-        if ax is None:
-            ax = pyplot.subplots()[1]
+        ax = new_axes(ax)
         counts = self.counts(name, bins)
         total = counts.sum()
         spread = 2 * math.sqrt(total / bins * (1 - 1 / bins))
@@ -306,7 +307,7 @@ def compare_with_nuts(
     warmup_steps: int = 500,
     num_chains: int = 4,
     progress_bar: bool = False,
-) -> xr.Dataset:
+) -> "xr.Dataset":
     r"""
     Runs NUTS from a fitted guide and compares both posteriors, site by site and in their predictions.
 
@@ -328,6 +329,8 @@ def compare_with_nuts(
     :param bool progress_bar: whether to show the progress of NUTS.
     :return: the comparison.
     """
+    import xarray as xr
+
     run = nuts(
         model, data, guide=guide, num_samples=num_samples, warmup_steps=warmup_steps,
         num_chains=num_chains, progress_bar=progress_bar,
@@ -348,17 +351,5 @@ def compare_with_nuts(
         sd = p.std(0)
         rows["shift"].append(float(((q.mean(0) - p.mean(0)) / sd).square().mean().sqrt()))
         rows["scale_ratio"].append(float((q.std(0) / sd).log().mean().exp()))
-        rows["r_hat"].append(float(split_r_hat(p.reshape(num_chains, num_samples, *p.shape[1:])).max()))
+        rows["r_hat"].append(float(split_gelman_rubin(p.unflatten(0, (num_chains, num_samples))).max()))
     return xr.Dataset({k: ("quantity", v) for k, v in rows.items()}, coords={"quantity": list(pairs)})
-
-
-def split_r_hat(draws: Tensor) -> Tensor:
-    """
-    Split R-hat.
-
-    :param draws: shape ``(chains, draws, ...)``.
-    :return: one value per element.
-    """
-    from pyro.ops.stats import split_gelman_rubin
-
-    return split_gelman_rubin(draws, chain_dim=0, sample_dim=1)

@@ -23,16 +23,22 @@ class SiteValues:
     """
     Joined readings; S is the number of draws.
 
-    :ivar sites: predictions by observed site; with a mask where not all observations count.
     :ivar lp: the log joint density of all the data, shape ``(S,)``: ``trace.log_prob_sum()`` of the model.
     :ivar log_prior: by latent site its part of ``lp``, shape ``(S,)``.
+    :ivar log_likelihood: by observed site, shape ``(S, *batch)``.
+    :ivar samples: draws by observed site, shape ``(S, *batch, *event)``.
+    :ivar observed: observations by site.
+    :ivar masks: which observations count, by those sites where not all do.
     :ivar values: values of deterministic sites and of latents drawn batch by batch, ``(S,) + shape``.
     :ivar missing: latent sites of which there are no draws: every run takes new ones from their priors.
     """
 
-    sites: dict[str, SitePrediction]
     lp: Tensor
     log_prior: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    samples: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    masks: dict[str, Tensor]
     values: Draws
     missing: list[str]
 
@@ -54,8 +60,6 @@ def read_sites(pieces: Pieces, deterministic: Sequence[str], *, samples: bool) -
         raise ValueError(
             "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
         )
-    for site in sites.values():
-        site.mask = None if site.mask is None or site.mask.all() else site.mask
     terms = _by_site([part.terms for part in parts])
     for name, values in terms.items():
         if name in latent and len(values) > 1 and join.axis(name) is None:
@@ -65,10 +69,13 @@ def read_sites(pieces: Pieces, deterministic: Sequence[str], *, samples: bool) -
     totals = {name: torch.as_tensor(join.total(name, values)) for name, values in terms.items()}
     stacked = torch.stack(list(totals.values()))
     return SiteValues(
-        sites,
         # at impossible values of latents the rest need not be a number
         lp=stacked.sum(0).masked_fill((stacked == -torch.inf).any(0), -torch.inf),
         log_prior={name: total for name, total in totals.items() if name in latent},
+        log_likelihood=_field(sites, "log_likelihood"),
+        samples=_field(sites, "samples"),
+        observed=_field(sites, "observed"),
+        masks={name: mask for name, mask in _field(sites, "mask").items() if not mask.all()},
         values=_joined_values(join, parts, deterministic),
         missing=missing,
     )
@@ -76,6 +83,11 @@ def read_sites(pieces: Pieces, deterministic: Sequence[str], *, samples: bool) -
 
 def _observed(part: Found) -> dict[str, SitePrediction]:
     return {name: site for name, site in part.sites.items() if site.observed is not None}
+
+
+def _field(sites: dict[str, SitePrediction], name: str) -> dict[str, Tensor]:
+    """One field of the predictions, of those sites that have it."""
+    return {site: value for site, found in sites.items() if (value := getattr(found, name)) is not None}
 
 
 def _by_site(parts: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:

@@ -45,10 +45,10 @@ def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
 
     samples = read("posterior_predictive")
     labels = samples is not None and not samples.is_floating_point()
-    kind = "classes" if labels else "numeric"
     mask, log_likelihood = read("constant_data", f"{name}_mask"), read("log_likelihood")
     if mask is not None and log_likelihood is not None:
         log_likelihood = _with_masked(log_likelihood, mask)
+    kind = "classes" if labels else "numeric"
     return SitePrediction(samples, None, None, read("observed_data"), log_likelihood, (), kind, mask)
 
 
@@ -71,34 +71,15 @@ def _choose(names: list[str], site: str | None) -> str:
     return site
 
 
-def is_array(source: Any) -> bool:
-    """
-    :param source: what a score was given.
-    :return: whether it is a plain array, and no prediction.
-    """
-    return isinstance(source, (Tensor, np.ndarray, list, tuple, float, int))
-
-
 def need(value: Any, what: str) -> Tensor:
-    """
-    :param value: an array, or ``None``.
-    :param what: its name.
-    :return: the tensor.
-    :raises ValueError: if there is none.
-    """
+    """The tensor; refused by the name ``what`` if there is none."""
     if value is None:
         raise ValueError(f"the score needs {what}, which the prediction does not hold.")
     return torch.as_tensor(value)
 
 
 def check_numbers(value: Tensor, name: str, *, infinite: bool = False) -> Tensor:
-    """
-    :param value: any tensor.
-    :param name: of the argument.
-    :param infinite: whether infinite values have a meaning.
-    :return: the tensor, in single precision at least; integers in double precision.
-    :raises ValueError: if it is empty or holds NaN (or infinities).
-    """
+    """The tensor, in single precision at least, integers in double; refused if it is empty or holds NaN (or infinities)."""
     if value.numel() == 0:
         raise ValueError(f"{name} of shape {tuple(value.shape)} is empty: there is nothing to score.")
     if not value.is_floating_point():
@@ -114,13 +95,11 @@ def check_numbers(value: Tensor, name: str, *, infinite: bool = False) -> Tensor
 
 def observed_only(value: Tensor, mask: Tensor | None, lead: int) -> Tensor:
     """
-    Leaves out masked observations.
+    Leaves out masked observations, which flattens the dimensions of the mask.
 
     :param value: shape ``lead dimensions + batch + ...``.
     :param mask: ``True`` where there is an observation, shape ``batch`` or ``batch + event``; ``None`` for everywhere.
     :param lead: the number of dimensions, of draws, left of the batch.
-    :return: the same without the masked entries, which flattens the dimensions of the mask.
-    :raises ValueError: if everything is masked, or the shapes do not agree.
     """
     if mask is None or bool(mask.all()):
         return value
@@ -138,65 +117,57 @@ def observed_only(value: Tensor, mask: Tensor | None, lead: int) -> Tensor:
     return value[(slice(None),) * lead + (mask,)]
 
 
-def field_of(source: Any, site: str | None, field: str, name: str) -> Tensor:
+class Scored:
     """
-    One field of a prediction, or an array, with the draws first and without masked observations.
+    What a score was given: a plain array ``(S, N, ...)``, or the prediction at a site, without masked observations.
 
-    :param source: a prediction, or an array ``(S, N, ...)``.
+    :param source: an array, or a prediction in any of its forms.
     :param site: the observed site.
-    :param field: ``"samples"``, ``"mean"`` (samples where there is no mean) or ``"log_likelihood"``.
     :param name: of the argument, for errors.
-    :return: shape ``(S, ...)``.
     """
-    if is_array(source):
-        array = torch.as_tensor(source)
-        if array.dim() < 2:
+
+    def __init__(self, source: Any, site: str | None, name: str) -> None:
+        self.name = name
+        is_array = isinstance(source, (Tensor, np.ndarray, list, tuple, float, int))
+        self.array = torch.as_tensor(source) if is_array else None
+        self.prediction = None if is_array else as_prediction(source, site)
+
+    def draws(self, field: str, *, infinite: bool = False) -> Tensor:
+        """One field of the prediction (samples where it has no mean), or the array, with the S draws first."""
+        return check_numbers(self.values(field), self.name, infinite=infinite)
+
+    def values(self, field: str) -> Tensor:
+        """The same unchecked."""
+        if self.prediction is not None:
+            value: Tensor | None = getattr(self.prediction, field)
+            value = self.prediction.samples if value is None and field == "mean" else value
+            return observed_only(need(value, field), self.prediction.mask, 1)
+        assert self.array is not None
+        if self.array.dim() < 2:
             raise ValueError(
-                f"{name} has shape {tuple(array.shape)}, expected (S, N, ...) with the draws in the first dimension: "
-                f"of a single draw pass {name}[None]."
+                f"{self.name} has shape {tuple(self.array.shape)}, expected (S, N, ...) with the draws in the first dimension: "
+                f"of a single draw pass {self.name}[None]."
             )
-        return array
-    prediction = as_prediction(source, site)
-    value: Tensor | None = getattr(prediction, field)
-    value = prediction.samples if value is None and field == "mean" else value
-    return observed_only(need(value, field), prediction.mask, 1)
+        return self.array
+
+    def observations(self, given: Any, name: str) -> Tensor:
+        """The observations: given ones, or those of the prediction."""
+        if self.prediction is None:
+            return check_numbers(need(given, name), name)
+        value = need(self.prediction.observed if given is None else given, name)
+        return check_numbers(observed_only(value, self.prediction.mask, 0), name)
 
 
-def observations_of(source: Any, observed: Any, site: str | None, name: str) -> Tensor:
-    """
-    :param source: a prediction, or an array.
-    :param observed: observations to use in place of those of the prediction.
-    :param site: the observed site.
-    :param name: of the argument, for errors.
-    :return: the observations, without masked ones.
-    """
-    if is_array(source):
-        return need(observed, name)
-    prediction = as_prediction(source, site)
-    value = need(prediction.observed if observed is None else observed, name)
-    return observed_only(value, prediction.mask, 0)
-
-
-def draws_and_observations(
-    source: Any, observed: Any, site: str | None, field: str, name: str
-) -> tuple[Tensor, Tensor]:
-    """
-    :param source: a prediction, or an array ``(S, N, ...)``.
-    :param observed: observations to use in place of those of the prediction.
-    :param site: the observed site.
-    :param field: see :func:`field_of`.
-    :param name: of the first argument, for errors.
-    :return: predictions under draws ``(S, *shape)`` and observations ``shape``, finite numbers both.
-    :raises ValueError: if their shapes differ, there are no draws or observations, or any is not finite.
-    """
-    value = check_numbers(field_of(source, site, field, name), name)
-    y = check_numbers(observations_of(source, observed, site, "observed"), "observed").to(value.device)
-    require_shape(y, value.shape[1:], "observed", name, value)
+def draws_and_observations(source: Any, observed: Any, site: str | None, field: str) -> tuple[Tensor, Tensor]:
+    """Predictions under draws ``(S, *shape)`` and observations ``shape``, finite numbers both; see :class:`Scored`."""
+    scored = Scored(source, site, field)
+    value = scored.draws(field)
+    y = scored.observations(observed, "observed").to(value.device)
+    _require_shape(y, value.shape[1:], "observed", scored.name, value)
     return value, y
 
 
-def require_shape(y: Tensor, shape: torch.Size, name: str, against: str, value: Tensor) -> None:
-    """:raises ValueError: if observations do not have the shape of one draw of the predictions."""
+def _require_shape(y: Tensor, shape: torch.Size, name: str, against: str, value: Tensor) -> None:
     if y.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(y.shape)}, but {against} of shape {tuple(value.shape)} holds {len(value)} draws of "
@@ -207,46 +178,34 @@ def require_shape(y: Tensor, shape: torch.Size, name: str, against: str, value: 
 def probabilities_and_labels(
     source: Any, labels: Any, site: str | None, kind: Kind | None
 ) -> tuple[Tensor, Tensor]:
-    """
-    :param source: a prediction, or an array; see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`.
-    :param labels: labels to use in place of those of the prediction.
-    :param site: the observed site.
-    :param kind: what an array holds.
-    :return: mean probabilities ``(N, C)`` and labels ``(N,)``.
-    :raises ValueError: for anything that is no distribution over classes, or no label.
-    """
+    """Mean probabilities ``(N, C)`` and labels ``(N,)``; see :func:`~pyro_bnn.diagnostics.metrics.mean_probs`."""
     if kind is not None and kind not in get_args(Kind):
         raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(map(repr, get_args(Kind)))}")
-    y = check_numbers(observations_of(source, labels, site, "labels"), "labels")
-    if is_array(source):
-        value = torch.as_tensor(source)
-        kind = _kind_of(value, y, kind)
+    scored = Scored(source, site, "probs")
+    y = scored.observations(labels, "labels")
+    if scored.array is not None:
+        value, kind = scored.array, _kind_of(scored.array, y, kind)
         if kind == "classes" and value.dim() == y.dim() + 1:
             value = value[None]  # averaged already
     else:
-        value, kind = _predicted_probabilities(as_prediction(source, site), site, kind)
+        assert scored.prediction is not None
+        value = scored.values("mean")
+        if scored.prediction.mean is not None and scored.prediction.kind == "classes":
+            kind = "classes"
+        kind = kind or ("binary" if value.is_floating_point() else "labels")
         if kind == "classes" and y.shape == value.shape[1:]:
             y = _from_one_hot(y)
     slack = max(1e-4, 2 * torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
     value, y = check_numbers(value, "probs"), y.to(value.device)
-    require_shape(y, value.shape[1:-1] if kind == "classes" else value.shape[1:], "labels", "probs", value)
+    _require_shape(y, value.shape[1:-1] if kind == "classes" else value.shape[1:], "labels", "probs", value)
     if kind == "labels":
-        drawn = check_labels(value, None, "probs (labels that were drawn)")
+        drawn = _check_labels(value, None, "probs (labels that were drawn)")
         classes = 1 + int(max(drawn.max(), y.max()))
-        return torch.nn.functional.one_hot(drawn, classes).double().mean(0), check_labels(y, classes)
+        return torch.nn.functional.one_hot(drawn, classes).double().mean(0), _check_labels(y, classes)
     _check_probabilities(value, kind, slack)
     mean = value.mean(0)
     mean = mean if kind == "classes" else torch.stack([1 - mean, mean], -1)
-    return mean, check_labels(y, mean.shape[-1])
-
-
-def _predicted_probabilities(
-    prediction: SitePrediction, site: str | None, kind: Kind | None
-) -> tuple[Tensor, Kind]:
-    value = field_of(prediction, site, "mean", "probs")
-    if prediction.mean is not None and prediction.kind == "classes":
-        return value, "classes"
-    return value, kind or ("binary" if value.is_floating_point() else "labels")
+    return mean, _check_labels(y, mean.shape[-1])
 
 
 def _kind_of(value: Tensor, y: Tensor, kind: Kind | None) -> Kind:
@@ -276,7 +235,7 @@ def _kind_of(value: Tensor, y: Tensor, kind: Kind | None) -> Kind:
 
 
 def _from_one_hot(y: Tensor) -> Tensor:
-    if not is_one_hot(y):
+    if not _is_one_hot(y):
         raise ValueError(
             "labels: the rows of one-hot observations must hold a single 1 and zeros; of soft labels nll(prediction) is the "
             "score."
@@ -284,24 +243,17 @@ def _from_one_hot(y: Tensor) -> Tensor:
     return y.argmax(-1)
 
 
-def is_one_hot(y: Tensor) -> bool:
-    """
-    :param y: observations of one-hot labels.
-    :return: whether each row is a label.
-    """
+def _is_one_hot(y: Tensor) -> bool:
     return bool(((y == 0) | (y == 1)).all()) and bool((y.sum(-1) == 1).all())
 
 
 def is_soft(prediction: SitePrediction) -> bool:
-    """
-    :param prediction: predictions with observations.
-    :return: whether these are probabilities of classes, not labels.
-    """
+    """Whether the observations are probabilities of classes, not labels."""
     y, mean = prediction.observed, prediction.mean
     if prediction.kind != "classes" or y is None or mean is None or y.shape != mean.shape[1:]:
         return False
     y = observed_only(y, prediction.mask, 0)
-    return not is_one_hot(y) and bool((y >= 0).all()) and bool(((y.sum(-1) - 1).abs() < 1e-4).all())
+    return not _is_one_hot(y) and bool((y >= 0).all()) and bool(((y.sum(-1) - 1).abs() < 1e-4).all())
 
 
 def _check_probabilities(value: Tensor, kind: Kind, slack: float) -> None:
@@ -310,23 +262,16 @@ def _check_probabilities(value: Tensor, kind: Kind, slack: float) -> None:
             f"probs ranges from {float(value.min()):.4g} to {float(value.max()):.4g}: probabilities lie between 0 and 1 "
             "(of logits take the softmax or sigmoid first)."
         )
-    if kind == "classes":
-        worst = float((value.sum(-1) - 1).abs().max())
-        if worst > slack:
-            raise ValueError(
-                f"probs of shape {tuple(value.shape)}: probabilities sum to one over the classes, in the last dimension, but "
-                f"some differ by {worst:.3g}."
-            )
+    worst = float((value.sum(-1) - 1).abs().max()) if kind == "classes" else 0.0
+    if worst > slack:
+        raise ValueError(
+            f"probs of shape {tuple(value.shape)}: probabilities sum to one over the classes, in the last dimension, but "
+            f"some differ by {worst:.3g}."
+        )
 
 
-def check_labels(y: Tensor, classes: int | None, name: str = "labels") -> Tensor:
-    """
-    :param y: finite numbers.
-    :param classes: the number of classes, or ``None`` if any will do.
-    :param name: of the argument.
-    :return: labels as integers.
-    :raises ValueError: for negative or fractional numbers, and for those that are no class.
-    """
+def _check_labels(y: Tensor, classes: int | None, name: str = "labels") -> Tensor:
+    """Labels as integers; negative or fractional numbers, and those that are no class, are refused."""
     bad = (y != y.round()) | (y < 0)
     bad = bad if classes is None else bad | (y >= classes)
     if bool(bad.any()):
@@ -339,12 +284,7 @@ def check_labels(y: Tensor, classes: int | None, name: str = "labels") -> Tensor
 
 
 def check_probability(value: float, name: str) -> float:
-    """
-    :param value: the nominal probability of an interval.
-    :param name: of the argument.
-    :return: the same.
-    :raises ValueError: if it is not between 0 and 1.
-    """
+    """The nominal probability of an interval, between 0 and 1."""
     if not 0 < value < 1:
         raise ValueError(f"{name}={value!r}: expected a probability between 0 and 1, such as 0.9.")
     return float(value)

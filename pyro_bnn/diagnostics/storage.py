@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import xarray as xr
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pyro_bnn.infer.train.files import Replacement, reserve
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 #: Bytes of a chunk of a netCDF variable, at least one draw.
 CHUNK_BYTES = 2**20
@@ -35,7 +36,7 @@ class TreeWriter:
 
     Example::
 
-        >>> import tempfile
+        >>> import tempfile, xarray as xr
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     writer = TreeWriter(Path(folder) / "tree.nc")
         ...     for start in (0, 3):
@@ -66,6 +67,8 @@ class TreeWriter:
         self._write_root("w", {})
 
     def _write_root(self, mode: Literal["w", "a"], attrs: Mapping[Any, Any]) -> None:
+        import xarray as xr
+
         root = xr.Dataset(attrs=attrs)
         if self.zarr:
             root.to_zarr(self._file, mode=mode, consolidated=False)
@@ -78,7 +81,12 @@ class TreeWriter:
         """Sets the attributes of the file, which are written at the end."""
         self._attrs = dict(attrs)
 
-    def append(self, name: str, group: xr.Dataset) -> None:
+    def append_all(self, groups: "Mapping[str, xr.Dataset]") -> None:
+        """Writes several groups, see :meth:`append`."""
+        for name, group in groups.items():
+            self.append(name, group)
+
+    def append(self, name: str, group: "xr.Dataset") -> None:
         """Writes a group, or appends to it along ``draw`` if it has been written before; empty ones are left out."""
         if not group.data_vars:
             return
@@ -103,7 +111,7 @@ class TreeWriter:
         else:
             self._extend(name, group)
 
-    def _extend(self, name: str, group: xr.Dataset) -> None:
+    def _extend(self, name: str, group: "xr.Dataset") -> None:
         import h5netcdf
 
         with h5netcdf.File(self._file, "a") as file:
@@ -133,15 +141,17 @@ class TreeWriter:
         with new:
             self._write_root("a", self._attrs | {"complete": 1})
 
-    def open(self) -> xr.DataTree:
+    def open(self) -> "xr.DataTree":
         """The tree in the file, read when its values are used; closes the writer."""
+        import xarray as xr
+
         self.close()
         if self.zarr:
             return xr.open_datatree(self.path, engine="zarr", consolidated=False)
         return xr.open_datatree(self.path, engine="h5netcdf")
 
 
-def _chunks(group: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
+def _chunks(group: "xr.Dataset") -> dict[str, dict[str, tuple[int, ...]]]:
     """Chunks of whole draws of a chain."""
     encoding = {}
     for name, variable in group.data_vars.items():
@@ -154,7 +164,7 @@ def _chunks(group: xr.Dataset) -> dict[str, dict[str, tuple[int, ...]]]:
     return encoding
 
 
-def _rounding(group: xr.Dataset, encoding: dict[str, dict[str, tuple[int, ...]]]) -> int:
+def _rounding(group: "xr.Dataset", encoding: dict[str, dict[str, tuple[int, ...]]]) -> int:
     """Bytes that blocks of draws may take beyond their values: chunks that are begun are written whole."""
     return sum(
         group.sizes["chain"] * math.prod(found["chunksizes"]) * group[name].dtype.itemsize
@@ -162,7 +172,7 @@ def _rounding(group: xr.Dataset, encoding: dict[str, dict[str, tuple[int, ...]]]
     )
 
 
-def write_tree(tree: xr.DataTree, path: str | PathLike[str]) -> None:
+def write_tree(tree: "xr.DataTree", path: str | PathLike[str]) -> None:
     """
     Writes a tree group by group to netCDF (with h5netcdf), or to Zarr if the name ends in ``.zarr``.
 

@@ -8,6 +8,12 @@ from collections.abc import Sequence
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+
+def tangent_noise_(out: Tensor) -> Tensor:
+    """Fills a tensor with standard Cauchy draws by inversion."""
+    return out.uniform_().sub_(0.5).mul_(math.pi).tan_()
 
 
 class TangentCauchy(dist.Cauchy):
@@ -27,12 +33,7 @@ class TangentCauchy(dist.Cauchy):
         torch.Size([2, 3])
     """
 
+    @override
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """
-        :param sample_shape: shape of the draws.
-        :return: draws with gradients, shape ``(*sample_shape, *batch_shape)``.
-        """
         shape = self._extended_shape(torch.Size(sample_shape))
-        noise = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
-        noise.sub_(0.5).mul_(math.pi).tan_()
-        return torch.addcmul(self.loc, noise, self.scale)
+        return torch.addcmul(self.loc, tangent_noise_(self.loc.new_empty(shape)), self.scale)

@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.model.data import Batch
+from pyro_bnn.ops.families import was_given
 
 #: A node of a trace, or a message of Pyro's effect handlers: a dictionary whose keys depend on its type.
 Site = Any
@@ -263,7 +264,7 @@ def base_distribution(fn: Any) -> Any:
 
 def class_probabilities(base: Any) -> Tensor:
     """Its probabilities, shape ``batch_shape + (C,)``."""
-    if "probs" not in base.__dict__:
+    if not was_given(base, "probs"):
         # its logits are normalised; the softmax that it would take normalises again, at twenty times the cost
         base.probs = base.logits.exp()
     return base.probs

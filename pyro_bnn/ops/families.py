@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a subclass of a distribution still is of its family: one with a density of its own is not."""
 
+import inspect
 from typing import Any
 
 from torch import Size, Tensor
@@ -85,3 +86,12 @@ def draw(d: Any, shape: Size) -> Tensor:
     """
     value: Tensor = d.rsample(shape) if reparametrised(d) else d.sample(shape)
     return value
+
+
+def was_given(d: Any, name: str) -> bool:
+    """
+    :param d: a distribution.
+    :param name: of one of two arguments, such as ``"probs"`` beside ``"logits"``, that its class computes from each other.
+    :return: whether it is there, and need not be computed.
+    """
+    return isinstance(inspect.getattr_static(d, name), Tensor)

@@ -55,3 +55,15 @@ def require_number(
         parts += [f"of at least {least:g}"] if least is not None else []
         parts += [f"below {below:g}"] if math.isfinite(below) else []
         raise ValueError(f"{name} must be a number {' and '.join(parts)}, found {value!r}.")
+
+
+def require_choice(name: str, value: Any, *choices: str) -> None:
+    """
+    :param name: of the argument.
+    :param value: what was passed.
+    :param choices: what may be passed.
+    :raises ValueError: if it is none of them.
+    """
+    if value not in choices:
+        *first, last = map(repr, choices)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, found {value!r}.")

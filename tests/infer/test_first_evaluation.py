@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_bnn.infer import ComponentLoopWarning, Mixture_ELBO, fit
 from pyro_bnn.infer.autoguide import AutoLaplaceMixture, AutoMixture
-from pyro_bnn.infer.mixture.runs import DirectRun
+from pyro_bnn.infer.mixture.runs import JointRun
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
@@ -70,18 +70,18 @@ def test_random_numbers_and_statistics_stay(build: Any, K: int) -> None:
 def test_the_first_step_is_direct_under_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     """``fit`` validates its first step: it takes the path of all others, with the same sites read in silence."""
     runs = []
-    run = DirectRun.run
+    run = JointRun.run
 
-    def note(self: DirectRun, *args: Any) -> Any:
+    def note(self: JointRun, *args: Any) -> Any:
         sites = run(self, *args)
-        runs.append((len(self.silent.taken), len(sites)))
+        runs.append((len(self.taken), len(sites)))
         return sites
 
-    monkeypatch.setattr(DirectRun, "run", note)
+    monkeypatch.setattr(JointRun, "run", note)
     model = regression(bayesian_(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))))
     x, y = torch.randn(8, 3), torch.randn(8)
     fit(model, AutoMixture(model, 2), (x, y), num_steps=3, progress_bar=False)
-    assert runs == [(0, 5), (4, 1), (4, 1), (4, 1), (4, 1)]  # priors, the check, three steps
+    assert runs == [(4, 1), (4, 1), (4, 1), (4, 1)]  # the check, three steps
 
 
 @pytest.mark.parametrize("how", ["fit", "SVI"])

@@ -12,8 +12,8 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
+from pyro_bnn.infer.autoguide.components import cauchy_divergence, normal_divergence
 from pyro_bnn.infer.autoguide.data_rows import num_rows
-from pyro_bnn.infer.mixture.joint_terms import cauchy_divergence, normal_divergence
 from pyro_bnn.nn import HierarchicalPrior, rank1_
 from tests.common import assert_close
 from tests.infer.test_mixture import D, N, X, Y

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fisher information of distributions made of others, against closed forms and sums over the support."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,7 +24,8 @@ def estimate(d, S=10_000, names=None):
     """The Monte-Carlo estimate and its standard error, from many draws."""
     rule = fisher_rule(d)
     assert isinstance(rule, MonteCarloFisher)
-    many = type(rule)(S)
+    many = copy.copy(rule)
+    many.num_samples = S
     names = list(rule.parameters(d)) if names is None else names
     F = MonteCarloFisher.block(many, d, names)
     scores = score(rule, d, names, rule.sample(d, S))

@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of a mixture guide, and the distributions they stand for."""
+"""The parameters of a mixture guide, and the distributions and draws they stand for."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,9 +15,36 @@ from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pyro_bnn.infer.autoguide.components import LatentSite, component_distribution, constrain
+from pyro_bnn.infer.autoguide.components import LatentSite
+from pyro_bnn.infer.autoguide.data_rows import RowSource, num_rows
 
 _Guide: Any = AutoGuide
+
+#: Start and length of a run of columns.
+Span = tuple[int, int]
+
+
+def spans_of(sites: Sequence[LatentSite], chosen: Sequence[LatentSite]) -> list[Span]:
+    """Where the columns of some sites, in the same order, lie among those of all; neighbours are joined."""
+    names = {site.name for site in chosen}
+    spans: list[Span] = []
+    start = 0
+    for site in sites:
+        if site.name in names:
+            if spans and sum(spans[-1]) == start:
+                spans[-1] = (spans[-1][0], spans[-1][1] + site.size)
+            else:
+                spans.append((start, site.size))
+        start += site.size
+    return spans
+
+
+def columns(value: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Takes columns out of a tensor of shape ``(..., n)``: a view if they are one run."""
+    if len(spans) == 1:
+        start, length = spans[0]
+        return value if length == value.shape[-1] else value.narrow(-1, start, length)
+    return torch.cat([value.narrow(-1, *span) for span in spans], -1)
 
 
 class ComponentParameters(_Guide):
@@ -35,72 +62,93 @@ class ComponentParameters(_Guide):
     num_components: int
     scale_mode: str
     rank: int
+    noise: str
     init_scale: float
     init_loc_fn: Callable[[Any], Tensor]
     sites: list[LatentSite]
-    _mixed: list[LatentSite]
-    _num_scaled: int
+    _mixed: list[LatentSite]  # those with columns
+    _num_scaled: int  # how many of them, the first, have scales
+    _groups: list[tuple[bool, list[LatentSite], list[Span]]]  # drawn together: whether per example
+    _row_sources: list[RowSource]
     _component: int | None = None  # the one that is drawn; all if None
 
+    def _arrange(self, sites: list[LatentSite]) -> None:
+        """Gives the sites their columns: scaled sites first, so that scales align with the first columns of locations."""
+        self.sites = sites
+        mixed = (site for site in sites if site.kind not in ("point", "index"))
+        self._mixed = sorted(mixed, key=lambda site: (site.family.unit is None, site.kind != "low_rank"))
+        self._num_scaled = sum(site.family.unit is not None for site in self._mixed)
+        groups: dict[tuple[bool, bool], list[LatentSite]] = {}
+        for site in self._mixed[: self._num_scaled]:
+            if site.kind != "low_rank":
+                groups.setdefault((site.kind == "cauchy", self._is_per_example(site)), []).append(site)
+        self._groups = [
+            (rows, mine, spans_of(self._mixed, mine)) for (_, rows), mine in sorted(groups.items())
+        ]
+
+    def _is_per_example(self, site: LatentSite) -> bool:
+        return self.noise == "per_example" and site.role == "factor"
+
     def _make_parameters(self, nodes: Mapping[str, Any]) -> None:
-        rows = []
-        for k in range(self.num_components):
-            row = []
-            for site in self._mixed:
-                node = nodes[site.name]
-                value = node["value"] if k == 0 else self.init_loc_fn(node)
-                row.append(self._unconstrain(site, value.detach()).reshape(-1))
-            rows.append(torch.cat(row) if row else torch.zeros(0))
-        if self._mixed:
-            self.loc = PyroParam(torch.stack(rows), constraints.real)
-        sizes = [site.size for site in self._mixed[: self._num_scaled]]
-        if self._mixed and len(rows) > 1 and not sizes and all(torch.equal(row, rows[0]) for row in rows):
-            warnings.warn(
-                f"all {len(rows)} components start at the same values and have no noise, so that they stay together: pass "
-                "an init_loc_fn that differs between calls, such as init_component.",
-                stacklevel=2,
-            )
-        if sizes:
-            width = len(sizes) if self.scale_mode == "shared" else sum(sizes)
-            scale = torch.full((self.num_components, width), self.init_scale, dtype=rows[0].dtype).to(
-                rows[0].device
-            )
-            if self.scale_mode == "fixed":
-                self.register_buffer("scale", scale)
-            else:
-                self.scale = PyroParam(scale, self.scale_constraint)
-        low_rank = sum(site.size for site in self._mixed if site.kind == "low_rank")
-        if low_rank:
-            factor = rows[0].new_empty(self.num_components, low_rank, self.rank).normal_()
-            self.cov_factor = PyroParam(factor * self.init_scale / self.rank**0.5, constraints.real)
         self.points = PyroModule()
         for site in self.sites:
             if site.kind == "point":
                 value = nodes[site.name]["value"].detach().clone()
                 deep_setattr(self.points, site.name, PyroParam(value, site.support, site.event_dim))
+        if not self._mixed:
+            return
+        K = self.num_components
+        loc = torch.stack([self._start(nodes, k) for k in range(K)])
+        self.loc = PyroParam(loc, constraints.real)
+        sizes = self._scaled_sizes()
+        if K > 1 and not sizes and bool((loc == loc[0]).all()):
+            warnings.warn(
+                f"all {K} components start at the same values and have no noise, so that they stay together: pass "
+                "an init_loc_fn that differs between calls, such as init_component.",
+                stacklevel=2,
+            )
+        if sizes:
+            width = len(sizes) if self.scale_mode == "shared" else sum(sizes)
+            scale = loc.new_full((K, width), self.init_scale)
+            if self.scale_mode == "fixed":
+                self.register_buffer("scale", scale)
+            else:
+                self.scale = PyroParam(scale, self.scale_constraint)
+        low_rank = sum(site.size for site in self._low_rank_sites())
+        if low_rank:
+            factor = loc.new_empty(K, low_rank, self.rank).normal_()
+            self.cov_factor = PyroParam(factor * self.init_scale / self.rank**0.5, constraints.real)
 
-    def _unconstrain(self, site: LatentSite, value: Tensor) -> Tensor:
-        if value.shape != site.shape:
-            raise ValueError(
-                f"init_loc_fn returned shape {tuple(value.shape)} for site {site.name!r}; expected {tuple(site.shape)}."
-            )
-        raw = site.transform.inv(value)
-        if not bool(torch.isfinite(raw).all()):
-            raise ValueError(
-                f"the initial value of site {site.name!r} lies outside the support of its {site.kind} component: "
-                "pass another init_loc_fn."
-            )
-        return raw
+    def _start(self, nodes: Mapping[str, Any], k: int) -> Tensor:
+        """The row of locations at which component k starts; the first one at the values of the prototype."""
+        row = []
+        for site in self._mixed:
+            node = nodes[site.name]
+            value = (node["value"] if k == 0 else self.init_loc_fn(node)).detach()
+            if value.shape != site.shape:
+                raise ValueError(
+                    f"init_loc_fn returned shape {tuple(value.shape)} for site {site.name!r}; expected "
+                    f"{tuple(site.shape)}."
+                )
+            raw = site.transform.inv(value)
+            if not bool(torch.isfinite(raw).all()):
+                raise ValueError(
+                    f"the initial value of site {site.name!r} lies outside the support of its {site.kind} component: "
+                    "pass another init_loc_fn."
+                )
+            row.append(raw.reshape(-1))
+        return torch.cat(row)
+
+    def _scaled_sizes(self) -> list[int]:
+        return [site.size for site in self._mixed[: self._num_scaled]]
 
     def _blocks(self) -> Iterator[tuple[LatentSite, Tensor, Tensor | None]]:
         """Sites with their locations and scales, shape ``(K, *raw_shape)``, of one component alone if there is one."""
         if not self._mixed:
             return
-        sizes = [site.size for site in self._mixed]
-        locs = self._present(self.loc).split(sizes, -1)
+        locs = self._present(self.loc).split([site.size for site in self._mixed], -1)
         num = self._num_scaled
-        scale: Any = self._present(self._full_scale()) if num else None
-        scales = scale.split(sizes[:num], -1) if num else ()
+        scales = self._present(self._full_scale()).split(self._scaled_sizes(), -1) if num else ()
         for i, site in enumerate(self._mixed):
             shape = (len(locs[i]), *site.raw_shape)
             yield site, locs[i].view(shape), scales[i].view(shape) if i < num else None
@@ -113,34 +161,37 @@ class ComponentParameters(_Guide):
         """The scales of all scaled columns."""
         if self.scale_mode != "shared":
             return self.scale
-        sizes = [site.size for site in self._mixed[: self._num_scaled]]
-        return self.scale.repeat_interleave(torch.tensor(sizes, device=self.scale.device), -1)
-
-    def _low_rank(self) -> Any:
-        """The joint Gaussian of the low-rank sites in unconstrained space, batch shape ``(K,)``, or ``None``."""
-        total = sum(site.size for site in self._mixed if site.kind == "low_rank")
-        if not total:
-            return None
-        loc, scale = [], []
-        for site, mean, spread in self._blocks():
-            if site.kind == "low_rank":
-                assert spread is not None
-                loc.append(mean.reshape(len(mean), -1))
-                scale.append(spread.reshape(len(spread), -1))
-        return dist.LowRankMultivariateNormal(
-            torch.cat(loc, -1), self._present(self.cov_factor), torch.cat(scale, -1).square()
-        )
+        return self.scale.repeat_interleave(torch.tensor(self._scaled_sizes(), device=self.scale.device), -1)
 
     def _low_rank_sites(self) -> list[LatentSite]:
         return [site for site in self._mixed if site.kind == "low_rank"]
 
-    def point_distributions(self) -> Iterator[tuple[LatentSite, Any]]:
-        """
-        :return: the sites that all components share, with their point masses.
-        """
+    def _low_rank(self) -> Any:
+        """The joint Gaussian of the low-rank sites in unconstrained space, batch shape ``(K,)``, or ``None``."""
+        total = sum(site.size for site in self._low_rank_sites())
+        if not total:
+            return None
+        loc, scale = (self._present(rows).narrow(-1, 0, total) for rows in (self.loc, self._full_scale()))
+        return dist.LowRankMultivariateNormal(loc, self._present(self.cov_factor), scale.square())
+
+    def _split_low_rank(self, joint: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
+        """The low-rank sites with their parts of draws of the joint Gaussian."""
+        sites = self._low_rank_sites()
+        for site, piece in zip(sites, joint.split([site.size for site in sites], -1), strict=True):
+            yield site, piece.reshape(piece.shape[:-1] + site.raw_shape)
+
+    def point_values(self) -> Iterator[tuple[LatentSite, Tensor]]:
+        """The sites that all components share, with their values."""
         for site in self.sites:
             if site.kind == "point":
-                yield site, dist.Delta(attrgetter(site.name)(self.points), event_dim=site.event_dim)
+                yield site, attrgetter(site.name)(self.points)
+
+    def _layout(self, site: LatentSite, nesting: int | None, K: int) -> tuple[int, ...]:
+        """
+        The batch dimensions left of ``raw_shape``: components, then as many of size 1 as the plates of the model
+        (``nesting``) that the site does not have itself; none for ``None``.
+        """
+        return () if nesting is None else (K, *(1,) * (nesting - len(site.shape) + site.event_dim))
 
     def site_distribution(
         self, site: LatentSite, loc: Tensor, scale: Tensor | None, nesting: int | None
@@ -154,13 +205,45 @@ class ComponentParameters(_Guide):
         :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
         :return: a distribution.
         """
-        if nesting is None:
-            shape = site.raw_shape
-        else:  # the model's own plates fill the dimensions right of the components
-            ones = (1,) * (nesting - len(site.shape) + site.event_dim)
-            shape = torch.Size((len(loc), *ones, *site.raw_shape))
-        spread = None if scale is None else scale.view(shape)
-        return component_distribution(site, loc.view(shape), spread, site.event_dim)
+        shape = (*self._layout(site, nesting, len(loc)), *site.raw_shape)
+        return site.distribution(
+            loc.view(shape), None if scale is None else scale.view(shape), site.event_dim
+        )
+
+    def draw(
+        self, nesting: int | None, num_particles: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        r"""
+        Draws :math:`\mu + \sigma \epsilon` of every component for all sites but low-rank ones, in a few operations on long
+        vectors in place of several per site.
+
+        :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
+        :param int num_particles: draws per component.
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: by site, shape ``(*particles, K, 1, ..., 1, *site)`` with as many dimensions between as plates, the last
+            one that of the examples for draws per example.
+        """
+        values: dict[str, Tensor] = {}
+        particles = (num_particles,) if num_particles > 1 else ()
+        for per_example, sites, spans in self._groups:
+            loc = columns(self._present(self.loc), spans)
+            scale = columns(self._present(self._full_scale()), spans)
+            rows: tuple[int, ...] = ()
+            if per_example:
+                rows = (num_rows(self._row_sources if nesting else (), args, kwargs),)
+                loc, scale = loc.unsqueeze(1), scale.unsqueeze(1)
+            noise = loc.new_empty((*particles, len(loc), *rows, loc.shape[-1]))
+            z = torch.addcmul(loc, sites[0].family.noise(noise), scale)
+            for site, piece in zip(sites, z.split([site.size for site in sites], -1), strict=True):
+                lead = self._layout(site, nesting, len(loc))
+                lead = (*particles, *lead[: len(lead) - len(rows)], *rows) if lead else lead
+                values[site.name] = site.transform(piece.view((*lead, *site.raw_shape)))
+        for site, loc, scale in self._blocks() if len(values) < len(self._mixed) else ():
+            if scale is None:
+                value = site.transform(loc.view((*self._layout(site, nesting, len(loc)), *site.raw_shape)))
+                values[site.name] = value.expand((*particles, *value.shape)) if particles else value
+        return values
 
     def component_distributions(self) -> dict[str, Any]:
         """
@@ -170,7 +253,7 @@ class ComponentParameters(_Guide):
             whole shape of the site; low-rank sites have no distribution of their own and are left out.
         """
         return {
-            site.name: component_distribution(site, loc, scale, len(site.shape))
+            site.name: site.distribution(loc, scale, len(site.shape))
             for site, loc, scale in self._blocks()
             if site.kind != "low_rank"
         }
@@ -188,12 +271,12 @@ class ComponentParameters(_Guide):
             parts = []
             for site in self._low_rank_sites():
                 raw = site.transform.inv(values[site.name])
-                total = total - constrain(site, raw)[1].unsqueeze(-1)
+                total = total - site.constrain(raw)[1].unsqueeze(-1)
                 parts.append(raw.reshape(*raw.shape[: raw.dim() - len(site.raw_shape)], -1))
             total = total + low_rank.log_prob(torch.cat(parts, -1).unsqueeze(-2))
         for site, loc, scale in self._blocks():
             if scale is not None and site.kind != "low_rank":
                 value = values[site.name]
                 value = value.unsqueeze(value.dim() - len(site.shape))
-                total = total + component_distribution(site, loc, scale, len(site.shape)).log_prob(value)
+                total = total + site.distribution(loc, scale, len(site.shape)).log_prob(value)
         return total

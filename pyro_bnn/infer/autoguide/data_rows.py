@@ -18,11 +18,6 @@ def row_sources(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """
     Arguments and dimensions that are as long as the data plate, the most telling ones first: observations come last and
     have one row per example, while inputs may have the time in front.
-
-    :param trace: a trace of the model.
-    :param args: its arguments.
-    :param kwargs: its keyword arguments.
-    :return: keys, dimensions and sizes.
     """
     sizes = {f.size for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"] if f.dim == -1}
     named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
@@ -34,12 +29,6 @@ def num_rows(sources: Sequence[RowSource], args: tuple[Any, ...], kwargs: Mappin
     """
     The number of examples in a call. An argument that was as long as the data plate by chance keeps its size where that
     of the data changes.
-
-    :param sources: what :func:`row_sources` found.
-    :param args: arguments of the model.
-    :param kwargs: keyword arguments of the model.
-    :return: the number of rows.
-    :raises ValueError: if no argument tells.
     """
     sizes = []
     for key, dim, first in sources:
@@ -57,13 +46,7 @@ def num_rows(sources: Sequence[RowSource], args: tuple[Any, ...], kwargs: Mappin
 
 
 def require_observations(trace: Any, args: tuple[Any, ...]) -> None:
-    """
-    An observed site without data looks like a latent one; catch it before parameters are made for it.
-
-    :param trace: a trace of the model.
-    :param args: its arguments.
-    :raises ValueError: if the observations are missing.
-    """
+    """An observed site without data looks like a latent one; catch it before parameters are made for it."""
     if observed_names(trace):
         return
     lengths = {len(a) for a in args if isinstance(a, Tensor) and a.dim()}

@@ -9,7 +9,7 @@ from typing import Any
 from pyro.infer.autoguide.utils import helpful_support_errors
 from torch.distributions import biject_to
 
-from pyro_bnn.infer.autoguide.components import KINDS, LatentSite, is_real
+from pyro_bnn.infer.autoguide.components import FAMILIES, INDEX, LatentSite, is_real
 from pyro_bnn.infer.autoguide.initialization import site_hint
 
 #: A family for all sites, a mapping from site names (or patterns) to families, or a callable of name and site.
@@ -17,35 +17,19 @@ ComponentLike = str | Mapping[str, str] | Callable[[str, Any], str | None]
 
 
 def site_role(site: Any) -> str | None:
-    """
-    :param site: a trace node.
-    :return: what the layer that owns the site says it is.
-    """
+    """What the layer that owns a site says it is."""
     return site_hint(site).get("role")
 
 
 def check_kind(kind: str) -> str:
-    """
-    :param kind: the name of a family.
-    :return: the same.
-    :raises ValueError: if there is no such family.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"unknown component family {kind!r}; choose from {list(KINDS)}.")
+    """Refuses a name that is not that of a family."""
+    if kind not in FAMILIES:
+        raise ValueError(f"unknown component family {kind!r}; choose from {list(FAMILIES)}.")
     return kind
 
 
 def choose_kind(component: ComponentLike, rest: str, name: str, site: Any, has_factors: bool) -> str:
-    """
-    The family of a site.
-
-    :param component: the argument of :class:`AutoMixture`.
-    :param rest: the family of sites beside rank-1 factors.
-    :param name: name of the site.
-    :param site: its trace node.
-    :param has_factors: whether the model has rank-1 factors.
-    :return: one of :data:`KINDS`.
-    """
+    """The family of a site by the arguments of :class:`AutoMixture` and by what its layer says of it."""
     default: str | None = None
     if isinstance(component, str):
         default = component
@@ -66,18 +50,9 @@ def choose_kind(component: ComponentLike, rest: str, name: str, site: Any, has_f
 
 
 def describe_site(name: str, site: Any, kind: str, num_components: int) -> LatentSite:
-    """
-    Checks that a family suits a site.
-
-    :param name: its name.
-    :param site: its trace node.
-    :param kind: its family.
-    :param num_components: :math:`K`.
-    :return: what the guide needs to know of it.
-    :raises ValueError: if the family or the guide does not fit the site.
-    """
-    fn = site["fn"]
-    for frame in site["cond_indep_stack"]:
+    """What the guide needs to know of a site, once its family is found to suit it."""
+    fn, value, frames = site["fn"], site["value"], site["cond_indep_stack"]
+    for frame in frames:
         if frame.full_size is not None and frame.full_size != frame.size:
             if site_role(site) is not None:
                 raise ValueError(
@@ -96,31 +71,26 @@ def describe_site(name: str, site: Any, kind: str, num_components: int) -> Laten
                 f"site {name!r} distinguishes {size} components, but the guide has {num_components}: convert "
                 "the network with the same num_components."
             )
-        shape = site["value"].shape
-        return LatentSite(name, "index", support, 0, shape, shape, site["cond_indep_stack"], "index")
+        shape = value.shape
+        return LatentSite(name, INDEX, support, 0, shape, shape, frames, "index")
     if support.is_discrete:
         raise ValueError(f"site {name!r} is discrete ({fn}); AutoMixture takes continuous sites.")
     if kind == "cauchy" and not is_real(support):
         raise ValueError(f"site {name!r} has support {support}, but Cauchy components need the real line.")
-    if kind == "low_rank" and site["cond_indep_stack"]:
+    if kind == "low_rank" and frames:
         raise ValueError(
-            f"site {name!r} is in the plate {site['cond_indep_stack'][0].name!r}, which low-rank components do not allow: "
+            f"site {name!r} is in the plate {frames[0].name!r}, which low-rank components do not allow: "
             "give it another family by component={...}."
         )
-    value = site["value"]
     with helpful_support_errors(site):
         raw_shape = biject_to(support).inv(value).shape
-    frames = site["cond_indep_stack"]
-    return LatentSite(name, kind, support, fn.event_dim, value.shape, raw_shape, frames, site_role(site))
+    return LatentSite(
+        name, FAMILIES[kind], support, fn.event_dim, value.shape, raw_shape, frames, site_role(site)
+    )
 
 
 def check_component_keys(component: ComponentLike, nodes: Mapping[str, Any]) -> None:
-    """
-    Checks that every key of a mapping names a site.
-
-    :param component: the argument of :class:`AutoMixture`.
-    :param nodes: trace nodes of the sites.
-    """
+    """Refuses a key of a mapping that names no site."""
     if isinstance(component, Mapping):
         used = {_matching_pattern(component, name) for name in nodes}
         unused = sorted(set(component) - used)

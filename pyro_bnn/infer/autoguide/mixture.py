@@ -4,7 +4,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
 from typing import Any
 
 import pyro
@@ -16,16 +15,8 @@ from torch import Tensor
 
 from pyro_bnn.distributions.mixture import SharedIndexMixture
 from pyro_bnn.infer.autoguide.component_parameters import ComponentParameters
-from pyro_bnn.infer.autoguide.components import (
-    SCALED_KINDS,
-    LatentSite,
-    component_distribution,
-    constrain,
-    draw_components,
-    draw_low_rank,
-    raw_quantile,
-)
-from pyro_bnn.infer.autoguide.data_rows import num_rows, require_observations, row_sources
+from pyro_bnn.infer.autoguide.components import LatentSite, draw_low_rank
+from pyro_bnn.infer.autoguide.data_rows import require_observations, row_sources
 from pyro_bnn.infer.autoguide.families import (
     ComponentLike,
     check_component_keys,
@@ -35,11 +26,11 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
-from pyro_bnn.infer.autoguide.joint_draws import JointDraws
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.model.observations import check_labels
 from pyro_bnn.nn.sites import SITE_KEY
+from pyro_bnn.ops.options import require_choice
 
 
 class AutoMixture(ComponentParameters):
@@ -117,15 +108,14 @@ class AutoMixture(ComponentParameters):
             raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}.")
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, found {init_scale!r}.")
-        if scale not in ("free", "shared", "fixed"):
-            raise ValueError(f"scale must be 'free', 'shared' or 'fixed', found {scale!r}.")
-        if noise not in ("shared", "per_example"):
-            raise ValueError(f"noise must be 'shared' or 'per_example', found {noise!r}.")
+        require_choice("scale", scale, "free", "shared", "fixed")
+        require_choice("noise", noise, "shared", "per_example")
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, found {rank!r}.")
-        named = [rest, *([component] if isinstance(component, str) else [])]
-        for kind in named + (list(component.values()) if isinstance(component, Mapping) else []):
-            check_kind(kind)
+        named = component.values() if isinstance(component, Mapping) else [component]
+        for kind in (rest, *named):
+            if not callable(kind):
+                check_kind(kind)
         self.init_loc_fn = init_flat(init_loc_fn)
         super().__init__(InitMessenger(self.init_loc_fn)(model), create_plates=create_plates)
         self.num_components = num_components
@@ -137,7 +127,7 @@ class AutoMixture(ComponentParameters):
         self._stratum: int | None = None
         self._component: int | None = None
         self._is_stratified = False
-        self._lead: tuple[int, ...] = ()
+        self._particles = 1
 
     def __repr__(self) -> str:
         """What the guide is: its components and their family, and the number of latents."""
@@ -170,10 +160,8 @@ class AutoMixture(ComponentParameters):
         require_observations(trace, args)
         for name in observed_names(trace):
             check_labels(name, trace.nodes[name])
-        self.plate_names = {f.name for _, s in trace.iter_stochastic_nodes() for f in s["cond_indep_stack"]}
-        self.plate_names |= {
-            f.name for n in observed_names(trace) for f in trace.nodes[n]["cond_indep_stack"]
-        }
+        named = [name for name, _ in trace.iter_stochastic_nodes()] + observed_names(trace)
+        self.plate_names = {f.name for name in named for f in trace.nodes[name]["cond_indep_stack"]}
         self._row_sources = row_sources(trace, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         nodes = dict(self.prototype_trace.iter_stochastic_nodes())
@@ -181,23 +169,16 @@ class AutoMixture(ComponentParameters):
             raise ValueError("AutoMixture found no latent site in the model.")
         check_component_keys(self.component, nodes)
         has_factors = any(site_role(site) == "factor" for site in nodes.values())
-        self.sites = []
+        sites = []
         for name, site in nodes.items():
             kind = choose_kind(self.component, self.rest, name, site, has_factors)
-            self.sites.append(describe_site(name, site, kind, self.num_components))
-        # scaled sites first, so that the scales align with the first columns of the locations
-        if self.noise == "per_example":
-            for site in self.sites:
-                if site.kind == "low_rank" and site.role == "factor":
-                    raise ValueError(
-                        f"noise='per_example' is for components with independent elements, but those of {site.name!r} are "
-                        "low-rank: use noise='shared'."
-                    )
-        order = ("low_rank", *SCALED_KINDS)
-        mixed = (s for s in self.sites if s.kind not in ("point", "index"))
-        self._mixed = sorted(mixed, key=lambda s: (s.kind not in order, s.kind != "low_rank"))
-        self._num_scaled = sum(s.kind in order for s in self._mixed)
-        self._joint = JointDraws(self._mixed, self._num_scaled, self.noise == "per_example")
+            sites.append(describe_site(name, site, kind, self.num_components))
+            if self.noise == "per_example" and kind == "low_rank" and site_role(site) == "factor":
+                raise ValueError(
+                    f"noise='per_example' is for components with independent elements, but those of {name!r} are "
+                    "low-rank: use noise='shared'."
+                )
+        self._arrange(sites)
         self._index = next((s for s in self.sites if s.kind == "index"), None)
         for key in list(pyro.get_param_store().keys()):
             # a guide that is initialised starts at its own values, not at those of an earlier guide of this name
@@ -208,7 +189,7 @@ class AutoMixture(ComponentParameters):
     @property
     def has_density(self) -> bool:
         """Whether no site is a point mass."""
-        return all(site.kind in (*SCALED_KINDS, "low_rank", "index") for site in self.sites)
+        return all(site.family.unit is not None or site.kind == "index" for site in self.sites)
 
     @property
     def index_name(self) -> str | None:
@@ -229,30 +210,6 @@ class AutoMixture(ComponentParameters):
         own = type(self).forward is AutoMixture.forward and self.create_plates is None
         return own and not hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
 
-    def draw(
-        self, nesting: int | None, num_particles: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """
-        Draws of every component for the sites that have a location per component, in one go.
-
-        :param nesting: number of plate dimensions of the model, or ``None`` for one component without a dimension.
-        :param int num_particles: draws per component.
-        :param args: arguments of the model.
-        :param kwargs: keyword arguments of the model.
-        :return: values by site, see :meth:`~pyro_bnn.infer.autoguide.joint_draws.JointDraws.draw`.
-        """
-        if not self._num_scaled:
-            return {}
-        particles = (num_particles,) if num_particles > 1 else ()
-        rows = (
-            num_rows(self._row_sources if nesting else (), args, kwargs)
-            if self.noise == "per_example"
-            else None
-        )
-        return self._joint.draw(
-            self._present(self.loc), self._present(self._full_scale()), particles, nesting, rows
-        )
-
     # ------------------------------------------------------------------ sampling
 
     @contextmanager
@@ -269,7 +226,7 @@ class AutoMixture(ComponentParameters):
         :param component: draw this component only, in a dimension of size 1, or without one if ``dim`` is ``None``.
         """
         self._stratum, self._is_stratified, self._component = dim, True, component
-        self._lead = (num_particles,) if num_particles > 1 else ()
+        self._particles = num_particles
         try:
             yield
         finally:
@@ -284,47 +241,16 @@ class AutoMixture(ComponentParameters):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
-        values: dict[str, Tensor] = {}
-        for site, fn in self.point_distributions():
-            values[site.name] = self._sample(site, fn, plates)
-        if self._stratum is not None:
-            if self._index is not None:
-                values[self._index.name] = self._sample_index(self._index)
-            self._sample_low_rank(values, plates)
-            self._sample_all(values, plates, -self._stratum - 1, args, kwargs)
-        elif self._component is not None:
-            if self._index is not None:
-                values[self._index.name] = self._sample_index(self._index)
-            self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
-            self._sample_all(values, plates, None, args, kwargs)
+        values = {
+            site.name: self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+            for site, value in self.point_values()
+        }
+        if self._is_stratified or self.num_components == 1:
+            self._sample_components(values, plates, args, kwargs)
         elif self._index is not None:
-            # the model knows the index, so that the density given the index is the right one
-            probs = self.loc.new_full((self.num_components,), 1.0 / self.num_components)
-            index = values[self._index.name] = pyro.sample(self._index.name, dist.Categorical(probs=probs))
-            self._sample_low_rank(values, plates, index)
-            for site, loc, scale in self._blocks():
-                if site.kind != "low_rank":
-                    fn = component_distribution(
-                        site, loc[index], None if scale is None else scale[index], site.event_dim
-                    )
-                    values[site.name] = self._sample(site, fn, plates)
-        elif self.num_components == 1:
-            self._sample_low_rank(values, plates, torch.zeros((), dtype=torch.long))
-            self._sample_all(values, plates, None, args, kwargs)
+            self._sample_given_index(values, plates, self._index)
         elif self._mixed:
-            blocks = list(self.component_distributions().values())
-            low_rank = self._low_rank()
-            joint = SharedIndexMixture([*([] if low_rank is None else [low_rank]), *blocks])
-            latent = pyro.sample(f"_{self._pyro_name}_latent", joint, infer={"is_auxiliary": True})
-            sizes = [s.size if s.kind == "low_rank" else s.shape.numel() for s in self._mixed]
-            for site, piece in zip(self._mixed, latent.split(sizes, -1), strict=True):
-                if site.kind == "low_rank":
-                    values[site.name] = self._sample_piece(site, piece, plates)
-                    continue
-                value = piece.reshape(
-                    torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
-                )
-                values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
+            self._sample_mixture(values, plates)
         return values
 
     def _sample(self, site: LatentSite, fn: Any, plates: Mapping[str, Any]) -> Tensor:
@@ -334,56 +260,77 @@ class AutoMixture(ComponentParameters):
                 stack.enter_context(plates[frame.name])
             return pyro.sample(site.name, fn, infer=infer)
 
-    def _sample_all(
-        self,
-        values: dict[str, Tensor],
-        plates: Mapping[str, Any],
-        nesting: int | None,
-        args: Any,
-        kwargs: Any,
+    def _sample_components(
+        self, values: dict[str, Tensor], plates: Mapping[str, Any], args: Any, kwargs: Any
     ) -> None:
-        """Registers the components of the sites; inside the bound with the values that :meth:`draw` gives."""
-        drawn = self.draw(nesting, max(1, *self._lead, 1), args, kwargs) if self._is_stratified else {}
+        """Registers every component at its place, inside the bound with the values that :meth:`draw` gives."""
+        nesting = None if self._stratum is None else -self._stratum - 1
+        ones = (1,) * (nesting or 0)
+        if self._index is not None:  # component k has index k
+            probs = self._present(torch.eye(self.num_components, device=self.loc.device))
+            probs = probs.view(*(() if nesting is None else (len(probs), *ones)), -1)
+            values[self._index.name] = self._sample(self._index, dist.Categorical(probs=probs), {})
+        self._sample_low_rank(
+            values, plates, lambda t: t[0] if nesting is None else t.unflatten(0, (-1, *ones))
+        )
+        drawn = self.draw(nesting, self._particles, args, kwargs) if self._is_stratified else {}
         with SubstituteMessenger(drawn):
             for site, loc, scale in self._blocks():
-                if site.kind != "low_rank":
-                    fn = self.site_distribution(site, loc, scale, nesting)
-                    if site.name in drawn and self._lead and nesting is not None:
-                        fn = fn.expand(torch.Size((*self._lead, *fn.batch_shape)))
-                    per_example = site.role == "factor" and self.noise == "per_example" and bool(drawn)
-                    values[site.name] = self._sample(site, fn, {} if per_example else plates)
+                if site.kind == "low_rank":
+                    continue
+                fn = self.site_distribution(site, loc, scale, nesting)
+                if site.name in drawn and self._particles > 1 and nesting is not None:
+                    fn = fn.expand(torch.Size((self._particles, *fn.batch_shape)))
+                alone = site.name in drawn and self._is_per_example(site)
+                values[site.name] = self._sample(site, fn, {} if alone else plates)
 
-    def _sample_index(self, site: LatentSite) -> Tensor:
-        """Component k has index k."""
-        probs = self._present(torch.eye(self.num_components, device=self.loc.device))
-        lead = () if self._stratum is None else (len(probs), *(1,) * (-self._stratum - 1))
-        return self._sample(site, dist.Categorical(probs=probs.view(*lead, -1)), {})
+    def _sample_given_index(
+        self, values: dict[str, Tensor], plates: Mapping[str, Any], site: LatentSite
+    ) -> None:
+        """The model knows the index, so that the density given the index is the right one."""
+        probs = self.loc.new_full((self.num_components,), 1.0 / self.num_components)
+        index = values[site.name] = pyro.sample(site.name, dist.Categorical(probs=probs))
+        self._sample_low_rank(values, plates, lambda t: t[index])
+        for site, loc, scale in self._blocks():
+            if site.kind != "low_rank":
+                fn = site.distribution(loc[index], None if scale is None else scale[index], site.event_dim)
+                values[site.name] = self._sample(site, fn, plates)
+
+    def _sample_mixture(self, values: dict[str, Tensor], plates: Mapping[str, Any]) -> None:
+        """Draws all sites from one component, as one auxiliary site with the density of the mixture."""
+        low_rank = self._low_rank()
+        blocks = [*([] if low_rank is None else [low_rank]), *self.component_distributions().values()]
+        latent = pyro.sample(
+            f"_{self._pyro_name}_latent", SharedIndexMixture(blocks), infer={"is_auxiliary": True}
+        )
+        sizes = [s.size if s.kind == "low_rank" else s.shape.numel() for s in self._mixed]
+        for site, piece in zip(self._mixed, latent.split(sizes, -1), strict=True):
+            if site.kind == "low_rank":
+                raw = piece.reshape(piece.shape[:-1] + site.raw_shape)
+                values[site.name] = self._sample_piece(site, raw, plates)
+                continue
+            value = piece.reshape(
+                torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
+            )
+            values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
 
     def _sample_low_rank(
-        self, values: dict[str, Tensor], plates: Mapping[str, Any], index: Tensor | None = None
+        self, values: dict[str, Tensor], plates: Mapping[str, Any], place: Callable[[Tensor], Tensor]
     ) -> None:
-        """Draws the joint Gaussian as one auxiliary site and hands out its pieces."""
+        """Draws the joint Gaussian, its components put in place, as one auxiliary site and hands out its pieces."""
         joint = self._low_rank()
         if joint is None:
             return
-        if index is None:
-            assert self._stratum is not None
-            ones = (1,) * (-self._stratum - 1)
-            joint = dist.LowRankMultivariateNormal(
-                *(t.unflatten(0, (-1, *ones)) for t in (joint.loc, joint.cov_factor, joint.cov_diag))
-            )
-        else:
-            joint = dist.LowRankMultivariateNormal(
-                joint.loc[index], joint.cov_factor[index], joint.cov_diag[index]
-            )
+        joint = dist.LowRankMultivariateNormal(
+            place(joint.loc), place(joint.cov_factor), place(joint.cov_diag)
+        )
         latent = pyro.sample(f"_{self._pyro_name}_low_rank", joint, infer={"is_auxiliary": True})
-        sites = self._low_rank_sites()
-        for site, piece in zip(sites, latent.split([site.size for site in sites], -1), strict=True):
-            values[site.name] = self._sample_piece(site, piece, plates)
+        for site, raw in self._split_low_rank(latent):
+            values[site.name] = self._sample_piece(site, raw, plates)
 
-    def _sample_piece(self, site: LatentSite, piece: Tensor, plates: Mapping[str, Any]) -> Tensor:
+    def _sample_piece(self, site: LatentSite, raw: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """Registers a site's part of the joint Gaussian, whose density is that of the auxiliary site."""
-        value, volume = constrain(site, piece.reshape(piece.shape[:-1] + site.raw_shape))
+        value, volume = site.constrain(raw)
         return self._sample(site, dist.Delta(value, log_density=-volume, event_dim=site.event_dim), plates)
 
     @torch.no_grad()
@@ -422,22 +369,17 @@ class AutoMixture(ComponentParameters):
             index = ((torch.arange(total) + offset) % K)[torch.randperm(total)]
         else:
             index = torch.randint(K, (total,))
-        draws: dict[str, Tensor] = {}
+        draws = {site.name: value.detach().expand(shape + site.shape) for site, value in self.point_values()}
+        if self._index is not None:
+            draws[self._index.name] = index.to(self.loc.device).reshape(shape + self._index.shape)
         low_rank = self._low_rank()
         if low_rank is not None:
             joint = draw_low_rank(low_rank, index.to(low_rank.loc.device))
-            sites = self._low_rank_sites()
-            for site, piece in zip(sites, joint.split([s.size for s in sites], -1), strict=True):
-                draws[site.name] = site.transform(piece.reshape(shape + site.raw_shape))
-        if self._index is not None:
-            draws[self._index.name] = index.to(self.loc.device).reshape(shape + self._index.shape)
+            for site, raw in self._split_low_rank(joint):
+                draws[site.name] = site.transform(raw).reshape(shape + site.shape)
         for site, loc, scale in self._blocks():
             if site.kind != "low_rank":
-                drawn = draw_components(site, loc, scale, index.to(loc.device))
-                draws[site.name] = drawn.reshape(shape + site.shape)
-        for site in self.sites:
-            if site.kind == "point":
-                draws[site.name] = attrgetter(site.name)(self.points).detach().expand(shape + site.shape)
+                draws[site.name] = site.draw(loc, scale, index.to(loc.device)).reshape(shape + site.shape)
         return {site.name: draws[site.name] for site in self.sites}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -459,18 +401,16 @@ class AutoMixture(ComponentParameters):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         levels = [float(q) for q in quantiles]
-        result = {}
+        result = {
+            site.name: value.detach().expand(len(levels), *value.shape) for site, value in self.point_values()
+        }
+        if self._index is not None:
+            result[self._index.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
         low_rank = self._low_rank()
-        spread = None if low_rank is None else low_rank.variance.sqrt()
+        if low_rank is not None:
+            spread = {site.name: rows for site, rows in self._split_low_rank(low_rank.variance.sqrt())}
         for site, loc, scale in self._blocks():
-            if site.kind == "low_rank" and spread is not None:
-                scale, spread = spread[:, : site.size].view_as(loc), spread[:, site.size :]
-            rows = [site.transform(raw_quantile(site, loc, scale, q)) for q in levels]
-            result[site.name] = torch.stack(rows)
-        for site in self.sites:
-            if site.kind == "point":
-                value = attrgetter(site.name)(self.points).detach()
-                result[site.name] = value.expand(len(levels), *value.shape)
-            elif site.kind == "index":
-                result[site.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
+            if site.kind == "low_rank":
+                scale = spread[site.name]
+            result[site.name] = torch.stack([site.quantile(loc, scale, q) for q in levels])
         return {site.name: result[site.name] for site in self.sites}

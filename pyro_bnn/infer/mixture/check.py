@@ -4,7 +4,6 @@
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +14,13 @@ from pyro.util import check_model_guide_match
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.components import is_real
-from pyro_bnn.infer.mixture.runs import (
-    DirectRun,
-    Step,
-    TracedRun,
-    component_draw,
-    component_run,
-    rehearsal,
-    subsamples,
-)
+from pyro_bnn.infer.mixture.constant_priors import plain_layers
+from pyro_bnn.infer.mixture.runs import JointRun, Step, rehearsal, subsamples
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.model.observations import check_values
 from pyro_bnn.model.plates import FAILURES, close, first_line
-from pyro_bnn.nn.sites import SITE_KEY, note_readers
+from pyro_bnn.nn.sites import SITE_KEY, note_readers, silent_sites
 from pyro_bnn.ops.graph import graph_nodes
 
 #: How far the trial values lie from the guide's draws, relative to their size: apart enough for a mix-up to be seen.
@@ -39,65 +31,41 @@ class ComponentLoopWarning(UserWarning):
     """The components of a mixture run through the model one by one; the text says why they cannot together."""
 
 
-@dataclass
-class Decision:
-    """
-    How the components of a guide run through a model on data of one structure.
-
-    :ivar together: whether in one run.
-    :ivar direct: whether the draws are taken from the parameters of the guide without calling it.
-    :ivar readers: by layer, who reads its parameters in its place.
-    :ivar used: whether an evaluation with gradients has shown what the likelihood depends on.
-    :ivar until: the step from which it is to be found out again: gates that open later show what was hidden.
-    """
-
-    together: bool
-    direct: bool
-    readers: dict[str, str]
-    used: bool = False
-    until: int = 0
-
-
-def check_alone(step: Step) -> tuple[Trace, dict[str, str]]:
+def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
     """
     Runs guide and model under one draw of the first component, as plainly as can be.
 
     :param step: the evaluation.
-    :return: the trace of the guide, and by layer, who reads its parameters in its place.
+    :return: the trace of the guide, by plain site of a layer its prior there, and by layer, who reads its parameters in
+        its place.
     :raises ValueError: if the guide does not cover the model, or a model that gets split batches has sites outside of
         networks that differ between components.
     """
     with rehearsal(step.model), note_readers() as readers:
-        guide_trace = component_draw(step, 0, {})
-        model_trace = component_run(step, {}, guide_trace)
-        check_latents(sample_sites(model_trace), sample_sites(guide_trace))
-        check_values(sample_sites(model_trace), (step.args, step.kwargs))
+        guide_trace = step.guide_trace(0)
+        own = sample_sites(guide_trace)
+        values = {name: site["value"] for name, site in own.items()} | subsamples(guide_trace)
+        with silent_sites({}, {}) as silent:
+            model_trace = step.model_trace(values)
+        sites = sample_sites(model_trace)
+        check_latents(sites, own)
+        check_values(sites, (step.args, step.kwargs))
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, step.nesting + int(step.per_example))
-    if step.split:
-        _check_split(model_trace, guide_trace)
-    return guide_trace, readers
-
-
-def _check_split(model_trace: Trace, guide_trace: Trace) -> None:
-    """Examples meet their component inside the network only, so nothing else may differ between components."""
-    for name, site in sample_sites(guide_trace).items():
-        if name in model_trace and SITE_KEY in site["infer"]:
-            hint = site["infer"][SITE_KEY]
-            if hint["role"] is None and hint["kind"] != "point":
-                raise ValueError(
-                    f"site {name!r} lies outside the converted network and differs between components, which "
-                    "batch='split' cannot match with the examples: give it the family 'point', e.g. "
-                    f"component={{{name!r}: 'point'}}."
-                )
+    for name in own.keys() & sites.keys() if step.split else ():
+        # examples meet their component inside the network only, so nothing else may differ between components
+        hint = own[name]["infer"].get(SITE_KEY, {})
+        if hint.get("kind", "point") != "point" and hint["role"] is None:
+            raise ValueError(
+                f"site {name!r} lies outside the converted network and differs between components, which "
+                "batch='split' cannot match with the examples: give it the family 'point', e.g. "
+                f"component={{{name!r}: 'point'}}."
+            )
+    return guide_trace, plain_layers(sites, silent.seen), readers
 
 
 def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any]) -> None:
-    """
-    :param model_sites: nodes of the model.
-    :param guide_sites: the sites of the guide.
-    :raises ValueError: if a latent site of the model is not among them.
-    """
+    """Refuses a latent site of the model that is not among those of the guide."""
     for name, site in model_sites.items():
         if not site["is_observed"] and name not in guide_sites:
             raise ValueError(
@@ -106,7 +74,7 @@ def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any
             )
 
 
-def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Mapping[str, str]) -> str:
+def difference(step: Step, run: JointRun, alone: Trace, readers: Mapping[str, str]) -> str:
     """
     Compares one run of all components with runs of the first and the last one, under the same values: the densities of
     all sites of the model, per entry.
@@ -125,17 +93,8 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Ma
             return first_line(failure)
         if own.keys() - drawn.keys():
             return f"the guide has no joint draw of {sorted(own.keys() - drawn.keys())}"
-        frozen = dict(run.guide_subsamples)
-        for spread in (SPREAD, 0.0):
-            values = _apart(step, drawn, spread)
-            try:
-                singles = _singles(step, values, own, frozen)
-            except FAILURES:
-                if spread:  # values that far from the guide need not be legal
-                    continue
-                raise
-            if all(bool(t.isfinite().all()) for single in singles.values() for t in single.values()):
-                break
+        frozen = dict(run.frozen)
+        values, singles = _references(step, drawn, own, frozen)
         if step.per_example:
             _check_rows(step, values, own, frozen)
         try:
@@ -158,13 +117,32 @@ def difference(step: Step, run: TracedRun | DirectRun, alone: Trace, readers: Ma
     return ""
 
 
+def _references(
+    step: Step, drawn: Mapping[str, Tensor], own: Mapping[str, Site], frozen: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[tuple[int, int], dict[str, Tensor]]]:
+    """
+    Trial values, and under them, by draw and component, the densities of the first and the last draw, each run alone.
+    """
+    for spread in (SPREAD, 0.0):
+        values = _apart(step, drawn, spread)
+        singles = {}
+        try:
+            for s, k in dict.fromkeys([(0, 0), (step.S - 1, step.K - 1)]):
+                mine = {name: _own_value(step, values[name], site, s, k) for name, site in own.items()}
+                trace = step.model_trace(mine | frozen)
+                frozen.update(subsamples(trace))
+                singles[s, k] = {name: t.detach() for name, t in densities(sample_sites(trace)).items()}
+        except FAILURES:
+            if spread:  # values that far from the guide need not be legal
+                continue
+            raise
+        if all(bool(t.isfinite().all()) for single in singles.values() for t in single.values()):
+            break
+    return values, singles
+
+
 def unreached(outputs: Iterable[Tensor], values: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
-    """
-    :param outputs: tensors.
-    :param values: by site, its value.
-    :param names: sites.
-    :return: those of the sites with trained values on which no output depends.
-    """
+    """The sites with trained values among some on which no output depends."""
     nodes = {node for output in outputs for node in graph_nodes(output)}
     reached = {*nodes, *(node.variable for node in nodes if hasattr(node, "variable"))}
     own = {name: values[name] for name in names if name in values and values[name].requires_grad}
@@ -172,10 +150,7 @@ def unreached(outputs: Iterable[Tensor], values: Mapping[str, Tensor], names: It
 
 
 def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """
-    :param sites: nodes of a model.
-    :return: by site, what its entries add to the log joint density; deterministic sites are left out.
-    """
+    """By site, what its entries add to the log joint density; deterministic sites are left out."""
     return {
         name: scale_and_mask(log_prob_of(site), site["scale"], site["mask"])
         for name, site in sites.items()
@@ -184,16 +159,7 @@ def densities(sites: Mapping[str, Site]) -> dict[str, Tensor]:
 
 
 def pick(value: Tensor, event_dim: int, s: int, k: int, nesting: int) -> Tensor:
-    """
-    One draw of one component.
-
-    :param value: shape ``(S, K, *plates, *event)``, or with fewer dimensions on the left.
-    :param event_dim: number of event dimensions.
-    :param s: the draw.
-    :param k: the component.
-    :param nesting: number of plate dimensions of the model.
-    :return: shape ``(*plates, *event)``.
-    """
+    """One draw of one component, ``(*plates, *event)``, of values ``(S, K, *plates, *event)`` or less on the left."""
     for place, index in ((nesting + 2, s), (nesting + 1, k)):
         if value.dim() - event_dim >= place:
             value = value[index if len(value) > 1 else 0]
@@ -226,19 +192,6 @@ def _own_value(step: Step, value: Tensor, site: Site, s: int, k: int) -> Tensor:
     return pick(value, len(site["fn"].event_shape), s, k, step.nesting).reshape(site["value"].shape)
 
 
-def _singles(
-    step: Step, values: Mapping[str, Tensor], own: Mapping[str, Site], frozen: dict[str, Tensor]
-) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """The densities of the first draw of the first and the last draw of the last component, each run alone."""
-    singles = {}
-    for s, k in dict.fromkeys([(0, 0), (step.S - 1, step.K - 1)]):
-        mine = {name: _own_value(step, values[name], site, s, k) for name, site in own.items()}
-        trace = component_run(step, mine | frozen)
-        frozen.update(subsamples(trace))
-        singles[s, k] = {name: t.detach() for name, t in densities(sample_sites(trace)).items()}
-    return singles
-
-
 def _compare(step: Step, name: str, joint: Tensor, single: Tensor | None, s: int, k: int, half: bool) -> str:
     """How the density of a site differs; empty if it does not."""
     if single is None:
@@ -269,10 +222,8 @@ def _core(value: Tensor) -> Tensor:
 
 def is_close(found: Tensor, expected: Tensor, *, half: bool = False) -> bool:
     """
-    :param found: densities of a run of all components.
-    :param expected: those of a single run, the same shape.
-    :param half: whether a part of the run was in half precision.
-    :return: whether they differ by rounding only, which is not the same in products of other sizes.
+    Whether densities differ by rounding only, which is not the same in products of other sizes; ``half`` says that a
+    part of the run was in half precision.
     """
     tolerance = 4e-3 if half else 1e-7 if expected.dtype == torch.float64 else 1e-4
     return close(expected, found, tolerance=tolerance, floor=1.0)
@@ -283,7 +234,7 @@ def _check_rows(
 ) -> None:
     """Compares a run in which every example has its factors with runs in which all have those of one example."""
     mine = {name: _own_value(step, values[name], site, 0, 0) for name, site in own.items()}
-    run = lambda values: densities(sample_sites(component_run(step, values | dict(frozen))))  # noqa: E731
+    run = lambda values: densities(sample_sites(step.model_trace(values | dict(frozen))))  # noqa: E731
     each = run(mine)
     factors = {
         site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"
@@ -311,15 +262,7 @@ def _check_rows(
 def check_used(
     likelihood: Tensor, values: Mapping[str, Tensor], layers: Collection[str], readers: Mapping[str, str]
 ) -> None:
-    """
-    Looks for values that were drawn for layers of this package and that no observation depends on.
-
-    :param likelihood: the likelihood term.
-    :param values: by site, the value.
-    :param layers: the sites of layers.
-    :param readers: by layer, who reads its parameters in its place.
-    :raises ValueError: if another module reads the parameters of such a layer.
-    """
+    """Refuses, or warns of, values that were drawn for layers of this package and that no observation depends on."""
     unused = unreached([likelihood], values, layers)
     if not unused:
         return

@@ -2,43 +2,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evidence lower bounds of mixture guides, with all components in one vectorised pass."""
 
-import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList
 from pyro.infer.elbo import ELBO
 from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.mixture.check import (
     ComponentLoopWarning,
-    Decision,
     check_alone,
     check_latents,
     check_used,
     difference,
 )
-from pyro_bnn.infer.mixture.joint_terms import JointTerms, constant_priors
-from pyro_bnn.infer.mixture.loop import OUTSIDE, ComponentLoop, example_key
-from pyro_bnn.infer.mixture.runs import PLATES, DirectRun, Step, TracedRun, rehearsal
-from pyro_bnn.infer.mixture.terms import SiteTerms, per_component
+from pyro_bnn.infer.mixture.constant_priors import ConstantPriors, plain_layers
+from pyro_bnn.infer.mixture.loop import ComponentLoop
+from pyro_bnn.infer.mixture.runs import PLATES, JointRun, Step, rehearsal, subsamples
+from pyro_bnn.infer.mixture.terms import Terms
 from pyro_bnn.model.data import coincidences
-from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
-from pyro_bnn.model.plates import FAILURES
-from pyro_bnn.ops.options import require_number
+from pyro_bnn.model.handlers import sample_sites
+from pyro_bnn.ops.options import require_choice, require_number
 
 _Elbo: Any = ELBO
 
 #: How many times as many steps pass until the joint run is compared with single ones again.
 AGAIN = 16
+
+
+@dataclass
+class Decision:
+    """
+    How the components of a guide run through a model on data of one structure.
+
+    :ivar together: whether in one run.
+    :ivar constant: the priors whose terms are evaluated together.
+    :ivar readers: by layer, who reads its parameters in its place.
+    :ivar used: whether an evaluation with gradients has shown what the likelihood depends on.
+    :ivar until: the step from which it is to be found out again: gates that open later show what was hidden.
+    """
+
+    together: bool
+    constant: ConstantPriors | None
+    readers: dict[str, str]
+    used: bool = False
+    until: int = 0
 
 
 class Mixture_ELBO(_Elbo):
@@ -124,10 +141,9 @@ class Mixture_ELBO(_Elbo):
         entropy_weight: float = 0.0,
         max_plate_nesting: int | None = None,
     ) -> None:
-        if likelihood not in ("average", "log_mixture"):
-            raise ValueError(f"likelihood must be 'average' or 'log_mixture', found {likelihood!r}.")
-        if kl not in ("mean", "sum", "exact"):
-            raise ValueError(f"kl must be 'mean', 'sum' or 'exact', found {kl!r}.")
+        require_choice("likelihood", likelihood, "average", "log_mixture")
+        require_choice("kl", kl, "mean", "sum", "exact")
+        require_choice("batch", batch, "repeat", "split")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be an integer of at least 1, found {num_particles!r}.")
         super().__init__(
@@ -135,8 +151,6 @@ class Mixture_ELBO(_Elbo):
             max_plate_nesting=float("inf") if max_plate_nesting is None else max_plate_nesting,
         )
         self.max_plate_nesting: float
-        if batch not in ("repeat", "split"):
-            raise ValueError(f"batch must be 'repeat' or 'split', found {batch!r}.")
         if batch == "split" and likelihood != "average":
             raise ValueError(
                 "batch='split' shows an example to one component only: it needs likelihood='average'."
@@ -154,7 +168,6 @@ class Mixture_ELBO(_Elbo):
         self._nestings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._decisions: weakref.WeakKeyDictionary[Any, dict[Any, Decision]] = weakref.WeakKeyDictionary()
         self._told: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._joint_terms: weakref.WeakKeyDictionary[Any, JointTerms] = weakref.WeakKeyDictionary()
 
     @property
     def is_bound(self) -> bool:
@@ -201,21 +214,19 @@ class Mixture_ELBO(_Elbo):
         """
         step = self._step(model, guide, args, kwargs)
         decision = self._decide(step)
-        terms: SiteTerms | ComponentLoop
-        run: TracedRun | DirectRun | ComponentLoop
+        terms: Terms
+        run: JointRun | ComponentLoop
         if decision.together:
-            terms, run = self._together(step, decision.direct)
-            likelihood = self._likelihood_term(run.sites, step)
+            terms, run = self._together(step, decision)
         else:
-            run = terms = ComponentLoop(step, self.likelihood, self.kl, self._wants_entropy, _points(guide))
-            likelihood = terms.likelihood
+            terms = run = ComponentLoop(step)
         if not decision.used and torch.is_grad_enabled():
-            check_used(likelihood, run.values, run.layers, decision.readers)
+            check_used(terms.likelihood, run.values, run.layers, decision.readers)
             decision.used = True
         scale = self.current_kl_scale()
-        loss = scale * terms.kl - likelihood - terms.log_prior - self.entropy_weight * terms.entropy
+        loss = scale * terms.kl - terms.likelihood - terms.log_prior - self.entropy_weight * terms.entropy
         self._parts = {
-            "expected_log_likelihood": _detach(likelihood),
+            "expected_log_likelihood": _detach(terms.likelihood),
             "kl": _detach(terms.kl),
             "kl_scale": scale,
             "log_prior": _detach(terms.log_prior),
@@ -242,26 +253,34 @@ class Mixture_ELBO(_Elbo):
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        run = TracedRun(self._step(model, guide, args, kwargs))
-        run.draw()
-        run.run()
-        return run.traces()
+        step = self._step(model, guide, args, kwargs)
+        guide_trace = step.guide_trace()
+        values = {name: site["value"] for name, site in sample_sites(guide_trace).items()}
+        model_trace = step.model_trace(values | subsamples(guide_trace), together=True)
+        return prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
 
     # ------------------------------------------------------------------ set-up
 
     def _step(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """What this evaluation is about; sets up guides that no call has initialised."""
-        mixtures = list(_mixtures(guide))
+        modules = list(guide.modules()) if isinstance(guide, torch.nn.Module) else []
+        mixtures = [module for module in modules if isinstance(module, AutoMixture)]
         K = _common_num_components(mixtures)
-        _set_up(guide, args, kwargs)
+        for module in modules:  # lists before their parts
+            if isinstance(module, (AutoMixture, AutoGuideList)) and module.prototype_trace is None:
+                module._setup_prototype(*args, **kwargs)
         for mixture in mixtures:
             for name in PLATES & mixture.plate_names:
                 raise ValueError(
                     f"the model has a plate named {name!r}, the name of a plate that Mixture_ELBO adds: rename it."
                 )
         nesting = self._plate_nesting(model, guide, args, kwargs)
-        split = self.batch == "split"
-        return Step(model, guide, mixtures, K, self.num_particles, nesting, split, args, kwargs)
+        prototypes = [module.prototype_trace for module in modules if isinstance(module, AutoDelta)]
+        points = {name for trace in prototypes if trace for name, _ in trace.iter_stochastic_nodes()}
+        return Step(
+            model, guide, args, kwargs, mixtures, points, K, self.num_particles, nesting, self.likelihood, self.kl,
+            self.entropy_weight != 0.0, self.batch == "split", self._is_direct(guide, mixtures),
+        )  # fmt: skip
 
     def _plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> int:
         if self.max_plate_nesting != float("inf"):
@@ -281,19 +300,18 @@ class Mixture_ELBO(_Elbo):
         Whether all components go through the model in one run. The first evaluation on data of a structure finds out
         whether that gives each of them what a run of its own gives, along the path that later evaluations take.
         """
-        direct = self._is_direct(step.guide, step.mixtures)
         found = self._decisions.setdefault(step.model, {})
-        key = weakref.ref(step.guide), direct, coincidences((step.K, step.S, step.args, step.kwargs))
+        key = weakref.ref(step.guide), step.direct, coincidences((step.K, step.S, step.args, step.kwargs))
         known = found.get(key)
         if known is None or (known.together and not step.is_single and self.step >= known.until):
-            alone, readers = check_alone(step)
-            if direct:
-                self._find_priors(step)
-            reason = "" if step.is_single else difference(step, self._joint_run(step, direct), alone, readers)
+            alone, priors, readers = check_alone(step)
+            constant = self._constant_priors(step, priors)
+            run = JointRun(step, constant.priors if constant else {})
+            reason = "" if step.is_single else difference(step, run, alone, readers)
             if reason:
                 self._say(step, reason)
             until = AGAIN * max(self.step, 1)
-            found[key] = Decision(not reason, direct, readers, known is not None and known.used, until)
+            found[key] = Decision(not reason, constant, readers, known is not None and known.used, until)
         return found[key]
 
     def _say(self, step: Step, reason: str) -> None:
@@ -321,100 +339,34 @@ class Mixture_ELBO(_Elbo):
         """
         return not am_i_wrapped() and mixtures == [guide] and self.batch == "repeat" and guide.is_factorized()
 
-    def _is_joint(self, guide: Any, mixtures: list[AutoMixture]) -> bool:
-        """Whether the terms of constant priors may be evaluated together."""
+    def _constant_priors(self, step: Step, priors: Mapping[str, Any]) -> ConstantPriors | None:
+        """Those of the given priors whose terms may be evaluated together."""
         plain = self.kl != "exact" and self.entropy_weight == 0.0
-        return plain and mixtures == [guide] and guide.is_factorized()
+        joint = plain and step.mixtures == [step.guide] and step.guide.is_factorized()
+        return ConstantPriors(step.guide, priors) if joint else None
 
-    def _constant_terms(self, step: Step) -> JointTerms | None:
-        """The terms of constant priors, if they are still those of the guide and the model."""
-        terms = self._joint_terms.get(step.guide) if self._is_joint(step.guide, step.mixtures) else None
-        return terms if terms is not None and terms.is_current(step.guide) else None
-
-    def _find_priors(self, step: Step) -> None:
-        """Finds the constant priors, so that the first direct run is like all later ones."""
-        if self._constant_terms(step) is not None or not self._is_joint(step.guide, step.mixtures):
-            return
-        run = DirectRun(step, {})
-        try:
-            with rehearsal(step.model):
-                run.draw()
-                sites = run.run()
-        except FAILURES:  # the comparison finds the same
-            return
-        self._joint_terms[step.guide] = JointTerms(step.guide, constant_priors(sites, run.layers, PLATES))
-
-    def _joint_run(self, step: Step, direct: bool) -> TracedRun | DirectRun:
-        """The run of all components."""
-        if not direct:
-            return TracedRun(step)
-        terms = self._constant_terms(step)
-        return DirectRun(step, {} if terms is None else terms.priors)
-
-    def _together(self, step: Step, direct: bool) -> tuple[SiteTerms, TracedRun | DirectRun]:
+    def _together(self, step: Step, decision: Decision) -> tuple[Terms, JointRun]:
         """
         Draws all components and runs the model. The divergences of sites with constant priors that layers of this package
         read are evaluated together, those of all others one by one.
         """
-        cached = self._constant_terms(step)
-        run = self._joint_run(step, direct)
+        constant = decision.constant
+        run = JointRun(step, constant.priors if constant else {})
         run.draw()
         sites = run.run()
         check_latents(sites, run.values)
-        terms = SiteTerms(
-            self.kl, self._wants_entropy, step.S, step.mixtures, step.K, step.nesting, _points(step.guide)
-        )
-        done: set[str] = set()
-        if cached is not None and direct and run.silent.taken == cached.priors.keys():
-            terms.add(*cached.evaluate(step.guide))
-            done = run.silent.taken
-        else:
-            run.restore()
-            if self._is_joint(step.guide, step.mixtures):
-                done = self._add_joint(step.guide, terms, constant_priors(sites, run.layers, PLATES))
-        terms.collect(sites, run.guide_sites(done))
+        terms = Terms(step)
+        terms.observe(sites)
+        if constant is None:
+            terms.collect(sites, run.guide_sites())
+            return terms, run
+        priors = plain_layers(sites, run.layers)
+        if not constant.is_current(step.guide, priors):
+            sites = run.all_sites()
+            constant = decision.constant = ConstantPriors(step.guide, priors)
+        terms.add(*constant.evaluate(step.guide))
+        terms.collect(sites, run.guide_sites(without=constant.priors))
         return terms, run
-
-    def _add_joint(self, guide: AutoMixture, terms: "SiteTerms", priors: dict[str, Any]) -> set[str]:
-        """Adds the terms of the sites with constant priors and returns their names."""
-        joint = self._joint_terms.get(guide)
-        if (
-            joint is None
-            or not joint.is_current(guide)
-            or any(priors.get(n) is not p for n, p in joint.priors.items())
-        ):
-            joint = self._joint_terms[guide] = JointTerms(guide, priors)
-        terms.add(*joint.evaluate(guide))
-        return set(joint.priors)
-
-    # ------------------------------------------------------------------ terms
-
-    @property
-    def _wants_entropy(self) -> bool:
-        return self.entropy_weight != 0.0
-
-    def _likelihood_term(self, model_sites: dict[str, Site], step: Step) -> Any:
-        K, nesting = step.K, step.nesting
-        total: Any = 0.0
-        pointwise: dict[Any, tuple[Any, Tensor]] = {}
-        for name, site in model_sites.items():
-            if not site["is_observed"] or is_deterministic(site):
-                continue
-            log_prob = log_prob_of(site)
-            check_broadcast(name, log_prob.shape, nesting + 1 + (self.num_particles > 1), "components")
-            if self.likelihood == "average" or K == 1:  # with one component they are the same
-                log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
-                total = total + per_component(log_prob, self.num_particles, K, nesting).mean()
-                continue
-            if log_prob.dim() < nesting + 1:
-                raise ValueError(OUTSIDE.format(name=name))
-            key, log_prob = example_key(log_prob, site)
-            before = pointwise.get(key)
-            pointwise[key] = site["scale"], log_prob if before is None else before[1] + log_prob
-        for scale, log_prob in pointwise.values():
-            mixed = log_prob.logsumexp(-nesting - 1) - math.log(K)
-            total = total + (scale * mixed).sum() / self.num_particles
-        return total
 
 
 def default_elbo(guide: Any) -> Any:
@@ -424,32 +376,12 @@ def default_elbo(guide: Any) -> Any:
     :param guide: a guide.
     :return: :class:`Mixture_ELBO` if it holds a mixture, else :class:`~pyro.infer.Trace_ELBO`.
     """
-    return Mixture_ELBO() if any(True for _ in _mixtures(guide)) else Trace_ELBO()
+    modules = guide.modules() if isinstance(guide, torch.nn.Module) else ()
+    return Mixture_ELBO() if any(isinstance(module, AutoMixture) for module in modules) else Trace_ELBO()
 
 
 def _detach(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _mixtures(guide: Any) -> Iterator[AutoMixture]:
-    if isinstance(guide, torch.nn.Module):
-        yield from (module for module in guide.modules() if isinstance(module, AutoMixture))
-
-
-def _set_up(guide: Any, args: Any, kwargs: Any) -> None:
-    """Lets every guide that has not seen the model see it, lists before their parts."""
-    for module in guide.modules() if isinstance(guide, torch.nn.Module) else ():
-        if isinstance(module, (AutoMixture, AutoGuideList)) and module.prototype_trace is None:
-            module._setup_prototype(*args, **kwargs)
-
-
-def _points(guide: Any) -> set[str]:
-    """The sites of Pyro's point estimates in a guide."""
-    deltas = (
-        [m for m in guide.modules() if isinstance(m, AutoDelta)] if isinstance(guide, torch.nn.Module) else []
-    )
-    traces = [delta.prototype_trace for delta in deltas if delta.prototype_trace is not None]
-    return {name for trace in traces for name, _ in trace.iter_stochastic_nodes()}
 
 
 def _common_num_components(mixtures: list[AutoMixture]) -> int:

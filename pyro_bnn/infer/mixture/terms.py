@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""The terms of the bound of a mixture beside the likelihood: divergences, log priors, entropies."""
+"""The terms of the bound of a mixture: likelihood, divergences, log priors, entropies."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.distributions import Normal, kl_divergence
 
 from pyro_bnn.infer.autoguide.components import LatentSite
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.model.handlers import Site
+from pyro_bnn.infer.mixture.runs import Step
+from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of
 from pyro_bnn.nn.hierarchical import closed_form_source
 from pyro_bnn.nn.priors import unwrap
 from pyro_bnn.nn.sites import SITE_KEY
@@ -23,15 +24,7 @@ from pyro_bnn.ops.families import is_known
 
 
 def per_component(value: Tensor, num_particles: int, K: int, nesting: int) -> Tensor:
-    """
-    Sums a term over the plates of the model.
-
-    :param value: batch shape ``(S, K, *plates)``, or with fewer dimensions on the left.
-    :param num_particles: S.
-    :param K: number of components.
-    :param nesting: number of plate dimensions of the model.
-    :return: shape ``(S, K)``.
-    """
+    """Sums a term of batch shape ``(S, K, *plates)``, or less on the left, over the plates of the model: ``(S, K)``."""
     if K == num_particles == 1:
         return value.sum().view(1, 1)
     shape = (num_particles, K) if value.dim() > nesting + 1 else (K,)
@@ -41,120 +34,132 @@ def per_component(value: Tensor, num_particles: int, K: int, nesting: int) -> Te
     return total.expand(shape).reshape(-1, K)
 
 
-class SiteTerms:
+class Terms:
     """
-    The KL, log prior and entropy terms of one evaluation.
+    The terms of one evaluation.
 
-    :param kind: ``"mean"``, ``"sum"`` or ``"exact"``.
-    :param want_entropy: whether the entropy of the guide is needed.
-    :param num_particles: draws per component.
-    :param mixtures: the mixtures in the guide.
-    :param K: number of components.
-    :param nesting: number of plate dimensions of the model.
-    :param points: sites whose guide is a point estimate of another kind.
+    :param step: the evaluation.
+    :ivar likelihood: the likelihood term.
     :ivar kl: the divergence, before scaling.
     :ivar log_prior: log prior density of the point estimates.
     :ivar entropy: of the guide, if it is wanted.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        want_entropy: bool,
-        num_particles: int,
-        mixtures: list[AutoMixture],
-        K: int,
-        nesting: int,
-        points: Collection[str] = (),
-    ) -> None:
-        self.points = points
-        self.kind, self.want_entropy, self.num_particles = kind, want_entropy, num_particles
-        self.mixtures, self.K, self.nesting = mixtures, K, nesting
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.likelihood: Any = 0.0
         self.kl: Any = 0.0
         self.log_prior: Any = 0.0
         self.entropy: Any = 0.0
 
     def add(self, kl: Any, log_prior: Any) -> None:
-        """
-        Adds terms that are averages over the components.
-
-        :param kl: a divergence.
-        :param log_prior: a log density of point estimates.
-        """
-        self.kl = self.kl + (self.K if self.kind == "sum" else 1) * kl
+        """Adds a divergence and a log density of point estimates that are averages over the components."""
+        self.kl = self.kl + (self.step.K if self.step.kl == "sum" else 1) * kl
         self.log_prior = self.log_prior + log_prior
 
-    def collect(self, model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> None:
-        """
-        Adds the terms of all latent and auxiliary sites.
+    def observe(self, model_sites: Mapping[str, Site]) -> None:
+        """Adds the likelihood of all observed sites."""
+        step = self.step
+        for name, log_prob, site in observed(model_sites):
+            check_broadcast(name, log_prob.shape, step.nesting + 1 + (step.S > 1), "components")
+            if not step.mixes:
+                self.likelihood = self.likelihood + self._mean(log_prob, site)
+        if step.mixes:
+            for scale, log_prob in pointwise(model_sites, step.nesting + 1).values():
+                self.mix(scale, log_prob, step.dim)
 
-        :param model_sites: nodes of the model.
-        :param guide_sites: nodes of the guide.
-        """
-        auxiliary = {n: s for n, s in guide_sites.items() if n not in model_sites}
+    def mix(self, scale: Any, log_prob: Tensor, dim: int) -> None:
+        """Adds the likelihood of examples that are mixtures over the components in a dimension."""
+        mixed = log_prob.logsumexp(dim) - math.log(self.step.K)
+        self.likelihood = self.likelihood + (scale * mixed).sum() / self.step.S
+
+    def collect(self, model_sites: Mapping[str, Site], guide_sites: Mapping[str, Site]) -> None:
+        """Adds the divergences, log priors and entropies of all latent and auxiliary sites."""
+        exact = self.step.kl == "exact" and self.step.K > 1
+        has_auxiliary = not guide_sites.keys() <= model_sites.keys()
         for name, site in guide_sites.items():
-            if name in auxiliary:
-                log_q = self._per_component(scale_and_mask(_log_prob(site), site["scale"], site["mask"]))
-                self._add_kl(log_q)
-                if self.want_entropy:
-                    self.entropy = self.entropy - log_q.mean()
+            if name not in model_sites:
+                log_q = self._mean(_log_prob(site), site)
+                self.add(log_q, 0.0)
+                if self.step.entropy:
+                    self.entropy = self.entropy - log_q
                 continue
-            prior = model_sites[name]
-            scale, mask = prior["scale"], prior["mask"]
             kind = site["infer"].get(SITE_KEY, {}).get("kind")
             if kind == "index":  # uniform in the model and in the guide
                 continue
-            point = kind in ("delta", "point") or name in self.points or not auxiliary
-            if isinstance(unwrap(site["fn"]), Delta) and point:
-                shared = _shared_log_prob(prior) if kind == "point" and mask is None else None
-                if shared is None:
-                    log_p = self._per_component(scale_and_mask(_log_prob(prior), scale, mask)).mean()
-                else:
-                    log_p = shared * scale
-                self.log_prior = self.log_prior + log_p
-                continue
-            self._add_kl(self._per_component(scale_and_mask(_divergence(site, prior), scale, mask)))
-            if self.want_entropy:
-                self.entropy = (
-                    self.entropy + self._per_component(scale_and_mask(_entropy(site), scale, mask)).mean()
+            prior = model_sites[name]
+            point = kind in ("delta", "point") or name in self.step.points or not has_auxiliary
+            if point and isinstance(unwrap(site["fn"]), Delta):
+                shared = _shared_log_prob(prior) if kind == "point" and prior["mask"] is None else None
+                self.add(
+                    0.0, self._mean(_log_prob(prior), prior) if shared is None else shared * prior["scale"]
                 )
-        if self.kind == "exact" and self.K > 1:
-            information = self._information(guide_sites)
-            self.kl = self.kl - information
-            if self.want_entropy:
-                self.entropy = self.entropy + information
+                continue
+            self.add(self._mean(_divergence(site, prior), prior), 0.0)
+            if self.step.entropy:
+                self.entropy = self.entropy + self._mean(_entropy(site), prior)
+        if exact:
+            self.share(scaled_values(self.step, guide_sites, (self.step.S, self.step.K)))
 
-    def _per_component(self, value: Tensor) -> Tensor:
-        return per_component(value, self.num_particles, self.K, self.nesting)
+    def share(self, values: Mapping[str, Tensor]) -> None:
+        """Subtracts from the mean divergence the information between index and sites."""
+        shared = information(self.step.mixtures, values)
+        self.kl, self.entropy = self.kl - shared, self.entropy + (shared if self.step.entropy else 0.0)
 
-    def _add_kl(self, per_component: Tensor) -> None:
-        factor = self.K if self.kind == "sum" else 1
-        self.kl = self.kl + factor * per_component.mean()
-
-    def _information(self, guide_sites: dict[str, Any]) -> Any:
-        lead = (self.num_particles, self.K)
-        values = {
-            site.name: one_draw(guide_sites[site.name], site, self.nesting).reshape(lead + site.shape)
-            for site in scaled_sites(self.mixtures)
-        }
-        return information(self.mixtures, values)
+    def _mean(self, value: Tensor, site: Site) -> Tensor:
+        """The average over components and draws of what a node's entries add."""
+        value = scale_and_mask(value, site["scale"], site["mask"])
+        return per_component(value, self.step.S, self.step.K, self.step.nesting).mean()
 
 
-def scaled_sites(mixtures: list[AutoMixture]) -> list[LatentSite]:
+def observed(model_sites: Mapping[str, Site]) -> Iterator[tuple[str, Tensor, Site]]:
+    """The observed sites with their log densities, by entry."""
+    for name, site in model_sites.items():
+        if site["is_observed"] and not is_deterministic(site):
+            yield name, log_prob_of(site), site
+
+
+def pointwise(model_sites: Mapping[str, Site], least: int) -> dict[Any, tuple[Any, Tensor]]:
     """
-    :param mixtures: the mixtures in a guide.
-    :return: their sites with a density.
+    Scales and log densities by example, masked entries at zero, for a mixture over components. Sites that share their
+    plates describe the same examples, so they share the component too. ``least`` is the number of dimensions below which
+    an observation belongs to no example.
     """
-    return [site for mixture in mixtures for site, _, scale in mixture._blocks() if scale is not None]
+    found: dict[Any, tuple[Any, Tensor]] = {}
+    for name, log_prob, site in observed(model_sites):
+        if log_prob.dim() < least:
+            raise ValueError(
+                f"observed site {name!r} has no component dimension: the log-mixture likelihood needs it inside the data "
+                "plate."
+            )
+        scale = site["scale"]
+        key = tuple(log_prob.shape), id(scale) if isinstance(scale, Tensor) else scale
+        log_prob = scale_and_mask(log_prob, 1.0, site["mask"])
+        found[key] = scale, log_prob if key not in found else found[key][1] + log_prob
+    return found
+
+
+def scaled_values(
+    step: Step, guide_sites: Mapping[str, Site], lead: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """The draws of the sites with a density, shape ``lead + site_shape``; with one per example that of the first."""
+    sites = [site for mixture in step.mixtures for site, _, scale in mixture._blocks() if scale is not None]
+    return {s.name: _one_draw(guide_sites[s.name], s, step.nesting).reshape(lead + s.shape) for s in sites}
+
+
+def _one_draw(node: Site, site: LatentSite, nesting: int) -> Tensor:
+    value: Tensor = node["value"]
+    if nesting and not site.frames:
+        dim = value.dim() - site.event_dim - 1
+        if dim >= 0 and node["fn"].batch_shape[-1:] == (1,) and value.shape[dim] > 1:
+            return value.narrow(dim, 0, 1)
+    return value
 
 
 def information(mixtures: list[AutoMixture], values: Mapping[str, Tensor]) -> Any:
     r"""
-    :math:`\log K + \frac1K\sum_k \log \mathrm{softmax}_{k'}(\log q_{k'}(z_k))_k`, from 0 to log K.
-
-    :param mixtures: the mixtures in the guide.
-    :param values: the draws of their sites, shape ``(S, K, *site.shape)``.
-    :return: a scalar.
+    :math:`\log K + \frac1K\sum_k \log \mathrm{softmax}_{k'}(\log q_{k'}(z_k))_k`, from 0 to log K, of draws of shape
+    ``(S, K, *site_shape)``.
     """
     log_q: Any = 0.0  # summed over all sites of all mixtures before the softmax: one index for all
     for mixture in mixtures:
@@ -164,11 +169,11 @@ def information(mixtures: list[AutoMixture], values: Mapping[str, Tensor]) -> An
     return math.log(log_q.shape[-1]) + log_q.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
 
 
-def _divergence(site: Any, prior: Any) -> Tensor:
+def _divergence(site: Site, prior: Site) -> Tensor:
     """KL of a guide site from the model site, analytic if torch knows it, else one Monte Carlo term."""
     source = closed_form_source(prior["fn"])
+    base = unwrap(site["fn"])
     if source is not None:
-        base = unwrap(site["fn"])
         if not isinstance(base, Normal):
             kind = site["infer"].get(SITE_KEY, {}).get("kind", type(base).__name__)
             raise ValueError(
@@ -176,7 +181,7 @@ def _divergence(site: Any, prior: Any) -> Tensor:
                 "component='normal' or another prior."
             )
         return source.divergence(base.loc, base.scale.square())
-    if isinstance(unwrap(site["fn"]), Delta):  # a part of a joint draw, whose density is counted with that
+    if isinstance(base, Delta):  # a part of a joint draw, whose density is counted with that
         return _log_prob(site) - _log_prob(prior)
     if is_known(site["fn"]) and is_known(prior["fn"]):  # else torch may take it for the class that it extends
         with suppress(NotImplementedError):
@@ -184,31 +189,7 @@ def _divergence(site: Any, prior: Any) -> Tensor:
     return _once(site, _log_prob(site) - _log_prob(prior))
 
 
-def _once(site: Any, sample: Tensor) -> Tensor:
-    """Values per example are draws of one site: averages a term over them."""
-    once = site["fn"].batch_shape
-    extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
-    return sample.mean(extra, keepdim=True) if extra else sample
-
-
-def one_draw(node: Any, site: Any, nesting: int) -> Tensor:
-    """
-    The value of a site; with a value per example, that of the first example.
-
-    :param node: a node of the guide.
-    :param site: what the mixture knows of the site.
-    :param nesting: number of plate dimensions of the model.
-    :return: the value.
-    """
-    value = node["value"]
-    if nesting and not site.frames:
-        dim = value.dim() - site.event_dim - 1
-        if dim >= 0 and node["fn"].batch_shape[-1:] == (1,) and value.shape[dim] > 1:
-            return value.narrow(dim, 0, 1)
-    return value
-
-
-def _entropy(site: Any) -> Tensor:
+def _entropy(site: Site) -> Tensor:
     if is_known(site["fn"]):
         with suppress(NotImplementedError):
             entropy: Tensor = site["fn"].entropy()
@@ -216,11 +197,18 @@ def _entropy(site: Any) -> Tensor:
     return _once(site, -_log_prob(site))
 
 
-def _log_prob(site: Any) -> Tensor:
+def _once(site: Site, sample: Tensor) -> Tensor:
+    """Values per example are draws of one site: averages a term over them."""
+    once = site["fn"].batch_shape
+    extra = [i - len(once) for i, n in enumerate(once) if n == 1 and sample.shape[i - len(once)] > 1]
+    return sample.mean(extra, keepdim=True) if extra else sample
+
+
+def _log_prob(site: Site) -> Tensor:
     return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
 
 
-def _shared_log_prob(site: Any) -> Tensor | None:
+def _shared_log_prob(site: Site) -> Tensor | None:
     """
     The log density of a Normal site whose value all samples share, without repeating it per sample: shared weights are
     by far the largest sites.

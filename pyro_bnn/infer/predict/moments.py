@@ -19,6 +19,9 @@ from pyro_bnn.infer.predict.stream import predictions
 if TYPE_CHECKING:
     import xarray as xr
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 
 @dataclass
 class SiteMoments:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fisher information of likelihoods with respect to their own parameters, family by family."""
 
-from pyro_bnn.ops.fisher import composite, elementary, rules
+from pyro_bnn.ops.fisher import composite, rules
 from pyro_bnn.ops.fisher.rule import (
     FisherRule,
     MonteCarloFisher,
@@ -16,7 +16,6 @@ __all__ = [
     "FisherRule",
     "MonteCarloFisher",
     "composite",
-    "elementary",
     "fisher_rule",
     "matrix_square_root",
     "register_fisher",

@@ -17,6 +17,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution
+from typing_extensions import override
 
 from pyro_bnn.ops.families import can_draw, draw, reparametrised, shares_density
 
@@ -129,11 +130,16 @@ def register_fisher(
     """
 
     def decorate(rule: type[FisherRule]) -> type[FisherRule]:
-        for family in families:
-            (_RULES if subclasses else _OWN_RULES)[family] = rule()
+        add_rule(rule(), *families, subclasses=subclasses)
         return rule
 
     return decorate
+
+
+def add_rule(rule: FisherRule, *families: type[Distribution], subclasses: bool = True) -> None:
+    """Registers one rule for families of distributions; see :func:`register_fisher`."""
+    for family in families:
+        (_RULES if subclasses else _OWN_RULES)[family] = rule
 
 
 def fisher_rule(d: Distribution) -> FisherRule:
@@ -238,8 +244,8 @@ class MonteCarloFisher(FisherRule):
             k: v for k, v in found.items() if isinstance(getattr(d, k, None), Tensor) and not v.is_discrete
         }
 
+    @override
     def parameters(self, d: Distribution) -> dict[str, Tensor]:
-        """See :meth:`FisherRule.parameters`."""
         found = {}
         for name, constraint in self._constraints(d).items():
             value = td.biject_to(constraint).inv(getattr(d, name))
@@ -249,12 +255,12 @@ class MonteCarloFisher(FisherRule):
             found[name] = value.flatten(len(d.batch_shape)) if event else value.unsqueeze(-1)
         return found
 
+    @override
     def information(self, d: Distribution) -> Tensor:
-        """See :meth:`FisherRule.information`."""
         return self.block(d, list(self.parameters(d)))
 
+    @override
     def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
-        """See :meth:`FisherRule.block`."""
         create_graph = torch.is_grad_enabled()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -268,8 +274,8 @@ class MonteCarloFisher(FisherRule):
             scores = scores * (0.5 * (log_prob - log_prob.detach())).exp().unsqueeze(-1)
         return torch.einsum("s...i,s...j->...ij", scores, scores) / self.num_samples
 
+    @override
     def sample(self, d: Distribution, num_samples: int) -> Tensor:
-        """See :meth:`FisherRule.sample`."""
         with torch.no_grad():
             return draw(self.build(d, self.parameters(d)), torch.Size((num_samples,)))
 
@@ -283,8 +289,8 @@ class MonteCarloFisher(FisherRule):
         shape = d.batch_shape if like is None else like.shape[:-1]
         return {k: parameters.get(k, v.expand(shape + v.shape[-1:])) for k, v in self.parameters(d).items()}
 
+    @override
     def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
-        """See :meth:`FisherRule.build`."""
         arguments = {}
         parameters = self.complete(d, parameters)
         for name, constraint in self._constraints(d).items():

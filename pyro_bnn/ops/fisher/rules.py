@@ -5,390 +5,317 @@ Fisher information of the distributions of :mod:`torch.distributions`, in real-v
 
 Positive parameters enter by their logarithm, so that :math:`F_{\log a} = a^2 F_a`. Sources: the textbook formulas
 for exponential families (F is the covariance of the sufficient statistic in natural parameters); Lange, Little,
-Taylor (1989), appendix B, for the Student t distribution.
+Taylor (1989), appendix B, for the Student t distribution. Weibull and Gumbel variables are functions of an exponential
+variable w, whose moments :math:`E[w^k \log w] = \Gamma'(k + 1)` give theirs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.special import polygamma
+from typing_extensions import override
 
-from pyro_bnn.ops.fisher.rule import FisherRule, register_fisher
+from pyro_bnn.ops.fisher.rule import FisherRule, add_rule, register_fisher
 
-
-def _stack(*entries: Tensor) -> Tensor:
-    """A diagonal information matrix (*batch, C, C) from its C diagonal entries (*batch,)."""
-    return torch.diag_embed(torch.stack(torch.broadcast_tensors(*entries), -1))
-
-
-@register_fisher(td.Normal, td.LogNormal)
-class NormalFisher(FisherRule):
-    r"""Normal (and LogNormal) in :math:`(\mu, \log\sigma)`: :math:`F = \mathrm{diag}(\sigma^{-2}, 2)`."""
-
-    def parameters(self, d: td.Normal) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"loc": d.loc.unsqueeze(-1), "log_scale": d.scale.log().unsqueeze(-1)}
-
-    def information(self, d: td.Normal) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.scale.pow(-2), torch.full_like(d.scale, 2.0))
-
-    def build(self, d: td.Normal, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        loc = parameters["loc"].squeeze(-1) if "loc" in parameters else d.loc
-        scale = parameters["log_scale"].squeeze(-1).exp() if "log_scale" in parameters else d.scale
-        family = td.LogNormal if isinstance(d, td.LogNormal) else td.Normal
-        return family(*torch.broadcast_tensors(loc, scale))
+#: A Fisher matrix ``(*batch, C, C)``; or, as numbers or tensors ``(*batch,)``, its diagonal, or its lower triangle row by row.
+Information = Callable[[Any], Tensor | Sequence[Tensor | float]]
 
 
-@register_fisher(td.Categorical, td.OneHotCategorical)
-class CategoricalFisher(FisherRule):
-    r"""Categorical in its logits: :math:`F = \mathrm{diag}(\pi) - \pi\pi^\top`."""
+class ArgumentsRule(FisherRule):
+    """
+    A family that is made again from its arguments.
 
-    def parameters(self, d: td.Categorical) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"logits": d.logits}
-
-    def information(self, d: td.Categorical) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        probs = d.probs
-        return torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
-
-    def root(self, d: td.Categorical, names: Sequence[str]) -> Tensor:  # type: ignore[override]
-        r"""
-        See :meth:`FisherRule.root`; C - 1 columns, since the information has that rank:
-        :math:`F = \mathrm{diag}(\sqrt\pi)(I - qq^\top)\mathrm{diag}(\sqrt\pi)` with :math:`q = \sqrt\pi`, and the
-        columns of a Householder reflection that takes q to the last coordinate span the rest of the space.
-        """
-        q = d.probs.sqrt()
-        if q.shape[-1] == 1:
-            return torch.zeros_like(q).unsqueeze(-1)
-        v = q.clone()
-        v[..., -1] += 1
-        reflection = torch.diag_embed(torch.ones_like(q)) - v.unsqueeze(-1) * (v / v[..., -1:]).unsqueeze(-2)
-        return q.unsqueeze(-1) * reflection[..., :-1]
-
-    def build(self, d: td.Categorical, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        family = td.OneHotCategorical if isinstance(d, td.OneHotCategorical) else td.Categorical
-        return family(logits=parameters["logits"])
-
-
-@register_fisher(td.Bernoulli)
-class BernoulliFisher(FisherRule):
-    r"""Bernoulli in its logit: :math:`F = \pi(1-\pi)`."""
-
-    def parameters(self, d: td.Bernoulli) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"logits": d.logits.unsqueeze(-1)}
-
-    def information(self, d: td.Bernoulli) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.probs * (1 - d.probs))
-
-    def build(self, d: td.Bernoulli, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Bernoulli(logits=parameters["logits"].squeeze(-1))
-
-
-@register_fisher(td.Poisson)
-class PoissonFisher(FisherRule):
-    r"""Poisson in its log rate: :math:`F = \lambda`."""
-
-    def parameters(self, d: td.Poisson) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"log_rate": d.rate.log().unsqueeze(-1)}
-
-    def information(self, d: td.Poisson) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.rate)
-
-    def build(self, d: td.Poisson, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Poisson(parameters["log_rate"].squeeze(-1).exp())
-
-
-@register_fisher(td.Laplace)
-class LaplaceFisher(FisherRule):
-    r"""Laplace in :math:`(\mu, \log b)`: :math:`F = \mathrm{diag}(b^{-2}, 1)`."""
-
-    def parameters(self, d: td.Laplace) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"loc": d.loc.unsqueeze(-1), "log_scale": d.scale.log().unsqueeze(-1)}
-
-    def information(self, d: td.Laplace) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.scale.pow(-2), torch.ones_like(d.scale))
-
-    def build(self, d: td.Laplace, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Laplace(*_arguments(d, parameters, loc="loc", scale="log_scale"))
-
-
-@register_fisher(td.StudentT)
-class StudentTFisher(FisherRule):
-    r"""Student t in :math:`(\log\nu, \mu, \log\sigma)`; Lange, Little, Taylor (1989)."""
-
-    def parameters(self, d: td.StudentT) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {
-            "log_df": d.df.log().unsqueeze(-1),
-            "loc": d.loc.unsqueeze(-1),
-            "log_scale": d.scale.log().unsqueeze(-1),
-        }
-
-    def information(self, d: td.StudentT) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        nu, scale = d.df, d.scale
-        trigamma = polygamma(1, nu / 2) - polygamma(1, (nu + 1) / 2)
-        df = 0.25 * trigamma - (nu + 5) / (2 * nu * (nu + 1) * (nu + 3))
-        cross = -2 * nu / ((nu + 1) * (nu + 3))
-        F = _stack(nu.square() * df, (nu + 1) / ((nu + 3) * scale.square()), 2 * nu / (nu + 3))
-        F[..., 0, 2] = F[..., 2, 0] = cross
-        return F
-
-    def build(self, d: td.StudentT, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.StudentT(*_arguments(d, parameters, df="log_df", loc="loc", scale="log_scale"))
-
-
-@register_fisher(td.Gamma)
-class GammaFisher(FisherRule):
-    r"""Gamma in :math:`(\log a, \log b)`: :math:`F = \begin{pmatrix} a^2\psi_1(a) & -a \\ -a & a\end{pmatrix}`."""
-
-    def parameters(self, d: td.Gamma) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {
-            "log_concentration": d.concentration.log().unsqueeze(-1),
-            "log_rate": d.rate.log().unsqueeze(-1),
-        }
-
-    def information(self, d: td.Gamma) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        a = d.concentration
-        return _symmetric(a.square() * polygamma(1, a), -a, a)
-
-    def build(self, d: td.Gamma, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Gamma(*_arguments(d, parameters, concentration="log_concentration", rate="log_rate"))
-
-
-@register_fisher(td.Beta)
-class BetaFisher(FisherRule):
-    r"""Beta in :math:`(\log a, \log b)`: :math:`F_{aa} = a^2(\psi_1(a) - \psi_1(a+b))`, :math:`F_{ab} = -ab\,\psi_1(a+b)`."""
-
-    def parameters(self, d: td.Beta) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {
-            "log_concentration1": d.concentration1.log().unsqueeze(-1),
-            "log_concentration0": d.concentration0.log().unsqueeze(-1),
-        }
-
-    def information(self, d: td.Beta) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        a, b = d.concentration1, d.concentration0
-        total = polygamma(1, a + b)
-        return _symmetric(
-            a.square() * (polygamma(1, a) - total), -a * b * total, b.square() * (polygamma(1, b) - total)
-        )
-
-    def build(self, d: td.Beta, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Beta(
-            *_arguments(
-                d, parameters, concentration1="log_concentration1", concentration0="log_concentration0"
-            )
-        )
-
-
-@register_fisher(td.Binomial)
-class BinomialFisher(FisherRule):
-    r"""Binomial in its logit: :math:`F = n\pi(1-\pi)`."""
-
-    def parameters(self, d: td.Binomial) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"logits": d.logits.unsqueeze(-1)}
-
-    def information(self, d: td.Binomial) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        return _stack(d.total_count * d.probs * (1 - d.probs))
-
-    def build(self, d: td.Binomial, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        return td.Binomial(d.total_count, logits=parameters["logits"].squeeze(-1))
-
-
-@register_fisher(td.NegativeBinomial)
-class NegativeBinomialFisher(FisherRule):
-    r"""
-    Negative binomial with r failures in :math:`(\log r, \text{logit}\,\pi)`:
-    :math:`F = \begin{pmatrix} r^2 \sum_{j\ge0} P(y>j)/(r+j)^2 & r\pi \\ r\pi & r\pi\end{pmatrix}`. The series is
-    summed only where :math:`r` depends on latents.
+    :param make: the class.
+    :param names: its parameters: arguments, or ``"log_"`` and an argument.
+    :param information: see :data:`Information`.
+    :param fixed: arguments that are no parameters.
+    :param root: see :meth:`FisherRule.root`; that of any matrix by default.
+    :param cheap: the information in some of the parameters alone, where it costs less.
     """
 
-    def parameters(self, d: td.NegativeBinomial) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        return {"log_total_count": d.total_count.log().unsqueeze(-1), "logits": d.logits.unsqueeze(-1)}
+    def __init__(
+        self,
+        make: Callable[..., Distribution],
+        names: Sequence[str],
+        information: Information,
+        fixed: Sequence[str] = (),
+        root: Callable[[Any], Tensor] | None = None,
+        cheap: Mapping[tuple[str, ...], Information] | None = None,
+    ) -> None:
+        self.make, self.names, self.fixed = make, tuple(names), tuple(fixed)
+        self._information, self._root, self._cheap = information, root, dict(cheap or {})
 
-    def information(self, d: td.NegativeBinomial) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
-        r, probs = d.total_count, d.probs
-        cross = r * probs
-        return _symmetric(r.square() * self._count_information(d), cross, cross)
+    @override
+    def parameters(self, d: Distribution) -> dict[str, Tensor]:
+        found = {}
+        for name in self.names:
+            value = getattr(d, name.removeprefix("log_"))
+            value = value.log() if name.startswith("log_") else value
+            found[name] = value if value.dim() > len(d.batch_shape) else value.unsqueeze(-1)
+        return found
 
-    def block(self, d: td.NegativeBinomial, names: Sequence[str]) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.block`."""
-        if list(names) == ["logits"]:
-            return _stack(d.total_count * d.probs)
-        return super().block(d, names)
+    @override
+    def information(self, d: Distribution) -> Tensor:
+        return self._matrix(d, self.names, self._information)
 
-    def _count_information(self, d: td.NegativeBinomial) -> Tensor:
-        r""":math:`F_{rr} = E[\psi_1(r) - \psi_1(r+y)] = \sum_{j\ge 0} P(y > j)/(r+j)^2`."""
-        r = d.total_count
-        total, tail = torch.zeros_like(r), torch.ones_like(r)
-        mean, mass, j = float(d.mean.max()), tail, 0
-        # beyond the mean the probabilities decrease geometrically; the tail itself ends at its rounding error
-        while (j <= mean or float(mass.max()) > torch.finfo(r.dtype).eps) and j < _MAX_TERMS:
-            mass = d.log_prob(torch.full_like(r, float(j))).exp()
-            tail = (tail - mass).clamp(min=0)
-            total = total + tail / (r + j).square()
-            j += 1
-        return total
+    @override
+    def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
+        cheap = self._cheap.get(tuple(names))
+        return super().block(d, names) if cheap is None else self._matrix(d, names, cheap)
 
-    def build(self, d: td.NegativeBinomial, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        count = (
-            parameters["log_total_count"].squeeze(-1).exp()
-            if "log_total_count" in parameters
-            else d.total_count
-        )
-        logits = parameters["logits"].squeeze(-1) if "logits" in parameters else d.logits
-        count, logits = torch.broadcast_tensors(count, logits)
-        return td.NegativeBinomial(count, logits=logits)
+    def _matrix(self, d: Distribution, names: Sequence[str], information: Information) -> Tensor:
+        entries = information(d)
+        if isinstance(entries, Tensor):
+            return entries
+        like = getattr(d, names[0].removeprefix("log_"))
+        cells = [torch.as_tensor(e, dtype=like.dtype, device=like.device) for e in entries]
+        cells = [cell.expand(d.batch_shape) for cell in cells]
+        if len(cells) == len(names):
+            return torch.diag_embed(torch.stack(cells, -1))
+        places = [
+            [max(i, j) * (max(i, j) + 1) // 2 + min(i, j) for j in range(len(names))]
+            for i in range(len(names))
+        ]
+        return torch.stack([torch.stack([cells[k] for k in row], -1) for row in places], -2)
+
+    @override
+    def root(self, d: Distribution, names: Sequence[str]) -> Tensor:
+        return super().root(d, names) if self._root is None else self._root(d)
+
+    @override
+    def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
+        arguments = {name: getattr(d, name) for name in self.fixed}
+        for name in self.names:
+            argument = name.removeprefix("log_")
+            arguments[argument] = getattr(d, argument)
+            if name in parameters:
+                old, value = arguments[argument], parameters[name]
+                value = value if old.dim() > len(d.batch_shape) else value.squeeze(-1)
+                arguments[argument] = value.exp() if name.startswith("log_") else value
+        return self.make(**arguments)
+
+
+def register(family: type[Distribution], *names: str, information: Information, **more: Any) -> None:
+    """Registers an :class:`ArgumentsRule` for a family; ``more`` is its."""
+    add_rule(ArgumentsRule(family, names, information, **more), family)
+
+
+def softmax_information(d: Any) -> Tensor:
+    r""":math:`F = \mathrm{diag}(\pi) - \pi\pi^\top` in the logits of one draw."""
+    return torch.diag_embed(d.probs) - d.probs.unsqueeze(-1) * d.probs.unsqueeze(-2)
+
+
+def softmax_root(d: Any) -> Tensor:
+    r"""
+    C - 1 columns, since the information has that rank: :math:`F = \mathrm{diag}(\sqrt\pi)(I - qq^\top)
+    \mathrm{diag}(\sqrt\pi)` with :math:`q = \sqrt\pi`, and the columns of a Householder reflection that takes q to the
+    last coordinate span the rest of the space.
+    """
+    q = d.probs.sqrt()
+    if q.shape[-1] == 1:
+        return torch.zeros_like(q).unsqueeze(-1)
+    v = q.clone()
+    v[..., -1] += 1
+    reflection = torch.diag_embed(torch.ones_like(q)) - v.unsqueeze(-1) * (v / v[..., -1:]).unsqueeze(-2)
+    return q.unsqueeze(-1) * reflection[..., :-1]
+
+
+def gamma_information(d: Any) -> list[Tensor]:
+    r""":math:`F = \begin{pmatrix} a^2\psi_1(a) & -a \\ -a & a\end{pmatrix}` in :math:`(\log a, \log b)`."""
+    a = d.concentration
+    return [a.square() * polygamma(1, a), -a, a]
+
+
+def beta_information(d: td.Beta) -> list[Tensor]:
+    r""":math:`F_{aa} = a^2(\psi_1(a) - \psi_1(a+b))`, :math:`F_{ab} = -ab\,\psi_1(a+b)`."""
+    a, b = d.concentration1, d.concentration0
+    total = polygamma(1, a + b)
+    return [a.square() * (polygamma(1, a) - total), -a * b * total, b.square() * (polygamma(1, b) - total)]
+
+
+def student_information(d: td.StudentT) -> list[Tensor | float]:
+    """Lange, Little, Taylor (1989)."""
+    nu = d.df
+    trigamma = polygamma(1, nu / 2) - polygamma(1, (nu + 1) / 2)
+    df = 0.25 * trigamma - (nu + 5) / (2 * nu * (nu + 1) * (nu + 3))
+    loc, cross = (nu + 1) / ((nu + 3) * d.scale.square()), -2 * nu / ((nu + 1) * (nu + 3))
+    return [nu.square() * df, 0.0, loc, cross, 0.0, 2 * nu / (nu + 3)]
 
 
 _MAX_TERMS = 100_000
 
 
-def _arguments(d: Distribution, parameters: Mapping[str, Tensor], **names: str) -> Any:
-    """Arguments of a distribution, of which some have moved; those named ``log_...`` are exponentiated."""
-    values = []
-    for argument, name in names.items():
-        value = getattr(d, argument)
-        if name in parameters:
-            value = parameters[name].squeeze(-1)
-            value = value.exp() if name.startswith("log_") else value
-        values.append(value)
-    return tuple(torch.broadcast_tensors(*values))
+def count_information(d: td.NegativeBinomial) -> Tensor:
+    r""":math:`F_{rr} = E[\psi_1(r) - \psi_1(r+y)] = \sum_{j\ge 0} P(y > j)/(r+j)^2`."""
+    r = d.total_count
+    total, tail = torch.zeros_like(r), torch.ones_like(r)
+    mean, mass, j = float(d.mean.max()), tail, 0
+    # beyond the mean the probabilities decrease geometrically; the tail itself ends at its rounding error
+    while (j <= mean or float(mass.max()) > torch.finfo(r.dtype).eps) and j < _MAX_TERMS:
+        mass = d.log_prob(torch.full_like(r, float(j))).exp()
+        tail = (tail - mass).clamp(min=0)
+        total = total + tail / (r + j).square()
+        j += 1
+    return total
 
 
-def _symmetric(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """The matrices [[a, b], [b, c]], shape (*batch, 2, 2)."""
-    a, b, c = torch.broadcast_tensors(a, b, c)
-    return torch.stack([torch.stack([a, b], -1), torch.stack([b, c], -1)], -2)
+def negative_binomial_information(d: td.NegativeBinomial) -> list[Tensor]:
+    r"""In :math:`(\log r, \text{logit}\,\pi)` for r failures; :math:`r\pi` but for :math:`r^2` times the series."""
+    r, cross = d.total_count, d.total_count * d.probs
+    return [r.square() * count_information(d), cross, cross]
+
+
+#: The information in the logarithm of the shape of a Weibull or the scale of a Gumbel distribution.
+_SHAPE = (1 - np.euler_gamma) ** 2 + np.pi**2 / 6
+
+register(td.Normal, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 2.0))
+register(td.LogNormal, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 2.0))
+register(td.Laplace, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 1.0))
+register(td.Cauchy, "loc", "log_scale", information=lambda d: (0.5 * d.scale.pow(-2), 0.5))
+register(
+    td.Gumbel,
+    *("loc", "log_scale"),
+    information=lambda d: (d.scale.pow(-2), (np.euler_gamma - 1) / d.scale, _SHAPE),
+)
+register(td.StudentT, "log_df", "loc", "log_scale", information=student_information)
+register(td.HalfNormal, "log_scale", information=lambda d: (2.0,))
+register(td.Exponential, "log_rate", information=lambda d: (1.0,))
+register(td.Gamma, "log_concentration", "log_rate", information=gamma_information)
+register(td.InverseGamma, "log_concentration", "log_rate", information=gamma_information)
+register(
+    td.Weibull,
+    *("log_scale", "log_concentration"),
+    information=lambda d: (d.concentration.square(), (np.euler_gamma - 1) * d.concentration, _SHAPE),
+)
+# its scale ends the support and has no Fisher information
+register(td.Pareto, "log_alpha", information=lambda d: (1.0,), fixed=("scale",))
+register(td.Beta, "log_concentration1", "log_concentration0", information=beta_information)
+register(td.Poisson, "log_rate", information=lambda d: (d.rate,))
+register(td.Geometric, "logits", information=lambda d: (1 - d.probs,))
+register(td.Bernoulli, "logits", information=lambda d: (d.probs * (1 - d.probs),))
+register(
+    td.Binomial,
+    "logits",
+    information=lambda d: (d.total_count * d.probs * (1 - d.probs),),
+    fixed=("total_count",),
+)
+register(
+    td.NegativeBinomial,
+    *("log_total_count", "logits"),
+    information=negative_binomial_information,
+    cheap={("logits",): lambda d: (d.total_count * d.probs,)},  # without the series
+)
+register(td.Categorical, "logits", information=softmax_information, root=softmax_root)
+register(td.OneHotCategorical, "logits", information=softmax_information, root=softmax_root)
+register(
+    td.Multinomial,
+    "logits",
+    information=lambda d: d.total_count * softmax_information(d),
+    root=lambda d: d.total_count**0.5 * softmax_root(d),
+    fixed=("total_count",),
+)
 
 
 def covariance_information(precision: Tensor, directions: Tensor) -> Tensor:
     r"""
     Fisher information of a zero-mean Gaussian in parameters of its covariance,
-    :math:`F_{ab} = \frac12\operatorname{tr}(\Sigma^{-1}\,\partial_a\Sigma\,\Sigma^{-1}\,\partial_b\Sigma)`.
-
-    :param precision: :math:`\Sigma^{-1}`, shape ``(..., d, d)``.
-    :param directions: :math:`\partial_a\Sigma`, shape ``(..., q, d, d)``.
-    :return: shape ``(..., q, q)``.
+    :math:`F_{ab} = \frac12\operatorname{tr}(\Sigma^{-1}\,\partial_a\Sigma\,\Sigma^{-1}\,\partial_b\Sigma)`, shape
+    ``(..., q, q)``, from :math:`\Sigma^{-1}`, ``(..., d, d)``, and :math:`\partial_a\Sigma`, ``(..., q, d, d)``.
     """
     images = precision.unsqueeze(-3) @ directions
     return 0.5 * torch.einsum("...aij,...bji->...ab", images, images)
 
 
-def _location_and_covariance(precision: Tensor, directions: Tensor) -> Tensor:
-    """The information in (location, covariance parameters), which is block-diagonal."""
-    d, q = precision.shape[-1], directions.shape[-3]
-    F = precision.new_zeros(precision.shape[:-2] + (d + q, d + q))
-    F[..., :d, :d] = precision
-    F[..., d:, d:] = covariance_information(precision, directions)
-    return F
+class GaussianFisher(FisherRule):
+    r"""Gaussians in :math:`\mu` and parameters of the covariance: :math:`F_{\mu\mu} = \Sigma^{-1}`, no cross terms."""
+
+    def directions(self, d: Any) -> Tensor:
+        """The derivatives of the covariance in its q parameters, shape ``(..., q, d, d)``."""
+        raise NotImplementedError
+
+    @override
+    def information(self, d: Any) -> Tensor:
+        precision, directions = d.precision_matrix, self.directions(d)
+        size = precision.shape[-1]
+        total = size + directions.shape[-3]
+        F = precision.new_zeros(precision.shape[:-2] + (total, total))
+        F[..., :size, :size] = precision
+        F[..., size:, size:] = covariance_information(precision, directions)
+        return F
+
+    @override
+    def block(self, d: Any, names: Sequence[str]) -> Tensor:
+        if list(names) == ["loc"]:
+            return d.precision_matrix.expand(d.batch_shape + d.precision_matrix.shape[-2:])
+        return super().block(d, names)
 
 
 @register_fisher(td.MultivariateNormal)
-class MultivariateNormalFisher(FisherRule):
+class MultivariateNormalFisher(GaussianFisher):
     r"""
     Multivariate Normal in :math:`\mu` and, row by row, the entries of the Cholesky factor of the covariance, the
-    logarithms of those on its diagonal: :math:`F_{\mu\mu} = \Sigma^{-1}`.
+    logarithms of those on its diagonal.
     """
 
+    @override
     def parameters(self, d: td.MultivariateNormal) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
-        tril = d.scale_tril
-        i, j = torch.tril_indices(tril.shape[-1], tril.shape[-1], device=tril.device)
-        logs = tril.diagonal(dim1=-2, dim2=-1).log()
-        entries = torch.where(i == j, logs[..., i], tril[..., i, j])
-        return {"loc": d.loc, "scale_tril": entries}
+        i, j = _triangle(d.scale_tril)
+        logs = d.scale_tril.diagonal(dim1=-2, dim2=-1).log()
+        return {"loc": d.loc, "scale_tril": torch.where(i == j, logs[..., i], d.scale_tril[..., i, j])}
 
-    def information(self, d: td.MultivariateNormal) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
+    @override
+    def directions(self, d: td.MultivariateNormal) -> Tensor:
         tril = d.scale_tril
-        size = tril.shape[-1]
-        i, j = torch.tril_indices(size, size, device=tril.device)
-        change = tril.new_zeros(tril.shape[:-2] + (len(i), size, size))
-        change[..., torch.arange(len(i), device=tril.device), i, j] = torch.where(
-            i == j, tril[..., i, j], torch.ones_like(tril[..., i, j])
-        )
+        i, j = _triangle(tril)
+        change = tril.new_zeros(tril.shape[:-2] + (len(i),) + tril.shape[-2:])
+        each = torch.arange(len(i), device=tril.device)
+        change[..., each, i, j] = torch.where(i == j, tril[..., i, j], 1.0)
         half = change @ tril.unsqueeze(-3).mT
-        return _location_and_covariance(d.precision_matrix, half + half.mT)
+        return half + half.mT
 
-    def block(self, d: td.MultivariateNormal, names: Sequence[str]) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.block`."""
-        if list(names) == ["loc"]:
-            return d.precision_matrix.expand(d.batch_shape + d.precision_matrix.shape[-2:])
-        return super().block(d, names)
-
+    @override
     def build(self, d: td.MultivariateNormal, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
-        loc, tril = parameters.get("loc", d.loc), d.scale_tril
+        tril = d.scale_tril
         if "scale_tril" in parameters:
             entries = parameters["scale_tril"]
-            size = tril.shape[-1]
-            i, j = torch.tril_indices(size, size, device=tril.device)
-            tril = entries.new_zeros(entries.shape[:-1] + (size, size))
+            i, j = _triangle(tril)
+            tril = entries.new_zeros(entries.shape[:-1] + tril.shape[-2:])
             tril[..., i, j] = torch.where(i == j, entries.exp(), entries)
-        return td.MultivariateNormal(loc, scale_tril=tril)
+        return td.MultivariateNormal(parameters.get("loc", d.loc), scale_tril=tril)
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """Rows and columns of the lower triangle, row by row."""
+    return torch.tril_indices(*matrix.shape[-2:], device=matrix.device)
 
 
 @register_fisher(td.LowRankMultivariateNormal)
-class LowRankMultivariateNormalFisher(FisherRule):
+class LowRankMultivariateNormalFisher(GaussianFisher):
     r"""
-    :math:`N(\mu, WW^\top + \operatorname{diag} D)` in :math:`(\mu, W, \log D)`, W row by row:
-    :math:`F_{\mu\mu} = \Sigma^{-1}`. F may be singular in W, whose columns can be rotated.
+    :math:`N(\mu, WW^\top + \operatorname{diag} D)` in :math:`(\mu, W, \log D)`, W row by row. F may be singular in W,
+    whose columns can be rotated.
     """
 
+    @override
     def parameters(self, d: td.LowRankMultivariateNormal) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
         return {"loc": d.loc, "cov_factor": d.cov_factor.flatten(-2), "log_cov_diag": d.cov_diag.log()}
 
-    def information(self, d: td.LowRankMultivariateNormal) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
+    @override
+    def directions(self, d: td.LowRankMultivariateNormal) -> Tensor:
         W, D = d.cov_factor, d.cov_diag
-        size, _rank = W.shape[-2:]
-        unit = torch.eye(size, dtype=W.dtype, device=W.device)
+        unit = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device)
         # d Sigma / d W[i, r] = e_i w_r^T + w_r e_i^T
         half = torch.einsum("ia,...br->...irab", unit, W).flatten(-4, -3)
-        directions = torch.cat([half + half.mT, torch.diag_embed(D.unsqueeze(-1) * unit)], -3)
-        return _location_and_covariance(d.precision_matrix, directions)
+        return torch.cat([half + half.mT, torch.diag_embed(D.unsqueeze(-1) * unit)], -3)
 
-    def block(self, d: td.LowRankMultivariateNormal, names: Sequence[str]) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.block`."""
-        if list(names) == ["loc"]:
-            return d.precision_matrix.expand(d.batch_shape + d.precision_matrix.shape[-2:])
-        return super().block(d, names)
-
+    @override
     def build(self, d: td.LowRankMultivariateNormal, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
         factor, diagonal = d.cov_factor, d.cov_diag
         if "cov_factor" in parameters:
             factor = parameters["cov_factor"].unflatten(-1, factor.shape[-2:])
@@ -404,30 +331,27 @@ class OrderedLogisticFisher(FisherRule):
     with :math:`\pi_k = \sigma(c_k - f) - \sigma(c_{k-1} - f)`, :math:`F = \sum_k \nabla\pi_k\nabla\pi_k^\top/\pi_k`.
     """
 
+    @override
     def parameters(self, d: dist.OrderedLogistic) -> dict[str, Tensor]:  # type: ignore[override]
-        """See :meth:`FisherRule.parameters`."""
         cuts = d.cutpoints
-        steps = (cuts[..., 1:] - cuts[..., :-1]).log()
-        return {"predictor": d.predictor.unsqueeze(-1), "steps": torch.cat([cuts[..., :1], steps], -1)}
+        steps = torch.cat([cuts[..., :1], cuts.diff(dim=-1).log()], -1)
+        return {"predictor": d.predictor.unsqueeze(-1), "steps": steps}
 
+    @override
     def information(self, d: dist.OrderedLogistic) -> Tensor:  # type: ignore[override]
-        """See :meth:`FisherRule.information`."""
         cuts = d.cutpoints
         cumulative = torch.sigmoid(cuts - d.predictor.unsqueeze(-1))
         density = cumulative * (1 - cumulative)
-        K = cuts.shape[-1]
         # rows: cumulative probabilities; columns: predictor, then v, with c_k = v_0 + sum_{0<j<=k} exp(v_j)
-        widths = torch.cat([torch.ones_like(cuts[..., :1]), cuts[..., 1:] - cuts[..., :-1]], -1)
-        lower = torch.ones(K, K, dtype=cuts.dtype, device=cuts.device).tril()
-        by_step = lower * widths.unsqueeze(-2)
-        by_step = by_step.expand(density.shape + (K,))
+        widths = torch.cat([torch.ones_like(cuts[..., :1]), cuts.diff(dim=-1)], -1).unsqueeze(-2)
+        by_step = torch.ones_like(widths).mT.mul(widths).tril().expand(density.shape + cuts.shape[-1:])
         slopes = density.unsqueeze(-1) * torch.cat([-torch.ones_like(by_step[..., :1]), by_step], -1)
         edge = torch.zeros_like(slopes[..., :1, :])
         gradient = torch.cat([slopes, edge], -2) - torch.cat([edge, slopes], -2)
         return gradient.mT @ (gradient / d.probs.unsqueeze(-1))
 
+    @override
     def build(self, d: dist.OrderedLogistic, parameters: Mapping[str, Tensor]) -> Distribution:  # type: ignore[override]
-        """See :meth:`FisherRule.build`."""
         predictor = parameters["predictor"].squeeze(-1) if "predictor" in parameters else d.predictor
         cuts = d.cutpoints
         if "steps" in parameters:
