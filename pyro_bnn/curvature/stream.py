@@ -16,10 +16,10 @@ from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
 from pyro_bnn.curvature.suspects import Suspects
+from pyro_bnn.model.coverage import Repeats
 from pyro_bnn.model.data import Batch, as_batches, leaves
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.memory import require_memory

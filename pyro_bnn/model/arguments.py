@@ -63,7 +63,7 @@ def _bind(
 
 
 def is_container(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether they are one object that could be data as well as an argument of the model."""
+    """Whether the arguments of a call are one object that could be data as well as an argument of the model."""
     return (
         len(args) == 1
         and not kwargs
@@ -74,9 +74,7 @@ def is_container(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def arguments_of(data: Any) -> Batch:
     """
-    The arguments of the model that it stands for, or that its first batch holds.
-
-    :param data: ``(args, kwargs)``, one batch or an iterable of batches.
+    The arguments of the model that ``(args, kwargs)``, one batch, or the first of several batches stand for.
 
     Example::
 

@@ -44,6 +44,9 @@ def is_single_batch(data: Any) -> bool:
     """
     Tells whether ``data`` is one batch (a tensor, a tuple or mapping of arguments, or a list of tensors)
     rather than an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples, ...).
+
+    :param data: data in any of the forms that :class:`Batches` takes.
+    :return: ``True`` for one batch.
     """
     if isinstance(data, Batches):
         return data.is_single
@@ -57,6 +60,11 @@ def is_single_batch(data: Any) -> bool:
 def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """
     Applies a function to the tensors and packed sequences in nested containers (tuples, lists, mappings, dataclasses).
+
+    :param tree: any value.
+    :param callable fn: takes the place of a tensor or packed sequence and the object, and returns what replaces it.
+    :param path: the place of ``tree``.
+    :return: the same containers with replaced leaves; containers in which nothing changes are returned as they are.
     """
     if isinstance(tree, (Tensor, PackedSequence)):
         return fn(path, tree)
@@ -117,6 +125,8 @@ def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     Applies ``fn`` to every tensor among the arguments of a batch, in containers and packed sequences too.
 
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them, or any nested containers.
+    :param callable fn: a function of a tensor.
+    :return: the batch with each tensor replaced; other arguments are untouched.
 
     Example::
 
@@ -144,6 +154,7 @@ def check_finite(batch: Batch) -> None:
     Checks that the floating-point tensors of a batch are finite, in nested containers too.
 
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
+    :raises ValueError: naming the argument and the number of entries that are not finite.
     """
     for path, leaf in leaves(batch).items():
         value = leaf.data if isinstance(leaf, PackedSequence) else leaf
@@ -173,8 +184,8 @@ def structure(value: Any) -> Any:
 
 def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
     """
-    What may decide how a model handles its arguments: their nesting, and which of their sizes agree. Other sizes in the
-    same places are the same structure.
+    What may decide how a model handles its arguments, hashable: their nesting, and which of their sizes agree. Other sizes in
+    the same places are the same structure; ``known`` are those that were met before.
     """
     known = {} if known is None else known
     if isinstance(value, Tensor):
@@ -189,7 +200,7 @@ def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
 
 
 def check_structure(first: Any, other: Any, number: int, path: Path = ()) -> None:
-    """Raises naming the argument in which they differ."""
+    """Raises, naming the argument, if the :func:`structure` of a batch with this number differs from that of the first."""
     if first == other:
         return
     if isinstance(first, dict) and isinstance(other, dict):
@@ -210,8 +221,12 @@ class Batches:
     Every batch is checked: its entries are finite, in whatever containers they are, and its arguments and their numbers of
     dimensions are those of the first batch. Tensors made in inference mode are copied, so that they can take part in a graph.
 
+    :param data: one batch (a tensor; a tuple of positional arguments; a mapping of keyword arguments; a list
+        of tensors) or an iterable of batches (a :class:`~torch.utils.data.DataLoader`, a list of tuples).
     :ivar bool is_single: whether the data are one batch.
     :ivar bool is_stream: whether they are an iterator, which can be run through once only.
+
+    :raises ValueError: if a batch fails these checks, if there is no batch, or if an iterator is run through a second time.
 
     Example::
 
@@ -222,18 +237,18 @@ class Batches:
 
     def __init__(self, data: Any) -> None:
         self.is_single = is_single_batch(data)
-        self._source = data
+        self.is_stream = not self.is_single and isinstance(data, Iterator)
+        self._source: Iterable[Any] = (data,) if self.is_single else data
+        self._change: Callable[[Tensor], Tensor] = lambda x: x.clone() if x.is_inference() else x
         self._first: Batch | None = None
         self._structure: Any = None
-        self.is_stream = not self.is_single and isinstance(data, Iterator)
         self._is_used = False
 
     @property
     def first(self) -> Batch:
         """The first batch; the pass over an iterator still begins with it."""
         if self._first is None:
-            source = iter((self._source,)) if self.is_single else iter(self._source)
-            for item in source:
+            for item in self._source:
                 self._first = self._ready(item, 0)
                 return self._first
             raise ValueError(
@@ -243,27 +258,30 @@ class Batches:
         return self._first
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.is_single:
-            yield self.first
-            return
+        if self.is_stream and self._is_used:
+            raise ValueError(
+                "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "
+                "a list of batches or a loader."
+            )
+        self._is_used = True
         number = 0
-        if self.is_stream:
-            if self._is_used:
-                raise ValueError(
-                    "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "
-                    "a list of batches or a loader."
-                )
-            self._is_used = True
+        if self.is_single or self.is_stream:
             yield self.first
             number = 1
-        for item in self._source:
+        for item in () if self.is_single else self._source:
             batch = self._ready(item, number)
-            if self._first is None:
-                self._first = batch
+            self._first = self._first or batch
             yield batch
             number += 1
         if not number:
             self.first  # noqa: B018 (raises)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batches":
+        """The same data with every tensor changed by a function."""
+        found = copy.copy(self)
+        found._first = None if self._first is None else map_tensors(self._first, fn)
+        found._structure, found._change = None, fn
+        return found
 
     def _ready(self, item: Any, number: int) -> Batch:
         batch = as_batch(item)
@@ -273,16 +291,16 @@ class Batches:
             if self._structure is None:
                 self._structure = found
             check_structure(self._structure, found, number)
-        return map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
+        return map_tensors(batch, self._change)
 
 
 def as_batches(data: Any) -> Batches:
-    """The data, read."""
+    """The data, read; a :class:`Batches` is returned as it is."""
     return data if isinstance(data, Batches) else Batches(data)
 
 
 def repeatable_batches(data: Any) -> Batches:
-    """The data, read."""
+    """The data, read; refused if they are an iterator, which can be run through once only."""
     batches = as_batches(data)
     if batches.is_stream:
         raise ValueError(
@@ -293,9 +311,5 @@ def repeatable_batches(data: Any) -> Batches:
 
 
 def iter_batches(data: Any) -> Iterator[Batch]:
-    """
-    Iterates over ``data`` as arguments of the model; see :class:`Batches`.
-
-    :return: an iterator over ``(args, kwargs)``.
-    """
+    """Iterates over data as arguments ``(args, kwargs)`` of the model; see :class:`Batches`."""
     return iter(as_batches(data))

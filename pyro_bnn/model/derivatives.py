@@ -26,7 +26,10 @@ _DIRECTIONS = 3
 
 
 def mismatch(phi: Callable[[float], float], slope: float, eps: float) -> float:
-    r"""The relative error of the slope, zero where it is not certain."""
+    """
+    The relative error of the alleged slope of a function at zero, zero where it is not certain; ``eps`` is the relative
+    precision of its values.
+    """
     step = eps ** (1 / 3)
     up, down = phi(step), phi(-step)
     coarse = (up - down) / (2 * step)
@@ -63,21 +66,12 @@ class _Embeddings(TorchFunctionMode):
 
 def _by_frequency(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a look-up has that option, by name or in its place."""
-    place = (
-        {"embedding": 5, "embedding_bag": 5}
-        if func.__module__ == "torch.nn.functional"
-        else {"embedding": 3, "embedding_bag": 3}
-    )
-    at = place[func.__name__]
+    at = 5 if func.__module__ == "torch.nn.functional" else 3
     return bool(kwargs.get("scale_grad_by_freq", len(args) > at and args[at]))
 
 
 class Probe:
-    """
-    A random combination of a model's log densities on one batch.
-
-    :param latent: a packed vector of shape ``(p,)``.
-    """
+    """A random combination of a model's log densities on one batch, near a packed vector of shape ``(p,)``."""
 
     def __init__(self, model: Any, latent: Tensor, batch: Batch) -> None:
         self.model, self.latent, self.batch = model, latent.detach(), batch
@@ -86,11 +80,11 @@ class Probe:
         self._noise: dict[str, Tensor] = {}
 
     def random(self, like: Tensor) -> Tensor:
-        """Gaussian noise of its shape, type and device."""
+        """Gaussian noise of the shape, type and device of a tensor."""
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
 
     def value(self, u: Tensor) -> Tensor:
-        """The combination there, a scalar."""
+        """The combination at a packed vector, a scalar."""
         with torch.random.fork_rng(devices=()):
             trace = self.model.trace(u, self.batch)
         total = torch.zeros((), dtype=torch.float64, device=u.device)
@@ -104,7 +98,7 @@ class Probe:
 
     @torch.enable_grad()
     def gradient(self, u: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """The vector as a leaf, and the gradient there."""
+        """A packed vector as a leaf, and the gradient there, which can be differentiated again with ``create_graph``."""
         leaf = u.detach().clone().requires_grad_(True)
         value = self.value(leaf)
         if not value.requires_grad:
@@ -118,11 +112,7 @@ class Probe:
             yield self.random(self.latent) * (1 + self.latent.abs()) * len(self.latent) ** -0.5
 
     def slopes(self, direction: Tensor, gradient: Tensor) -> float:
-        """
-        The relative error of its product with the direction, see :func:`mismatch`.
-
-        :param direction: shape ``(p,)``.
-        """
+        """The relative error of autograd's gradient along a direction ``(p,)``, see :func:`mismatch`."""
 
         @torch.enable_grad()  # some models take derivatives themselves
         def phi(t: float) -> float:
@@ -130,12 +120,17 @@ class Probe:
 
         return mismatch(phi, float(gradient.double() @ direction.double()), self.eps)
 
+    def differs_in(self, part: slice, gradient: Tensor) -> bool:
+        """Whether autograd's gradient is wrong in a part of the packed vector."""
+        only = torch.zeros_like(self.latent)
+        only[part] = next(self.directions())[part]
+        return self.slopes(only, gradient) > 0
+
 
 def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     """
-    Warns where the gradient of the likelihood is not its derivative.
-
-    :param latent: a packed vector of shape ``(p,)``.
+    Warns where the gradient of the likelihood at a packed vector ``(p,)`` is not its derivative; refuses embeddings with
+    ``scale_grad_by_freq``.
     """
     if wide(latent) is not latent:  # half precision does not resolve it
         return
@@ -149,14 +144,10 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     found += [probe.slopes(next(directions), gradient) for _ in range(_DIRECTIONS - 1)]
     if not all(found):
         return
-    names = []
-    for name, part in model.space.slices.items():
-        only = torch.zeros_like(probe.latent)
-        only[part] = next(directions)[part]
-        if probe.slopes(only, gradient):
-            names.append(name)
+    names = [name for name, part in model.space.slices.items() if probe.differs_in(part, gradient)]
+    sites = f" in {', '.join(map(repr, names))}" if names else ""
     warn_user(
-        f"autograd's gradient of the likelihood{_of(names)} differs by {100 * max(found):.3g} % from the "
+        f"autograd's gradient of the likelihood{sites} differs by {100 * max(found):.3g} % from the "
         "function's derivative, by finite differences: something on the way detaches a part of it (as padding_idx does with a "
         "row of a table), changes gradients in a hook, or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
         "of the function.",
@@ -165,11 +156,7 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
 
 
 def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
-    """
-    Warns where second derivatives of the likelihood are not derivatives of its gradient.
-
-    :param latent: a packed vector of shape ``(p,)``.
-    """
+    """Warns where second derivatives of the likelihood at a packed vector ``(p,)`` are not derivatives of its gradient."""
     if wide(latent) is not latent:
         return
     probe = Probe(model, latent, batch)
@@ -195,8 +182,3 @@ def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
         "write the operation out, v * g / v.norm(...).",
         CurvatureWarning,
     )
-
-
-def _of(names: list[str]) -> str:
-    """The sites whose derivatives differ, as words of a sentence."""
-    return f" in {', '.join(map(repr, names))}" if names else ""

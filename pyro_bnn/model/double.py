@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.model.data import iter_batches, map_tensors
+from pyro_bnn.model.data import Batches, as_batches
 from pyro_bnn.model.parameters import local_parameters
 
 
@@ -45,8 +45,6 @@ def double_precision(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
                 tensor.data = data
 
 
-def doubled(data: Any) -> Iterator[Any]:
+def doubled(data: Any) -> Batches:
     """Batches in double precision."""
-    for batch in iter_batches(data):
-        args, kwargs = map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
-        yield kwargs if kwargs else args
+    return as_batches(data).map(lambda x: x.double() if x.is_floating_point() else x)

@@ -9,8 +9,8 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_bnn.model.data import Batch
@@ -61,7 +61,7 @@ class RowsMessenger(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
-        if isinstance(fn, _Subsample) and msg["value"] is None:
+        if site_is_subsample(msg) and msg["value"] is None:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
             if self.more and size <= fn.size:
                 return
@@ -82,7 +82,7 @@ class CollectMessenger(SubstituteMessenger):
         self.sites: dict[str, Site] = {}
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if not isinstance(msg["fn"], _Subsample):
+        if not site_is_subsample(msg):
             self.sites[msg["name"]] = msg
 
 
@@ -91,14 +91,14 @@ def sample_sites(trace: Trace) -> dict[str, Site]:
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+        if site["type"] == "sample" and not site_is_subsample(site)
     }
 
 
 def run_model(
     model: Callable[..., Any], batch: Batch, values: Mapping[str, Any] | None = None, *, shift: int = 0
 ) -> dict[str, Site]:
-    """The sample sites of a run of a model whose subsampled plates take the first rows."""
+    """The sample sites of a run of a model, given values of some; its subsampled plates take the first rows, or shifted ones."""
     args, kwargs = batch
     with RowsMessenger(shift):
         return sample_sites(
@@ -108,18 +108,17 @@ def run_model(
 
 def is_deterministic(site: Site) -> bool:
     """
-    Tells whether a trace node was made by :func:`pyro.deterministic`, or by a reparametrisation, which puts an observed
-    Delta without weight in the place of the latent site.
+    Whether a trace node was made by :func:`pyro.deterministic`, or by a reparametrisation, which puts an observed Delta
+    without weight in the place of the latent site.
     """
     if site["infer"].get("_deterministic", False):
         return True
-    fn = site["fn"]
-    weightless = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
-    return bool(site["is_observed"]) and weightless and isinstance(base_distribution(fn), dist.Delta)
+    base, mask, _ = unwrap(site["fn"])
+    return bool(site["is_observed"]) and mask is False and isinstance(base, dist.Delta)
 
 
 def is_factor(site: Site) -> bool:
-    """Tells whether a trace node was made by :func:`pyro.factor`."""
+    """Whether a trace node was made by :func:`pyro.factor`."""
     return isinstance(site["fn"], dist.Unit)
 
 
@@ -136,24 +135,13 @@ def deterministic_names(sites: Mapping[str, Site]) -> list[str]:
 
 def observed_names(trace: Trace) -> list[str]:
     """The names of the observed sites: those with data, without factors, deterministic or subsample sites."""
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not isinstance(site["fn"], _Subsample)
-        and not is_deterministic(site)
-        and not is_factor(site)
-    ]
+    sites = sample_sites(trace).items()
+    return [n for n, s in sites if s["is_observed"] and not is_deterministic(s) and not is_factor(s)]
 
 
 def latent_names(trace: Trace) -> list[str]:
     """The names of the latent sample sites, without subsample sites."""
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
-    ]
+    return [name for name, site in sample_sites(trace).items() if not site["is_observed"]]
 
 
 def subsample_scale(site: Site) -> float:
@@ -167,9 +155,8 @@ def subsample_scale(site: Site) -> float:
 
 def log_prob_of(site: Site) -> Tensor:
     """
-    What the distribution of a site says of its value.
-
-    :return: a tensor of the batch shape of the site.
+    What the distribution of a site says of its value, shape of the batch; raises, naming the site, for values of a type that
+    it does not take.
     """
     try:
         log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -188,10 +175,8 @@ def log_prob_of(site: Site) -> Tensor:
 
 def unscaled_log_prob(site: Site) -> Tensor:
     """
-    The pointwise log density of a site, without the factor of subsampled plates or
+    The pointwise log density of a site, shape of the batch, without the factor of subsampled plates or
     :func:`pyro.poutine.scale`; masked entries are zero.
-
-    :return: a tensor of the batch shape of the site.
     """
     log_prob = log_prob_of(site)
     mask = site["mask"]
@@ -202,9 +187,8 @@ def unscaled_log_prob(site: Site) -> Tensor:
 
 def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
     """
-    Removes ``Independent`` and mask wrappers.
-
-    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number of batch dimensions of the base that ``Independent`` counted as event dimensions.
+    A distribution without ``Independent`` and mask wrappers, the product of the masks (broadcastable to its batch shape), and
+    the number of its batch dimensions that ``Independent`` counted as event dimensions.
     """
     masks: list[tuple[Tensor | bool, int]] = []
     event_dim = 0
@@ -212,7 +196,7 @@ def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
         if isinstance(d, torch.distributions.Independent):
             event_dim += d.reinterpreted_batch_ndims
         else:
-            masks.append((d._mask, event_dim))
+            masks.append((d._mask, event_dim))  # Pyro shows a mask nowhere else
         d = d.base_dist
     mask: Tensor | bool = True
     for inner, outside in masks:
@@ -223,11 +207,7 @@ def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
 
 
 def masked_like(fn: Any, other: Any) -> Any:
-    """
-    ``fn`` under the masks of ``other``, of which it has none of its own.
-
-    :param other: another of the same batch and event shape.
-    """
+    """A distribution without masks under those of another of the same batch and event shape."""
     mask = unwrap(other)[1]
     if mask is True:
         return fn
@@ -238,9 +218,8 @@ def masked_like(fn: Any, other: Any) -> Any:
 
 def mask_of(site: Site) -> Tensor | None:
     """
-    Which elements of a site count: the masks of its distribution and of :func:`poutine.mask`.
-
-    :return: bool, the batch shape of the site, or with its event shape where a mask lies inside of the event dimensions; ``None`` if the site has no mask.
+    Which elements of a site count by the masks of its distribution and of :func:`poutine.mask`: bool, the batch shape of the
+    site, or with its event shape where a mask lies inside of the event dimensions; ``None`` if the site has no mask.
     """
     fn, own = site["fn"], False
     inside = False  # whether elements of an event are masked one by one
@@ -263,7 +242,7 @@ def base_distribution(fn: Any) -> Any:
 
 
 def class_probabilities(base: Any) -> Tensor:
-    """Its probabilities, shape ``batch_shape + (C,)``."""
+    """The probabilities of a Categorical distribution, shape ``batch_shape + (C,)``."""
     if not was_given(base, "probs"):
         # its logits are normalised; the softmax that it would take normalises again, at twenty times the cost
         base.probs = base.logits.exp()
@@ -272,10 +251,8 @@ def class_probabilities(base: Any) -> Tensor:
 
 def categorical_draw(fn: Any) -> Tensor | None:
     """
-    A draw from a Categorical distribution by inversion of its distribution function: one random number per draw, where
-    its own method takes one per class.
-
-    :return: labels of the batch and event shape of ``fn``; ``None`` for other families.
+    Labels from a Categorical distribution, wrapped or not, by inversion of its distribution function: one random number per
+    draw, where its own method takes one per class; ``None`` for other families.
     """
     base = base_distribution(fn)
     if type(base) not in (dist.Categorical, torch.distributions.Categorical):
@@ -287,20 +264,15 @@ def categorical_draw(fn: Any) -> Tensor | None:
 
 
 def observation_draw(site: Site) -> Tensor:
-    """
-    A draw of an observed site.
-
-    :return: shape of the batch and event shape of its distribution.
-    """
+    """A draw of an observed site, the batch and event shape of its distribution."""
     value = categorical_draw(site["fn"])
     return site["fn"].sample() if value is None else value
 
 
 def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:
     """
-    Checks that a model whose latents have a leading dimension did not let it grow into others.
-
-    :param shape: the batch shape that it has.
+    Raises if a model whose latents have a leading dimension, of ``what``, let the batch shape of an observed site grow into
+    more than ``ndim`` dimensions.
     """
     if len(shape) > ndim:
         raise ValueError(

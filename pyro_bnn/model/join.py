@@ -32,7 +32,7 @@ class Join:
         self.num_batches = 0
 
     def add(self, sites: Mapping[str, Site], ndims: Mapping[str, int] | None = None) -> None:
-        """Notes the structure of a batch."""
+        """Notes the sites of a batch; ``ndims`` are the numbers of batch dimensions under one draw, where this run has more."""
         self.num_batches += 1
         self.sizes.append({})
         for name, site in sites.items():
@@ -89,7 +89,7 @@ class Join:
         self.known = rows
 
     def axis(self, name: str) -> int | None:
-        """The dimension of the rows in one value of it, from the left; ``None`` outside the data plate."""
+        """The dimension of the rows in one value of a site, from the left; ``None`` outside the data plate."""
         if self.known is not None:
             return self.known.axes.get(name)
         if self.num_batches == 1:
@@ -125,9 +125,8 @@ class Join:
 
     def cat(self, name: str, values: list[Tensor], lead: int = 1, *, random: bool = False) -> Tensor:
         """
-        Joins the values of a site.
-
-        :param values: one tensor per batch, shape ``lead dims + value shape + rest``.
+        Joins the values of a site, per batch ``lead dims + value shape + rest``. Of draws (``random``) the first are as good as
+        others outside the data plate; other values must be the same there.
         """
         if len(values) == 1:
             return values[0]
@@ -161,11 +160,10 @@ class Join:
         return self.cat(name, terms, lead)
 
     def total(self, name: str, terms: list[Tensor]) -> Any:
-        r"""
+        """
         The log density of a site in the joint density of all the data: the sum over batches, and the factor
-        :math:`N / n` where the plate stands for more rows N than the n that were seen.
-
-        :return: a tensor of the shape of a term.
+        :math:`N / n` where the plate stands for more rows N than the n that were seen. The terms are summed within the batches,
+        with scale, mask and the factors of subsampled plates.
         """
         axis = self.subsampled(name) if self.num_batches == 1 else self.axis(name)
         if axis is None:

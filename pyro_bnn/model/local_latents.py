@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.structured import AutoStructured
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 
 from pyro_bnn.model.data import Batch, differing_places
 from pyro_bnn.model.handlers import Site, is_deterministic, run_model
@@ -20,8 +20,8 @@ from pyro_bnn.model.plates import FAILURES, Sites, find_rows, plates_of, says_sa
 
 def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable[[], list[Batch]]) -> None:
     """
-    The values of Pyro's autoguides belong to positions in a plate. Where batches are parts of the data, the same positions
-    are other rows in each of them.
+    Raises where a latent site has a value per row and the batches are parts of the data. The values of Pyro's autoguides belong
+    to positions in a plate; the same positions are other rows in each part.
     """
     owners = {name: part for part in _parts(guide) for name in _latents_in_plates(part)}
     if not owners:
@@ -54,7 +54,7 @@ def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable
 def local_names(
     model: Callable[..., Any], first: Batch, second: Batch, names: Collection[str]
 ) -> Iterator[str]:
-    """Those of them that have a value per row of a batch."""
+    """Those of some latent sites in plates that have a value per row of a batch, given a second one, which tells what changes."""
     places = differing_places(first, second)
     for rows in find_rows(lambda tree: _run(model, tree[:2]), (*first, {}), places):
         yield from (name for name in names if name in rows.axes)
@@ -84,10 +84,8 @@ def _latents_in_plates(guide: Any) -> list[str]:
 
 
 def _is_in_plate(site: Site) -> bool:
-    is_latent = (
-        site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
-    )
-    return is_latent and any(frame.vectorized for frame in site["cond_indep_stack"])
+    sampled = site["type"] == "sample" and not site_is_subsample(site)
+    return sampled and not site["is_observed"] and any(frame.vectorized for frame in site["cond_indep_stack"])
 
 
 @torch.enable_grad()  # some models take derivatives themselves

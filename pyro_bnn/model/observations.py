@@ -19,7 +19,7 @@ from pyro_bnn.ops.families import of_family
 
 
 def check_shape(name: str, site: Site) -> None:
-    """Checks that an observation has the shape of its distribution."""
+    """Raises, naming the site, if an observation is no tensor or does not have the shape of its distribution."""
     if not isinstance(site["value"], Tensor):
         kind = type(site["value"])
         raise TypeError(
@@ -63,7 +63,10 @@ def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
 
 
 def check_run(sites: Mapping[str, Site], batch: Batch, validated: Collection[str] | None = None) -> None:
-    """Checks everything about the observations of a run: what :func:`check_values` and :func:`check_labels` do."""
+    """
+    What :func:`check_values` and :func:`check_labels` say of a run; ``validated`` are the sites whose support is looked at, by
+    default those made with validation on.
+    """
     check_values(sites, batch)
     for name, site in sites.items():
         if site["is_observed"] and not is_deterministic(site) and not is_factor(site):
@@ -91,7 +94,7 @@ def is_stand_in() -> bool:
 
 
 def validated_names(sites: Mapping[str, Site], names: Collection[str]) -> set[str]:
-    """The sites whose support is looked at."""
+    """Those of some sites whose support is looked at: the user has not made them with validation off."""
     outside = _VALIDATED.get()
     return {name for name in names if (is_validated(sites[name]) if outside is None else outside)}
 
@@ -103,8 +106,8 @@ def is_validated(site: Site) -> bool:
 
 def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     """
-    Checks that observations have a type that their distribution takes and lie in its support, where they are not
-    masked. With validation switched off (``validate_args=False``) the support is not looked at.
+    Raises, naming the site, if observations do not have a type that their distribution takes, or lie outside of its support
+    where they are not masked. With validation switched off (``validate_args=False``) the support is not looked at.
     """
     value = site["value"]
     base, mask, event_dim = unwrap(site["fn"])

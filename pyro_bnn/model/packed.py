@@ -27,7 +27,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_bnn.model.coverage import Coverage, is_likelihood, unobserved
+from pyro_bnn.model.coverage import Coverage, Repeats, is_likelihood, unobserved
 from pyro_bnn.model.data import Batch, Batches, as_batches, leaves, map_tensors
 from pyro_bnn.model.derivatives import check_gradient, check_hessian
 from pyro_bnn.model.handlers import (
@@ -47,7 +47,6 @@ from pyro_bnn.model.observations import check_run, validated_names
 from pyro_bnn.model.outputs import SiteOutputs, depends_on, site_outputs
 from pyro_bnn.model.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
 from pyro_bnn.model.reach import require_reach
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.distributed import rank
 from pyro_bnn.ops.jacobian import wide
 

@@ -116,11 +116,7 @@ class Rows:
         return not self.reason
 
     def take(self, tree: Any, index: Tensor | slice) -> Any:
-        """
-        The same with those rows only.
-
-        :param tree: ``(args, kwargs)`` or ``(args, kwargs, draws)`` as the rows were found in.
-        """
+        """``(args, kwargs)`` or ``(args, kwargs, draws)`` with some rows only, given by positions or a slice."""
 
         def cut(path: Path, leaf: Any) -> Any:
             return take_rows(leaf, self.cuts[path], index) if path in self.cuts else leaf
@@ -240,7 +236,10 @@ def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plates: set[st
 def says_same(
     site: Site, other: Site, axis: int | None = None, rows: Tensor | None = None, at: Tensor | None = None
 ) -> bool:
-    """Whether two runs say the same at a site: its density at the values of the first, and what is observed."""
+    """
+    Whether two runs say the same at a site: its density at the values of the first, and what is observed. Compared are
+    some rows along ``axis``, counted from the left in one value, and those of the second run at some places; all by default.
+    """
 
     def pick(value: Tensor, index: Tensor | None) -> Tensor:
         return value if axis is None or index is None else value.index_select(axis, index.to(value.device))
@@ -258,7 +257,10 @@ def says_same(
 
 
 def close(a: Tensor, b: Tensor, *, tolerance: float | None = None, floor: float = 0.0) -> bool:
-    """Whether two tensors differ by rounding only."""
+    """
+    Whether two tensors differ by rounding only: relative to the largest finite entry of the first, or a floor if that is less,
+    by 1000 units in the last place, or a given tolerance.
+    """
     a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return False

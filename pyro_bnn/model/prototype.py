@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def detached(fn: Any) -> Any:
-    """The same, or a copy whose parameters have no graph."""
+    """A distribution without graphs in its parameters: the same, or a copy."""
     changed = {}
     for name, value in vars(fn).items():
         if isinstance(value, Tensor) and value.requires_grad:

@@ -3,7 +3,7 @@
 """Moments of predictions: the aleatoric and the epistemic part of their uncertainty."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
-from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, SitePrediction, join_sites
+from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, BySite, SitePrediction, join_sites
 from pyro_bnn.infer.predict.stream import predictions
 
 if TYPE_CHECKING:
@@ -101,24 +101,12 @@ def site_moments(prediction: SitePrediction) -> SiteMoments:
     )
 
 
-class PredictiveMoments(Mapping[str, SiteMoments]):
+class PredictiveMoments(BySite[SiteMoments]):
     """
     What :func:`predictive_moments` returns: a mapping from observed sites to :class:`SiteMoments`.
 
     :param sites: the moments by site.
     """
-
-    def __init__(self, sites: dict[str, SiteMoments]) -> None:
-        self.sites = sites
-
-    def __getitem__(self, name: str) -> SiteMoments:
-        return self.sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
 
     def to_dataset(self) -> "xr.Dataset":
         """
@@ -129,14 +117,8 @@ class PredictiveMoments(Mapping[str, SiteMoments]):
         """
         import xarray as xr
 
-        variables = {}
-        for name, site in self.sites.items():
-            for field in ("mean", "aleatoric", "epistemic", "log_density", "observed"):
-                value = getattr(site, field)
-                if value is not None:
-                    dims = [*site.dims, f"{name}_class"][: value.dim()]
-                    variables[f"{name}_{field}"] = (tuple(dims), value.cpu().numpy())
-        return xr.Dataset(variables)
+        fields = ("mean", "aleatoric", "epistemic", "log_density", "observed")
+        return xr.Dataset(self._arrays({f"_{name}": name for name in fields}, draws=False))
 
 
 def _binary_entropy(p: Tensor) -> Tensor:

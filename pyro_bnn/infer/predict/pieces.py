@@ -12,7 +12,7 @@ from pyro.poutine import block
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior, draws_given, posterior_draws
 from pyro_bnn.infer.predict.runs import MAX_MEMORY, ModelRunner, has_more_rows
-from pyro_bnn.infer.predict.structure import Sites, predicted_names
+from pyro_bnn.infer.predict.together import Sites, predicted_names
 from pyro_bnn.model.data import Batch, Path, as_batches, differing_places
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.join import Join

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posterior predictive draws, moments and pointwise log likelihoods, from any posterior."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
-from pyro_bnn.infer.predict.sites import FIELDS, SitePrediction, join_sites
+from pyro_bnn.infer.predict.sites import FIELDS, BySite, SitePrediction, join_sites
 from pyro_bnn.infer.predict.stream import predictions
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-class PosteriorPredictive(Mapping[str, SitePrediction]):
+class PosteriorPredictive(BySite[SitePrediction]):
     """
     What :func:`posterior_predictive` returns: a mapping from observed sites to :class:`SitePrediction`.
 
@@ -32,18 +32,9 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
     """
 
     def __init__(self, sites: dict[str, SitePrediction], draws: Draws, vectorized: bool) -> None:
-        self.sites = sites
+        super().__init__(sites)
         self.draws = draws
         self.vectorized = vectorized
-
-    def __getitem__(self, name: str) -> SitePrediction:
-        return self.sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
 
     def __repr__(self) -> str:
         shapes = {n: tuple(s.mean.shape) if s.mean is not None else None for n, s in self.sites.items()}
@@ -90,29 +81,11 @@ class PosteriorPredictive(Mapping[str, SitePrediction]):
         """
         import xarray as xr
 
-        variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-        for name, site in self.sites.items():
-            for suffix, value, lead in (
-                ("", site.samples, ("draw",)),
-                ("_mean", site.mean, ("draw",)),
-                ("_variance", site.variance, ("draw",)),
-                ("_log_likelihood", site.log_likelihood, ("draw",)),
-                ("_observed", site.observed, ()),
-            ):
-                if value is not None:
-                    dims = list(lead) + list(site.dims)
-                    if value.dim() > len(dims):
-                        dims += [f"{name}_class"]
-                    if name + suffix in variables or "draw" in (name, *site.dims):
-                        clash = name + suffix if name + suffix in variables else "draw"
-                        raise ValueError(
-                            f"site {name!r}: there is more than one variable or dimension {clash!r}: rename the site or plate."
-                        )
-                    variables[name + suffix] = (tuple(dims[: value.dim()]), value.detach().cpu().numpy())
+        fields = {"": "samples", **{f"_{n}": n for n in ("mean", "variance", "log_likelihood", "observed")}}
         coords = {
             "draw": np.arange(next((len(s.mean) for s in self.sites.values() if s.mean is not None), 0))
         }
-        return xr.Dataset(variables, coords=coords)
+        return xr.Dataset(self._arrays(fields, draws=True), coords=coords)
 
 
 @torch.no_grad()

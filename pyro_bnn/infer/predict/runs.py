@@ -5,7 +5,6 @@
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,9 +16,18 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from pyro_bnn.infer.predict.compare import PAIR, compare
 from pyro_bnn.infer.predict.draws import Draws
-from pyro_bnn.infer.predict.structure import Key, Reader, Sites, Structure, predicted_names, undrawn
+from pyro_bnn.infer.predict.together import (
+    PAIR,
+    Key,
+    Reader,
+    Sites,
+    Structure,
+    Together,
+    compare,
+    predicted_names,
+    undrawn,
+)
 from pyro_bnn.model.data import Batch, Path, argument_name, coincidences, leaves, map_tensors
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.evaluation import evaluation_mode
@@ -72,33 +80,6 @@ class _Draws(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["value"] is None and not msg["done"]:
             msg["value"] = categorical_draw(msg["fn"])
-
-
-@dataclass
-class Together:
-    """
-    Whether draws run together, and how many.
-
-    :ivar on: ``None`` while it is not known.
-    :ivar required: whether it is an error if they cannot.
-    :ivar max_memory: bytes that the intermediate values of one run may take.
-    :ivar number: of draws in one run; 0 while it is not known.
-    """
-
-    on: bool | None
-    required: bool
-    max_memory: float
-    number: int = 0
-
-    def decide(self, error: str) -> None:
-        """Joint runs from now on, or after an error single ones; raises it if those are not wanted."""
-        if error and self.required:
-            raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
-        self.on = not error
-
-    def fit(self, per_draw: float) -> None:
-        """Sets the number of draws from the bytes that one takes."""
-        self.number = max(1, int(self.max_memory / max(per_draw, 1)))
 
 
 class ModelRunner:

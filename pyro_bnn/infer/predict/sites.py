@@ -2,16 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions at one site: what they are made of, the names of their dims, and how those of batches are joined."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.model.handlers import base_distribution, class_probabilities
 from pyro_bnn.model.join import Join
 from pyro_bnn.ops.families import has_own, of_family
+
+Said = TypeVar("Said")
 
 
 @dataclass
@@ -41,6 +44,44 @@ class SitePrediction:
     dims: tuple[str, ...]
     kind: str = "numeric"
     mask: Tensor | None = None
+
+
+class BySite(Mapping[str, Said]):
+    """A mapping from observed sites to what is said of them."""
+
+    def __init__(self, sites: dict[str, Said]) -> None:
+        self.sites = sites
+
+    @override
+    def __getitem__(self, name: str) -> Said:
+        return self.sites[name]
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def _arrays(self, fields: Mapping[str, str], *, draws: bool) -> dict[str, tuple[tuple[str, ...], Any]]:
+        """Some fields, by the ends of their names, as arrays with the names of their dims."""
+        variables: dict[str, tuple[tuple[str, ...], Any]] = {}
+        for name, site in self.sites.items():
+            for end, field in fields.items():
+                value = getattr(site, field)
+                if value is None:
+                    continue
+                lead = ("draw",) if draws and FIELDS[field] else ()
+                taken = [name + end] if name + end in variables else []
+                taken += ["draw"] if draws and "draw" in (name, *site.dims) else []
+                if taken:
+                    raise ValueError(
+                        f"site {name!r}: there is more than one variable or dimension {taken[0]!r}: rename the site or plate."
+                    )
+                dims = (*lead, *site.dims, f"{name}_class")[: value.dim()]
+                variables[name + end] = dims, value.detach().cpu().numpy()
+        return variables
 
 
 #: For each field of a prediction and of its moments, the number of dimensions left of the site's own.

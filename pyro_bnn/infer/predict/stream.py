@@ -14,7 +14,7 @@ from pyro_bnn.infer.predict.draws import Draws
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import ModelRunner
 from pyro_bnn.infer.predict.sites import SitePrediction, observation_kind, observation_moments, site_dims
-from pyro_bnn.infer.predict.structure import Key, Reader, Reading, Sites, predicted_names, undrawn
+from pyro_bnn.infer.predict.together import Key, Reader, Reading, Sites, predicted_names, undrawn
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import (
