@@ -16,13 +16,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.curvature.dense import DenseSum
-from pyro_bnn.curvature.diagonal import DiagonalSum
+from pyro_bnn.curvature.dense import DensePart
+from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.fisher_checks import require_fixed_values, require_scores
-from pyro_bnn.curvature.parts import NotAMinimumError
+from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
 from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
 from pyro_bnn.curvature.stream import ExampleStream, SiteExamples
-from pyro_bnn.curvature.sums import CurvatureSum
 from pyro_bnn.model.data import is_single_batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.distributed import all_reduce_sum, rank, world_size
@@ -35,12 +34,7 @@ __all__ = ["Curvature", "CurvatureAccumulator", "NotAMinimumError", "PriorCurvat
 
 
 def check_option(name: str, value: str, options: Any) -> None:
-    """
-    :param name: the argument's name.
-    :param value: its value.
-    :param options: a ``Literal`` type of the allowed values.
-    :raises ValueError: if ``value`` is none of them.
-    """
+    """Raises :exc:`ValueError` if the value of an argument is none of those of a ``Literal`` type."""
     if value not in get_args(options):
         raise ValueError(
             f"unknown {name} {value!r}, expected one of {', '.join(map(repr, get_args(options)))}"
@@ -71,29 +65,27 @@ class CurvatureAccumulator:
         :param data: one batch or an iterable of batches, with observations.
         :return: the precision, shape ``(p, p)``.
         """
-        index = torch.arange(len(self.latent), device=self.latent.device)
-        total = DenseSum(index, self.latent)
-        prior = self._accumulate(total, data)
-        (part,) = total.parts(prior.diagonal)
-        return part.tensors["curvature"] + prior.matrix(index)
+        return self._part(DensePart, data).matrix()
 
     def diagonal(self, data: Any) -> Tensor:
         """
         :param data: one batch or an iterable of batches, with observations.
         :return: the diagonal of the precision, shape ``(p,)``.
         """
-        index = torch.arange(len(self.latent), device=self.latent.device)
-        total = DiagonalSum(index, self.latent)
-        prior = self._accumulate(total, data)
-        (part,) = total.parts(prior.diagonal)
-        return part.tensors["curvature"] + part.prior
+        part = self._part(DiagonalPart, data)
+        return part.curvature + part.prior
 
-    def _accumulate(self, total: CurvatureSum, data: Any) -> "PriorCurvature":
+    def _part(self, kind: type[Part], data: Any) -> Any:
+        """Prior and likelihood on all entries in one part."""
+        index = torch.arange(len(self.latent), device=self.latent.device)
+        total = CurvatureSum([kind.zero(index, self.latent.detach())])
         if self.curvature == "ggn":
-            return accumulate_examples(
-                total, ExampleStream(self.model, self.latent), data, lambda site: site.cotangents("ggn")
-            ).prior
-        return accumulate_operators(total, self, data)
+            stream = ExampleStream(self.model, self.latent)
+            prior = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn")).prior
+        else:
+            prior = accumulate_operators(total, self, data)
+        (part,) = total.parts(prior.matrix if kind is DensePart else prior.diagonal)
+        return part
 
     def operator(self, data: Any) -> LinearMap:
         """
@@ -119,13 +111,18 @@ class CurvatureAccumulator:
         :param data: one batch or an iterable of batches, with observations.
         :return: an iterator over maps from ``(S, p)`` to ``(S, p)``; each keeps its batch's graph alive.
         """
-        for operator_or_sites, is_prior in self._terms(data):
-            if is_prior or self.curvature == "hessian":
-                yield operator_or_sites
-            else:
-                for site in operator_or_sites:
-                    if site.outputs.shape[-1]:
-                        yield ggn_operator(site, self.latent)
+        for i, trace in enumerate(self.model.traces(self.latent, data)):
+            if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
+                yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent)
+            self.model.check_observations(trace)
+            log_likelihood = self.model.log_likelihood(trace)
+            if self.curvature == "hessian":
+                yield hvp_operator(-log_likelihood, self.latent)
+                continue
+            require_fixed_values(self.model, trace, self.latent)
+            for site in self.model.site_outputs(trace):
+                if site.outputs.shape[-1]:
+                    yield ggn_operator(site, self.latent)
 
     def likelihood_terms(self, data: Any) -> Iterator[tuple[Trace, Tensor]]:
         """
@@ -136,27 +133,9 @@ class CurvatureAccumulator:
             self.model.check_observations(trace)
             yield trace, -self.model.log_likelihood(trace)
 
-    def _terms(self, data: Any) -> Iterator[tuple[Any, bool]]:
-        for i, trace in enumerate(self.model.traces(self.latent, data)):
-            if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
-                yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent), True
-            self.model.check_observations(trace)
-            negative_log_likelihood = -self.model.log_likelihood(trace)
-            if self.curvature == "hessian":
-                yield hvp_operator(negative_log_likelihood, self.latent), False
-            else:
-                require_fixed_values(self.model, trace, self.latent)
-                yield self.model.site_outputs(trace), False
-
 
 def ggn_operator(site: SiteOutputs, latent: Tensor) -> LinearMap:
-    r"""
-    GGN-vector products :math:`v \mapsto J^\top F J v` of one site.
-
-    :param site: outputs with a graph to ``latent``.
-    :param latent: the packed vector, shape ``(p,)``.
-    :return: a map from ``(S, p)`` to ``(S, p)``.
-    """
+    r"""GGN-vector products :math:`v \mapsto J^\top F J v` of one site's outputs, a map from ``(S, p)`` to ``(S, p)``."""
     flat = site.outputs.reshape(-1)
     jvp = jvp_operator(flat, latent)
     C = site.outputs.shape[-1]
@@ -193,54 +172,42 @@ def accumulate_examples(
     data: Any,
     cotangents: Callable[[SiteExamples], Iterator[Tensor]],
 ) -> Accumulated:
-    """
-    Adds the Fisher-type curvature of the likelihood over data to a sum.
-
-    :param total: the sum.
-    :param stream: runs the model.
-    :param data: one batch or an iterable of batches, with observations.
-    :param cotangents: see :meth:`~pyro_bnn.curvature.stream.SiteExamples.cotangents`.
-    :return: the curvature of the prior, and value and gradient of the log joint density.
-    """
-    prior, log_prior = None, stream.latent.new_zeros((), dtype=torch.float64)
-    log_likelihood = torch.zeros_like(log_prior)
-    gradient = torch.zeros_like(wide(stream.latent.detach()))
+    """Adds the Fisher-type curvature of the likelihood over data, made of a site's ``cotangents``, to a sum."""
+    model, latent = stream.model, stream.latent
+    found: Accumulated | None = None
     for trace, sites in stream.run(data):
-        log_likelihood += stream.model.log_likelihood(trace).detach()
-        require_fixed_values(stream.model, trace, stream.latent)
-        if prior is None:
-            require_scores(stream.model, trace, stream.latent)
-            prior = prior_curvature(stream.model, stream.latent, trace)
-            log_prior = stream.model.log_prior(stream.latent, trace).detach()
+        log_likelihood = model.log_likelihood(trace).detach()
+        require_fixed_values(model, trace, latent)
+        if found is None:
+            require_scores(model, trace, latent)
+            found = _empty(model, latent, prior_curvature(model, latent, trace), trace)
+        found.log_likelihood += log_likelihood
         for site in sites:
-            gradient -= site.jacobian.gradient
+            found.gradient -= site.jacobian.gradient
             total.add(site, cotangents(site))
+    assert found is not None
     if world_size() > 1:
-        all_reduce_sum([*total.tensors(), log_likelihood, gradient])
-    assert prior is not None
-    return Accumulated(prior, log_prior, log_likelihood, gradient)
+        all_reduce_sum([*total.tensors(), found.log_likelihood, found.gradient])
+    return found
+
+
+def _empty(model: PackedModel, latent: Tensor, prior: PriorCurvature, trace: Trace) -> Accumulated:
+    """What one run of the model tells of the prior, before the likelihood is summed."""
+    zero = latent.new_zeros((), dtype=torch.float64)
+    gradient = torch.zeros_like(wide(latent.detach()))
+    return Accumulated(prior, model.log_prior(latent, trace).detach(), zero, gradient)
 
 
 def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator, data: Any) -> PriorCurvature:
-    """
-    Adds the exact Hessian of the negative log likelihood over data to a sum.
-
-    :param total: the sum.
-    :param accumulator: gives the terms.
-    :param data: one batch or an iterable of batches, with observations.
-    :return: the curvature of the prior.
-    """
+    """Adds the exact Hessian of the negative log likelihood over data to a sum, and returns the curvature of the prior."""
     prior = None
+    model, latent, chunk_size = accumulator.model, accumulator.latent, accumulator.chunk_size
     for trace, negative_log_likelihood in accumulator.likelihood_terms(data):
         if prior is None:
-            prior = prior_curvature(
-                accumulator.model, accumulator.latent, trace, chunk_size=accumulator.chunk_size
-            )
+            prior = prior_curvature(model, latent, trace, chunk_size=chunk_size)
         if negative_log_likelihood.requires_grad:
-            total.add_operator(
-                hvp_operator(negative_log_likelihood, accumulator.latent), accumulator.chunk_size
-            )
+            total.add_operator(hvp_operator(negative_log_likelihood, latent), chunk_size)
+    assert prior is not None
     if world_size() > 1:
         all_reduce_sum(total.tensors())
-    assert prior is not None
     return prior

@@ -14,7 +14,6 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,91 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
+from pyro_bnn.curvature.recurrence import unrolled
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
-
-#: Functions that only move entries: they act on the positions as they act on the values.
-MOVES = frozenset(
-    [
-        "reshape",
-        "view",
-        "transpose",
-        "t",
-        "T",
-        "mT",
-        "H",
-        "mH",
-        "permute",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "broadcast_to",
-        "broadcast_tensors",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "chunk",
-        "unbind",
-        "select",
-        "narrow",
-        "__getitem__",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "index_select",
-        "cat",
-        "concat",
-        "concatenate",
-        "stack",
-        "hstack",
-        "vstack",
-        "diagonal",
-        "flip",
-        "roll",
-        "tile",
-        "repeat",
-    ]
-)
-#: Functions that keep entry and place.
-COPIES = frozenset(
-    [
-        "contiguous",
-        "clone",
-        "to",
-        "type",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type_as",
-        "cpu",
-        "cuda",
-        "requires_grad_",
-        "alias",
-    ]
-)
-#: Functions that write into their first argument, by the function whose result they write.
-_IN_PLACE = {
-    **dict.fromkeys(("mul_", "multiply_", "__imul__"), "mul"),
-    **dict.fromkeys(("add_", "sub_", "subtract_", "__iadd__", "__isub__"), "add"),
-}
-_WRITES = frozenset(
-    f"__i{name}__"
-    for name in (
-        "add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"
-    )
-) | {"__setitem__"}  # fmt: skip
-_MATMULS = frozenset(["matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm"])
-_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-_TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 
 
 class Capture(TorchFunctionMode):
@@ -151,32 +70,28 @@ class Capture(TorchFunctionMode):
         self._track(latent, torch.arange(p, device=latent.device))
 
     def finish(self, result: Tensor) -> None:
-        """
-        Ends the capture and closes the set of generic entries: a use that shares an entry with it is dropped.
-
-        :param result: the function's value; entries that it holds unchanged are generic.
-        """
+        """Ends the capture of a function's value; entries that it holds unchanged are generic."""
         index = self._index(result)
         if index is not None:
             self._give_up([index])
-        while bool(self.generic.any()):
-            keep = [not bool(self.generic[use.index].any()) for use in self.uses]
-            if all(keep):
-                break
-            for use, kept in zip(self.uses, keep, strict=True):
-                if not kept:
-                    self.generic[use.index.reshape(-1)] = True
-            self.uses = [use for use, kept in zip(self.uses, keep, strict=True) if kept]
+        self.drop_generic()
         used = sorted({use.slot for use in self.uses})
         self.outputs = [self.outputs[slot] for slot in used]
         for use in self.uses:
             use.slot = used.index(use.slot)
         self._tracked.clear()
 
+    def drop_generic(self) -> None:
+        """Closes the set of generic entries: a use that shares an entry with it is dropped, and its entries are generic."""
+        while bool(self.generic.any()):
+            dropped = [use for use in self.uses if bool(self.generic[use.index].any())]
+            if not dropped:
+                return
+            self._give_up(use.index for use in dropped)
+            self.uses = [use for use in self.uses if use not in dropped]
+
     def fork(self) -> "Capture":
-        """
-        :return: a copy of what was recorded, to be finished for one of several results.
-        """
+        """A copy of what was recorded, to be finished for one of several results."""
         other = copy.copy(self)
         other.uses = [copy.copy(use) for use in self.uses]
         other.outputs = list(self.outputs)
@@ -217,16 +132,12 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Watches one call; the result is always that of the call itself."""
         kwargs = kwargs or {}
-        flat: list[Any] = []
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, (tuple, list)):
-                flat.extend(value)
-            else:
-                flat.append(value)
+        values = (*args, *kwargs.values())
+        flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else (value,))]
         indices = [index for index in map(self._index, flat) if index is not None]
         if not indices:
             return func(*args, **kwargs)
-        name, outer = _name(func), self._function
+        name, outer = operations.name_of(func), self._function
         self._function = outer or name  # what the program called, not what that is made of
         try:
             result, moved = self._watch(name, func, flat, args, kwargs, indices)
@@ -240,16 +151,18 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, flat: list[Any], args: Any, kwargs: dict[str, Any], indices: list[Tensor]
     ) -> tuple[Any, bool]:
         """Runs a function of tracked tensors; returns its result, and whether it only moved entries."""
-        if _writes(name, kwargs):
+        if operations.writes(name, kwargs):
             return self._write(name, func, args, kwargs, indices), False
-        if name in MOVES or name in COPIES:
+        if name in operations.MOVES or name in operations.COPIES:
             result = func(*args, **kwargs)
             if self._move(name, func, flat, args, kwargs, result):
                 return result, True
         elif isinstance(func, types.FunctionType) and func.__module__.startswith("torch.nn.functional"):
             with self:
-                return _without_dispatch(func)(*args, **kwargs), False
-        elif (handler := getattr(self, "_do_" + _FAMILIES.get(name, name).strip("_"), None)) is not None:
+                return operations.without_dispatch(func)(*args, **kwargs), False
+        elif (
+            handler := getattr(self, "_do_" + operations.FAMILIES.get(name, name).strip("_"), None)
+        ) is not None:
             result = _call(handler, name, func, args, kwargs)
             if result is not NotImplemented:
                 return result, False
@@ -261,8 +174,8 @@ class Capture(TorchFunctionMode):
     def _write(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]) -> Any:
         """Runs a function that writes into one of its arguments."""
         target = kwargs.get("out", args[0] if args else None)
-        if name in _IN_PLACE and self._index(target) is None:
-            result = _call(getattr(self, "_do_" + _IN_PLACE[name]), name, func, args, kwargs)
+        if name in operations.IN_PLACE and self._index(target) is None:
+            result = _call(getattr(self, "_do_" + operations.IN_PLACE[name]), name, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
@@ -286,9 +199,9 @@ class Capture(TorchFunctionMode):
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
-        if name in COPIES | {"expand_as", "view_as", "reshape_as"} and self._index(tensors[0]) is None:
+        if name in operations.COPIES | operations.LIKE and self._index(tensors[0]) is None:
             return True  # only dtype, device or shape of a tracked tensor were asked for
-        if name in COPIES:
+        if name in operations.COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
             return True
         if name == "broadcast_tensors":
@@ -299,9 +212,7 @@ class Capture(TorchFunctionMode):
             return True
         if name in ("view", "type") and any(isinstance(a, torch.dtype) for a in flat):
             return False
-        data = [v for v in tensors if v.is_floating_point()]
-        if name in ("expand_as", "view_as", "reshape_as"):
-            data = data[:1]
+        data = tensors[:1] if name in operations.LIKE else [v for v in tensors if v.is_floating_point()]
         if any(self._index(v) is None for v in data):
             return False
 
@@ -311,7 +222,7 @@ class Capture(TorchFunctionMode):
 
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
         if name == "__get__":
-            moved = getattr(self._index(args[0]), _name(func))
+            moved = getattr(self._index(args[0]), operations.name_of(func))
         for value, index in zip(_leaves(result), _leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)
@@ -324,15 +235,13 @@ class Capture(TorchFunctionMode):
     # ------------------------------------------------------------------ linear maps
 
     def _do_linear(self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
-        w, b = self._index(weight), self._index(bias)
+        w = self._index(weight)
         if self._index(input) is not None or weight.dim() != 2:
             return NotImplemented
         y = func(input, weight, bias)
         if w is not None:
             self._record(y, LinearUse(w, self._kept(input), _same))
-        if b is not None:
-            self._record(y, ElementwiseUse(b, None, 1.0))
-        return y
+        return self._record_offset(y, bias, 0)
 
     def _do_addmm(
         self, name: str, func: Any, input: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1
@@ -344,14 +253,11 @@ class Capture(TorchFunctionMode):
 
     def _do_matmul(self, name: str, func: Any, a: Tensor, b: Tensor) -> Any:
         ia, ib = self._index(a), self._index(b)
-        if name == "__rmatmul__":
-            return NotImplemented
-        if ia is not None and ib is not None:
+        if name == "__rmatmul__" or (ia is not None and ib is not None):
             return NotImplemented
         y = func(a, b)
         if ib is not None:
-            if b.dim() > 2 and b.shape[:-2].numel() == 1:
-                ib = ib.reshape(ib.shape[-2:])
+            ib = _matrix(ib)
             if ib.dim() == 1:
                 return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), _unsqueeze))
             if ib.dim() != 2 or a.dim() == 1:
@@ -359,28 +265,19 @@ class Capture(TorchFunctionMode):
             x = self._kept(a).expand(y.shape[:-1] + a.shape[-1:])
             return self._record(y, LinearUse(ib.mT, x, _same))
         assert ia is not None
-        if a.dim() > 2 and a.shape[:-2].numel() == 1:
-            ia = ia.reshape(ia.shape[-2:])
-        if ia.dim() == 1 and b.dim() >= 2:
-            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, _unsqueeze))
-        if ia.dim() != 2 or b.dim() < 2:
+        ia = _matrix(ia)
+        if ia.dim() > 2 or b.dim() < 2:
             return NotImplemented
+        if ia.dim() == 1:
+            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, _unsqueeze))
         x = self._kept(b).mT.expand(y.shape[:-2] + (y.shape[-1], b.shape[-2]))
         return self._record(y, LinearUse(ia, x, _transpose))
 
     def _do_convolution(
-        self,
-        name: str,
-        func: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Any:
-        d = _CONVOLUTIONS[name]
+        self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
+        padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    ) -> Any:  # fmt: skip
+        d = operations.CONVOLUTIONS[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -389,33 +286,19 @@ class Capture(TorchFunctionMode):
             x = self._kept(input)
             if isinstance(padding, str):
                 total = [dl * (k - 1) for dl, k in zip(sizes(dilation, d), weight.shape[2:], strict=True)]
-                widths = (
-                    [v for t in reversed(total) for v in (t // 2, t - t // 2)] if padding == "same" else []
-                )
-                x, padding = F.pad(x, widths), 0
+                same = [v for t in reversed(total) for v in (t // 2, t - t // 2)]
+                x, padding = F.pad(x, same if padding == "same" else []), 0
             geometry = (weight.shape[2:], stride, padding, dilation)
             for g, part in enumerate(w.chunk(groups)):
-                rows = ChannelRows(g, groups)
                 inputs = PatchInputs(x.chunk(groups, 1)[g], geometry)
-                self._record(y, LinearUse(part.flatten(1), inputs, rows))
-        if self._index(bias) is not None:
-            self._record_bias(y, bias, d)
-        return y
+                self._record(y, LinearUse(part.flatten(1), inputs, ChannelRows(g, groups)))
+        return self._record_offset(y, bias, d)
 
     def _do_transposed(
-        self,
-        name: str,
-        func: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        d = _TRANSPOSED[name]
+        self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
+        padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    ) -> Any:  # fmt: skip
+        d = operations.TRANSPOSED[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -427,14 +310,12 @@ class Capture(TorchFunctionMode):
                 x = self._kept(input).chunk(groups, 1)[g].flatten(2).mT
                 rows = OutputPatches(g, groups, geometry, x.shape[1])
                 self._record(y, LinearUse(part.flatten(1).mT, x, rows))
-        if self._index(bias) is not None:
-            self._record_bias(y, bias, d)
-        return y
+        return self._record_offset(y, bias, d)
 
-    def _record_bias(self, y: Tensor, bias: Tensor, d: int) -> None:
+    def _record_offset(self, y: Tensor, bias: Any, d: int) -> Tensor:
+        """Records the offset, if tracked, of channels with d dimensions behind them."""
         index = self._index(bias)
-        assert index is not None
-        self._record(y, ElementwiseUse(index.reshape((-1,) + (1,) * d), None, 1.0))
+        return y if index is None else self._record(y, ElementwiseUse(index.reshape((-1,) + (1,) * d)))
 
     def _do_embedding(
         self, name: str, func: Any, weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any
@@ -456,18 +337,16 @@ class Capture(TorchFunctionMode):
         if (ia is not None and ib is not None) or not isinstance(other, Tensor) or index is None:
             return NotImplemented
         kept = self._kept(other)
-        if name in _IN_PLACE:  # what is scaled is about to be overwritten
+        if name in operations.IN_PLACE:  # what is scaled is about to be overwritten
             kept = kept.clone()
-        return self._record(func(a, b), ElementwiseUse(index, kept, 1.0))
+        return self._record(func(a, b), ElementwiseUse(index, kept))
 
     def _do_add(self, name: str, func: Any, a: Any, b: Any, *, alpha: Any = 1) -> Any:
         ia, ib = self._index(a), self._index(b)
-        if (ia is not None and ib is not None) or alpha != 1:
-            return NotImplemented
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            return NotImplemented
         index = ib if ia is None else ia
-        assert index is not None
+        both = ia is not None and ib is not None
+        if both or index is None or alpha != 1 or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return NotImplemented
         subtracted = ia if name in ("__rsub__", "rsub") else ib
         sign = -1.0 if "sub" in name and subtracted is not None else 1.0
         return self._record(func(a, b), ElementwiseUse(index, None, sign))
@@ -528,26 +407,9 @@ class Capture(TorchFunctionMode):
         if dropout and train:
             return NotImplemented
         with self:
-            return _unrolled(
+            return unrolled(
                 name, input, hx, params, has_biases, num_layers, 2 if bidirectional else 1, batch_first
             )
-
-
-_FAMILIES = {
-    **dict.fromkeys(_MATMULS, "matmul"),
-    **dict.fromkeys(_CONVOLUTIONS, "convolution"),
-    **dict.fromkeys(_TRANSPOSED, "transposed"),
-    **dict.fromkeys(("__mul__", "__rmul__", "multiply"), "mul"),
-    **dict.fromkeys(("__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"), "add"),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "recurrent"),
-}
-
-
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(func.__self__, "__name__", name)
-    return name
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -564,26 +426,14 @@ _SIGNATURES = {
 }
 
 
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes into one of its arguments."""
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in _WRITES or kwargs.get("out") is not None
-
-
 def _leaves(result: Any) -> Sequence[Any]:
     # flattening one tensor would cost more than most functions of it
     return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
 
 
-@cache
-def _without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
-    """A copy of a function of torch that does not hand over to overrides, so that its body runs."""
-    inert = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **inert}, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
+def _matrix(index: Tensor) -> Tensor:
+    """A batch of one matrix as that matrix."""
+    return index.reshape(index.shape[-2:]) if index.dim() > 2 and index.shape[:-2].numel() == 1 else index
 
 
 def _same(g: Tensor) -> Tensor:
@@ -596,56 +446,3 @@ def _unsqueeze(g: Tensor) -> Tensor:
 
 def _transpose(g: Tensor) -> Tensor:
     return g.mT
-
-
-def _unrolled(
-    name: str,
-    x: Tensor,
-    hx: Any,
-    params: Any,
-    has_biases: bool,
-    layers: int,
-    directions: int,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    """The recurrence of torch's LSTM, GRU and RNN in elementary operations; returns (output, *final states)."""
-    if batch_first:
-        x = x.transpose(0, 1)
-    step = len(params) // (layers * directions)
-    weights = [tuple(params[i : i + step]) for i in range(0, layers * directions * step, step)]
-    states = (hx[0], hx[1]) if name == "lstm" else (hx,)
-    finals: list[tuple[Tensor, ...]] = []
-    for layer in range(layers):
-        sides = []
-        for side in range(directions):
-            at = layer * directions + side
-            w_ih, w_hh, *rest = weights[at]
-            b_ih, b_hh = rest[:2] if has_biases else (None, None)
-            projection = rest[2 * has_biases :]  # of an LSTM with proj_size
-            state = tuple(s[at] for s in states)
-            inputs = F.linear(x, w_ih, b_ih)
-            order = range(x.shape[0]) if side == 0 else range(x.shape[0] - 1, -1, -1)
-            hidden: dict[int, Tensor] = {}
-            for t in order:
-                state = _cell(name, inputs[t], F.linear(state[0], w_hh, b_hh), state)
-                if projection:
-                    state = (F.linear(state[0], projection[0]), state[1])
-                hidden[t] = state[0]
-            sides.append(torch.stack([hidden[t] for t in range(x.shape[0])]))
-            finals.append(state)
-        x = torch.cat(sides, -1)
-    result = x.transpose(0, 1) if batch_first else x
-    return (result, *(torch.stack([f[i] for f in finals]) for i in range(len(states))))
-
-
-def _cell(name: str, i: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if name == "gru":
-        (ir, iz, new), (hr, hz, hn) = i.chunk(3, -1), h.chunk(3, -1)
-        reset, update = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
-        candidate = torch.tanh(new + reset * hn)
-        return (candidate + update * (state[0] - candidate),)
-    if name == "lstm":
-        a, forget, cell, out = (i + h).chunk(4, -1)
-        memory = torch.sigmoid(forget) * state[1] + torch.sigmoid(a) * torch.tanh(cell)
-        return torch.sigmoid(out) * torch.tanh(memory), memory
-    return (torch.relu(i + h) if name == "rnn_relu" else torch.tanh(i + h),)

@@ -15,10 +15,8 @@ from pyro_bnn.ops.jacobian import vjp
 
 def require_fixed_values(model: PackedModel, trace: Trace, latent: Tensor) -> None:
     """
-    :param model: the packed model.
-    :param trace: a trace of it.
-    :param latent: the packed vector that it was made at, requiring a gradient.
-    :raises ValueError: if the model has :func:`pyro.factor` statements, or an observed value depends on latents.
+    Raises :exc:`ValueError` if a model has :func:`pyro.factor` statements, or an observed value of its trace depends on the
+    packed vector, which requires a gradient.
     """
     model.check_factors(trace)
     for name in model.counted(trace):
@@ -36,14 +34,9 @@ def require_fixed_values(model: PackedModel, trace: Trace, latent: Tensor) -> No
 @torch.enable_grad()
 def require_scores(model: PackedModel, trace: Trace, latent: Tensor) -> None:
     r"""
-    Raises if the gradient of the log likelihood is not what the scores give, :math:`J^\top\partial\log p/\partial\phi`:
-    then the Fisher matrix does not see all of the likelihood. Each element counts with a random weight, since at a mode
-    the gradients of all together cancel.
-
-    :param model: the packed model.
-    :param trace: a trace of it, with observations; its graph is kept.
-    :param latent: the packed vector that it was made at, requiring a gradient.
-    :raises ValueError: naming the site.
+    Raises :exc:`ValueError`, naming the site, if the gradient of the log likelihood is not what the scores give,
+    :math:`J^\top\partial\log p/\partial\phi`: then the Fisher matrix does not see all of the likelihood. Each element counts
+    with a random weight, since at a mode the gradients of all together cancel. The graph of the trace is kept.
     """
     require_fixed_values(model, trace, latent)
     generator = torch.Generator().manual_seed(0)
@@ -72,10 +65,9 @@ def _gradients(
     noise = torch.randn(log_prob.shape, generator=generator).to(log_prob)
     direct = torch.zeros_like(latent)
     if log_prob.requires_grad:
-        (found,) = torch.autograd.grad(
+        (direct,) = torch.autograd.grad(
             log_prob, latent, noise, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        direct = found
     if not site.outputs.shape[-1]:
         return direct, torch.zeros_like(direct)
     noise = noise.reshape(noise.shape + (1,) * (site.event_dim + 1))

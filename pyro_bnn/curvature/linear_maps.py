@@ -164,6 +164,31 @@ def _covariance_of_rows(
     return torch.cat(parts)
 
 
+def dense_covariance(g: Sequence[Tensor], x: Tensor, covariance: Tensor, places: Tensor) -> Tensor:
+    r"""
+    :func:`kronecker_covariance` of a weight with any covariance, where T = 1:
+    :math:`\sum_{op} g_{co} g_{kp}\, x^\top \Sigma_{op} x`.
+
+    :param g: gradients in the outputs, K of shape ``(B, 1, out)``.
+    :param x: inputs, shape ``(B, 1, in)``.
+    :param covariance: shape ``(q, q)``.
+    :param places: where the entries of the weight are in it, shape ``(out, in)``.
+    :return: shape ``(B, K, K)``.
+    """
+    x = x.squeeze(1)
+    out = len(places)
+    inner = x.new_empty(x.shape[0], out, out)
+    for o in range(out):
+        # symmetric in the pair of outputs
+        rows = covariance.index_select(0, places[o])
+        images = x @ rows.index_select(1, places[o:].reshape(-1))
+        values = images.unflatten(-1, (out - o, -1)).mul_(x.unsqueeze(1)).sum(-1)
+        inner[:, o, o:] = values
+        inner[:, o:, o] = values
+    stacked = torch.cat(tuple(g), 1)
+    return stacked @ inner @ stacked.mT
+
+
 class MapBlock:
     r"""
     The dense curvature block of one linear map with one row per example, summed over data:

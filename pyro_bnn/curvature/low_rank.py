@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from pyro_bnn.curvature.parts import Part, indefinite
+from pyro_bnn.curvature.jacobian import Pulled
+from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places, require_finite
 from pyro_bnn.curvature.stream import SiteExamples
-from pyro_bnn.curvature.sums import CurvatureSum
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
-from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator
+from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator, world_size
 from pyro_bnn.ops.distributed import rank as process_rank
 from pyro_bnn.ops.eigen import leading_eigenpairs
 from pyro_bnn.ops.jacobian import LinearMap
@@ -35,24 +36,14 @@ def placed_rows(
     site: SiteExamples, cotangents: Iterable[Tensor], index: Tensor, reserve: Reserve = _reserve_nothing
 ) -> Iterator[Tensor]:
     r"""
-    The rows R of a site's curvature :math:`R^\top R` on one chunk of data.
-
-    :param site: the site.
-    :param cotangents: see :meth:`~pyro_bnn.curvature.stream.SiteExamples.cotangents`.
-    :param index: the entries that are wanted, shape ``(q,)``.
-    :param reserve: called before rows are allocated.
-    :return: an iterator over tensors of shape ``(K * B, q)``, all rows of one cotangent together.
+    The rows R, shape ``(K * B, q)``, of a site's curvature :math:`R^\top R` on one chunk of data in the entries ``index``;
+    ``reserve`` is called before they are allocated.
     """
-    latent = site.jacobian.latent
-    place = torch.full((len(latent),), -1, dtype=torch.long, device=index.device)
-    place[index] = torch.arange(len(index), device=index.device)
+    jac = site.jacobian
+    place = places(index, len(jac.latent))
     for chunk in cotangents:
-        reserve(chunk.shape[0] * chunk.shape[1], site.jacobian.B if site.jacobian.dim >= 0 else None)
-        rows = chunk.new_zeros(chunk.shape[0] * chunk.shape[1], len(index))
-        for positions, part in site.jacobian.rows(chunk):
-            keep = place[positions] >= 0
-            rows[:, place[positions][keep]] = part.reshape(len(rows), -1)[:, keep]
-        yield rows
+        reserve(chunk.shape[0] * chunk.shape[1], jac.B if jac.dim >= 0 else None)
+        yield Pulled(jac, chunk).placed_rows(place, len(index))
 
 
 def curvature_rows(
@@ -62,16 +53,7 @@ def curvature_rows(
     reserve: Reserve,
     weight: float,
 ) -> Iterator[Tensor]:
-    """
-    The rows of all sites on all chunks of data.
-
-    :param chunks: see :meth:`~pyro_bnn.curvature.stream.ExampleStream.run`.
-    :param cotangents: see :meth:`~pyro_bnn.curvature.stream.SiteExamples.cotangents`.
-    :param index: the entries that are wanted, shape ``(q,)``.
-    :param reserve: called before rows are allocated.
-    :param weight: how many times the curvature counts.
-    :return: an iterator over tensors of shape ``(n, q)``.
-    """
+    """The rows of all sites on all chunks of data, whose curvature counts ``weight`` times."""
     for _, sites in chunks:
         for site in sites:
             for rows in placed_rows(site, cotangents(site), index, reserve):
@@ -82,8 +64,8 @@ class LowRankSum(CurvatureSum):
     r"""
     A curvature :math:`R^\top R`, or one given by products, reduced to low rank relative to the prior.
 
-    :param index: the entries.
-    :param latent: the packed vector.
+    :param index: the entries, shape ``(q,)``.
+    :param latent: the packed vector, shape ``(p,)``, for its dtype and device.
     :param method: ``"low_rank"``, ``"nystrom"`` or ``"function_space"``.
     :param rank: how many eigenpairs or features.
     :param rows: yields R in chunks; ``None`` if ``operator`` is given.
@@ -106,7 +88,8 @@ class LowRankSum(CurvatureSum):
         generator: torch.Generator | None = None,
         memory_limit: float | None = None,
     ) -> None:
-        super().__init__(index, latent)
+        super().__init__([])
+        self.index, self.latent = index, latent
         self.method = method
         self.rank = rank
         self._rows = rows
@@ -116,16 +99,12 @@ class LowRankSum(CurvatureSum):
         self._limit = memory_limit
         self._earlier: list[Tensor] = []
 
+    @override
     def resume(self, parts: Sequence[Part]) -> None:
-        """See :meth:`CurvatureSum.resume`."""
         for part in parts:
-            scale = part.prior.sqrt()
-            root = part.tensors["values"].clamp(min=0).sqrt()
-            self._earlier.append((part.tensors["vectors"] * root).mT * scale)
-
-    def tensors(self) -> list[Tensor]:
-        """Nothing: eigenpairs come from products, which are summed over processes one by one."""
-        return [] if self.method == "low_rank" else super().tensors()
+            assert isinstance(part, LowRankPart)
+            root = part.values.clamp(min=0).sqrt()
+            self._earlier.append((part.vectors * root).mT * part.prior.sqrt())
 
     def _all_rows(self, reserve: Reserve = _reserve_nothing) -> Iterator[Tensor]:
         if process_rank() == 0:  # the processes of a data-parallel run share what was there before
@@ -133,8 +112,13 @@ class LowRankSum(CurvatureSum):
         if self._rows is not None:
             yield from (rows.to(self.latent.dtype) for rows in self._rows(reserve))
 
-    def parts(self, prior: Callable[[Tensor], Tensor]) -> list[Part]:
-        """See :meth:`CurvatureSum.parts`."""
+    @override
+    def parts(self, prior: Prior) -> list[Part]:
+        if self.method != "low_rank" and world_size() > 1:
+            raise ValueError(
+                f"structure={self.method!r} does not add up over processes; with torch.distributed use structure='full', "
+                "'block', 'kronecker', 'diagonal' or 'low_rank'."
+            )
         diagonal = prior(self.index)
         if diagonal.dim() != 1 or not bool((diagonal > 0).all()):
             raise ValueError(
@@ -142,22 +126,20 @@ class LowRankSum(CurvatureSum):
                 "estimate; priors that are coupled (hierarchical scales) need structure='full', 'block' or 'diagonal', "
                 "or sites= without the coupled ones."
             )
-        scale = diagonal.rsqrt()
-        if self.method == "low_rank":
-            values, vectors = self._leading(scale)
-        elif self.method == "function_space":
-            values, vectors = self._all(scale)
-        else:
-            values, vectors = self._features(scale)
+        reduce = {"low_rank": self._leading, "function_space": self._all, "nystrom": self._features}
+        values, vectors = reduce[self.method](diagonal.rsqrt())
         return [LowRankPart(index=self.index, prior=diagonal, values=values, vectors=vectors)]
 
     def _leading(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenpairs by products, which are summed over processes one by one."""
+
         def multiply(v: Tensor) -> Tensor:
             scaled = v * scale
             total = torch.zeros_like(v) if self._operator is None else self._operator(scaled)
             for rows in self._all_rows():
                 total = total + (scaled @ rows.mT) @ rows
             all_reduce_sum([total])
+            require_finite(total)
             return total * scale
 
         generator = self._generator or shared_generator(self.latent.device)
@@ -170,12 +152,11 @@ class LowRankSum(CurvatureSum):
         advice = "Use structure='nystrom' or 'low_rank' with a smaller rank, or 'kronecker'."
         if self.method == "function_space":
             advice = f"Pass a smaller subset_size. {advice}"
-        require_memory(
-            needed, f"structure={self.method!r} with {rows} rows", self.latent.device, advice, self._limit
-        )
+        what = f"structure={self.method!r} with {rows} rows"
+        require_memory(needed, what, self.latent.device, advice, self._limit)
 
     def _all(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        collected: list[Tensor] = []
+        """All eigenpairs, from all rows."""
         count = sum(len(rows) for rows in self._earlier)
         first = True
 
@@ -187,13 +168,10 @@ class LowRankSum(CurvatureSum):
             self._require(count + max(rows, expected))
             count, first = count + rows, False
 
-        for rows in self._all_rows(reserve):
-            collected.append(rows * scale)
-        values, vectors = _from_rows(torch.cat(collected))
-        return values, vectors
+        return _from_rows(torch.cat([rows * scale for rows in self._all_rows(reserve)]))
 
     def _features(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        # landmarks: a uniform sample of the rows, by the largest of random keys
+        """The projection on features of landmarks: a uniform sample of the rows, by the largest of random keys."""
         landmarks = self.latent.new_zeros(0, len(self.index))
         keys = self.latent.new_zeros(0)
         number = 4 * self.rank
@@ -205,8 +183,7 @@ class LowRankSum(CurvatureSum):
             if len(keys) > number:
                 keys, best = keys.topk(number)
                 landmarks = landmarks[best]
-        _, features = _from_rows(landmarks * scale)
-        features = features[:, : self.rank]
+        features = _from_rows(landmarks * scale)[1][:, : self.rank]
         projected = self.latent.new_zeros(features.shape[1], features.shape[1])
         for rows in self._all_rows():
             images = (rows * scale) @ features
@@ -255,29 +232,37 @@ class LowRankNormal(PrecisionNormal):
         wide = x.to(self.vectors.dtype)
         return (wide + ((wide @ self.vectors) * factor) @ self.vectors.mT).to(x.dtype)
 
+    @override
     def half_solve(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve`."""
         return self._apply(x, -0.5) / self.scale
 
+    @override
     def half_solve_transposed(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve_transposed`."""
         return self._apply(x / self.scale, -0.5)
 
+    @override
     def multiply(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.multiply`."""
         return self._apply(x * self.scale, 1.0) * self.scale
 
     @property
+    @override
     def log_det_precision(self) -> Tensor:
-        """See :attr:`PrecisionNormal.log_det_precision`."""
         terms = torch.log1p(self.eigenvalues), 2 * self.scale.log()
         return terms[0].sum(dtype=torch.float64) + terms[1].sum(dtype=torch.float64)
 
     @property
+    @override
     def variance(self) -> Tensor:
-        """Marginal variances, shape ``(p,)``."""
         shrink = self.eigenvalues / (1 + self.eigenvalues)
         return (1 - self.vectors.square() @ shrink).to(self.scale.dtype) / self.scale.square()
+
+    @override
+    def condition_number(self, *, to_prior: bool = False) -> float:
+        if not self.eigenvalues.numel():
+            return 1.0
+        values = 1 + self.eigenvalues.detach()
+        rest = 1.0 if to_prior or len(values) < len(self.loc) else float("inf")
+        return float(values.max()) / min(rest, float(values.min()))
 
 
 class LowRankPart(Part):
@@ -287,12 +272,13 @@ class LowRankPart(Part):
     """
 
     kind = "low_rank"
+    vectors: Tensor
+    values: Tensor
 
+    @override
     def posterior(self, loc: Tensor, tau: Tensor | None = None) -> PrecisionNormal:
-        """See :meth:`Part.posterior`."""
         self._check_positive("the low-rank structure")
-        values, vectors = self.tensors["values"], self.tensors["vectors"]
-        prior = self.prior
+        values, vectors, prior = self.values, self.vectors, self.prior
         if tau is not None:
             prior = tau * prior
             if tau.dim() == 0:
@@ -305,9 +291,9 @@ class LowRankPart(Part):
             raise indefinite(1 + values, "leading eigenvalues")
         return LowRankNormal(loc[self.index], prior.sqrt().to(loc.dtype), vectors, values)
 
+    @override
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """See :meth:`Part.spectrum`."""
         self._check_positive("the low-rank structure")
         values = self.prior.new_zeros(len(self.index))
-        values[: len(self.tensors["values"])] = self.tensors["values"]
+        values[: len(self.values)] = self.values
         return values, self.prior.log().sum()

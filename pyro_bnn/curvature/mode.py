@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for the mode of a joint density."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -10,9 +13,10 @@ from torch import Tensor
 
 from pyro_bnn.curvature.definite import require_finite_mode
 from pyro_bnn.model.data import is_single_batch
+from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.double import double_precision, doubled
 from pyro_bnn.model.packed import PackedModel
-from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg
+from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg, value_and_gradient
 from pyro_bnn.ops.notice import warn_user
 
 #: largest number of latents whose Hessian may be held: products with the identity and an eigendecomposition per step
@@ -34,26 +38,20 @@ def find_mode(
     report: bool = True,
 ) -> Tensor:
     """
-    Minimises the negative log joint density by L-BFGS and Newton steps, and says where it could not.
-
-    :param model: the packed model.
-    :param start: shape ``(p,)``.
-    :param data: one batch or an iterable of batches, with observations.
-    :param tolerance: the Newton decrement at which to stop.
-    :param max_iter: largest number of L-BFGS iterations.
-    :param float64: whether to search in double precision.
-    :param report: whether to warn if the search has not converged in the metric of the exact Hessian.
-    :return: shape ``(p,)``.
-    :raises NotAMinimumError: if a site runs off, as there is no mode.
-    :raises RuntimeError: if ``float64`` meets tensors of lower precision that do not combine with it.
+    Minimises the negative log joint density by L-BFGS and Newton steps from ``start``, shape ``(p,)``, to a Newton decrement of
+    ``tolerance``, in double precision if ``float64``, and says, if ``report``, where the search has not converged in the
+    metric of the exact Hessian. Raises :exc:`NotAMinimumError` if a site runs off, as there is no mode, and
+    :exc:`ValueError` where the gradient is not finite, :exc:`RuntimeError` if ``float64`` meets tensors of lower precision that do not combine with it.
     """
     start = start.detach()
     with double_precision(model.modules) if float64 else nullcontext():
         try:
             first = start.double() if float64 else start
             model.check_data(first, doubled(data) if float64 else data)
-            terms = _terms(model, data, float64)
+            terms = partial(_terms, model, data, float64)
             found = _search(terms, first, data, tolerance, max_iter)
+            if not isfinite(found.decrement):
+                require_finite(model, value_and_gradient(terms, found.point)[1])
         except RuntimeError as error:
             if float64 and "dtype" in str(error):
                 raise RuntimeError(
@@ -67,8 +65,8 @@ def find_mode(
     return found.point
 
 
-def _terms(model: PackedModel, data: Any, float64: bool) -> Terms:
-    return lambda latent: model.losses(latent, doubled(data) if float64 else data)
+def _terms(model: PackedModel, data: Any, float64: bool, latent: Tensor) -> Iterator[Tensor]:
+    return model.losses(latent, doubled(data) if float64 else data)
 
 
 def _search(terms: Terms, start: Tensor, data: Any, tolerance: float, max_iter: int) -> NewtonResult:

@@ -1,24 +1,30 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Covariances :math:`J P^{-1} J^\top` of a linearised model's outputs over one batch: of the parameters of each element,
-and of those of each observation, whose elements (its event dimensions) share the latents.
+Covariances :math:`J P^{-1} J^\top` of a linearised model's outputs: over one batch, of the parameters of each element, and of
+those of each observation, whose elements (its event dimensions) share the latents; over several batches, of all points.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_bnn.curvature.linear_covariance import LinearCovariance
+from pyro_bnn.curvature.blocks import LinearBlock
+from pyro_bnn.curvature.jacobian import ExampleJacobian, Pulled
 from pyro_bnn.curvature.stream import ExampleStream, SiteExamples
-from pyro_bnn.model.data import Batch
+from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
+from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.model.packed import SiteOutputs
+from pyro_bnn.ops.jacobian import jacobian, wide
 
 #: parameters of one observation up to which their covariances are formed together with their variances
 JOINT_LIMIT = 64
+
+#: The owner of entries that are fixed, and of those that several parts share.
+_FIXED, _SEVERAL = -1, -2
 
 
 @dataclass
@@ -36,11 +42,7 @@ class SiteCovariances:
 
 
 def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """
-    :param parts: covariances of chunks.
-    :param shape: what their leading dimensions are in the whole batch.
-    :return: the whole.
-    """
+    """Covariances of chunks as one, whose leading dimensions are ``shape``."""
     # chunks are smaller than the whole in the dimension along which the batch was split, and there only; sites without that
     # dimension are the same in all of them
     dims = [d for d, size in enumerate(shape) if parts[0].shape[d] != size]
@@ -56,12 +58,9 @@ def output_covariances(
     whole: Callable[[], list[SiteOutputs]] | None = None,
 ) -> tuple[dict[str, SiteCovariances], list[SiteOutputs]]:
     """
-    :param posterior: a Gaussian over the packed vector.
-    :param stream: runs the model.
-    :param batch: arguments of the model.
-    :param joint: whether covariances of whole observations are wanted, however large.
-    :param whole: gives the outputs of the whole batch, where they are needed if it does not run in one piece.
-    :return: covariances by site; and the outputs, if the batch ran in one piece.
+    Covariances by site under a Gaussian over the packed vector, and the outputs if the batch ran in one piece; of whole
+    observations, however large, if ``joint``. ``whole`` gives the outputs of the whole batch, where they are needed if it does
+    not run in one piece.
     """
     found: dict[str, SiteCovariances] = {}
     covariance = LinearCovariance(posterior)
@@ -74,7 +73,7 @@ def output_covariances(
     return found, outputs[0] if len(outputs) == 1 else []
 
 
-def _add(mine: SiteCovariances, covariance: LinearCovariance, examples: SiteExamples, joint: bool) -> None:
+def _add(mine: SiteCovariances, covariance: "LinearCovariance", examples: SiteExamples, joint: bool) -> None:
     site, jac = examples.site, examples.jacobian
     shape, C = site.outputs.shape[:-1], site.outputs.shape[-1]
     batch = len(shape) - site.event_dim
@@ -104,15 +103,137 @@ def _placed(blocks: Tensor, size: int, dim: int, shape: torch.Size) -> Tensor:
 def event_covariance(
     posterior: Any, stream: ExampleStream, batch: Batch, name: str, shape: torch.Size
 ) -> Tensor:
-    """
-    The covariance of all parameters of each observation of one site.
-
-    :param posterior: a Gaussian over the packed vector.
-    :param stream: runs the model.
-    :param batch: arguments of the model.
-    :param name: the site.
-    :param shape: its batch shape.
-    :return: shape ``batch_shape + (E C, E C)``.
-    """
+    """The covariance of all parameters of each observation of one site of batch shape ``shape``: ``shape + (E C, E C)``."""
     found, _ = output_covariances(posterior, stream, batch, joint=True)
     return joined(found[name].events, shape)
+
+
+class LinearCovariance:
+    """
+    Covariances of the outputs of a linearised model under a Gaussian over the packed vector, without the Jacobian where its
+    parts are the weights of linear maps. One that is no :class:`PrecisionNormal` needs a method ``quadratic_form``.
+    """
+
+    def __init__(self, posterior: Any) -> None:
+        self.posterior = posterior
+        if not isinstance(posterior, PrecisionNormal):
+            return
+        everything = torch.arange(posterior.loc.shape[0], device=posterior.loc.device)
+        #: independent parts: positions, and the Gaussian over them
+        self.parts = posterior.parts if isinstance(posterior, BlockNormal) else [(everything, posterior)]
+        #: by entry, the number of its part and its place there
+        self.owner, self.place = torch.full_like(everything, _FIXED), torch.zeros_like(everything)
+        for i, (index, _) in enumerate(self.parts):
+            self.owner[index], self.place[index] = i, everything[: len(index)]
+
+    def elements(self, jac: ExampleJacobian, elements: int, *, limit: int = 64) -> Tensor:
+        """
+        Covariances of the C parameters of each of a site's ``elements`` per example, shape ``(B, elements, C, C)``; all those
+        of an example are formed at once up to ``limit`` outputs.
+        """
+        B, M = jac.B, jac.M
+        C = M // elements
+        basis = jac.basis()
+        if limit >= M:
+            joint = self.combinations(jac, basis).reshape(B, elements, C, elements, C)
+            return joint.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        return torch.stack([self.combinations(jac, some) for some in basis.split(C)], 1)
+
+    def combinations(self, jac: ExampleJacobian, cotangents: Tensor) -> Tensor:
+        """Covariances of K linear combinations, shape ``(K, B, M)``, of each example's outputs: ``(B, K, K)``."""
+        K, B, _ = cotangents.shape
+        if not isinstance(self.posterior, PrecisionNormal):
+            return self.posterior.quadratic_form(jac.dense(cotangents).movedim(0, 1))
+        pulled = Pulled(jac, cotangents)
+        total = cotangents.new_zeros(B, K, K)
+        rows: dict[int, Tensor] = {}  # by part, shape (B, K, q)
+        done: set[int] = set()
+        for block in jac.blocks:
+            owner = self._owner(block.index)
+            if id(block) in done or owner == _FIXED:
+                continue
+            if isinstance(block, LinearBlock) and owner != _SEVERAL:
+                found = self._of_map(pulled, block, owner, done)
+                if found is not None:
+                    total += found
+                    continue
+            total += self._of_rows(rows, block.index.reshape(-1), pulled.rows(block).movedim(0, 1), owner)
+        if len(jac.generic):
+            self._add_rows(rows, jac.generic, pulled.generic_rows().movedim(0, 1))
+        for i, values in rows.items():
+            total += self.parts[i][1].quadratic_form(values)
+        return total
+
+    def _owner(self, index: Tensor) -> int:
+        """The part that all of some entries belong to."""
+        owners = self.owner[index]
+        first = int(owners.reshape(-1)[0])
+        return first if bool((owners == first).all()) else _SEVERAL
+
+    def _of_map(self, pulled: Pulled, block: LinearBlock, owner: int, done: set[int]) -> Tensor | None:
+        """The covariance that the weight of a linear map, and an offset of its outputs, give where that is known."""
+        jac = pulled.jacobian
+        offset = jac.offsets.get(id(block))
+        if offset is not None and (self._owner(offset.index) != owner or id(offset) in done):
+            offset = None
+        index, x = block.with_offset(offset)
+        others = [b.index for b in jac.blocks if b is not block and b is not offset]
+        alone = not any(bool((self.owner[other] == owner).any()) for other in (*others, jac.generic))
+        found = self.parts[owner][1].map_covariance(pulled.outputs(block), x, self.place[index], alone)
+        if found is not None and offset is not None:
+            done.add(id(offset))
+        return found
+
+    def _of_rows(self, rows: dict[int, Tensor], index: Tensor, values: Tensor, owner: int) -> Tensor | float:
+        """The covariance that the Jacobian of some entries, shape (B, K, q), gives; or adds it to that of their part."""
+        if owner != _SEVERAL:
+            found = self.parts[owner][1].partial_form(values, self.place[index])
+            if found is not None:
+                return found
+        self._add_rows(rows, index, values)
+        return 0.0
+
+    def _add_rows(self, rows: dict[int, Tensor], index: Tensor, values: Tensor) -> None:
+        """Adds the Jacobian of some entries, shape (B, K, q), to those of the parts that they belong to."""
+        owners = self.owner[index]
+        for i in owners.unique().tolist():
+            if i == _FIXED:
+                continue
+            positions = self.parts[i][0]
+            if i not in rows and torch.equal(index, positions):
+                rows[i] = values
+                continue
+            if i not in rows:
+                rows[i] = values.new_zeros(values.shape[:2] + positions.shape)
+            mine = owners == i
+            rows[i][..., self.place[index[mine]]] += values[..., mine]
+
+
+def joint_covariance_blocks(guide: Any, data: Any) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    r"""
+    The blocks :math:`J_i P^{-1} J_j^\top`, :math:`j \le i`, of the covariance over all points and outputs of batches in a fixed
+    order, for a fitted guide: i, j and the block by observed site, shape ``shape_i + (C,) + shape_j + (C,)``.
+    """
+    for i, batch in enumerate(iter_batches(data)):
+        mine = _half(guide, batch)
+        for j, other in enumerate(iter_batches(data)):
+            theirs = mine if j == i else _half(guide, other)
+            blocks = {
+                name: (a @ theirs[name][0].mT).reshape(shape + theirs[name][1])
+                for name, (a, shape) in mine.items()
+            }
+            yield i, j, blocks
+            if j == i:
+                break
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _half(guide: Any, batch: Batch) -> dict[str, tuple[Tensor, torch.Size]]:
+    r"""By site, W with :math:`W W^\top = J P^{-1} J^\top` and the shape of the outputs."""
+    latent = guide.loc.detach().clone().requires_grad_(True)
+    found = {}
+    for site in guide.packed.outputs(latent, batch):
+        J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=guide.chunk_size))
+        found[site.name] = (guide.posterior.half_solve_transposed(J).detach(), site.outputs.shape)
+    return found

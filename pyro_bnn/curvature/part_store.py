@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a curvature as buffers of a module, so that they follow it to devices, dtypes and files."""
+"""Parts of a precision as submodules of a guide, so that they follow it to devices, dtypes and files."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,50 +14,34 @@ from pyro_bnn.curvature.kronecker import KroneckerPart
 from pyro_bnn.curvature.low_rank import LowRankPart
 from pyro_bnn.curvature.parts import Part
 
+_KINDS: dict[str, type[Part]] = {
+    part.kind: part for part in (DensePart, DiagonalPart, KroneckerPart, LowRankPart)
+}
+#: A part's number and kind, and the name of one of its tensors; files of earlier versions have "_" between them.
+_KEY = re.compile(rf"((\d+)_({'|'.join(_KINDS)}))[._](\w+)")
+
 
 class PartStore(nn.Module):
-    """Holds parts; a state dict loads into an empty store."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._cached: list[Part] | None = None
+    """Holds parts, named by their number and kind; a state dict loads into any store."""
 
     def set(self, parts: Sequence[Part]) -> None:
-        """
-        :param parts: replace all that the store holds.
-        """
-        self._buffers.clear()
+        """Replaces all that the store holds."""
+        for name, _ in list(self.named_children()):
+            delattr(self, name)
         for i, part in enumerate(parts):
-            for name, value in part.tensors.items():
-                self.register_buffer(f"{i}_{part.kind}_{name}", value)
-        self._cached = list(parts) or None
+            self.add_module(f"{i}_{part.kind}", part)
 
     def get(self) -> list[Part]:
-        """
-        :return: the parts, in the order they were given.
-        """
-        if self._cached is None:
-            grouped: dict[tuple[int, str], dict[str, Tensor]] = {}
-            kinds = {cls.kind: cls for cls in PART_KINDS}
-            for key, value in self._buffers.items():
-                number, rest = key.split("_", 1)
-                kind = next(k for k in kinds if rest.startswith(k + "_"))
-                assert value is not None
-                grouped.setdefault((int(number), kind), {})[rest[len(kind) + 1 :]] = value
-            self._cached = [kinds[kind](**tensors) for (_, kind), tensors in sorted(grouped.items())]
-        return self._cached
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        self._cached = None
-        return super()._apply(fn, *args, **kwargs)
+        """The parts, in the order they were given."""
+        return [part for part in self.children() if isinstance(part, Part)]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._buffers.clear()
-        self._cached = None
-        for key, value in state_dict.items():
-            if key.startswith(prefix):
-                self.register_buffer(key[len(prefix) :], value.clone())
+        found: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            match = _KEY.fullmatch(key.removeprefix(prefix))
+            if match is not None:
+                part, number, kind, name = match.groups()
+                value = state_dict[f"{prefix}{part}.{name}"] = state_dict.pop(key)
+                found.setdefault((int(number), kind), {})[name] = value.clone()
+        self.set([_KINDS[kind](**tensors) for (_, kind), tensors in sorted(found.items())])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-PART_KINDS: tuple[type[Part], ...] = (DensePart, DiagonalPart, KroneckerPart, LowRankPart)

@@ -5,7 +5,6 @@ Convolutions as linear maps: the patches of their inputs, and sums of outer prod
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +13,14 @@ from torch import Tensor
 
 
 def sizes(value: Any, d: int) -> tuple[int, ...]:
-    """
-    :param value: a size, or one per spatial dimension, as torch's convolutions take it.
-    :param d: how many spatial dimensions there are.
-    :return: one per dimension.
-    """
+    """A size, or one per spatial dimension, as torch's convolutions take it, as one for each of d dimensions."""
     return (value,) * d if isinstance(value, int) else tuple(value) * (d if len(value) == 1 else 1)
 
 
 def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
     """
-    The inputs that each output position of a convolution sees.
-
-    :param x: shape ``(B, c, *spatial)``.
-    :param kernel: size of the kernel, one number per spatial dimension.
-    :param stride: as in :func:`torch.nn.functional.conv2d`; so are ``padding`` and ``dilation``.
-    :param padding: zeros on each side.
-    :param dilation: distance of the kernel's taps.
-    :return: shape ``(B, T, c * prod(kernel))``.
+    The inputs, shape ``(B, c, *spatial)``, that each output position of a convolution sees, shape ``(B, T, c * prod(kernel))``;
+    ``kernel`` is its size, the rest as in :func:`torch.nn.functional.conv2d`.
     """
     d = x.dim() - 2
     kernel, stride, padding, dilation = (sizes(v, d) for v in (tuple(kernel), stride, padding, dilation))
@@ -42,44 +31,14 @@ def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
     return x.flatten(2 + d).flatten(1, 1 + d).mT
 
 
-def project_patches(
-    factors: Sequence[Tensor], x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> Tensor:
-    """
-    Inner products of patches with an outer product of vectors, one dimension at a time: less work than a convolution with
-    one channel.
-
-    :param factors: one vector over the channels and one over each dimension of the kernel.
-    :param x: see :func:`patches`; so are the other arguments.
-    :return: shape ``(B, T)``.
-    """
-    d = x.dim() - 2
-    stride, padding, dilation = (sizes(v, d) for v in (stride, padding, dilation))
-    result = torch.matmul(factors[0], x.flatten(2)).reshape(len(x), *x.shape[2:])
-    for i in reversed(range(d)):
-        matrix = _taps(factors[1 + i], x.shape[2 + i], stride[i], padding[i], dilation[i])
-        if i == d - 1:
-            result = result @ matrix
-        else:
-            rest = result.shape[2 + i :]
-            result = (matrix.mT @ result.flatten(2 + i)).unflatten(-1, rest)
-    return result.flatten(1)
-
-
-def _taps(values: Tensor, size: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """The matrix of a convolution along one dimension, shape ``(size, out)``."""
-    units = torch.eye(size, dtype=values.dtype, device=values.device).unsqueeze(1)
-    return F.conv1d(units, values.reshape(1, 1, -1), None, stride, padding, dilation).squeeze(1)
+def convolved(x: Tensor, v: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Inner products, shape ``(B, T)``, of :func:`patches` with a vector: a convolution with one channel."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    return convolve(x, v.reshape(1, x.shape[1], *kernel), None, stride, padding, dilation).flatten(1)
 
 
 def gram(rows: Tensor, *, block: int = 128) -> Tensor:
-    r"""
-    :math:`R^\top R`, computed for one triangle of blocks where that saves work.
-
-    :param rows: shape ``(n, d)``.
-    :param block: size of a block.
-    :return: shape ``(d, d)``.
-    """
+    r""":math:`R^\top R` of rows ``(n, d)``, computed for one triangle of blocks where that saves work."""
     d = rows.shape[1]
     if d < 2 * block:
         return rows.mT @ rows
@@ -93,12 +52,7 @@ def gram(rows: Tensor, *, block: int = 128) -> Tensor:
 
 
 def column_gram(columns: Tensor) -> Tensor:
-    r"""
-    :math:`\sum_n C_n C_n^\top`.
-
-    :param columns: shape ``(B, d, T)``.
-    :return: shape ``(d, d)``.
-    """
+    r""":math:`\sum_n C_n C_n^\top`, shape ``(d, d)``, of columns ``(B, d, T)``."""
     if columns.shape[1] <= columns.shape[2]:
         return torch.bmm(columns, columns.mT).sum(0)
     return gram(columns.mT.reshape(-1, columns.shape[1]))
@@ -106,15 +60,11 @@ def column_gram(columns: Tensor) -> Tensor:
 
 def patch_gram(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[Tensor, int]:
     r"""
-    The sum of outer products of a convolution's patches, :math:`\sum_{nt} x_{nt}x_{nt}^\top`.
+    The sum of outer products of :func:`patches`, :math:`\sum_{nt} x_{nt}x_{nt}^\top`, and the number of terms.
 
     Two taps in rows i and i' of the kernel see input rows at the distance i' - i at every output position. So the
     products of input rows (unfolded along the width only) at each of the distances are formed once and added up for
     every pair of kernel rows: a kernel with k rows costs about k instead of k² of their products, and no patches.
-
-    :param x: shape ``(B, c, *spatial)``.
-    :param kernel: see :func:`patches`; so are ``stride``, ``padding`` and ``dilation``.
-    :return: shape ``(c * prod(kernel),) * 2``, and the number of terms.
     """
     d = x.dim() - 2
     if d == 1:  # the only dimension takes the part of the rows
@@ -150,64 +100,37 @@ def patch_gram(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any)
 
 class PatchInputs:
     """
-    The patches of a convolution's input, formed when asked for: they are much larger than the input.
-
-    :param x: the input.
-    :param geometry: kernel, stride, padding and dilation.
+    The patches of a convolution's input, formed when asked for: they are much larger than the input. The geometry is kernel,
+    stride, padding and dilation.
     """
 
     def __init__(self, x: Tensor, geometry: Any) -> None:
         self.x, self.geometry = x, geometry
 
     def __call__(self) -> Tensor:
-        """
-        :return: shape ``(B, T, in)``.
-        """
+        """The patches, shape ``(B, T, in)``."""
         return patches(self.x, *self.geometry)
 
     def numel(self) -> int:
-        """
-        :return: how many numbers the patches are.
-        """
+        """How many numbers the patches are."""
         return patches(self.x[:1], *self.geometry).numel() * self.x.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one patch."""
-        return self.x.shape[1], *self.geometry[0]
-
-    def project(self, factors: Sequence[Tensor]) -> Tensor:
-        """
-        :param factors: see :func:`project_patches`.
-        :return: inner products of the patches with their outer product, shape ``(B, T)``.
-        """
-        return project_patches(factors, self.x, *self.geometry)
+    def project(self, v: Tensor) -> Tensor:
+        """Inner products of the patches with a vector, shape ``(B, T)``."""
+        return convolved(self.x, v, *self.geometry)
 
     def present(self) -> Tensor:
-        """
-        :return: which patches hold an entry other than zero, bool, shape ``(B, T)``.
-        """
-        channels = (self.x != 0).any(1, keepdim=True)
-        ones = self.x.new_ones(math.prod(self.shape[1:]))
-        return self._convolved(channels.to(self.x), ones) > 0.5
-
-    def _convolved(self, x: Tensor, v: Tensor) -> Tensor:
-        kernel, stride, padding, dilation = self.geometry
-        d = x.dim() - 2
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[d - 1]
-        weight = v.reshape(1, x.shape[1], *sizes(tuple(kernel), d))
-        return convolve(x, weight, None, stride, padding, dilation).flatten(1)
+        """Which patches hold an entry other than zero, bool, shape ``(B, T)``."""
+        channels = (self.x != 0).any(1, keepdim=True).to(self.x)
+        return convolved(channels, self.x.new_ones(math.prod(self.geometry[0])), *self.geometry) > 0.5
 
     def gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """
-        :param dtype: the precision of the sum.
-        :return: see :func:`patch_gram`.
-        """
+        """:func:`patch_gram` in a precision."""
         return patch_gram(self.x.to(dtype), *self.geometry)
 
 
 class ChannelRows:
-    """Rows of the gradient in a convolution's output, for one group of channels."""
+    """Rows, shape ``(B, T, channels / groups)``, of the gradient in a convolution's output, for one group of channels."""
 
     def __init__(self, group: int, groups: int) -> None:
         self.group, self.groups = group, groups
@@ -216,47 +139,31 @@ class ChannelRows:
         return g.chunk(self.groups, 1)[self.group].flatten(2)
 
     def __call__(self, g: Tensor) -> Tensor:
-        """
-        :param g: shape ``(B, channels, *spatial)``.
-        :return: shape ``(B, T, channels / groups)``.
-        """
+        """The rows of a gradient ``(B, channels, *spatial)``."""
         return self._columns(g).mT
 
     def project(self, g: Tensor, u: Tensor) -> Tensor:
-        """
-        :param g: shape ``(B, channels, *spatial)``.
-        :param u: shape ``(channels / groups,)``.
-        :return: inner products of the rows with it, shape ``(B, T)``.
-        """
+        """Inner products of the rows with a vector, shape ``(B, T)``."""
         return torch.matmul(u, self._columns(g))  # many times faster than with the rows
 
     def gram(self, g: Tensor) -> Tensor:
-        """
-        :param g: shape ``(B, channels, *spatial)``.
-        :return: the sum of outer products of the rows.
-        """
+        """The sum of outer products of the rows."""
         return column_gram(self._columns(g))
 
 
 class OutputPatches:
-    """Rows of the gradient in a transposed convolution's output: its patches."""
+    """
+    Rows, shape ``(B, T, channels / groups * prod(kernel))``, of the gradient in a transposed convolution's output: its
+    ``length`` first patches, since an output padding can add some that no input reaches.
+    """
 
     def __init__(self, group: int, groups: int, geometry: Any, length: int) -> None:
         self.group, self.groups, self.geometry, self.length = group, groups, geometry, length
 
     def __call__(self, g: Tensor) -> Tensor:
-        """
-        :param g: shape ``(B, channels, *spatial)``.
-        :return: shape ``(B, T, channels / groups * prod(kernel))``.
-        """
-        # an output padding can add patches that no input reaches
+        """The rows of a gradient ``(B, channels, *spatial)``."""
         return patches(g.chunk(self.groups, 1)[self.group], *self.geometry)[:, : self.length]
 
-    def project(self, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """
-        :param g: shape ``(B, channels, *spatial)``.
-        :param factors: see :func:`project_patches`.
-        :return: inner products of the rows with their outer product, shape ``(B, T)``.
-        """
-        part = g.chunk(self.groups, 1)[self.group]
-        return project_patches(factors, part, *self.geometry)[:, : self.length]
+    def project(self, g: Tensor, u: Tensor) -> Tensor:
+        """Inner products of the rows with a vector, shape ``(B, T)``."""
+        return convolved(g.chunk(self.groups, 1)[self.group], u, *self.geometry)[:, : self.length]

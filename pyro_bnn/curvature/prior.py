@@ -38,20 +38,14 @@ class PriorCurvature:
         self._everywhere = diagonal_of_diagonal(operator, self.latent, eps)
 
     def __call__(self, index: Tensor) -> Tensor:
-        """
-        :param index: positions, shape ``(q,)``.
-        :return: the diagonal there, shape ``(q,)``, if these entries are not coupled, else shape ``(q, q)``.
-        """
+        """The diagonal at some positions, shape ``(q,)``, if these entries are not coupled, else shape ``(q, q)``."""
         if self._everywhere is not None:
             return self._everywhere[index]
         diagonal = diagonal_of_diagonal(self.restricted(index), self.latent[index], self._eps)
         return self.matrix(index) if diagonal is None else diagonal
 
     def restricted(self, index: Tensor) -> LinearMap:
-        """
-        :param index: positions, shape ``(q,)``.
-        :return: products with the block there, from ``(S, q)`` to ``(S, q)``.
-        """
+        """Products with the block at some positions, from ``(S, q)`` to ``(S, q)``."""
 
         def multiply(v: Tensor) -> Tensor:
             full = v.new_zeros(v.shape[0], len(self.latent))
@@ -61,19 +55,13 @@ class PriorCurvature:
         return multiply
 
     def diagonal(self, index: Tensor) -> Tensor:
-        """
-        :param index: positions, shape ``(q,)``.
-        :return: the diagonal there, shape ``(q,)``.
-        """
+        """The diagonal at some positions, shape ``(q,)``."""
         if self._everywhere is not None:
             return self._everywhere[index]
         return operator_diagonal(self.restricted(index), self.latent[index], self.chunk_size)
 
     def matrix(self, index: Tensor) -> Tensor:
-        """
-        :param index: positions, shape ``(q,)``.
-        :return: the block there, shape ``(q, q)``.
-        """
+        """The block at some positions, shape ``(q, q)``."""
         if self._everywhere is not None:
             return torch.diag(self._everywhere[index])
         block = dense(self.restricted(index), self.latent[index], chunk_size=self.chunk_size)
@@ -83,20 +71,12 @@ class PriorCurvature:
 def prior_curvature(
     model: PackedModel, latent: Tensor, trace: Trace, *, chunk_size: int = 256
 ) -> PriorCurvature:
-    """
-    :param model: the packed model.
-    :param latent: the packed vector that ``trace`` was made at, requiring a gradient.
-    :param trace: a trace of the model.
-    :param chunk_size: how many products run at once.
-    :return: the curvature of the prior.
-    """
+    """The curvature of the prior at the packed vector that a trace was made at, which requires a gradient."""
     value = -model.log_prior(latent, trace)
-    gradient = (
-        torch.autograd.grad(value, latent, retain_graph=True, materialize_grads=True)[0]
-        if value.requires_grad
-        else torch.zeros_like(latent)
-    )
-    operator: LinearMap = hvp_operator(value, latent) if value.requires_grad else torch.zeros_like
+    gradient = torch.zeros_like(latent)
+    if value.requires_grad:
+        (gradient,) = torch.autograd.grad(value, latent, retain_graph=True, materialize_grads=True)
+    operator = hvp_operator(value, latent)
     return PriorCurvature(
         lambda v: wide(operator(v)),
         wide(latent),
@@ -108,37 +88,27 @@ def prior_curvature(
 
 def operator_diagonal(operator: LinearMap, like: Tensor, chunk_size: int) -> Tensor:
     """
-    The diagonal of a symmetric map. If two products show that it is diagonal, they are all it takes.
-
-    :param operator: a map from ``(S, p)`` to ``(S, p)``.
-    :param like: a vector of shape ``(p,)``.
-    :param chunk_size: how many products run at once.
-    :return: shape ``(p,)``.
+    The diagonal, shape ``(p,)``, of a symmetric map from ``(S, p)`` to ``(S, p)``. If two products show that it is diagonal,
+    they are all it takes.
     """
     diagonal = diagonal_of_diagonal(operator, like)
     if diagonal is not None:
         return diagonal
-    p = like.shape[0]
     parts = []
-    for start in range(0, p, chunk_size):
-        stop = min(start + chunk_size, p)
-        basis = torch.zeros(stop - start, p, dtype=like.dtype, device=like.device)
-        basis[:, start:stop].fill_diagonal_(1.0)
-        parts.append(operator(basis)[:, start:stop].diagonal())
+    for rows in torch.arange(len(like), device=like.device).split(chunk_size):
+        basis = like.new_zeros(len(rows), len(like))
+        basis[rows - rows[0], rows] = 1.0
+        parts.append(operator(basis)[:, rows].diagonal())
     return torch.cat(parts)
 
 
 def diagonal_of_diagonal(operator: LinearMap, like: Tensor, eps: float | None = None) -> Tensor | None:
     """
-    The diagonal of a map that is diagonal, which holds for the Hessian of any factorised prior.
+    The diagonal, shape ``(p,)``, of a map from ``(S, p)`` to ``(S, p)`` that is diagonal, which holds for the Hessian of any
+    factorised prior; ``None`` if it is not. Its products have the relative precision ``eps``, by default that of ``like``.
 
     A map D is diagonal if and only if D r = (D 1) * r for every r; one Gaussian probe r decides it with
     probability one.
-
-    :param operator: a map from ``(S, p)`` to ``(S, p)``.
-    :param like: a vector of shape ``(p,)``.
-    :param eps: the relative precision of the products; that of ``like`` by default.
-    :return: the diagonal, shape ``(p,)``, or ``None`` if the map is not diagonal.
     """
     generator = torch.Generator(device=like.device).manual_seed(0)
     probe = torch.randn(like.shape[0], dtype=like.dtype, device=like.device, generator=generator)

@@ -21,14 +21,8 @@ Selection = str | Sequence[str] | Callable[[str], bool] | Tensor | None
 
 def select(model: PackedModel, selection: Selection, latent: Tensor, batch: Batch) -> Tensor | None:
     """
-    Turns a selection into a mask.
-
-    :param model: the packed model.
-    :param selection: see :data:`Selection`.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param batch: arguments of the model.
-    :return: bool, shape ``(p,)``, or ``None`` for everything.
-    :raises ValueError: if the selection is empty, a pattern matches no site, or a mask has another shape.
+    The mask of a :data:`Selection` over the packed vector, bool, shape ``(p,)``, or ``None`` for everything; raises
+    :exc:`ValueError` if it is empty, a pattern matches no site, or a mask has another shape.
     """
     if selection is None:
         return None
@@ -66,48 +60,34 @@ def _names(model: PackedModel, selection: Any) -> list[str]:
 
 def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
     """
-    The weights of the last linear map that the model applies, and the offsets and scales that follow it. Where the last
-    latents that are used are factors of a rank-1 layer, all the latents of that layer.
-
-    :param model: the packed model.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param batch: arguments of the model.
-    :return: bool, shape ``(p,)``.
-    :raises ValueError: if latents enter no linear map.
+    The mask of the weights of the last linear map that the model applies, and of the offsets and scales that follow it. Where the
+    last latents that are used are factors of a rank-1 layer, all the latents of that layer.
     """
     leaf = latent.detach().clone().requires_grad_(True)
     with Capture(leaf) as capture:
         trace = model.trace(leaf, batch)
-    if capture.uses:
-        last = int(capture.uses[-1].index.reshape(-1)[0])
-        (site,) = [name for name, where in model.space.slices.items() if where.start <= last < where.stop]
-        layer = site.rpartition(".")[0] + "."
-        mine = [name for name in model.space.slices if name.startswith(layer)]
-        hints: list[Any] = [trace.nodes[name]["infer"] for name in mine]
-        if any(hint.get(SITE_KEY, {}).get("role") == "factor" for hint in hints):
-            mask = torch.zeros_like(latent, dtype=torch.bool)
-            for name in mine:
-                mask[model.space.slices[name]] = True
-            return mask
-    places = [i for i, use in enumerate(capture.uses) if isinstance(use, LinearUse)]
-    if not places:
-        raise ValueError(
-            f"no latent of {list(model.space.slices)} is the weight of a linear map: name the sites instead"
-        )
     mask = torch.zeros_like(latent, dtype=torch.bool)
-    for use in capture.uses[places[-1] :]:
-        if use is capture.uses[places[-1]] or isinstance(use, ElementwiseUse):
+    uses, sites = capture.uses, model.space.slices
+    if uses:
+        last = int(uses[-1].index.reshape(-1)[0])
+        (site,) = [name for name, where in sites.items() if where.start <= last < where.stop]
+        layer = [name for name in sites if name.startswith(site.rpartition(".")[0] + ".")]
+        hints: list[Any] = [trace.nodes[name]["infer"] for name in layer]
+        if any(hint.get(SITE_KEY, {}).get("role") == "factor" for hint in hints):
+            for name in layer:
+                mask[sites[name]] = True
+            return mask
+    places = [i for i, use in enumerate(uses) if isinstance(use, LinearUse)]
+    if not places:
+        raise ValueError(f"no latent of {list(sites)} is the weight of a linear map: name the sites instead")
+    for use in uses[places[-1] :]:
+        if use is uses[places[-1]] or isinstance(use, ElementwiseUse):
             mask[use.index.reshape(-1)] = True
     return mask
 
 
 def largest(values: Tensor, size: int, within: Tensor | None) -> Tensor:
-    """
-    :param values: shape ``(p,)``.
-    :param size: how many entries to choose.
-    :param within: from which, bool, shape ``(p,)``.
-    :return: the ``size`` largest, bool, shape ``(p,)``.
-    """
+    """The ``size`` largest of values, shape ``(p,)``, or of those ``within`` a mask, bool, shape ``(p,)``."""
     if within is not None:
         values = values.masked_fill(~within, -torch.inf)
     mask = torch.zeros_like(values, dtype=torch.bool)

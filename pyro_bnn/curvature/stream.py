@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian
+from pyro_bnn.curvature.guard import CheckedJacobian, Suspects, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
-from pyro_bnn.curvature.suspects import Suspects
 from pyro_bnn.model.coverage import Repeats
-from pyro_bnn.model.data import Batch, as_batches, leaves
+from pyro_bnn.model.data import Batch, as_batches, iter_batches, leaves
+from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
 from pyro_bnn.ops.fisher import score
@@ -27,6 +27,9 @@ from pyro_bnn.ops.notice import CurvatureWarning, warn_user
 
 #: What the likelihood's curvature is made of.
 FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
+
+#: Gives the outputs of a whole batch.
+Whole = Callable[[], list[SiteOutputs]]
 
 #: Floats that one chunk of a batch may keep (512 MiB in float32).
 DEFAULT_BUDGET = 2**27
@@ -55,8 +58,7 @@ class SiteExamples:
 
     def arrange(self, x: Tensor) -> Tensor:
         """
-        :param x: shape ``(*sample, *site.shape, C)``.
-        :return: shape ``(*sample, B, R, C)``, examples first and the elements of each example next.
+        From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next.
         """
         jac, shape = self.jacobian, self.site.outputs.shape[:-1]
         lead = x.dim() - len(shape) - 1
@@ -65,9 +67,7 @@ class SiteExamples:
         return x.reshape(x.shape[:lead] + (jac.B, -1, x.shape[-1])).to(jac.flat.dtype)
 
     def score(self) -> Tensor:
-        """
-        :return: the gradient of the log likelihood in the outputs, shape ``(B, M)``.
-        """
+        """The gradient of the log likelihood in the outputs, shape ``(B, M)``."""
         assert self.value is not None
         return self.arrange(self.site.scores(self.value)).flatten(1)
 
@@ -80,14 +80,10 @@ class SiteExamples:
         differentiable: bool = False,
     ) -> Iterator[Tensor]:
         r"""
-        Combinations of outputs :math:`c_{kn}` with :math:`\sum_k c_{kn} c_{kn}^\top = F_n`, or an estimate of it.
-
-        :param kind: ``"ggn"`` (exact), ``"mc_fisher"`` (scores at observations drawn from the model) or
-            ``"empirical_fisher"`` (the score at each observation: each element of the site's batch shape).
-        :param num_samples: draws per example for ``"mc_fisher"``.
-        :param generator: source of random numbers for ``"mc_fisher"``.
-        :param differentiable: whether they keep their graph; for ``"ggn"`` and ``"empirical_fisher"``.
-        :return: chunks of shape ``(K, B, M)``.
+        Combinations of outputs :math:`c_{kn}` with :math:`\sum_k c_{kn} c_{kn}^\top = F_n`, or an estimate of it, in chunks
+        of shape ``(K, B, M)``: of ``"ggn"`` (exact), ``"mc_fisher"`` (scores at observations drawn from the model) or
+        ``"empirical_fisher"`` (the score at each observation: each element of the site's batch shape). The exact ones and
+        those of data keep their graph if ``differentiable``.
         """
         if kind == "ggn":
             root = self.site.differentiable_root() if differentiable else self.site.root
@@ -95,25 +91,16 @@ class SiteExamples:
             root = self.arrange(root.mT.flatten(-2)).unflatten(-1, (K, C))  # (B, R, K, C)
             yield from self._one_by_one(root.permute(1, 2, 0, 3))
             return
-        base, names = self.site.base, self.site.names
-        if kind == "mc_fisher":
-            seed = torch.randint(
-                2**62, (), generator=generator, device=generator.device if generator else None
-            )
-            with torch.random.fork_rng(), torch.no_grad():
-                torch.manual_seed(int(seed))
-                values = self.site.rule.sample(base, num_samples)
-        else:
-            assert self.value is not None
-            values = self.value.expand(base.batch_shape + base.event_shape).unsqueeze(0)
+        values = self._draws(num_samples, generator) if kind == "mc_fisher" else self._observed()
         weight = self.site.weight[..., None]
         with pyro.validation_enabled(False):
-            scores = score(self.site.rule, base, names, values, create_graph=differentiable)
+            scores = score(
+                self.site.rule, self.site.base, self.site.names, values, create_graph=differentiable
+            )
         scores = scores * weight.sqrt() / values.shape[0] ** 0.5
         scores = self.arrange(torch.where(weight > 0, scores, scores.new_zeros(())))  # (S, B, R, C)
-        elements = self.site.outputs.shape[
-            len(self.site.outputs.shape) - 1 - self.site.event_dim : -1
-        ].numel()
+        shape = self.site.outputs.shape[:-1]
+        elements = shape[len(shape) - self.site.event_dim :].numel()
         observations = scores.unflatten(2, (-1, elements)).flatten(3)
         # scores of draws have mean zero, so that they may be summed within an example
         if observations.shape[2] == 1 or (kind == "mc_fisher" and self.jacobian.dim >= 0):
@@ -121,17 +108,24 @@ class SiteExamples:
         else:
             yield from self._one_by_one(observations.permute(2, 0, 1, 3))
 
+    def _observed(self) -> Tensor:
+        assert self.value is not None
+        return self.value.expand(self.site.base.batch_shape + self.site.base.event_shape).unsqueeze(0)
+
+    def _draws(self, num_samples: int, generator: torch.Generator | None) -> Tensor:
+        device = generator.device if generator else None
+        seed = torch.randint(2**62, (), generator=generator, device=device)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(int(seed))
+            return self.site.rule.sample(self.site.base, num_samples)
+
     def _one_by_one(self, values: Tensor) -> Iterator[Tensor]:
         """Cotangents that are confined to one element of an example each, from shape (R, K, B, C), a few R at a time."""
         R, K, B, C = values.shape
-        step = max(1, 2**24 // max(1, K * B * R * C))
-        for start in range(0, R, step):
-            part = values[start : start + step]
-            r = part.shape[0]
-            cotangents = part.new_zeros(r, K, B, R, C)
-            index = torch.arange(r, device=part.device)
-            cotangents[index, :, :, start + index] = part
-            yield cotangents.reshape(r * K, B, R * C)
+        for part in torch.arange(R, device=values.device).split(max(1, 2**24 // max(1, K * B * R * C))):
+            cotangents = values.new_zeros(len(part), K, B, R, C)
+            cotangents[part - part[0], :, :, part] = values[part]
+            yield cotangents.reshape(-1, B, R * C)
 
 
 class ExampleStream:
@@ -159,7 +153,6 @@ class ExampleStream:
         self.active = active
         self.budget = budget
         self.differentiable = differentiable
-        self.passes = 1
         self._chunk: int | None = None
         self._layouts: dict[str, Layouts] = {}
         self._rows: Rows | None = None
@@ -168,12 +161,10 @@ class ExampleStream:
         #: numbers per example in each of the tensors that the model's graph keeps
         self._kept: list[int] = []
 
-    def chunks(self, batch: Batch, whole: Callable[[], list[SiteOutputs]] | None = None) -> Iterator[Batch]:
-        """
-        :param batch: arguments of the model.
-        :param whole: see :meth:`rows`.
-        :return: the batch, split to the budget where the model treats its examples separately.
-        """
+    # ------------------------------------------------------------------ chunks
+
+    def chunks(self, batch: Batch, whole: Whole | None = None) -> Iterator[Batch]:
+        """The batch, split to the budget where the model treats its examples separately."""
         rows = self.rows(batch, whole=whole)
         if rows is None or rows.size <= _FIRST_CHUNK:
             yield batch
@@ -184,19 +175,11 @@ class ExampleStream:
             yield rows.take((*batch, {}), slice(start, stop))[:2]
             start = stop
 
-    def rows(
-        self,
-        batch: Batch,
-        more_than: int = _FIRST_CHUNK,
-        whole: Callable[[], list[SiteOutputs]] | None = None,
-    ) -> Rows | None:
+    def rows(self, batch: Batch, more_than: int = _FIRST_CHUNK, whole: Whole | None = None) -> Rows | None:
         """
-        Where the examples of a batch are, if the model treats them separately.
-
-        :param batch: arguments of the model.
-        :param more_than: fewer rows are not looked for.
-        :param whole: gives the outputs of the whole batch, if they are needed anyway: what parts of it are compared with.
-        :return: rows, found once for all batches of the stream.
+        Where the examples of a batch are, if the model treats them separately; found once for all batches of the stream, if
+        one has ``more_than`` so many. ``whole`` gives the outputs of the whole batch, if they are needed anyway, which parts of
+        it are then compared with.
         """
         here = leaves(batch)
         enough = any(rows_of(leaf, d) > more_than for leaf in here.values() for d in dims_of(leaf))
@@ -210,7 +193,7 @@ class ExampleStream:
         sizes = {rows_of(here[path], dim) for path, dim in self._rows.cuts.items() if path in here}
         return replace(self._rows, size=sizes.pop()) if len(sizes) == 1 else None
 
-    def _apart(self, rows: Rows, batch: Batch, whole: Callable[[], list[SiteOutputs]] | None) -> bool:
+    def _apart(self, rows: Rows, batch: Batch, whole: Whole | None) -> bool:
         """
         Whether rows have the same outputs in other company: a few of them, at random and in another order, against
         the same rows among many, or all where their outputs are at hand. Convolutions, recurrences and attention over the
@@ -259,11 +242,21 @@ class ExampleStream:
                 return []
         return kept
 
+    def _choose_chunk(self, sites: list[SiteExamples]) -> None:
+        """The size of further chunks, by what the first one kept."""
+        jacobians = [s.jacobian for s in sites]
+        floats = sum(jac.floats_per_example(max(1, jac.M)) for jac in jacobians) + sum(self._kept)
+        largest = max([*self._kept, *(jac.largest_output() for jac in jacobians)], default=0)
+        # many passes over few examples whose tensors stay in the cache beat few over many
+        fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
+        self._chunk = max(1, min(fast, self.budget // max(1, floats)))
+
+    # ------------------------------------------------------------------ run
+
     def run(self, data: Any) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
-        :param data: one batch or an iterable of batches, with observations.
-        :return: for each chunk the trace and those sites that depend on the latents.
-        :raises ValueError: if the batches do not cover a plate of the model once.
+        For each chunk of data with observations its trace and those sites that depend on the latents; raises
+        :exc:`ValueError` if the batches do not cover a plate of the model once.
         """
         batches = as_batches(data)
         coverage = self.model.coverage(batches)
@@ -280,15 +273,12 @@ class ExampleStream:
         repeats: Repeats | None = None,
         *,
         scored: bool = False,
-        whole: Callable[[], list[SiteOutputs]] | None = None,
+        whole: Whole | None = None,
     ) -> Iterator[tuple[Trace, list[SiteExamples]]]:
         """
-        :param batch: arguments of the model, with or without observations.
-        :param repeats: tells which terms of the likelihood were counted with an earlier batch.
-        :param scored: whether Jacobians are checked with the scores of the observations too, and so give the gradient of the
-            log likelihood.
-        :param whole: see :meth:`rows`.
-        :return: for each chunk the trace and those sites that depend on the latents.
+        For each chunk of a batch its trace and those sites that depend on the latents. ``repeats`` tells which terms of the
+        likelihood were counted with an earlier batch. If ``scored``, Jacobians are checked with the scores of the observations
+        too, and so give the gradient of the log likelihood. For ``whole`` see :meth:`rows`.
         """
         for number, chunk in enumerate(self.chunks(batch, whole)):
             with Capture(self.latent, self.active, differentiable=self.differentiable) as capture:
@@ -309,34 +299,30 @@ class ExampleStream:
                     jacobian = self._jacobian(site, capture, value if scored else None)
                     sites.append(SiteExamples(site, jacobian, value))
             if self._chunk is None:
-                floats = sum(s.jacobian.floats_per_example(max(self.passes, s.jacobian.M)) for s in sites)
-                floats += sum(self._kept)
-                largest = max([*self._kept, *(s.jacobian.largest_output() for s in sites)], default=0)
-                # many passes over few examples whose tensors stay in the cache beat few over many
-                fast = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, _CACHED // max(1, largest)))
-                self._chunk = max(1, min(fast, self.budget // max(1, floats)))
+                self._choose_chunk(sites)
             yield trace, sites
 
     def _jacobian(self, site: SiteOutputs, capture: Capture, value: Tensor | None) -> CheckedJacobian:
-        before = self._layouts.get(site.name)
         jacobian = checked_jacobian(
             capture,
             self.latent,
             site.outputs.to(wide(self.latent).dtype),
-            before,
+            self._layouts.get(site.name),
             score=None if value is None else lambda found: SiteExamples(site, found, value).score(),
             event_dim=site.event_dim,
             differentiable=self.differentiable,
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts
+        if value is not None:
+            require_finite(self.model, jacobian.gradient)
         for mistake in jacobian.mistakes:
             self._say(site.name, mistake)
-        if len(jacobian.generic):
-            numbers = min(len(jacobian.generic), jacobian.flat.numel()) + len(jacobian.generic)
+        q, size = len(jacobian.generic), jacobian.flat.numel()
+        if q:
             require_memory(
-                numbers * jacobian.flat.numel() * self.latent.element_size(),
-                f"the Jacobian of site {site.name!r} in {len(jacobian.generic):,} latents that enter it in no way that "
+                (min(q, size) + q) * size * self.latent.element_size(),
+                f"the Jacobian of site {site.name!r} in {q:,} latents that enter it in no way that "
                 f"is recognised, for {jacobian.B:,} data points at once,",
                 self.latent.device,
                 "Pass smaller batches if the model treats data points separately, or restrict sites=.",
@@ -367,3 +353,55 @@ class ExampleStream:
             f"observed site {site!r} {how} Their Jacobian is formed output by output instead: exact, but slower.",
             CurvatureWarning,
         )
+
+
+@dataclass
+class Subset:
+    """
+    Some of the examples.
+
+    :ivar batches: arguments of the model that hold them.
+    :ivar weight: how many examples of the data each of them stands for.
+    """
+
+    batches: list[Batch]
+    weight: float
+
+    def run(self, stream: ExampleStream) -> Iterator[tuple[Trace, list[SiteExamples]]]:
+        """See :meth:`ExampleStream.run_batch`."""
+        for batch in self.batches:
+            yield from stream.run_batch(batch, scored=True)
+
+
+def count_examples(stream: ExampleStream, data: Any) -> int | None:
+    """How many examples batches hold, or ``None`` if the model does not treat them separately."""
+    sizes = [rows and rows.size for rows in (stream.rows(batch, 0) for batch in iter_batches(data))]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
+def random_subset(
+    stream: ExampleStream, data: Any, size: int, generator: torch.Generator | None = None
+) -> Subset:
+    """
+    A uniform sample of the examples without replacement, or all of them if there are no more, by two passes over the data in
+    which the model does not run; raises :exc:`ValueError` if the model does not treat examples separately.
+    """
+    total = count_examples(stream, data)
+    if total is None:
+        raise ValueError(
+            "subset_size needs a model that treats its examples separately: parts of a batch must have the outputs that they "
+            "have in the whole batch."
+        )
+    if total <= size:
+        return Subset(list(iter_batches(data)), 1.0)
+    found: list[Batch] = []
+    chosen = torch.randperm(total, generator=generator)[:size].sort().values
+    start = 0
+    for batch in iter_batches(data):
+        rows = stream.rows(batch, 0)
+        assert rows is not None
+        mine = chosen[(chosen >= start) & (chosen < start + rows.size)] - start
+        if len(mine):
+            found.append(rows.take((*batch, {}), mine)[:2])
+        start += rows.size
+    return Subset(found, total / size)

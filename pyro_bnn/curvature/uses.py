@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.curvature.capture.Capture`."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from typing_extensions import override
 
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, gram
 
@@ -18,8 +17,6 @@ class Output:
     """
     A place in an autograd graph that gradients are taken in: that of a tensor when it was made. What the program
     does to the tensor in place later moves the tensor on, not this place.
-
-    :param y: a tensor that requires a gradient.
     """
 
     def __init__(self, y: Tensor) -> None:
@@ -32,51 +29,36 @@ class Output:
         return self.edge.node, self.edge.output_nr
 
     def zeros(self) -> Tensor:
-        """
-        :return: the gradient where there is no path.
-        """
+        """The gradient where there is no path."""
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 @dataclass
 class Layout:
     """
-    Where the examples are among the batch dimensions of a tensor.
-
-    :ivar dim: the dimension.
-    :ivar major: whether the dimension, if larger than the number of examples, runs over examples first.
+    Where the examples are among the batch dimensions of a tensor: the dimension ``dim``, which, if it is larger than the
+    number of examples, runs over examples first (``major``) or last.
     """
 
     dim: int
     major: bool = True
 
     def split(self, x: Tensor, B: int) -> Tensor:
-        """
-        :param x: any tensor that has the dimension.
-        :param B: the number of examples.
-        :return: ``x`` with the examples in a dimension of their own, moved to the front.
-        """
+        """A tensor that has the dimension, with the B examples in a dimension of their own, moved to the front."""
         size = x.shape[self.dim]
         if size != B:
-            parts = (B, size // B) if self.major else (size // B, B)
-            x = x.unflatten(self.dim, parts)
+            x = x.unflatten(self.dim, (B, size // B) if self.major else (size // B, B))
         return x.movedim(self.dim if self.major or size == B else self.dim + 1, 0)
 
     def fits(self, use: "Use", output: Output, B: int) -> bool:
-        """
-        :param use: a use.
-        :param output: the output that it belongs to.
-        :param B: the number of examples.
-        :return: whether the dimension is there, free, and a multiple of the examples.
-        """
+        """Whether a use whose output this is has the dimension, free, and as a multiple of the B examples."""
         # shapes only: no memory is touched
         rows, dims = use.batch_rows(torch.empty(output.shape, device="meta"))
         if self.dim >= dims or not rows.shape[self.dim] or rows.shape[self.dim] % B:
             return False
-        return not isinstance(use, ElementwiseUse) or use.allows(self.dim, dims)
+        return use.allows(self.dim, dims)
 
 
-@dataclass
 class Use:
     """
     One use of entries of the vector.
@@ -87,29 +69,33 @@ class Use:
     :ivar layout: where the examples are, found by :func:`find_layout`.
     """
 
-    index: Tensor
-    slot: int = field(default=-1, init=False)
-    function: str = field(default="", init=False)
-    layout: Layout | None = field(default=None, init=False)
+    layout: Layout | None = None
+    slot: int = -1
+    function: str = ""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
 
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
         """
-        :param g: the gradient in the output.
-        :return: the gradient in the form whose leading dimensions may hold the examples, and how many do.
+        The gradient in the output in the form whose leading dimensions may hold the examples, and how many do.
         """
         raise NotImplementedError
 
+    def allows(self, dim: int, dims: int) -> bool:
+        """Whether the examples may be in one of these dimensions."""
+        return True
+
     def placed_rows(self, g: Tensor, B: int) -> Tensor:
-        """
-        :param g: the gradient in the output.
-        :param B: the number of examples.
-        :return: its rows, examples first.
-        """
+        """The rows of the gradient in the output, the B examples first."""
+        return self.examples_first(self.batch_rows(g)[0], B)
+
+    def examples_first(self, x: Tensor, B: int) -> Tensor:
+        """See :meth:`Layout.split`."""
         assert self.layout is not None
-        return self.layout.split(self.batch_rows(g)[0], B)
+        return self.layout.split(x, B)
 
 
-@dataclass
 class LinearUse(Use):
     """
     Entries that are the weight of a linear map.
@@ -119,10 +105,6 @@ class LinearUse(Use):
     :ivar rows: turns the gradient in the output tensor into shape ``(*batch, out)``.
     """
 
-    index: Tensor
-    x: Tensor | Callable[[], Tensor]
-    rows: Callable[[Tensor], Tensor]
-
     def __init__(
         self, index: Tensor, x: Tensor | Callable[[], Tensor], rows: Callable[[Tensor], Tensor]
     ) -> None:
@@ -130,8 +112,8 @@ class LinearUse(Use):
         self.x = x
         self.rows = rows
 
+    @override
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
-        """See :meth:`Use.batch_rows`."""
         rows = self.rows(g)
         return rows, rows.dim() - 1
 
@@ -140,19 +122,15 @@ class LinearUse(Use):
         """1 where the inputs are known to be one row per example of the output itself, else 0."""
         return int(isinstance(self.x, Tensor) and self.x.dim() == 2)
 
+    def _inputs(self) -> Tensor:
+        return self.x if isinstance(self.x, Tensor) else self.x()
+
     def input_numel(self) -> int:
-        """
-        :return: how many numbers the inputs are.
-        """
-        if isinstance(self.x, PatchInputs):
-            return self.x.numel()
-        return self._inputs().numel()
+        """How many numbers the inputs are."""
+        return self.x.numel() if isinstance(self.x, PatchInputs) else self._inputs().numel()
 
     def input_gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """
-        :param dtype: the precision of the sum.
-        :return: the sum of outer products of the inputs, shape ``(in, in)``, and the number of terms.
-        """
+        """The sum of outer products of the inputs in a precision, shape ``(in, in)``, and the number of terms."""
         if isinstance(self.x, PatchInputs):
             return self.x.gram(dtype)
         x = self._inputs().to(dtype)
@@ -160,9 +138,7 @@ class LinearUse(Use):
         return gram(x), x.shape[0]
 
     def present(self) -> Tensor:
-        """
-        :return: which rows have an input other than zero, bool, shape ``batch``.
-        """
+        """Which rows have an input other than zero, bool, shape ``batch``."""
         if isinstance(self.x, PatchInputs):
             return self.x.present()
         x = self._inputs()
@@ -172,15 +148,8 @@ class LinearUse(Use):
             present[rest] = (x[rest] != 0).any(-1)
         return present
 
-    def _inputs(self) -> Tensor:
-        return self.x if isinstance(self.x, Tensor) else self.x()
-
     def output_gram(self, g: Tensor, present: Tensor | None = None) -> Tensor:
-        """
-        :param g: the gradient in the output.
-        :param present: which rows count, bool, shape ``batch``; all by default.
-        :return: the sum of outer products of its rows, shape ``(out, out)``.
-        """
+        """The sum of outer products of the gradient's rows, or of those with ``present``, shape ``(out, out)``."""
         if isinstance(self.rows, ChannelRows) and present is None:
             return self.rows.gram(g)
         rows = self.rows(g)
@@ -188,67 +157,30 @@ class LinearUse(Use):
         return gram(rows if present is None else rows[present.reshape(-1)])
 
     def placed(self, values: Tensor, B: int) -> Tensor:
-        """
-        :param values: one per row, shape ``batch``.
-        :param B: the number of examples.
-        :return: the same by example, shape ``(B, T)``.
-        """
-        assert self.layout is not None
-        return self.layout.split(values, B).reshape(B, -1)
+        """Values of rows, shape ``batch``, by example, shape ``(B, T)``."""
+        return self.examples_first(values, B).reshape(B, -1)
 
     def inputs(self, B: int) -> Tensor:
-        """
-        :param B: the number of examples.
-        :return: the inputs, shape ``(B, T, in)``.
-        """
-        assert self.layout is not None
+        """The inputs, shape ``(B, T, in)``."""
         x = self._inputs()
-        return self.layout.split(x, B).reshape(B, -1, x.shape[-1])
-
-    @property
-    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Output and input of the map as shapes: with the dimensions of the kernel where they are patches."""
-        out, into = self.index.shape
-        rows, x = self.rows, self.x
-        if isinstance(rows, OutputPatches):
-            kernel = tuple(rows.geometry[0])
-            return (out // math.prod(kernel), *kernel), (into,)
-        return (out,), x.shape if isinstance(x, PatchInputs) else (into,)
-
-    def projected(self, v: Sequence[Tensor], B: int) -> Tensor:
-        """
-        :param v: vectors whose outer product is a vector over the inputs.
-        :param B: the number of examples.
-        :return: inner products of the inputs with it, shape ``(B, T)``.
-        """
-        x = self.x
-        if isinstance(x, PatchInputs) and tuple(map(len, v)) == x.shape:
-            return self.placed(x.project(v), B)
-        return self.placed(self._inputs() @ reduce(torch.kron, v), B)
-
-    def contracted(self, g: Tensor, u: Sequence[Tensor], B: int) -> Tensor:
-        """
-        :param g: the gradient in the output.
-        :param u: vectors whose outer product is a vector over the outputs.
-        :param B: the number of examples.
-        :return: inner products of the rows of the gradient with it, shape ``(B, T)``.
-        """
-        rows = self.rows
-        if isinstance(rows, OutputPatches) and tuple(map(len, u)) == self.parts[0]:
-            return self.placed(rows.project(g, u), B)
-        whole = reduce(torch.kron, u)
-        return self.placed(rows.project(g, whole) if isinstance(rows, ChannelRows) else rows(g) @ whole, B)
+        return self.examples_first(x, B).reshape(B, -1, x.shape[-1])
 
     def gradients(self, g: Tensor, B: int) -> Tensor:
-        """
-        :param g: the gradient in the output.
-        :param B: the number of examples.
-        :return: shape ``(B, T, out)``.
-        """
+        """The rows of the gradient in the output, shape ``(B, T, out)``."""
         return self.placed_rows(g, B).reshape(B, -1, self.index.shape[0])
 
+    def projected(self, v: Tensor, B: int) -> Tensor:
+        """Inner products of the inputs with a vector, shape ``(B, T)``."""
+        return self.placed(self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B)
 
-@dataclass
+    def contracted(self, g: Tensor, u: Tensor, B: int) -> Tensor:
+        """Inner products of the rows of the gradient with a vector, shape ``(B, T)``."""
+        rows = self.rows
+        return self.placed(
+            rows.project(g, u) if isinstance(rows, (ChannelRows, OutputPatches)) else rows(g) @ u, B
+        )
+
+
 class ElementwiseUse(Use):
     """
     Entries that scale a tensor (``x`` given) or are added to one.
@@ -258,39 +190,26 @@ class ElementwiseUse(Use):
     :ivar sign: 1, or -1 where the entries are subtracted.
     """
 
-    index: Tensor
-    x: Tensor | None
-    sign: float
-
-    def __init__(self, index: Tensor, x: Tensor | None, sign: float) -> None:
+    def __init__(self, index: Tensor, x: Tensor | None = None, sign: float = 1.0) -> None:
         super().__init__(index)
         self.x = x
         self.sign = sign
 
+    @override
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
-        """See :meth:`Use.batch_rows`: dimensions along which the entries vary hold no examples."""
         return g, g.dim()
 
-    def allows(self, dim: int, output_dim: int) -> bool:
-        """
-        :param dim: a dimension of the output.
-        :param output_dim: how many dimensions the output has.
-        :return: whether the entries are constant along it.
-        """
-        at = dim - (output_dim - self.index.dim())
+    @override
+    def allows(self, dim: int, dims: int) -> bool:  # dimensions along which the entries vary hold no examples
+        at = dim - (dims - self.index.dim())
         return at < 0 or self.index.shape[at] == 1
 
     def jacobian(self, g: Tensor, B: int) -> Tensor:
-        """
-        :param g: the gradient in the output.
-        :param B: the number of examples.
-        :return: the gradient in the entries for each example, shape ``(B, q)``.
-        """
+        """The gradient in the entries for each example, shape ``(B, q)``."""
         assert self.layout is not None
         product = g if self.x is None else g * self.x
-        shape = (1,) * (product.dim() - self.index.dim()) + tuple(self.index.shape)
+        rest = [1] * (product.dim() - self.index.dim()) + list(self.index.shape)
         product = self.layout.split(product, B)
-        rest = list(shape)
         rest.pop(self.layout.dim)
         if product.dim() > len(rest) + 1:  # the dimension held more than the examples
             rest.insert(self.layout.dim, 1)
@@ -299,22 +218,18 @@ class ElementwiseUse(Use):
 
 def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor, *, eps: float) -> Layout | None:
     """
-    Finds the dimension that holds the examples, by the gradients of a sum over examples and of a weighted sum: if
-    and only if each example's outputs depend on its own slice alone, the second is the first times the weights.
-
-    :param use: a recorded use.
-    :param plain: the gradient in the use's output of the sum.
-    :param weighted: that of the weighted sum.
-    :param weights: random weights, shape ``(B,)``.
-    :param eps: the relative precision that the gradients were computed in.
-    :return: the layout, or ``None``.
+    Finds the dimension that holds the examples, by the gradients in the use's output of a sum over examples (``plain``) and
+    of one with random ``weights``, shape ``(B,)``: if and only if each example's outputs depend on its own slice alone, the
+    second is the first times the weights. Both were computed in the relative precision ``eps``.
     """
     B = weights.shape[0]
     (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
     tolerance = min(1e3 * eps, 0.1) * float(b.abs().max()) if b.numel() else 0.0
+    if not tolerance >= 0:  # not finite
+        return None
     for dim in range(dims):
         size = a.shape[dim]
-        if size == 0 or size % B or (isinstance(use, ElementwiseUse) and not use.allows(dim, dims)):
+        if size == 0 or size % B or not use.allows(dim, dims):
             continue
         for major in (True, False) if size > B else (True,):
             layout = Layout(dim, major)

@@ -285,17 +285,11 @@ def observation_names(sites: dict[str, Any]) -> list[str]:
     """
     The sites that stand for data in a model called without observations: those that no other site follows in
     their plate, which are the last ones, all in the plates of the last site.
-
-    :param sites: sample sites of a trace.
-    :return: names.
     """
     latent = [n for n, s in sites.items() if not is_deterministic(s)]
-    plates = {f.name for f in sites[latent[-1]]["cond_indep_stack"]}
-    return [
-        n
-        for n in latent
-        if n == latent[-1] or (plates and {f.name for f in sites[n]["cond_indep_stack"]} == plates)
-    ]
+    plates = {n: {frame.name for frame in sites[n]["cond_indep_stack"]} for n in latent}
+    last = latent[-1]
+    return [n for n in latent if n == last or (plates[last] and plates[n] == plates[last])]
 
 
 def compare_with_nuts(

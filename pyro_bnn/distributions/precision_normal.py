@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.types import _size
+from typing_extensions import override
 
 from pyro_bnn.ops.krylov import largest_eigenvalue
 
@@ -78,6 +79,17 @@ class PrecisionNormal(TorchDistribution):
         )
         return inverse.reciprocal()
 
+    def condition_number(self, *, to_prior: bool = False) -> float:
+        """
+        An estimate of the condition number of P, in units of the scales of its coordinates: for a dense matrix the largest
+        ratio of a variance's reciprocal given all earlier coordinates to that given nothing, for the other structures that of
+        the eigenvalues relative to the prior.
+
+        :param to_prior: for low rank, the ratio to the prior itself, of which a posterior variance is a difference.
+        :return: at least 1.
+        """
+        return 1.0
+
     @property
     def rank(self) -> int:
         """How many coordinates are random; p unless some are fixed."""
@@ -94,12 +106,8 @@ class PrecisionNormal(TorchDistribution):
         :param generator: source of random numbers; torch's default if ``None``.
         :return: draws, shape ``sample_shape + (p,)``.
         """
-        noise = torch.randn(
-            torch.Size(sample_shape) + self.loc.shape,
-            dtype=self.loc.dtype,
-            device=self.loc.device,
-            generator=generator,
-        )
+        shape = torch.Size(sample_shape) + self.loc.shape
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
         return self.loc + self.half_solve(noise)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -125,6 +133,28 @@ class PrecisionNormal(TorchDistribution):
         half = self.half_solve_transposed(rows)
         return half @ half.mT
 
+    def partial_form(self, rows: Tensor, places: Tensor) -> Tensor | None:
+        """
+        Covariances of functionals of some coordinates only, where these are independent of all others.
+
+        :param rows: the functionals, shape ``(..., C, q)``.
+        :param places: the coordinates, shape ``(q,)``.
+        :return: shape ``(..., C, C)``, or ``None`` where they are not.
+        """
+        return None
+
+    def map_covariance(self, g: Sequence[Tensor], x: Tensor, places: Tensor, alone: bool) -> Tensor | None:
+        r"""
+        Covariances of functionals of a linear map's weight, whose gradient is :math:`\sum_t g_t x_t^\top`, without it.
+
+        :param g: gradients in the map's outputs, K of shape ``(B, T, out)``.
+        :param x: its inputs, shape ``(B, T, in)``.
+        :param places: the coordinates of the weight, shape ``(out, in)``.
+        :param alone: whether the functionals depend on none of the others.
+        :return: shape ``(B, K, K)``, or ``None`` where the weight's gradients have to be formed.
+        """
+        return None
+
 
 class BlockNormal(PrecisionNormal):
     """
@@ -141,8 +171,8 @@ class BlockNormal(PrecisionNormal):
         self.parts = list(parts)
 
     @property
+    @override
     def rank(self) -> int:
-        """How many coordinates are random."""
         return sum(len(index) for index, _ in self.parts)
 
     def _each(self, x: Tensor, method: str) -> Tensor:
@@ -151,31 +181,35 @@ class BlockNormal(PrecisionNormal):
             total[..., index] = getattr(part, method)(x[..., index])
         return total
 
+    @override
     def half_solve(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve`."""
         return self._each(x, "half_solve")
 
+    @override
     def half_solve_transposed(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.half_solve_transposed`."""
         return self._each(x, "half_solve_transposed")
 
+    @override
     def multiply(self, x: Tensor) -> Tensor:
-        """See :meth:`PrecisionNormal.multiply`."""
         return self._each(x, "multiply")
 
     @property
-    def log_det_precision(self) -> Tensor:
-        """See :attr:`PrecisionNormal.log_det_precision`; over the covered coordinates."""
+    @override
+    def log_det_precision(self) -> Tensor:  # over the covered coordinates
         return sum((part.log_det_precision for _, part in self.parts), self.loc.new_zeros(()))
 
     @property
+    @override
     def smallest_precision(self) -> Tensor:
-        """The smallest of the parts'."""
         return torch.stack([part.smallest_precision for _, part in self.parts]).min()
 
+    @override
+    def condition_number(self, *, to_prior: bool = False) -> float:
+        return max((part.condition_number(to_prior=to_prior) for _, part in self.parts), default=1.0)
+
     @property
-    def variance(self) -> Tensor:
-        """Marginal variances, shape ``(p,)``; zero where fixed."""
+    @override
+    def variance(self) -> Tensor:  # zero where fixed
         total = torch.zeros_like(self.loc)
         for index, part in self.parts:
             total[index] = part.variance

@@ -57,16 +57,24 @@ def is_single_batch(data: Any) -> bool:
     return not isinstance(data, Iterable)
 
 
-def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor has entries that can be cut and compared; sparse and nested ones are constants to the package."""
+    return x.layout is torch.strided and not x.is_nested
+
+
+def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = (), *, every: bool = False) -> Any:
     """
-    Applies a function to the tensors and packed sequences in nested containers (tuples, lists, mappings, dataclasses).
+    Applies a function to the dense tensors and packed sequences in nested containers (tuples, lists, mappings, dataclasses).
 
     :param tree: any value.
     :param callable fn: takes the place of a tensor or packed sequence and the object, and returns what replaces it.
     :param path: the place of ``tree``.
+    :param bool every: whether sparse and nested tensors count, too.
     :return: the same containers with replaced leaves; containers in which nothing changes are returned as they are.
     """
-    if isinstance(tree, (Tensor, PackedSequence)):
+    if isinstance(tree, Tensor):
+        return fn(path, tree) if every or is_dense(tree) else tree
+    if isinstance(tree, PackedSequence):
         return fn(path, tree)
     if isinstance(tree, Mapping):
         items: list[tuple[Any, Any]] = list(tree.items())
@@ -78,7 +86,7 @@ def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> An
         return tree
     changed = {}
     for key, value in items:
-        new = map_leaves(value, fn, (*path, key))
+        new = map_leaves(value, fn, (*path, key), every=every)
         if new is not value:
             changed[key] = new
     if not changed:
@@ -97,15 +105,15 @@ def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> An
     return out
 
 
-def leaves(tree: Any) -> dict[Path, Any]:
-    """The tensors and packed sequences in nested containers by their place."""
+def leaves(tree: Any, *, every: bool = False) -> dict[Path, Any]:
+    """The dense tensors (or every one) and the packed sequences in nested containers by their place."""
     found: dict[Path, Any] = {}
 
     def note(path: Path, leaf: Any) -> Any:
         found[path] = leaf
         return leaf
 
-    map_leaves(tree, note)
+    map_leaves(tree, note, every=every)
     return found
 
 
@@ -149,6 +157,15 @@ def argument_name(path: Path) -> str:
     return f"argument {first!r}" + "".join(f"[{key!r}]" for key in rest)
 
 
+def _entries(leaf: Any) -> Tensor:
+    """The numbers in a packed sequence or a tensor of any layout."""
+    if isinstance(leaf, PackedSequence):
+        return leaf.data
+    if leaf.is_nested:
+        return torch.cat([part.reshape(-1) for part in leaf.unbind()])
+    return leaf if is_dense(leaf) else leaf.to_sparse_coo().coalesce().values()
+
+
 def check_finite(batch: Batch) -> None:
     """
     Checks that the floating-point tensors of a batch are finite, in nested containers too.
@@ -156,8 +173,8 @@ def check_finite(batch: Batch) -> None:
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
     :raises ValueError: naming the argument and the number of entries that are not finite.
     """
-    for path, leaf in leaves(batch).items():
-        value = leaf.data if isinstance(leaf, PackedSequence) else leaf
+    for path, leaf in leaves(batch, every=True).items():
+        value = _entries(leaf)
         # a finite sum proves it in one pass; only otherwise entries are looked at one by one
         if not value.is_floating_point() or bool(torch.isfinite(value.detach().sum())):
             continue
@@ -188,7 +205,7 @@ def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
     the same places are the same structure; ``known`` are those that were met before.
     """
     known = {} if known is None else known
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and is_dense(value):
         return tuple(1 if n == 1 else -known.setdefault(n, len(known)) for n in value.shape), value.dtype
     if isinstance(value, Mapping):
         return tuple((key, coincidences(item, known)) for key, item in value.items())

@@ -130,13 +130,14 @@ class Probe:
 def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     """
     Warns where the gradient of the likelihood at a packed vector ``(p,)`` is not its derivative; refuses embeddings with
-    ``scale_grad_by_freq``.
+    ``scale_grad_by_freq``, and gradients that are not finite.
     """
     if wide(latent) is not latent:  # half precision does not resolve it
         return
     probe = Probe(model, latent, batch)
     with _Embeddings():
         _, gradient = probe.gradient(probe.latent)
+    require_finite(model, gradient)
     directions = probe.directions()
     found = [probe.slopes(next(directions), gradient)]
     if not found[0]:
@@ -156,7 +157,7 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
 
 
 def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
-    """Warns where second derivatives of the likelihood at a packed vector ``(p,)`` are not derivatives of its gradient."""
+    """Warns where second derivatives of the likelihood at a packed vector ``(p,)`` are not derivatives of its gradient, raises if not finite."""
     if wide(latent) is not latent:
         return
     probe = Probe(model, latent, batch)
@@ -167,6 +168,7 @@ def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
         slope = 0.0
         if gradient.requires_grad:
             (image,) = torch.autograd.grad(gradient @ u, leaf, retain_graph=True, materialize_grads=True)
+            require_finite(model, image, "second derivative", "Move the point, or use curvature='ggn'.")
             slope = float(image.double() @ v.double())
 
         def phi(t: float, u: Tensor = u, v: Tensor = v) -> float:
@@ -182,3 +184,19 @@ def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
         "write the operation out, v * g / v.norm(...).",
         CurvatureWarning,
     )
+
+
+def require_finite(
+    model: Any,
+    found: Tensor,
+    what: str = "gradient",
+    advice: str = "Move the point, or write the function so that it has one there.",
+) -> None:
+    """Raises where a derivative at a point with a finite density is not finite, as that of a root is at zero."""
+    bad = ~found.isfinite()
+    if bool(bad.any()):
+        names = [name for name, part in model.space.slices.items() if bool(bad[part].any())]
+        raise ValueError(
+            f"{int(bad.sum())} of {len(bad)} entries of the {what} of the log density, those of {', '.join(map(repr, names))}, "
+            f"are not finite at the point estimate, where the density is: a root or norm at zero has no finite slope. {advice}"
+        )

@@ -22,76 +22,47 @@ def _is_in(cls: type, modules: tuple[str, ...]) -> bool:
 
 
 def shares_density(cls: type, family: type) -> bool:
-    """
-    :param cls: a class of distributions.
-    :param family: one that it extends.
-    :return: whether its density is that of the family, or the same one written anew by torch or Pyro.
-    """
+    """Whether the density of a class is that of one that it extends, or the same one written anew by torch or Pyro."""
     own = _definer(cls, "log_prob")
     return own is _definer(family, "log_prob") or _is_in(own, _SAME)
 
 
 def of_family(d: Any, *families: type) -> bool:
-    """
-    :param d: a distribution.
-    :param families: classes.
-    :return: whether it belongs to one of them by its class and by its density.
-    """
+    """Whether a distribution belongs to one of some classes by its class and by its density."""
     return any(isinstance(d, family) and shares_density(type(d), family) for family in families)
 
 
 def has_own(d: Any, name: str, trusted: tuple[str, ...] = _LIBRARY) -> bool:
     """
-    Whether a method or property goes with the density: one inherited from a class whose density was replaced does not.
-
-    :param d: a distribution.
-    :param name: e.g. ``"mean"``.
-    :param trusted: modules whose densities go with all methods.
-    :return: whether it was written for this density.
+    Whether a method or property of a distribution goes with its density: one inherited from a class whose density was
+    replaced does not, unless that density is of the trusted modules.
     """
     order, density = type(d).__mro__, _definer(type(d), "log_prob")
     return _is_in(density, trusted) or order.index(_definer(type(d), name)) <= order.index(density)
 
 
 def is_known(d: Any) -> bool:
-    """
-    :param d: a distribution.
-    :return: whether its density is a library's, as is that of all that it wraps or transforms.
-    """
+    """Whether the density of a distribution is a library's, as is that of all that it wraps or transforms."""
     base = getattr(d, "base_dist", None)
     return _is_in(_definer(type(d), "log_prob"), _LIBRARY) and (base is None or is_known(base))
 
 
 def reparametrised(d: Any) -> bool:
-    """
-    :param d: a distribution.
-    :return: whether draws from it have gradients.
-    """
+    """Whether draws from a distribution have gradients."""
     return bool(d.has_rsample) and has_own(d, "rsample")
 
 
 def can_draw(d: Any) -> bool:
-    """
-    :param d: a distribution.
-    :return: whether it draws from its own density.
-    """
+    """Whether a distribution draws from its own density."""
     return has_own(d, "sample", _SAME) or (bool(d.has_rsample) and has_own(d, "rsample", _SAME))
 
 
 def draw(d: Any, shape: Size) -> Tensor:
-    """
-    :param d: a distribution.
-    :param shape: of the sample.
-    :return: draws from its own density.
-    """
+    """Draws, of a sample shape, from a distribution's own density."""
     value: Tensor = d.rsample(shape) if reparametrised(d) else d.sample(shape)
     return value
 
 
 def was_given(d: Any, name: str) -> bool:
-    """
-    :param d: a distribution.
-    :param name: of one of two arguments, such as ``"probs"`` beside ``"logits"``, that its class computes from each other.
-    :return: whether it is there, and need not be computed.
-    """
+    """Whether an argument of a distribution is there, that its class else computes from another, as probs from logits."""
     return isinstance(inspect.getattr_static(d, name), Tensor)

@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def graph_nodes(value: Tensor) -> Iterator[Any]:
-    """
-    :param value: any tensor.
-    :return: the nodes of its autograd graph, each once.
-    """
+    """The nodes of a tensor's autograd graph, each once."""
     todo: list[Any] = [value.grad_fn]
     seen: set[Any] = set()
     while todo:
@@ -26,22 +23,10 @@ def graph_nodes(value: Tensor) -> Iterator[Any]:
 
 
 def leaves(value: Tensor) -> list[Tensor]:
-    """
-    The leaf tensors that a value was computed from and that require gradients.
-
-    :param value: any tensor.
-    :return: the leaves, each once.
-
-    Example::
-
-        >>> a, b = torch.ones((), requires_grad=True), torch.ones(())
-        >>> [leaf is a for leaf in leaves(a * b + a)]
-        [True]
-    """
+    """The leaf tensors that a value was computed from and that require gradients, each once."""
     if value.grad_fn is None:
         return [value] if value.requires_grad else []
-    variables = (getattr(node, "variable", None) for node in graph_nodes(value))
-    return [variable for variable in variables if variable is not None]
+    return [node.variable for node in graph_nodes(value) if hasattr(node, "variable")]
 
 
 class FirstOrderSum:
@@ -57,9 +42,7 @@ class FirstOrderSum:
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, term: Tensor) -> None:
-        """
-        :param term: a scalar; its graph is freed.
-        """
+        """Adds a scalar, whose graph is freed."""
         found = [leaf for leaf in leaves(term) if id(leaf) not in self._fixed]
         if not found:
             return
@@ -68,16 +51,11 @@ class FirstOrderSum:
             self._gradients[id(leaf)] = (leaf, new if old is None else old[1] + new)
 
     def gradients(self) -> list[Tensor]:
-        """
-        :return: the gradients, one tensor per leaf, in the order in which the leaves were found.
-        """
+        """The gradients, one tensor per leaf, in the order in which the leaves were found."""
         return [gradient for _, gradient in self._gradients.values()]
 
     def attach(self, value: Tensor) -> Tensor:
-        """
-        :param value: the sum's value.
-        :return: the same value with these gradients, once differentiable.
-        """
+        """The sum's value with these gradients, once differentiable."""
         for leaf, gradient in self._gradients.values():
             value = value + (gradient * (leaf - leaf.detach())).sum()
         return value

@@ -25,8 +25,12 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def _unit_rows(like: Tensor, chunk_size: int) -> Iterator[Tensor]:
+    """The rows of the identity matrix of the size of a vector, ``chunk_size`` at a time."""
+    for start in range(0, len(like), chunk_size):
+        rows = like.new_zeros(min(chunk_size, len(like) - start), len(like))
+        rows[:, start : start + len(rows)].fill_diagonal_(1.0)
+        yield rows
 
 
 def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bool = False) -> Tensor:
@@ -42,15 +46,8 @@ def vjp(outputs: Tensor, inputs: Tensor, cotangents: Tensor, *, create_graph: bo
     cotangents = cotangents.to(outputs.dtype)
 
     def pull_back(c: Tensor, *, batched: bool) -> Tensor:
-        (product,) = grad(
-            outputs,
-            inputs,
-            c,
-            retain_graph=True,
-            create_graph=create_graph,
-            is_grads_batched=batched,
-            materialize_grads=True,
-        )
+        how = {"create_graph": create_graph, "is_grads_batched": batched}
+        (product,) = grad(outputs, inputs, c, retain_graph=True, materialize_grads=True, **how)
         return product
 
     try:
@@ -80,12 +77,7 @@ def jacobian(outputs: Tensor, inputs: Tensor, *, chunk_size: int = 256) -> Tenso
         tensor([[2., 1.],
                 [2., 0.]])
     """
-    M = outputs.shape[0]
-    rows = []
-    for chunk in _chunks(M, chunk_size):
-        basis = torch.zeros(chunk.stop - chunk.start, M, dtype=outputs.dtype, device=outputs.device)
-        basis[:, chunk].fill_diagonal_(1.0)
-        rows.append(vjp(outputs, inputs, basis).detach())
+    rows = [vjp(outputs, inputs, basis).detach() for basis in _unit_rows(outputs, chunk_size)]
     return torch.cat(rows) if rows else outputs.new_zeros(0, inputs.shape[0])
 
 
@@ -140,10 +132,4 @@ def dense(operator: LinearMap, like: Tensor, *, chunk_size: int = 256) -> Tensor
     :param chunk_size: how many products run at once.
     :return: shape ``(p, q)``; row ``i`` is the image of the ``i``-th basis vector.
     """
-    p = like.shape[0]
-    rows = []
-    for chunk in _chunks(p, chunk_size):
-        basis = torch.zeros(chunk.stop - chunk.start, p, dtype=like.dtype, device=like.device)
-        basis[:, chunk].fill_diagonal_(1.0)
-        rows.append(operator(basis))
-    return torch.cat(rows)
+    return torch.cat([operator(basis) for basis in _unit_rows(like, chunk_size)])

@@ -8,10 +8,7 @@ import torch
 
 
 def available_bytes(device: torch.device) -> float:
-    """
-    :param device: a device.
-    :return: how many bytes can be allocated there; infinity where that cannot be found out.
-    """
+    """How many bytes can be allocated on a device; infinity where that cannot be found out."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -35,12 +32,8 @@ def require_memory(
     needed: float, what: str, device: torch.device, advice: str, limit: float | None = None
 ) -> None:
     """
-    :param needed: bytes that are about to be allocated.
-    :param what: what for.
-    :param device: where.
-    :param advice: what to do if they do not fit.
-    :param limit: bytes that may be used; by default what is available.
-    :raises MemoryError: if they do not fit; the message names the sizes and the advice.
+    Raises :class:`MemoryError`, with the sizes and the advice, if bytes that are about to be allocated do not fit into
+    the limit, by default what is available.
 
     Example::
 
@@ -57,15 +50,7 @@ def require_memory(
 
 
 def readable(size: float) -> str:
-    """
-    :param size: bytes.
-    :return: the size with a unit.
-
-    Example::
-
-        >>> readable(8e12), readable(1500.0)
-        ('8,000 GB', '1.5 kB')
-    """
+    """A number of bytes with a unit."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
             return f"{size / factor:,.3g} {unit}" if size < 1e12 else f"{size / factor:,.0f} {unit}"

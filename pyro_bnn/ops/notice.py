@@ -10,12 +10,7 @@ _INNER = ("pyro_bnn", "pyro", "torch", "contextlib")
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """
-    Warns at the line that called this package, however many decorators lie in between.
-
-    :param message: the text.
-    :param category: its class.
-    """
+    """Warns at the line that called this package, however many decorators lie in between."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
         level, frame = level + 1, frame.f_back

@@ -9,10 +9,7 @@ from typing import Any
 
 def require_count(name: str, value: Any, least: int = 1) -> None:
     """
-    :param name: of the argument.
-    :param value: what was passed.
-    :param least: the smallest number allowed.
-    :raises ValueError: if it is no whole number, or smaller.
+    Raises :class:`ValueError` if an argument is no whole number, or smaller than the least.
 
     Example::
 
@@ -30,12 +27,7 @@ def require_number(
     name: str, value: Any, *, above: float | None = None, least: float | None = None, below: float = math.inf
 ) -> None:
     """
-    :param name: of the argument.
-    :param value: what was passed.
-    :param above: it must be larger than this,
-    :param least: or at least this,
-    :param below: and smaller than this.
-    :raises ValueError: if it is no number, or outside of the range; NaN and infinities are.
+    Raises :class:`ValueError` if an argument is no number above, of at least and below these; NaN and infinities are none.
 
     Example::
 

@@ -10,9 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_bnn.curvature.conditioning import condition_number, describe, expected_error
 from pyro_bnn.curvature.definite import (
     blame,
+    describe,
+    expected_error,
     main_sites,
     require_finite_mode,
     require_minimum,
@@ -49,25 +50,25 @@ def test_condition_numbers_of_every_structure():
     loc = torch.zeros(2)
     r = 0.8
     full = FullNormal(loc, torch.tensor([[100.0, 10 * r], [10 * r, 1.0]]))  # scales do not count
-    assert_close(condition_number(full), 1 / (1 - r**2), rtol=1e-9)
-    assert condition_number(DiagonalNormal(loc, torch.tensor([1.0, 1e6]))) == 1.0
+    assert_close(full.condition_number(), 1 / (1 - r**2), rtol=1e-9)
+    assert DiagonalNormal(loc, torch.tensor([1.0, 1e6])).condition_number() == 1.0
     eye = torch.eye(2)
     kron = KroneckerNormal(
         torch.zeros(4), (torch.ones(2), torch.ones(2)), (eye, eye), torch.tensor([[8.0, 2.0], [1.0, 40.0]])
     )
-    assert condition_number(kron) == 40.0
+    assert kron.condition_number() == 40.0
     low = LowRankNormal(torch.zeros(3), torch.ones(3), torch.eye(3)[:, :2], torch.tensor([9.0, 3.0]))
-    assert condition_number(low) == 10.0  # the rest is the prior
+    assert low.condition_number() == 10.0  # the rest is the prior
     whole = LowRankNormal(torch.zeros(3), torch.ones(3), torch.eye(3), torch.tensor([9.0, 3.0, 4.0]))
-    assert condition_number(whole) == 2.5
-    assert condition_number(whole, to_prior=True) == 10.0
+    assert whole.condition_number() == 2.5
+    assert whole.condition_number(to_prior=True) == 10.0
     below = LowRankNormal(torch.zeros(3), torch.ones(3), torch.eye(3)[:, :2], torch.tensor([9.0, -0.5]))
-    assert condition_number(below) == 20.0
-    assert condition_number(LowRankNormal(loc, torch.ones(2), torch.zeros(2, 0), torch.zeros(0))) == 1.0
+    assert below.condition_number() == 20.0
+    assert LowRankNormal(loc, torch.ones(2), torch.zeros(2, 0), torch.zeros(0)).condition_number() == 1.0
     parts = BlockNormal(
         torch.zeros(4), [(torch.tensor([0, 1]), full), (torch.tensor([2, 3]), DiagonalNormal(loc, loc + 1))]
     )
-    assert_close(condition_number(parts), 1 / (1 - r**2), rtol=1e-9)
+    assert_close(parts.condition_number(), 1 / (1 - r**2), rtol=1e-9)
     eps = torch.finfo(torch.float32).eps
     assert_close(expected_error(kron, torch.float32), 10 * 40 * eps, rtol=1e-9)
     rounding = 40.0**0.5 * torch.finfo(torch.float64).eps

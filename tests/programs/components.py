@@ -103,6 +103,27 @@ def graph_by_edges() -> Case:
 
 
 @program
+def graph_by_a_sparse_matrix() -> Case:
+    """The adjacency is a sparse argument of the model."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.message, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.head(torch.sparse.mm(adjacency, self.message(x)).tanh())
+
+    net = bayesian_(Net())
+
+    def model(x: Tensor, adjacency: Tensor, y: Tensor | None = None) -> Any:
+        return normal(net(x, adjacency).squeeze(-1), y)
+
+    adjacency = ((torch.rand(6, 6) > 0.5) * torch.rand(6, 6)).to_sparse_coo()
+    return Case(model, (torch.randn(6, 2), adjacency, torch.randn(6)), 2, net=net, separate=False)
+
+
+@program
 def weight_read_by_the_parent() -> Case:
     class Net(nn.Module):
         def __init__(self) -> None:

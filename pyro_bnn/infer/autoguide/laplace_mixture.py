@@ -2,32 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of Laplace approximations around several modes, as a guide."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import pyro.distributions as dist
-import pyro.poutine as poutine
 import torch
 import torch.distributions as td
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_sample
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, mixture_quantile
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
+from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
-from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.model.data import Batch
-from pyro_bnn.model.evaluation import evaluation_mode
-from pyro_bnn.model.flat import init_flat
-from pyro_bnn.model.packed import PackedModel
-from pyro_bnn.model.prototype import detach_prototypes
+from pyro_bnn.model.packed import PackedModel, SiteOutputs
 
 Weights = Literal["equal", "evidence"]
 
 
-class AutoLaplaceMixture(AutoContinuous):
+class AutoLaplaceMixture(PackedGuide):
     r"""
     :math:`q(u) = \sum_k \pi_k N(\hat u_k, P_k^{-1})`: a Laplace approximation around each mode of a deep ensemble
     (Eschenhagen et al., 2021, "Mixtures of Laplace approximations for improved post-hoc uncertainty in deep learning").
@@ -71,8 +68,7 @@ class AutoLaplaceMixture(AutoContinuous):
         if not isinstance(num_components, int) or num_components < 1:
             raise ValueError(f"num_components must be an integer of at least 1, found {num_components!r}")
         check_option("weights", weights, Weights)
-        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
-        self.__dict__["_plain_model"] = model
+        super().__init__(model, init_loc_fn)
         self.num_components = num_components
         self.weights = weights
         self.components = nn.ModuleList(
@@ -110,48 +106,25 @@ class AutoLaplaceMixture(AutoContinuous):
 
     # ------------------------------------------------------------------ set-up
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
-        """
-        Creates the parameters of all components from one batch; each starts at a draw of its own.
-
-        :param args: arguments of the model, **with observations**.
-        :param kwargs: keyword arguments of the model.
-        :return: the guide itself.
-        """
-        if self.prototype_trace is None:
-            initialize_with(self, args, kwargs)
-        return self
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(), torch.random.fork_rng(), evaluation_mode():
-            trace = run_model(self.model, (args, kwargs))
-        check_observations(trace, (args, kwargs))
-        check_latents(trace, self, continuous=True)
-        with evaluation_mode():
-            super()._setup_prototype(*args, **kwargs)
-        detach_prototypes(self)
-        for guide in self.components:
-            guide.initialize(*args, **kwargs)
+    @override
+    def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
+        for guide in self.components:  # each starts at a draw of its own
+            guide.initialize(*batch[0], **batch[1])
         self.log_weights = self.log_weights.to(self.components[0].loc)
 
     @property
+    @override
     def packed(self) -> PackedModel:
-        """The model as a function of the packed latent vector."""
-        guide: Any = self.components[0]
-        return guide.packed
+        return self.components[0].packed
 
     @property
     def curvature(self) -> str:
         """The curvature of the components."""
-        guide: Any = self.components[0]
-        return guide.curvature
+        return self.components[0].curvature
 
     def can_linearize(self, batch: Batch) -> bool:
         """See :meth:`AutoLaplace.can_linearize`."""
-        guide: Any = self.components[0]
-        return guide.can_linearize(batch)
+        return self.components[0].can_linearize(batch)
 
     def set_modes(self, modes: Any) -> Self:
         """
@@ -340,52 +313,31 @@ class AutoLaplaceMixture(AutoContinuous):
         parts = [guide.predictive(*args, **options) for guide in self.components]
         return {name: _mix([part[name] for part in parts], self.log_weights) for name in parts[0]}
 
-    def functional_samples(
-        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """
-        Coherent draws of functions, each of the model linearised around its own mode.
+    @override
+    def _functions(
+        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        return self._moved(*self.posterior.rsample_with_index(shape, generator), batch)
 
-        :param num_samples: S.
-        :param args: arguments of the model; observations are not needed.
-        :param generator: source of random numbers; torch's default if ``None``.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
-        """
-        draws, index = self.posterior.rsample_with_index((num_samples,), generator)
-        return {name: outputs for name, (_, outputs) in self._moved(draws, index, args, kwargs).items()}
+    @override
+    def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        # drawing modes from p(k | u), proportional to pi_k N(u; u_k, P_k^-1), gives draws and modes their joint distribution
+        logits = self.posterior.component_log_prob(latent) + self.log_weights
+        return self._moved(latent, td.Categorical(logits=logits).sample(), batch)
 
-    def observed_distributions(
-        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> dict[str, td.Distribution]:
-        r"""
-        The observed sites' distributions at posterior draws, each through the model linearised around the mode it
-        belongs to; that is drawn from :math:`p(k\mid u)\propto \pi_k N(u; \hat u_k, P_k^{-1})`, which gives draws and modes
-        their joint distribution.
-
-        :param draws: by site name, shape ``(S,) + site_shape``.
-        :param args: arguments of the model; observations are not needed.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
-        """
-        with torch.no_grad():
-            latent = self.packed.space.pack(draws)
-            logits = self.posterior.component_log_prob(latent) + self.log_weights
-            index = td.Categorical(logits=logits).sample()
-        moved = self._moved(latent, index, args, kwargs)
-        return {name: site.build(outputs) for name, (site, outputs) in moved.items()}
-
-    def _moved(self, latent: Tensor, index: Tensor, args: Any, kwargs: Any) -> dict[str, tuple[Any, Tensor]]:
-        result: dict[str, tuple[Any, Tensor]] = {}
+    @torch.no_grad()
+    def _moved(self, latent: Tensor, index: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        """The outputs at packed vectors, each through the model linearised around the mode that it belongs to."""
+        sites: dict[str, SiteOutputs] = {}
+        result: dict[str, Tensor] = {}
         for k, guide in enumerate(self.components):
             (mine,) = (index == k).nonzero(as_tuple=True)
-            if not len(mine):
-                continue
-            for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), (args, kwargs)):
-                if site.name not in result:
-                    result[site.name] = (site, outputs.new_zeros(latent.shape[:1] + outputs.shape[1:]))
-                result[site.name][1][mine] = outputs
-        return result
+            if len(mine):
+                for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), batch):
+                    sites.setdefault(site.name, site)
+                    shape = latent.shape[:1] + outputs.shape[1:]
+                    result.setdefault(site.name, outputs.new_zeros(shape))[mine] = outputs
+        return ((site, result[name]) for name, site in sites.items())
 
 
 def _points(modes: Any, sites: list[str]) -> list[Mapping[str, Tensor]]:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
@@ -10,10 +10,10 @@ from typing import Any, Self
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pyro_bnn.curvature.mode import DENSE_LIMIT as DENSE_LIMIT
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning, find_mode
@@ -25,15 +25,11 @@ from pyro_bnn.curvature.output_covariances import (
 )
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
-from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import Batch, as_batches, iter_batches
-from pyro_bnn.model.evaluation import evaluation_mode
-from pyro_bnn.model.flat import init_flat
-from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
 from pyro_bnn.model.observations import is_stand_in
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
-from pyro_bnn.model.prototype import detach_prototypes
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
@@ -61,15 +57,18 @@ class MAPReport:
     smallest_curvature: float
 
 
-def _nothing(value: Tensor) -> Tensor:
-    return value.new_empty(0)
+def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
+    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
+    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
+            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
+            "guide.sample_posterior."
+        )
 
 
-def _multiply_transposed(rows: Tensor, v: Tensor) -> Tensor:
-    return v @ rows.mT
-
-
-class LinearizedGuide(AutoContinuous):
+class LinearizedGuide(PackedGuide):
     r"""
     Base class of guides that are a point estimate first and a Gaussian around it afterwards.
 
@@ -86,6 +85,8 @@ class LinearizedGuide(AutoContinuous):
 
     #: whether the posterior has a density (low-rank Gaussians do not)
     has_density = True
+    #: what is taken for the curvature of the likelihood
+    curvature: str = "hessian"
     #: options that the representation shows
     _shown: tuple[str, ...] = ()
 
@@ -99,51 +100,27 @@ class LinearizedGuide(AutoContinuous):
         chunk_size: int = 256,
         budget: int = DEFAULT_BUDGET,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
-        # self.model initialises every site anew in each run; not registered as a submodule
-        self.__dict__["_plain_model"] = model
+        super().__init__(model, init_loc_fn)
         self.chunk_size = chunk_size
         self.budget = budget
         self.map_report: MAPReport | None = None
         self._packed: PackedModel | None = None
         self._posterior: dist.TorchDistribution | None = None
+        self._said_so = False  # that draws are all the same
 
-    def initialize(self, *args: Any, **kwargs: Any) -> Self:
-        """
-        Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
-        before the first step.
-
-        :param args: arguments of the model, **with observations**.
-        :param kwargs: keyword arguments of the model.
-        :return: the guide itself.
-        :raises ValueError: if the arguments are not finite or no site of the model is observed.
-        """
-        if self.prototype_trace is None:
-            initialize_with(self, args, kwargs)
-        return self
-
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(), evaluation_mode() as modules:
-            trace = run_model(self.model, (args, kwargs))
-        check_observations(trace, (args, kwargs))
-        check_latents(trace, self, continuous=True)
-        values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
-        with SubstituteMessenger(values), evaluation_mode():
-            super()._setup_prototype(*args, **kwargs)
-        detach_prototypes(self)
-        packed = PackedModel(self.__dict__["_plain_model"], trace, modules)
+    @override
+    def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
+        packed = PackedModel(self._plain[0], trace, modules)
         if not is_stand_in():
             packed.log_likelihood(trace)  # raises where it is not finite
         self._packed = packed
         self.loc = nn.Parameter(self._init_loc())
-        if not packed.observed and getattr(self, "curvature", "hessian") != "hessian":
-            packed.check_factors(packed.trace(self.loc, (args, kwargs)))
+        if not packed.observed and self.curvature != "hessian":
+            packed.check_factors(packed.trace(self.loc, batch))
 
     @property
+    @override
     def packed(self) -> PackedModel:
-        """The model as a function of the packed latent vector."""
         if self._packed is None:
             raise RuntimeError(
                 "the guide is not initialised: call guide.initialize(*args) with one batch of data and observations"
@@ -169,8 +146,8 @@ class LinearizedGuide(AutoContinuous):
 
         :return: the guide itself.
         """
-        for name in self._buffers:
-            self._buffers[name] = None
+        for name, _ in list(self.named_buffers(recurse=False)):
+            setattr(self, name, None)
         self.map_report = None
         self._posterior = None
         return self
@@ -200,23 +177,26 @@ class LinearizedGuide(AutoContinuous):
         return self._posterior is not None or self._make_posterior() is not None
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
-        """
-        :return: the distribution of the packed vector: a Delta before ``laplace_approximation``, the Gaussian after.
-        """
+        """:return: the distribution of the packed vector: a Delta before ``laplace_approximation``, the Gaussian after."""
         return self.posterior if self.is_fitted else dist.Delta(self.loc).to_event(1)
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         self._posterior = None
         return super()._apply(fn, *args, **kwargs)
 
+    @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Buffers that only laplace_approximation creates are None in a fresh object.
-        for name, buffer in list(self._buffers.items()):
-            key = prefix + name
-            if key in state_dict and (buffer is None or buffer.shape != state_dict[key].shape):
-                self._buffers[name] = torch.empty_like(state_dict[key], device=self.loc.device)
-            elif key not in state_dict and buffer is not None:
-                self._buffers[name] = None
+        # buffers that only laplace_approximation creates are None in a fresh object
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        held = dict(self.named_buffers(recurse=False))
+        for name in held.keys() - own.keys():
+            setattr(self, name, None)
+        parameters = dict(self.named_parameters(recurse=False))
+        for name, value in own.items():
+            fits = name in held and held[name].shape == value.shape
+            if not fits and "." not in name and name not in parameters and hasattr(self, name):
+                setattr(self, name, torch.empty_like(value, device=self.loc.device))
         self._posterior = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -235,21 +215,17 @@ class LinearizedGuide(AutoContinuous):
             a :class:`PointEstimateWarning`, once.
         """
         shape = torch.Size(sample_shape)
-        if not self.is_fitted:
-            self._warn_point_estimate()
-            return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
-        return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
-
-    def _warn_point_estimate(self) -> None:
-        if self.__dict__.get("_said_so"):
-            return
-        self.__dict__["_said_so"] = True
-        warn_user(
-            f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance of "
-            "predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate on purpose "
-            "pass its draw, {name: value[None] for name, value in guide.median().items()}.",
-            PointEstimateWarning,
-        )
+        if self.is_fitted:
+            return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
+        if not self._said_so:
+            self._said_so = True
+            warn_user(
+                f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance "
+                "of predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate "
+                "on purpose pass its draw, {name: value[None] for name, value in guide.median().items()}.",
+                PointEstimateWarning,
+            )
+        return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
 
     def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         posterior: Any = self.posterior
@@ -257,9 +233,7 @@ class LinearizedGuide(AutoContinuous):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """
-        :return: by site name, the posterior median (the MAP in unconstrained space).
-        """
+        """:return: by site name, the posterior median (the MAP in unconstrained space)."""
         return {name: value.clone() for name, value in self.packed.space.unpack(self.loc).items()}
 
     @torch.no_grad()
@@ -273,6 +247,7 @@ class LinearizedGuide(AutoContinuous):
         rows = self.loc + td.Normal(0.0, 1.0).icdf(q).unsqueeze(-1) * scale
         return self.packed.space.unpack(rows.to(self.loc))
 
+    @override
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         # the Gaussian of a network in half precision is in float32
         return super()._unpack_latent(latent.to(self.loc.dtype))
@@ -293,8 +268,7 @@ class LinearizedGuide(AutoContinuous):
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach. With
-        ``curvature="hessian"`` a warning says where the search ended without reaching a minimum.
+        three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
             ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
@@ -310,23 +284,15 @@ class LinearizedGuide(AutoContinuous):
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        data = as_batches(as_data(self.__dict__["_plain_model"], args, kwargs, "polish"))
+        data = as_batches(as_data(self._plain[0], args, kwargs, "polish"))
         if self.is_fitted:
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
             )
         self.packed.require_function(self.loc, data)
-        point = find_mode(
-            self.packed,
-            self.loc,
-            data,
-            tolerance=tolerance,
-            max_iter=max_iter,
-            float64=float64,
-            # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
-            report=getattr(self, "curvature", "hessian") == "hessian",
-        )
-        self.loc.data.copy_(point)
+        # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
+        options: Any = {"max_iter": max_iter, "float64": float64, "report": self.curvature == "hessian"}
+        self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
         return self
 
     def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
@@ -336,9 +302,8 @@ class LinearizedGuide(AutoContinuous):
         :param data: one batch or an iterable of batches, with observations.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
-        return value_and_gradient(
-            lambda latent: self.packed.losses(latent, data, require_finite=True), self.loc
-        )
+        losses = partial(self.packed.losses, data=data, require_finite=True)
+        return value_and_gradient(losses, self.loc)
 
     def _warn_unconverged(self, limit: float) -> None:
         report = self.map_report
@@ -370,9 +335,9 @@ class LinearizedGuide(AutoContinuous):
 
         @cache
         def whole() -> list[SiteOutputs]:
-            # without keeping activations
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            nothing = lambda value: value.new_empty(0)  # noqa: E731
+            try:  # without keeping activations
+                with torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
                     return self.packed.outputs(stream.latent, batch)
             except RuntimeError:  # a model that takes derivatives itself
                 return self.packed.outputs(stream.latent, batch)
@@ -386,6 +351,7 @@ class LinearizedGuide(AutoContinuous):
             mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
             covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            _require_slopes(site.name, covariance, mean)
             joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
             if mine.events:
                 joint = joined(mine.events, shape)
@@ -418,23 +384,15 @@ class LinearizedGuide(AutoContinuous):
             for name, outputs in self.linearized_outputs(*args, **kwargs).items()
         }
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
-    def observed_distributions(
-        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
-    ) -> dict[str, td.Distribution]:
-        r"""
-        The observed sites' distributions at posterior draws, through the linearised model.
+    @override
+    def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        return self.moved_outputs(latent - self.loc.detach(), batch)
 
-        :param draws: by site name, shape ``(S,) + site_shape``, as :meth:`sample_posterior` returns them.
-        :param args: arguments of the model; observations are not needed.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
-        """
-        offsets = self.packed.space.pack(draws) - self.loc.detach()
-        return {
-            site.name: site.build(outputs) for site, outputs in self.moved_outputs(offsets, (args, kwargs))
-        }
+    @override
+    def _functions(
+        self, shape: torch.Size, generator: Any, batch: Batch
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        return self._linearized(self._draw(shape, generator), batch)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -449,7 +407,7 @@ class LinearizedGuide(AutoContinuous):
         try:
             self.packed.outputs(latent, batch)
         except (KeyError, ValueError):
-            if getattr(self, "curvature", None) != "hessian":
+            if self.curvature != "hessian":
                 raise
             return False
         return True
@@ -468,29 +426,14 @@ class LinearizedGuide(AutoContinuous):
                         product = jvp_operator(flat, latent)
                     except RuntimeError:  # an operation without second derivatives
                         rows = jacobian(flat, latent, chunk_size=self.chunk_size)
-                        product = partial(_multiply_transposed, rows)
+                        product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
-                outputs = outputs + torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                _require_slopes(site.name, moves, outputs)
+                outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
-
-    @torch.inference_mode(False)
-    def functional_samples(
-        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """
-        Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
-        Thompson sampling needs.
-
-        :param int num_samples: S.
-        :param args: arguments of the model; observations are not needed.
-        :param generator: source of random numbers; torch's default if ``None``.
-        :param kwargs: keyword arguments of the model.
-        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
-        """
-        offsets = self._draw(torch.Size((num_samples,)), generator) - self.loc.detach()
-        return {site.name: outputs for site, outputs in self.moved_outputs(offsets, (args, kwargs))}
 
     @torch.inference_mode(False)
     @torch.enable_grad()

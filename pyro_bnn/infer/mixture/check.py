@@ -16,11 +16,12 @@ from torch import Tensor
 from pyro_bnn.infer.autoguide.components import is_real
 from pyro_bnn.infer.mixture.constant_priors import plain_layers
 from pyro_bnn.infer.mixture.runs import JointRun, Step, rehearsal, subsamples
+from pyro_bnn.infer.predict.runs import NO_FUNCTION
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.model.observations import check_values
 from pyro_bnn.model.plates import FAILURES, close, first_line
-from pyro_bnn.nn.sites import SITE_KEY, note_readers, silent_sites
+from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
 
 #: How far the trial values lie from the guide's draws, relative to their size: apart enough for a mix-up to be seen.
@@ -45,8 +46,7 @@ def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
         guide_trace = step.guide_trace(0)
         own = sample_sites(guide_trace)
         values = {name: site["value"] for name, site in own.items()} | subsamples(guide_trace)
-        with silent_sites({}, {}) as silent:
-            model_trace = step.model_trace(values)
+        model_trace = step.model_trace(values)
         sites = sample_sites(model_trace)
         check_latents(sites, own)
         check_values(sites, (step.args, step.kwargs))
@@ -61,7 +61,26 @@ def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
                 "batch='split' cannot match with the examples: give it the family 'point', e.g. "
                 f"component={{{name!r}: 'point'}}."
             )
-    return guide_trace, plain_layers(sites, silent.seen), readers
+    return guide_trace, plain_layers(sites), readers
+
+
+def require_function(step: Step, alone: Trace) -> None:
+    """Refuses a model of which two runs under the same values and random numbers differ: every component would change the next."""
+    values = {name: site["value"] for name, site in sample_sites(alone).items()} | subsamples(alone)
+    runs = []
+    for _ in range(2):
+        with rehearsal(step.model):  # takes random numbers back
+            try:
+                runs.append(densities(sample_sites(step.model_trace(values))))
+            except FAILURES as failure:  # the first run of all did not fail
+                raise ValueError(
+                    NO_FUNCTION.format(f"a second run fails, {first_line(failure)}")
+                ) from failure
+    first, second = runs
+    for name, density in first.items():
+        if name in second and not is_close(second[name].detach(), density.detach()):
+            what = f"the density of site {name!r} differs between two runs under the same values and random numbers"
+            raise ValueError(NO_FUNCTION.format(what))
 
 
 def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any]) -> None:

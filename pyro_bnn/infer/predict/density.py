@@ -3,6 +3,7 @@
 """The density of a guide at given draws."""
 
 import math
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -10,6 +11,8 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws
@@ -87,5 +90,10 @@ def _traced_log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor | None:
         sites = {n: s for n, s in sample_sites(trace).items() if not s["is_observed"]}
         if set(sites) != set(draws) or any(isinstance(s["fn"], dist.Delta) for s in sites.values()):
             return None
-        totals.append(trace.log_prob_sum())
-    return torch.stack([torch.as_tensor(total) for total in totals])
+        # a messenger guide runs the model, whose observations and factors are none of its own
+        totals.append(_sum(trace, sites if isinstance(guide, GuideMessenger) else trace.nodes))
+    return torch.stack(totals)
+
+
+def _sum(trace: Trace, names: Collection[str]) -> Tensor:
+    return torch.as_tensor(trace.log_prob_sum(lambda name, _: name in names))

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -62,6 +63,11 @@ MAX_MEMORY = 24 * 2**20
 #: With more rows than these the comparison is made on a few of them; finding them costs some runs too.
 LARGE = 1024
 
+NO_FUNCTION = (
+    "the model is not a function of its latents: {}. A module or closure keeps something from call to call, such as a "
+    "hidden state: reset it at the start of the model."
+)
+
 
 class _Reads(CollectMessenger):
     """The innermost handler of a joint run: nobody outside listens to its parameters."""
@@ -99,8 +105,8 @@ class ModelRunner:
         processed in chunks that keep to it. Draws that run together save Python's and Pyro's cost of a run; beyond the
         processor's caches they cost more than they save.
     :ivar values: deterministic sites that are read.
-    :ivar latents: whether readings need the latent sites. If not, layers of this package read their draws
-        without a sample statement, and those sites are missing.
+    :ivar collects: whether readings go beyond the predicted sites. If not, networks of this package may run their draws one
+        after the other, and what their modules say is said for each.
     """
 
     def __init__(
@@ -115,9 +121,8 @@ class ModelRunner:
         self.structure = Structure()
         self.together = Together(vectorize, vectorize is True, max_memory)
         self.values: Sequence[str] = ()
-        self.latents = False
+        self.collects = False
         self.needs_grad = False  # whether the model differentiates something itself
-        self._priors: dict[str, Any] = {}  # of the sites that layers may read without a sample statement
         self._compared: set[Any] = set()  # kinds of batches on which joint and single runs were compared
 
     @property
@@ -138,21 +143,16 @@ class ModelRunner:
         with torch.set_grad_enabled(self.needs_grad):
             return self._detached(run_model(self.model, batch, values, shift=shift))
 
-    def joint(self, batch: Batch, index: Tensor | slice) -> tuple[Sites, float]:
-        """
-        The sites of the model under several draws, S leftmost in every batch shape, and the bytes that each draw took in
-        networks that ran their draws one after the other.
-        """
+    def joint(self, batch: Batch, index: Tensor | slice) -> Sites:
+        """The sites of the model under several draws, S leftmost in every batch shape."""
         args, kwargs = batch
         values = {name: self.structure.spread(name, value[index]) for name, value in self.draws.items()}
         nesting, size = self.structure.nesting, len(torch.arange(self.num_draws)[index])
         plate = pyro.plate("_draws", size, dim=-1 - nesting)
-        # last, because layers take values at this depth of the stack of handlers only
-        silence = silent_sites(values, {} if self.latents else self._priors, parameters=not self.latents)
-        grad = torch.set_grad_enabled(self.needs_grad)
-        with grad, RowsMessenger(), _Draws(), plate, _Reads(values) as reads, silence as silent:
+        grad, loops = torch.set_grad_enabled(self.needs_grad), silent_sites(parameters=not self.collects)
+        with grad, RowsMessenger(), _Draws(), plate, _Reads(values) as reads, loops:
             self.model(*args, **kwargs)
-        return self._detached(reads.sites), silent.plain_bytes
+        return self._detached(reads.sites)
 
     def _detached(self, sites: Sites) -> Sites:
         """Sites without the graph of a model that differentiates something itself."""
@@ -216,9 +216,9 @@ class ModelRunner:
         """A joint run, the first of which tells how many draws fit; ``None`` if it fails, as with as many rows as draws."""
         try:
             if self.together.number:
-                return self.joint(batch, index)[0]
+                return self.joint(batch, index)
             with Watch() as watch:
-                sites, plain = self.joint(batch, index)
+                sites = self.joint(batch, index)
             error = self._misplaced(sites, index.stop - index.start)
         except FAILURES as failure:
             error = first_line(failure)
@@ -226,7 +226,7 @@ class ModelRunner:
         if error:
             self._inspect(batch)  # a few examples did not show the model as it is
             return None
-        self.together.fit(plain + watch.total / (index.stop - index.start))
+        self.together.fit(watch.total / (index.stop - index.start))
         return sites
 
     def _misplaced(self, sites: Sites, size: int) -> str:
@@ -256,16 +256,14 @@ class ModelRunner:
             self._require_all_rows(batch)
 
     def _inspect(self, batch: Batch) -> None:
-        """Runs the model under the first draw and notes its sites, their plates and who reads them."""
-        with silent_sites({}, {}) as layers:
-            try:
-                sites = self.single(batch, 0)
-            except RuntimeError:
-                if self.needs_grad:
-                    raise
-                self.needs_grad = True
-                sites = self.single(batch, 0)
-        self._priors = {n: p for n, p in layers.seen.items() if n in self.draws}
+        """Runs the model under the first draw and notes its sites and their plates."""
+        try:
+            sites = self.single(batch, 0)
+        except RuntimeError:
+            if self.needs_grad:
+                raise
+            self.needs_grad = True
+            sites = self.single(batch, 0)
         self.structure.note(sites)
         self._check_names()
 
@@ -320,7 +318,26 @@ class ModelRunner:
             self._warn_missing(batch)
         if not self._compared or self.together.on:
             self._prepare(batch)
+        if not self.together.on:
+            self._require_function(batch)
         self._compared.add(key)
+
+    def _require_function(self, batch: Batch) -> None:
+        """Raises if two runs under one draw and the same random numbers differ."""
+        state, runs = get_rng_state(), []
+        for _ in range(2):
+            try:
+                runs.append(self.single(batch, 0))
+            except FAILURES as failure:  # the first run of all did not fail
+                what = f"a second run fails, {first_line(failure)}"
+                raise ValueError(NO_FUNCTION.format(what)) from failure
+            finally:
+                set_rng_state(state)
+        first, second = runs
+        for name in predicted_names(first, self.draws):
+            if name in second and not says_same(first[name], second[name]):
+                what = f"the distribution of site {name!r} differs between two runs under the same draw and random numbers"
+                raise ValueError(NO_FUNCTION.format(what))
 
     def _prepare(self, batch: Batch) -> None:
         """Finds out whether the model broadcasts, on a few rows where there are many."""

@@ -67,6 +67,7 @@ class BySite(Mapping[str, Said]):
     def _arrays(self, fields: Mapping[str, str], *, draws: bool) -> dict[str, tuple[tuple[str, ...], Any]]:
         """Some fields, by the ends of their names, as arrays with the names of their dims."""
         variables: dict[str, tuple[tuple[str, ...], Any]] = {}
+        site: Any
         for name, site in self.sites.items():
             for end, field in fields.items():
                 value = getattr(site, field)

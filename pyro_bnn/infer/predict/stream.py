@@ -104,14 +104,11 @@ def predictions(pieces: Pieces, wanted: Wanted = Wanted()) -> Iterator[Found]:
     :param pieces: the data and the posterior.
     :param wanted: what is read.
     """
-    posterior, is_first = pieces.posterior, True
+    posterior = pieces.posterior
     for batch in pieces:
         runner = pieces.runner
         runner.values = wanted.values
-        runner.latents = wanted.terms and (
-            is_first or bool(pieces.local)
-        )  # global ones have one prior for all batches
-        is_first = False
+        runner.collects = wanted.terms or bool(wanted.values)
         with evaluation_mode(pieces.model), evaluation_mode(posterior), local_parameters():
             found = guided = None
             by_guide = predicts_itself(posterior, batch)
@@ -152,7 +149,7 @@ class _Readings:
         fields = ("samples", "mean", "variance", "log_likelihood", "mask")
         sites = {}
         for name, fact in (self.facts or {}).items():
-            given = {field: found.get((field, name)) for field in fields}
+            given: dict[str, Any] = {field: found.get((field, name)) for field in fields}
             given["mask"] = None if given["mask"] is None else given["mask"].all(0)
             sites[name] = SitePrediction(**given, **fact)
         return Found(sites, terms, values, self.missing, self.has_factors)

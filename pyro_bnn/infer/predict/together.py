@@ -151,13 +151,13 @@ def compare(runner: "ModelRunner", batch: Batch) -> tuple[str, float]:
         with pyro.validation_enabled(False):  # the first run was validated, the others are compared with it
             singles = [first] + [runner.single(batch, i) for i in range(1, size)]
             with Watch(runner.draws.values()) as watch:
-                joint, plain = runner.joint(batch, slice(0, size))
+                joint = runner.joint(batch, slice(0, size))
             if watch.where:
                 return watch.reason, 0.0
             error = _difference(runner, batch, singles, joint)
     except FAILURES as failure:
         return first_line(failure), 0.0
-    return error, plain + watch.total / size
+    return error, watch.total / size
 
 
 def _number(sites: Sites, batch: Batch) -> int:
@@ -204,7 +204,7 @@ def _difference(runner: "ModelRunner", batch: Batch, singles: list[Sites], joint
 
 def _rounding(runner: "ModelRunner", batch: Batch, size: int) -> dict[tuple[str, str], float]:
     """By site, 30 times the relative difference of one draw alone and beside itself, within bounds."""
-    twins, _ = runner.joint(batch, torch.zeros(size, dtype=torch.long))
+    twins = runner.joint(batch, torch.zeros(size, dtype=torch.long))
     found = {}
     for what, name, singly, jointly, floor in _said(runner, [runner.structure.sites] * size, twins):
         finite = singly.isfinite() & jointly.isfinite()

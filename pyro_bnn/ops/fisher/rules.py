@@ -10,6 +10,7 @@ variable w, whose moments :math:`E[w^k \log w] = \Gamma'(k + 1)` give theirs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,29 +28,25 @@ from pyro_bnn.ops.fisher.rule import FisherRule, add_rule, register_fisher
 Information = Callable[[Any], Tensor | Sequence[Tensor | float]]
 
 
+@dataclass(frozen=True, eq=False)
 class ArgumentsRule(FisherRule):
     """
     A family that is made again from its arguments.
 
-    :param make: the class.
-    :param names: its parameters: arguments, or ``"log_"`` and an argument.
-    :param information: see :data:`Information`.
-    :param fixed: arguments that are no parameters.
-    :param root: see :meth:`FisherRule.root`; that of any matrix by default.
-    :param cheap: the information in some of the parameters alone, where it costs less.
+    :ivar family: the class.
+    :ivar names: its parameters: arguments, or ``"log_"`` and an argument.
+    :ivar entries: see :data:`Information`.
+    :ivar fixed: arguments that are no parameters.
+    :ivar factor: a factor of the information; that of any matrix by default.
+    :ivar cheap: the information in some of the parameters alone, where it costs less.
     """
 
-    def __init__(
-        self,
-        make: Callable[..., Distribution],
-        names: Sequence[str],
-        information: Information,
-        fixed: Sequence[str] = (),
-        root: Callable[[Any], Tensor] | None = None,
-        cheap: Mapping[tuple[str, ...], Information] | None = None,
-    ) -> None:
-        self.make, self.names, self.fixed = make, tuple(names), tuple(fixed)
-        self._information, self._root, self._cheap = information, root, dict(cheap or {})
+    family: type[Distribution]
+    names: tuple[str, ...]
+    entries: Information
+    fixed: tuple[str, ...] = ()
+    factor: Callable[[Any], Tensor] | None = None
+    cheap: Mapping[tuple[str, ...], Information] = field(default_factory=dict)
 
     @override
     def parameters(self, d: Distribution) -> dict[str, Tensor]:
@@ -62,11 +59,11 @@ class ArgumentsRule(FisherRule):
 
     @override
     def information(self, d: Distribution) -> Tensor:
-        return self._matrix(d, self.names, self._information)
+        return self._matrix(d, self.names, self.entries)
 
     @override
     def block(self, d: Distribution, names: Sequence[str]) -> Tensor:
-        cheap = self._cheap.get(tuple(names))
+        cheap = self.cheap.get(tuple(names))
         return super().block(d, names) if cheap is None else self._matrix(d, names, cheap)
 
     def _matrix(self, d: Distribution, names: Sequence[str], information: Information) -> Tensor:
@@ -76,33 +73,30 @@ class ArgumentsRule(FisherRule):
         like = getattr(d, names[0].removeprefix("log_"))
         cells = [torch.as_tensor(e, dtype=like.dtype, device=like.device) for e in entries]
         cells = [cell.expand(d.batch_shape) for cell in cells]
-        if len(cells) == len(names):
+        C = len(names)
+        if len(cells) == C:
             return torch.diag_embed(torch.stack(cells, -1))
-        places = [
-            [max(i, j) * (max(i, j) + 1) // 2 + min(i, j) for j in range(len(names))]
-            for i in range(len(names))
-        ]
-        return torch.stack([torch.stack([cells[k] for k in row], -1) for row in places], -2)
+        rows = [[cells[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(C)] for i in range(C)]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
     @override
     def root(self, d: Distribution, names: Sequence[str]) -> Tensor:
-        return super().root(d, names) if self._root is None else self._root(d)
+        return super().root(d, names) if self.factor is None else self.factor(d)
 
     @override
     def build(self, d: Distribution, parameters: Mapping[str, Tensor]) -> Distribution:
         arguments = {name: getattr(d, name) for name in self.fixed}
         for name in self.names:
             argument = name.removeprefix("log_")
-            arguments[argument] = getattr(d, argument)
+            arguments[argument] = value = getattr(d, argument)
             if name in parameters:
-                old, value = arguments[argument], parameters[name]
-                value = value if old.dim() > len(d.batch_shape) else value.squeeze(-1)
-                arguments[argument] = value.exp() if name.startswith("log_") else value
-        return self.make(**arguments)
+                new = parameters[name] if value.dim() > len(d.batch_shape) else parameters[name].squeeze(-1)
+                arguments[argument] = new.exp() if name.startswith("log_") else new
+        return self.family(**arguments)
 
 
 def register(family: type[Distribution], *names: str, information: Information, **more: Any) -> None:
-    """Registers an :class:`ArgumentsRule` for a family; ``more`` is its."""
+    """Registers the :class:`ArgumentsRule` of a family."""
     add_rule(ArgumentsRule(family, names, information, **more), family)
 
 
@@ -139,6 +133,17 @@ def beta_information(d: td.Beta) -> list[Tensor]:
     return [a.square() * (polygamma(1, a) - total), -a * b * total, b.square() * (polygamma(1, b) - total)]
 
 
+def gumbel_information(d: td.Gumbel) -> list[Tensor | float]:
+    """The last entry is that of the logarithm of the scale."""
+    return [d.scale.pow(-2), (np.euler_gamma - 1) / d.scale, (1 - np.euler_gamma) ** 2 + np.pi**2 / 6]
+
+
+def weibull_information(d: td.Weibull) -> list[Tensor | float]:
+    """In the scale and the shape k, which is the reciprocal of a Gumbel distribution's scale."""
+    k = d.concentration
+    return [k.square(), (np.euler_gamma - 1) * k, (1 - np.euler_gamma) ** 2 + np.pi**2 / 6]
+
+
 def student_information(d: td.StudentT) -> list[Tensor | float]:
     """Lange, Little, Taylor (1989)."""
     nu = d.df
@@ -146,6 +151,11 @@ def student_information(d: td.StudentT) -> list[Tensor | float]:
     df = 0.25 * trigamma - (nu + 5) / (2 * nu * (nu + 1) * (nu + 3))
     loc, cross = (nu + 1) / ((nu + 3) * d.scale.square()), -2 * nu / ((nu + 1) * (nu + 3))
     return [nu.square() * df, 0.0, loc, cross, 0.0, 2 * nu / (nu + 3)]
+
+
+def binomial_information(d: td.Binomial) -> list[Tensor]:
+    r""":math:`F = n\pi(1-\pi)`."""
+    return [d.total_count * d.probs * (1 - d.probs)]
 
 
 _MAX_TERMS = 100_000
@@ -171,53 +181,38 @@ def negative_binomial_information(d: td.NegativeBinomial) -> list[Tensor]:
     return [r.square() * count_information(d), cross, cross]
 
 
-#: The information in the logarithm of the shape of a Weibull or the scale of a Gumbel distribution.
-_SHAPE = (1 - np.euler_gamma) ** 2 + np.pi**2 / 6
-
 register(td.Normal, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 2.0))
 register(td.LogNormal, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 2.0))
 register(td.Laplace, "loc", "log_scale", information=lambda d: (d.scale.pow(-2), 1.0))
 register(td.Cauchy, "loc", "log_scale", information=lambda d: (0.5 * d.scale.pow(-2), 0.5))
-register(
-    td.Gumbel,
-    *("loc", "log_scale"),
-    information=lambda d: (d.scale.pow(-2), (np.euler_gamma - 1) / d.scale, _SHAPE),
-)
+register(td.Gumbel, "loc", "log_scale", information=gumbel_information)
 register(td.StudentT, "log_df", "loc", "log_scale", information=student_information)
 register(td.HalfNormal, "log_scale", information=lambda d: (2.0,))
 register(td.Exponential, "log_rate", information=lambda d: (1.0,))
 register(td.Gamma, "log_concentration", "log_rate", information=gamma_information)
 register(td.InverseGamma, "log_concentration", "log_rate", information=gamma_information)
-register(
-    td.Weibull,
-    *("log_scale", "log_concentration"),
-    information=lambda d: (d.concentration.square(), (np.euler_gamma - 1) * d.concentration, _SHAPE),
-)
+register(td.Weibull, "log_scale", "log_concentration", information=weibull_information)
 # its scale ends the support and has no Fisher information
 register(td.Pareto, "log_alpha", information=lambda d: (1.0,), fixed=("scale",))
 register(td.Beta, "log_concentration1", "log_concentration0", information=beta_information)
 register(td.Poisson, "log_rate", information=lambda d: (d.rate,))
 register(td.Geometric, "logits", information=lambda d: (1 - d.probs,))
 register(td.Bernoulli, "logits", information=lambda d: (d.probs * (1 - d.probs),))
-register(
-    td.Binomial,
-    "logits",
-    information=lambda d: (d.total_count * d.probs * (1 - d.probs),),
-    fixed=("total_count",),
-)
+register(td.Binomial, "logits", information=binomial_information, fixed=("total_count",))
 register(
     td.NegativeBinomial,
-    *("log_total_count", "logits"),
+    "log_total_count",
+    "logits",
     information=negative_binomial_information,
     cheap={("logits",): lambda d: (d.total_count * d.probs,)},  # without the series
 )
-register(td.Categorical, "logits", information=softmax_information, root=softmax_root)
-register(td.OneHotCategorical, "logits", information=softmax_information, root=softmax_root)
+register(td.Categorical, "logits", information=softmax_information, factor=softmax_root)
+register(td.OneHotCategorical, "logits", information=softmax_information, factor=softmax_root)
 register(
     td.Multinomial,
     "logits",
     information=lambda d: d.total_count * softmax_information(d),
-    root=lambda d: d.total_count**0.5 * softmax_root(d),
+    factor=lambda d: d.total_count**0.5 * softmax_root(d),
     fixed=("total_count",),
 )
 

@@ -1,0 +1,114 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What Laplace guides and mixtures of them share: their set-up, and predictions through linearised models."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributions as td
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.evaluation import evaluation_mode
+from pyro_bnn.model.flat import init_flat
+from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
+from pyro_bnn.model.packed import PackedModel, SiteOutputs
+from pyro_bnn.model.prototype import detach_prototypes
+
+
+class PackedGuide(AutoContinuous):
+    """
+    Base class of guides over the packed latent vector that predict through linearised models.
+
+    :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
+    :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
+    """
+
+    def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> None:
+        super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
+        # self.model initialises every site anew in each run; in a tuple it is not registered as a submodule
+        self._plain = (model,)
+
+    @property
+    def packed(self) -> PackedModel:
+        """The model as a function of the packed latent vector."""
+        raise NotImplementedError
+
+    def initialize(self, *args: Any, **kwargs: Any) -> Self:
+        """
+        Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
+        before the first step.
+
+        :param args: arguments of the model, **with observations**.
+        :param kwargs: keyword arguments of the model.
+        :return: the guide itself.
+        :raises ValueError: if the arguments are not finite or no site of the model is observed.
+        """
+        if self.prototype_trace is None:
+            initialize_with(self, args, kwargs)
+        return self
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with poutine.block(), evaluation_mode() as modules:
+            trace = run_model(self.model, (args, kwargs))
+        check_observations(trace, (args, kwargs))
+        check_latents(trace, self, continuous=True)
+        values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
+        with SubstituteMessenger(values), evaluation_mode():
+            super()._setup_prototype(*args, **kwargs)
+        detach_prototypes(self)
+        self._start(trace, modules, (args, kwargs))
+
+    def _start(self, trace: Trace, modules: list[torch.nn.Module], batch: Batch) -> None:
+        """Makes the parameters from a run of the model and the modules that it called."""
+        raise NotImplementedError
+
+    def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        """The parameters of the observed sites at packed vectors, of the linearised model: ``(S,) + shape + (C,)``."""
+        raise NotImplementedError
+
+    def _functions(
+        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
+        """The same at draws."""
+        raise NotImplementedError
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def observed_distributions(
+        self, draws: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, td.Distribution]:
+        r"""
+        The observed sites' distributions at posterior draws, through the linearised model.
+
+        :param draws: by site name, shape ``(S,) + site_shape``, as :meth:`sample_posterior` returns them.
+        :param args: arguments of the model; observations are not needed.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
+        """
+        moved = self._linearized(self.packed.space.pack(draws), (args, kwargs))
+        return {site.name: site.build(outputs) for site, outputs in moved}
+
+    @torch.inference_mode(False)
+    def functional_samples(
+        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """
+        Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
+        Thompson sampling needs.
+
+        :param int num_samples: S.
+        :param args: arguments of the model; observations are not needed.
+        :param generator: source of random numbers; torch's default if ``None``.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
+        """
+        moved = self._functions(torch.Size((num_samples,)), generator, (args, kwargs))
+        return {site.name: outputs for site, outputs in moved}
