@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
-from pyro_bnn.curvature.recurrence import unrolled
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
+from pyro_bnn.ops.recurrence import Affine, unrolled
 
 
 class Capture(TorchFunctionMode):
@@ -58,6 +58,7 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
+        self._lost: list[Tensor] = []  # more such entries; inside of a torch.func transform nothing may be written
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
@@ -83,11 +84,13 @@ class Capture(TorchFunctionMode):
 
     def drop_generic(self) -> None:
         """Closes the set of generic entries: a use that shares an entry with it is dropped, and its entries are generic."""
+        self._note_lost()
         while bool(self.generic.any()):
             dropped = [use for use in self.uses if bool(self.generic[use.index].any())]
             if not dropped:
                 return
             self._give_up(use.index for use in dropped)
+            self._note_lost()
             self.uses = [use for use in self.uses if use not in dropped]
 
     def fork(self) -> "Capture":
@@ -96,6 +99,7 @@ class Capture(TorchFunctionMode):
         other.uses = [copy.copy(use) for use in self.uses]
         other.outputs = list(self.outputs)
         other.generic = self.generic.clone()
+        other._lost = list(self._lost)
         other._tracked = dict(self._tracked)
         return other
 
@@ -110,8 +114,12 @@ class Capture(TorchFunctionMode):
         return None if found is None else found[1]
 
     def _give_up(self, indices: Iterable[Tensor]) -> None:
-        for index in indices:
+        self._lost += indices
+
+    def _note_lost(self) -> None:
+        for index in self._lost:
             self.generic[index.reshape(-1)] = True
+        self._lost = []
 
     def _record(self, y: Tensor, *uses: Use) -> Tensor:
         if not y.requires_grad:  # made without a graph
@@ -406,10 +414,27 @@ class Capture(TorchFunctionMode):
             return NotImplemented  # a packed sequence, whose second argument are the sizes of its batches
         if dropout and train:
             return NotImplemented
+        directions = 2 if bidirectional else 1
+        step = len(params) // (num_layers * directions)
+        maps = [_affine(params[i : i + step], has_biases) for i in range(0, len(params), step)]
+        x = input.transpose(0, 1) if batch_first else input
         with self:
-            return unrolled(
-                name, input, hx, params, has_biases, num_layers, 2 if bidirectional else 1, batch_first
+            y, final = unrolled(
+                name,
+                x,
+                tuple(hx) if name == "lstm" else (hx,),
+                maps,
+                directions,
+                projects=step > 2 + 2 * has_biases,
             )
+        return (y.transpose(0, 1) if batch_first else y, *final)
+
+
+def _affine(params: Sequence[Tensor], has_biases: bool) -> Affine:
+    """The maps by the parameters of one layer and direction of a recurrence."""
+    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
+    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
+    return lambda x, part: F.linear(x, weights[part], biases.get(part))
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
