@@ -85,6 +85,7 @@ class SilentSites:
     :ivar seen: by site, the prior of every site that layers read.
     :ivar parameters: whether folded networks may run their samples one after the other, as nobody collects what they do.
     :ivar running: whether one does.
+    :ivar plain_bytes: what every sample of such networks took in memory that stays until the last has run.
     """
 
     def __init__(self, values: Any = None, priors: Any = None, parameters: bool = False) -> None:
@@ -178,7 +179,7 @@ class SiteModule(_PyroModule):
     _axis: int | None = None
     #: whether the first layer of a chain may repeat its input over the samples itself
     takes_shared_input = False
-    #: elements of the weights of a sample and of the activations of an example, as far as a folded call has told them
+    #: what building the weight of a sample and passing the activations of an example cost, once a folded call has told
     _costs: tuple[float, float] | None = None
 
     def __reduce__(self) -> Any:
