@@ -96,7 +96,7 @@ def checked_jacobian(
     mistaken = torch.zeros_like(capture.generic) if layouts is None else layouts.mistaken
     generator = torch.Generator().manual_seed(0) if layouts is None else layouts.generator
     attempts = [None] if layouts is None else [layouts, None]
-    options = {"event_dim": event_dim, "differentiable": differentiable}
+    options: Any = {"event_dim": event_dim, "differentiable": differentiable}
     failed: list[Suspects] = []
     while True:
         attempt = attempts.pop(0) if attempts else None
