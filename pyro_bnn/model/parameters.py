@@ -41,20 +41,16 @@ def local_parameters() -> Iterator[None]:
         2.0
     """
     store = pyro.get_param_store()
-    outer = store.get_state()
-    store.clear()
-    store.set_state(_plain(outer))
+    inner = _plain(store.get_state())
     try:
-        yield
-    finally:  # also after an error: what a failed run has learnt stays
-        inner = _plain(store.get_state())
-        store.clear()
-        store.set_state(outer)
-        for name, value in inner["params"].items():
-            # statements outside modules keep their place in the store, where their owner looks for them
-            store._params[name] = value
-            store._param_to_name[value] = name
-            store._constraints[name] = inner["constraints"][name]
+        with store.scope(inner):
+            try:
+                yield
+            finally:  # also after an error: what a failed run has learnt stays
+                inner = _plain(store.get_state())
+    finally:
+        # statements outside modules keep their place in the store, where their owner looks for them
+        store.set_state(inner)
 
 
 def _plain(state: Any) -> Any:
