@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.guard import CheckedJacobian, Suspects, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
+from pyro_bnn.model.coverage import Repeats
 from pyro_bnn.model.data import Batch, as_batches, iter_batches, leaves
 from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.memory import require_memory
