@@ -58,7 +58,9 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
-        self._lost: list[Tensor] = []  # more such entries; inside of a torch.func transform nothing may be written
+        self._lost: list[
+            Tensor
+        ] = []  # more such entries; inside of a torch.func transform nothing may be written
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []

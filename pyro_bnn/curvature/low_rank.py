@@ -15,8 +15,8 @@ from pyro_bnn.curvature.stream import SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator, world_size
 from pyro_bnn.ops.distributed import rank as process_rank
-from pyro_bnn.ops.eigen import leading_eigenpairs
 from pyro_bnn.ops.jacobian import LinearMap
+from pyro_bnn.ops.krylov import leading_eigenpairs
 from pyro_bnn.ops.memory import require_memory
 
 LowRankMethod = Literal["low_rank", "nystrom", "function_space"]

@@ -4,7 +4,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = (), *, ev
     if not changed:
         return tree
     if isinstance(tree, Mapping):
+        if not isinstance(tree, MutableMapping):
+            return {**tree, **changed}
         out: Any = copy.copy(tree)  # keeps the type: a dict, or what tokenizers return
         for key, value in changed.items():
             out[key] = value
@@ -182,7 +184,8 @@ def check_finite(batch: Batch) -> None:
         if bad:
             raise ValueError(
                 f"{argument_name(path)} of the model holds {bad} non-finite entries (shape {tuple(value.shape)}): "
-                "remove them, or mask the observations with poutine.mask."
+                "remove them, or replace them by numbers (torch.nan_to_num) and pass the model what is missing as an argument, "
+                "for poutine.mask."
             )
 
 

@@ -42,18 +42,16 @@ def local_parameters() -> Iterator[None]:
         2.0
     """
     store = pyro.get_param_store()
-    outer = store.get_state()
-    store.clear()
-    store.set_state(_plain(outer))
+    inner = _plain(store.get_state())
     try:
-        yield
-    finally:  # also after an error: what a failed run has learnt stays
-        inner = _plain(store.get_state())
-        store.clear()
-        store.set_state(outer)
-        store.set_state(
-            inner
-        )  # statements outside modules keep their place, where their owner looks for them
+        with store.scope(inner):
+            try:
+                yield
+            finally:  # also after an error: what a failed run has learnt stays
+                inner = _plain(store.get_state())
+    finally:
+        # statements outside modules keep their place in the store, where their owner looks for them
+        store.set_state(inner)
 
 
 def _plain(state: Any) -> Any:
