@@ -14,7 +14,6 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,40 +22,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
-from pyro_bnn.curvature.recurrence import unrolled
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
-
-#: Functions that only move entries: they act on the positions as they act on the values.
-MOVES = frozenset(
-    [
-        "reshape", "view", "transpose", "t", "T", "mT", "H", "mH", "permute", "flatten", "unflatten", "ravel", "unsqueeze",
-        "squeeze", "expand", "expand_as", "view_as", "reshape_as", "broadcast_to", "broadcast_tensors", "split",
-        "split_with_sizes", "tensor_split", "chunk", "unbind", "select", "narrow", "__getitem__", "movedim", "moveaxis",
-        "swapaxes", "swapdims", "index_select", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "diagonal",
-        "flip", "roll", "tile", "repeat",
-    ]
-)  # fmt: skip
-#: Functions that keep entry and place.
-COPIES = frozenset(
-    ["contiguous", "clone", "to", "type", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda", "requires_grad_",
-     "alias"]
-)  # fmt: skip
-#: Functions that take no more from their second argument than its shape or type.
-_LIKE = frozenset(["expand_as", "view_as", "reshape_as"])
-#: Functions that write into their first argument, by the function whose result they write.
-_IN_PLACE = {
-    **dict.fromkeys(("mul_", "multiply_", "__imul__"), "mul"),
-    **dict.fromkeys(("add_", "sub_", "subtract_", "__iadd__", "__isub__"), "add"),
-}
-_WRITES = {"__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-}  # fmt: skip
-_MATMULS = frozenset(["matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm"])
-_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-_TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+from pyro_bnn.ops.recurrence import Affine, unrolled
 
 
 class Capture(TorchFunctionMode):
@@ -88,6 +58,9 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
+        self._lost: list[
+            Tensor
+        ] = []  # more such entries; inside of a torch.func transform nothing may be written
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
@@ -113,11 +86,13 @@ class Capture(TorchFunctionMode):
 
     def drop_generic(self) -> None:
         """Closes the set of generic entries: a use that shares an entry with it is dropped, and its entries are generic."""
+        self._note_lost()
         while bool(self.generic.any()):
             dropped = [use for use in self.uses if bool(self.generic[use.index].any())]
             if not dropped:
                 return
             self._give_up(use.index for use in dropped)
+            self._note_lost()
             self.uses = [use for use in self.uses if use not in dropped]
 
     def fork(self) -> "Capture":
@@ -126,6 +101,7 @@ class Capture(TorchFunctionMode):
         other.uses = [copy.copy(use) for use in self.uses]
         other.outputs = list(self.outputs)
         other.generic = self.generic.clone()
+        other._lost = list(self._lost)
         other._tracked = dict(self._tracked)
         return other
 
@@ -140,8 +116,12 @@ class Capture(TorchFunctionMode):
         return None if found is None else found[1]
 
     def _give_up(self, indices: Iterable[Tensor]) -> None:
-        for index in indices:
+        self._lost += indices
+
+    def _note_lost(self) -> None:
+        for index in self._lost:
             self.generic[index.reshape(-1)] = True
+        self._lost = []
 
     def _record(self, y: Tensor, *uses: Use) -> Tensor:
         if not y.requires_grad:  # made without a graph
@@ -167,7 +147,7 @@ class Capture(TorchFunctionMode):
         indices = [index for index in map(self._index, flat) if index is not None]
         if not indices:
             return func(*args, **kwargs)
-        name, outer = _name(func), self._function
+        name, outer = operations.name_of(func), self._function
         self._function = outer or name  # what the program called, not what that is made of
         try:
             result, moved = self._watch(name, func, flat, args, kwargs, indices)
@@ -181,16 +161,18 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, flat: list[Any], args: Any, kwargs: dict[str, Any], indices: list[Tensor]
     ) -> tuple[Any, bool]:
         """Runs a function of tracked tensors; returns its result, and whether it only moved entries."""
-        if _writes(name, kwargs):
+        if operations.writes(name, kwargs):
             return self._write(name, func, args, kwargs, indices), False
-        if name in MOVES or name in COPIES:
+        if name in operations.MOVES or name in operations.COPIES:
             result = func(*args, **kwargs)
             if self._move(name, func, flat, args, kwargs, result):
                 return result, True
         elif isinstance(func, types.FunctionType) and func.__module__.startswith("torch.nn.functional"):
             with self:
-                return _without_dispatch(func)(*args, **kwargs), False
-        elif (handler := getattr(self, "_do_" + _FAMILIES.get(name, name).strip("_"), None)) is not None:
+                return operations.without_dispatch(func)(*args, **kwargs), False
+        elif (
+            handler := getattr(self, "_do_" + operations.FAMILIES.get(name, name).strip("_"), None)
+        ) is not None:
             result = _call(handler, name, func, args, kwargs)
             if result is not NotImplemented:
                 return result, False
@@ -202,8 +184,8 @@ class Capture(TorchFunctionMode):
     def _write(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]) -> Any:
         """Runs a function that writes into one of its arguments."""
         target = kwargs.get("out", args[0] if args else None)
-        if name in _IN_PLACE and self._index(target) is None:
-            result = _call(getattr(self, "_do_" + _IN_PLACE[name]), name, func, args, kwargs)
+        if name in operations.IN_PLACE and self._index(target) is None:
+            result = _call(getattr(self, "_do_" + operations.IN_PLACE[name]), name, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
@@ -227,9 +209,9 @@ class Capture(TorchFunctionMode):
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
-        if name in COPIES | _LIKE and self._index(tensors[0]) is None:
+        if name in operations.COPIES | operations.LIKE and self._index(tensors[0]) is None:
             return True  # only dtype, device or shape of a tracked tensor were asked for
-        if name in COPIES:
+        if name in operations.COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
             return True
         if name == "broadcast_tensors":
@@ -240,7 +222,7 @@ class Capture(TorchFunctionMode):
             return True
         if name in ("view", "type") and any(isinstance(a, torch.dtype) for a in flat):
             return False
-        data = tensors[:1] if name in _LIKE else [v for v in tensors if v.is_floating_point()]
+        data = tensors[:1] if name in operations.LIKE else [v for v in tensors if v.is_floating_point()]
         if any(self._index(v) is None for v in data):
             return False
 
@@ -250,7 +232,7 @@ class Capture(TorchFunctionMode):
 
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
         if name == "__get__":
-            moved = getattr(self._index(args[0]), _name(func))
+            moved = getattr(self._index(args[0]), operations.name_of(func))
         for value, index in zip(_leaves(result), _leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)
@@ -305,7 +287,7 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Any:  # fmt: skip
-        d = _CONVOLUTIONS[name]
+        d = operations.CONVOLUTIONS[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -326,7 +308,7 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
         padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
-        d = _TRANSPOSED[name]
+        d = operations.TRANSPOSED[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -365,7 +347,7 @@ class Capture(TorchFunctionMode):
         if (ia is not None and ib is not None) or not isinstance(other, Tensor) or index is None:
             return NotImplemented
         kept = self._kept(other)
-        if name in _IN_PLACE:  # what is scaled is about to be overwritten
+        if name in operations.IN_PLACE:  # what is scaled is about to be overwritten
             kept = kept.clone()
         return self._record(func(a, b), ElementwiseUse(index, kept))
 
@@ -434,27 +416,27 @@ class Capture(TorchFunctionMode):
             return NotImplemented  # a packed sequence, whose second argument are the sizes of its batches
         if dropout and train:
             return NotImplemented
+        directions = 2 if bidirectional else 1
+        step = len(params) // (num_layers * directions)
+        maps = [_affine(params[i : i + step], has_biases) for i in range(0, len(params), step)]
+        x = input.transpose(0, 1) if batch_first else input
         with self:
-            return unrolled(
-                name, input, hx, params, has_biases, num_layers, 2 if bidirectional else 1, batch_first
+            y, final = unrolled(
+                name,
+                x,
+                tuple(hx) if name == "lstm" else (hx,),
+                maps,
+                directions,
+                projects=step > 2 + 2 * has_biases,
             )
+        return (y.transpose(0, 1) if batch_first else y, *final)
 
 
-_FAMILIES = {
-    **dict.fromkeys(_MATMULS, "matmul"),
-    **dict.fromkeys(_CONVOLUTIONS, "convolution"),
-    **dict.fromkeys(_TRANSPOSED, "transposed"),
-    **dict.fromkeys(("__mul__", "__rmul__", "multiply"), "mul"),
-    **dict.fromkeys(("__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"), "add"),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "recurrent"),
-}
-
-
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(func.__self__, "__name__", name)
-    return name
+def _affine(params: Sequence[Tensor], has_biases: bool) -> Affine:
+    """The maps by the parameters of one layer and direction of a recurrence."""
+    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
+    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
+    return lambda x, part: F.linear(x, weights[part], biases.get(part))
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -471,29 +453,9 @@ _SIGNATURES = {
 }
 
 
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes into one of its arguments."""
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in _WRITES or kwargs.get("out") is not None
-
-
 def _leaves(result: Any) -> Sequence[Any]:
     # flattening one tensor would cost more than most functions of it
     return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
-
-
-@cache
-def _without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
-    """
-    A copy of a function of torch that does not hand over to overrides, so that its body runs and is watched: torch has no
-    public way to run the body of, say, ``multi_head_attention_forward`` under the mode that it hands over to.
-    """
-    inert = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **inert}, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
 
 
 def _matrix(index: Tensor) -> Tensor:

@@ -20,8 +20,11 @@ per block. What none of them sees are uses whose gradient is zero for the combin
 rounding, or, where no scores are given, that a graph known by the names of its nodes has for some batches only.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +32,7 @@ from torch import Tensor
 from pyro_bnn.curvature.blocks import Block, Gradients, LinearBlock
 from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.jacobian import ExampleJacobian, Layouts
-from pyro_bnn.curvature.suspects import Suspects, suspects
+from pyro_bnn.curvature.operations import COPIES, MOVES
 from pyro_bnn.curvature.uses import ElementwiseUse, Output
 from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
@@ -39,6 +42,27 @@ _TF32 = 2.0**-10
 
 #: Parts of the vector as places in the graph, with the positions of their entries.
 Roots = Sequence[tuple[Output, Tensor]]
+
+
+#: Names of autograd's nodes for functions that keep entries as they are, in lower case.
+_MOVES = {name.replace("_", "").lower() for name in MOVES | COPIES} | {
+    "asstrided", "index", "reshapealias", "slice", "tocopy", "unsafesplit", "unsafeview"
+}  # fmt: skip
+
+
+@dataclass
+class Suspects:
+    """
+    What made blocks wrong.
+
+    :ivar entries: those of the blocks, bool, shape ``(p,)``.
+    :ivar nodes: names of nodes of the autograd graph that use the entries and were not seen.
+    :ivar functions: names of the functions that were seen to use them.
+    """
+
+    entries: Tensor
+    nodes: Sequence[str]
+    functions: Sequence[str]
 
 
 class CheckedJacobian(ExampleJacobian):
@@ -235,17 +259,16 @@ def _agrees(
         return torch.randn(n, generator=generator).to(expected)
 
     if isinstance(block, LinearBlock):
-        # outer products of vectors, in the dimensions of a convolution's kernel too, are fast to take inner products with
-        u, v = ([draw(n) for n in part] for part in block.uses[0].parts)
-        wanted = (reduce(torch.kron, u) @ expected[block.index]) @ reduce(torch.kron, v)
-        B = block.B
-        terms = torch.cat(
-            [use.contracted(gradients[use.slot], u, B) * use.projected(v, B) for use in block.uses], 1
-        )
+        u, v = draw(block.index.shape[0]), draw(block.index.shape[1])
+        wanted = u @ expected[block.index] @ v
+        products = [
+            use.contracted(gradients[use.slot], u, block.B) * use.projected(v, block.B) for use in block.uses
+        ]
+        terms = torch.cat(products, 1)
     else:
-        u = [draw(len(block.index))]
-        wanted = u[0] @ expected[block.index]
-        terms = (block.rows(gradients) @ u[0]).unsqueeze(-1)
+        u = draw(len(block.index))
+        wanted = u @ expected[block.index]
+        terms = (block.rows(gradients) @ u).unsqueeze(-1)
     if chosen is not None:
         terms = terms * chosen.unsqueeze(-1)
     found = terms.sum()
@@ -260,5 +283,46 @@ def _agrees(
             # what cancels within an example, as one offset of all logits does, is known to the rounding of what cancels
             g = gradients[use.slot]
             cancelled = (g if use.x is None else g * use.x).abs().sum()
-            tolerance = tolerance + min(10 * eps, 0.02) * cancelled * u[0].abs().max()
+            tolerance = tolerance + min(10 * eps, 0.02) * cancelled * u.abs().max()
     return bool(error <= tolerance)
+
+
+def suspects(capture: Capture, value: Tensor, entries: Tensor) -> Suspects:
+    """What made the blocks of a captured function's value that cover ``entries``, bool, shape ``(p,)``, wrong."""
+    consumers: dict[Any, list[Any]] = defaultdict(list)  # of one result of a node, and of any
+    for node in graph_nodes(value):
+        for key in node.next_functions:
+            consumers[key].append(node)
+            consumers[key[0]].append(node)
+    todo = [
+        consumer
+        for output, index in capture.roots or ()
+        if bool(entries[index].any())
+        for consumer in consumers[output.key]
+    ]
+    names = set()
+    while todo:
+        node = todo.pop()
+        if _leads_to(node, capture.seen, consumers):
+            continue
+        if _moves(node):
+            todo += consumers[node]
+        else:
+            names.add(node.name())
+    functions = {use.function for use in capture.uses if bool(entries[use.index].any())}
+    return Suspects(entries, sorted(names), sorted(functions))
+
+
+def _leads_to(node: Any, seen: set[object], consumers: dict[Any, list[Any]]) -> bool:
+    """Whether a node made the output of a use that was seen, or one that was only moved before it was seen."""
+    if node in seen:
+        return True
+    while len(consumers[node]) == 1 and _moves(consumers[node][0]):
+        node = consumers[node][0]
+        if node in seen:
+            return True
+    return False
+
+
+def _moves(node: Any) -> bool:
+    return re.sub(r"Backward\d*$", "", node.name()).lower() in _MOVES

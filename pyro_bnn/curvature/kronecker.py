@@ -44,11 +44,7 @@ class KroneckerNormal(PrecisionNormal):
     """
 
     def __init__(
-        self,
-        loc: Tensor,
-        scales: tuple[Tensor, Tensor],
-        vectors: tuple[Tensor, Tensor],
-        eigenvalues: Tensor,
+        self, loc: Tensor, scales: tuple[Tensor, Tensor], vectors: tuple[Tensor, Tensor], eigenvalues: Tensor
     ) -> None:
         super().__init__(loc)
         self.scales = scales

@@ -10,13 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from pyro_bnn.curvature.jacobian import Pulled
-from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places
+from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places, require_finite
 from pyro_bnn.curvature.stream import SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator, world_size
 from pyro_bnn.ops.distributed import rank as process_rank
-from pyro_bnn.ops.eigen import leading_eigenpairs
 from pyro_bnn.ops.jacobian import LinearMap
+from pyro_bnn.ops.krylov import leading_eigenpairs
 from pyro_bnn.ops.memory import require_memory
 
 LowRankMethod = Literal["low_rank", "nystrom", "function_space"]
@@ -139,6 +139,7 @@ class LowRankSum(CurvatureSum):
             for rows in self._all_rows():
                 total = total + (scaled @ rows.mT) @ rows
             all_reduce_sum([total])
+            require_finite(total)
             return total * scale
 
         generator = self._generator or shared_generator(self.latent.device)

@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.curvature.capture.Capture`."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -171,30 +169,16 @@ class LinearUse(Use):
         """The rows of the gradient in the output, shape ``(B, T, out)``."""
         return self.placed_rows(g, B).reshape(B, -1, self.index.shape[0])
 
-    @property
-    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Output and input of the map as shapes: with the dimensions of the kernel where they are patches."""
-        out, into = self.index.shape
-        rows, x = self.rows, self.x
-        if isinstance(rows, OutputPatches):
-            kernel = tuple(rows.geometry[0])
-            return (out // math.prod(kernel), *kernel), (into,)
-        return (out,), x.shape if isinstance(x, PatchInputs) else (into,)
+    def projected(self, v: Tensor, B: int) -> Tensor:
+        """Inner products of the inputs with a vector, shape ``(B, T)``."""
+        return self.placed(self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B)
 
-    def projected(self, v: Sequence[Tensor], B: int) -> Tensor:
-        """Inner products of the inputs with the outer product of vectors, shape ``(B, T)``."""
-        x = self.x
-        if isinstance(x, PatchInputs) and tuple(map(len, v)) == x.shape:
-            return self.placed(x.project(v), B)
-        return self.placed(self._inputs() @ reduce(torch.kron, v), B)
-
-    def contracted(self, g: Tensor, u: Sequence[Tensor], B: int) -> Tensor:
-        """Inner products of the rows of the gradient with the outer product of vectors, shape ``(B, T)``."""
+    def contracted(self, g: Tensor, u: Tensor, B: int) -> Tensor:
+        """Inner products of the rows of the gradient with a vector, shape ``(B, T)``."""
         rows = self.rows
-        if isinstance(rows, OutputPatches) and tuple(map(len, u)) == self.parts[0]:
-            return self.placed(rows.project(g, u), B)
-        whole = reduce(torch.kron, u)
-        return self.placed(rows.project(g, whole) if isinstance(rows, ChannelRows) else rows(g) @ whole, B)
+        return self.placed(
+            rows.project(g, u) if isinstance(rows, (ChannelRows, OutputPatches)) else rows(g) @ u, B
+        )
 
 
 class ElementwiseUse(Use):
@@ -241,6 +225,8 @@ def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor, *, e
     B = weights.shape[0]
     (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
     tolerance = min(1e3 * eps, 0.1) * float(b.abs().max()) if b.numel() else 0.0
+    if not tolerance >= 0:  # not finite
+        return None
     for dim in range(dims):
         size = a.shape[dim]
         if size == 0 or size % B or not use.allows(dim, dims):

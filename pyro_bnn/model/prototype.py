@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def detached(fn: Any) -> Any:
-    """
-    :param fn: a distribution.
-    :return: the same, or a copy whose parameters have no graph.
-    """
+    """A distribution without graphs in its parameters: the same, or a copy."""
     changed = {}
     for name, value in vars(fn).items():
         if isinstance(value, Tensor) and value.requires_grad:
@@ -30,11 +27,7 @@ def detached(fn: Any) -> Any:
 
 
 def detach_prototypes(guide: Any) -> None:
-    """
-    Frees the graphs of the prototype traces of a guide and its parts.
-
-    :param guide: any guide.
-    """
+    """Frees the graphs of the prototype traces of a guide and its parts."""
     for part in guide if isinstance(guide, torch.nn.ModuleList) else ():
         detach_prototypes(part)
     trace = getattr(guide, "prototype_trace", None)

@@ -3,7 +3,7 @@
 
 """Bayesian layers and conversions of torch networks."""
 
-from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
+from pyro_bnn.nn.attention import Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.conv import (
     Rank1Conv1d,
@@ -14,6 +14,7 @@ from pyro_bnn.nn.conv import (
     Rank1ConvTranspose3d,
 )
 from pyro_bnn.nn.convert import bayesian_, rank1_
+from pyro_bnn.nn.embedding import Rank1Embedding
 from pyro_bnn.nn.folding import fold_
 from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
 from pyro_bnn.nn.packed import unpack_site

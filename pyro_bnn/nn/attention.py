@@ -1,69 +1,57 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Rank-1 multi-head attention and embeddings."""
+"""Rank-1 multi-head attention."""
 
 import math
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pyro.nn import PyroModule
-from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
+from typing_extensions import override
 
-from pyro_bnn.nn.bayesian import broadcast_linear
-from pyro_bnn.nn.conv import _OPTIONS
 from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
-from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options, finish_layer
 from pyro_bnn.nn.sites import SiteModule
 
 _Attention: Any = PyroModule[nn.MultiheadAttention]
-_Embedding: Any = PyroModule[nn.Embedding]
 _OutProjection: Any = PyroModule[nn.modules.linear.NonDynamicallyQuantizableLinear]
 
 
 class _OverridableProjection(SiteModule, _OutProjection):
-    """The output projection of an attention layer, whose parameters the layer replaces."""
+    """The output projection of an attention layer, which holds its parameters, because its forward reads them itself."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, parameters held by the attention layer"
 
 
 class AttentionMixin(PerSampleMixin):
-    """Attention holds the parameters of its output projection itself, because its forward reads them itself."""
+    """Attention that holds the parameters of its output projection, and where it has its batch."""
 
-    def _take_out_projection(self) -> None:
-        out = self._modules["out_proj"]
-        assert out is not None
-        to_pyro_module_(out)
-        out.__class__ = _OverridableProjection
-        self.register_parameter("out_proj_weight", out._parameters.pop("weight"))
-        self.register_parameter("out_proj_bias", out._parameters.pop("bias", None))
+    @override
+    def _prepare(self) -> None:
+        out = self.out_proj
+        given = dict(out.named_parameters())
+        for name in ("weight", "bias"):
+            self.register_parameter(f"out_proj_{name}", given.get(name))
+        self.out_proj = _OverridableProjection(out.in_features, out.out_features, device="meta").train(
+            out.training
+        )
+        for name in ("weight", "bias"):
+            delattr(self.out_proj, name)
 
+    @override
     def _run(self, parameters: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        out = self._modules["out_proj"]
-        assert out is not None
-        parameters.setdefault("in_proj_bias", None)
-        own = {
-            "weight": parameters.get("out_proj_weight", self._parameters.get("out_proj_weight")),
-            "bias": parameters.get("out_proj_bias", self._parameters.get("out_proj_bias")),
-        }
-        out.__dict__["_overrides"] = own
-        try:
+        names = ("in_proj_bias", "out_proj_weight", "out_proj_bias")
+        parameters = {name: self.read(name) for name in names if name not in parameters} | parameters
+        with self.out_proj._replacing({name: parameters[f"out_proj_{name}"] for name in ("weight", "bias")}):
             return super()._run(parameters, *args, **kwargs)
-        finally:
-            out.__dict__["_overrides"] = None
 
-    def _batch_dim(self, index: int | str, value: Tensor) -> int:
-        if index in (5, "attn_mask"):
+    @override
+    def _rows_dim(self, place: int | str, value: Tensor) -> int:
+        if place in (5, "attn_mask"):
             return 0 if value.dim() == 3 else value.dim()
-        if index in (3, "key_padding_mask"):
-            return 0
-        return 0 if self.batch_first else 1
-
-    def _output_batch_dim(self, path: tuple[int, ...], value: Tensor) -> int:
-        return 0 if path != (0,) or self.batch_first else 1
+        return 0 if place in (3, "key_padding_mask", "rest") or self.batch_first else 1
 
 
 class Rank1MultiheadAttention(AttentionMixin, Rank1PerSampleMixin, _Attention):
@@ -78,23 +66,16 @@ class Rank1MultiheadAttention(AttentionMixin, Rank1PerSampleMixin, _Attention):
 
     _torch_layer = nn.MultiheadAttention
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
-        super().__init__(*args, **kwargs)
-        finish_layer(self, options)
-
+    @override
     def _groups(self) -> dict[str, tuple[str, int, int]]:
-        templates = self._parameter_templates()
+        shapes: dict[str, Any] = self._shapes()
         names = {"_in": "in_proj_weight", "_q": "q_proj_weight", "_k": "k_proj_weight", "_v": "v_proj_weight"}
         names["_out"] = "out_proj_weight"
-        return {k: (n, *templates[n].shape) for k, n in names.items() if n in templates}
+        return {suffix: (name, *shapes[name]) for suffix, name in names.items() if name in shapes}
 
-    def _biases(self) -> dict[str, str]:
-        return {"in_proj_bias": "in_proj_bias", "out_proj_bias": "out_proj_bias"}
-
-    def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
-        self._take_out_projection()
-        super()._make_rank1(options, prefix)
+    @override
+    def _biases(self) -> list[str]:
+        return ["in_proj_bias", "out_proj_bias"]
 
     def forward(
         self,
@@ -131,24 +112,24 @@ class Rank1MultiheadAttention(AttentionMixin, Rank1PerSampleMixin, _Attention):
         q, k, v = self._project(inputs[0], inputs[1], inputs[2], query is key is value)
         padding = key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0)
         y, weights = self._attend(q, k, v, padding, attn_mask, need_weights)
-        y = self._map(y, *self._ordered("_out", self._bias_value("out_proj_bias")))
+        y = self._map(y, *self._values_of_group("_out", "out_proj_bias"))
         if batched and not self.batch_first:
             y = y.transpose(0, 1)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return (y, weights) if batched else (y[0], None if weights is None else weights[0])
 
-    def _ordered(self, suffix: str, bias: Tensor | None) -> tuple[Any, ...]:
-        weight, r, s = self._group_values(suffix)
-        return weight, bias, r, s
-
     def _project(self, query: Tensor, key: Tensor, value: Tensor, shared: bool) -> list[Tensor]:
-        bias = self._bias_value("in_proj_bias")
+        bias = self._value("in_proj_bias")
         biases = [None] * 3 if bias is None else bias.chunk(3, -1)
         if not self._qkv_same_embed_dim:
             groups = zip((query, key, value), ("_q", "_k", "_v"), biases, strict=True)
-            return [self._map(x, *self._ordered(suffix, b)) for x, suffix, b in groups]
-        weight, r, s = self._group_values("_in")
+            return [
+                self._map(x, w, b, r, s)
+                for x, name, b in groups
+                for w, _, r, s in [self._values_of_group(name)]
+            ]
+        weight, _, r, s = self._values_of_group("_in")
         if shared:
             return list(self._map(query, weight, bias, r, s).chunk(3, -1))
         rs = [None] * 3 if r is None else r.chunk(3, -1)
@@ -196,143 +177,3 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
     return mask.to(like.dtype)
-
-
-def renormed(table: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """
-    The rows of an embedding's table as its ``max_norm`` leaves them, without changing the table.
-
-    :param table: shape ``(..., n, d)``.
-    :param max_norm: the largest norm of a row.
-    :param norm_type: the p of the norm.
-    :return: the same shape.
-    """
-    norm = table.norm(norm_type, -1, keepdim=True)
-    return torch.where(norm > max_norm, table * (max_norm / (norm + 1e-7)), table)
-
-
-def with_row(table: Tensor, index: int, row: Tensor) -> Tensor:
-    """
-    A table of which one row is given.
-
-    :param table: shape ``(..., n, d)``.
-    :param index: the row.
-    :param row: shape ``(d,)``.
-    :return: the shape of ``table``.
-    """
-    here = torch.arange(table.shape[-2], device=table.device) == index % table.shape[-2]
-    return torch.where(here.unsqueeze(-1), row, table)
-
-
-class Rank1Embedding(Rank1Mixin, _Embedding):
-    r"""
-    An embedding with rank-1 random factors: row i of the table becomes :math:`s_i\, (E_i \circ r)`. In one-hot terms
-    this is a linear layer whose inputs are the ``num_embeddings`` indicators; leave ``s`` out by
-    ``prior={"r": ...}`` if one factor per symbol is too many.
-
-    The additive form, :math:`E^\top (x + s) + r` with the indicators :math:`x`, shifts all rows by one random vector.
-
-    The arguments are those of :class:`torch.nn.Embedding`, and by keyword those of
-    :class:`~pyro_bnn.nn.Rank1Options`.
-
-    Example::
-
-        >>> Rank1Embedding(10, 3)(torch.tensor([[1, 2]])).shape
-        torch.Size([1, 2, 3])
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
-        super().__init__(*args, **kwargs)
-        finish_layer(self, options)
-
-    def _groups(self) -> dict[str, tuple[str, int, int]]:
-        return {"": ("weight", self.embedding_dim, self.num_embeddings)}
-
-    def _biases(self) -> dict[str, str]:
-        return {}
-
-    def forward(self, input: Tensor) -> Tensor:
-        """
-        :param input: indices, shape ``(*batch)``.
-        :return: shape ``(*batch, embedding_dim)``.
-        """
-        if self._is_folded() and self._axis == 1 and input.dim() > 1:
-            return self._embed(input.transpose(0, 1)).transpose(0, 1)
-        return self._embed(input)
-
-    def _embed(self, input: Tensor) -> Tensor:
-        weight = self._parameter("weight")
-        if self.max_norm is not None and not isinstance(weight, nn.Parameter):
-            weight = renormed(weight, self.max_norm, self.norm_type)
-        if self._is_folded():
-            input = self._folding.whole(input)
-            self._folding.check_rows(self, input.shape)
-        y = self._scaled(input, self._lookup(input, weight, 2), weight)
-        if self.padding_idx is None:
-            return y
-        return torch.where((input == self.padding_idx).unsqueeze(-1), self._padding_row(), y)
-
-    def _padding_row(self) -> Tensor:
-        """The row of the padding symbol, which is not random."""
-        spec = self._sites.get("weight")
-        table = self.read("weight") if spec is None or spec.init is None else spec.init
-        return table[self.padding_idx].detach()
-
-    def _read_from_outside(self, name: str) -> Any:
-        value = super()._read_from_outside(name)
-        if name != "weight" or self.padding_idx is None:
-            return value
-        return with_row(value, self.padding_idx, self._padding_row())
-
-    def _row_factor(self, r: Tensor) -> Tensor:
-        return r.unsqueeze(-2)
-
-    def _column_factor(self, s: Tensor) -> Tensor:
-        return s.unsqueeze(-1)
-
-    def _scaled(self, input: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Rows of the table with their factors."""
-        r, s = self._factor("r"), self._factor("s")
-        if self._form == "additive":
-            # the indicators of the symbols are shifted by s, which adds the same vector to every symbol
-            y = y if s is None else self._combine(y, broadcast_linear(s, weight.mT), operator.add)
-            return y if r is None else self._combine(y, r, operator.add)
-        if self._form == "multiplicative":
-            return self._scaled_rows(input, y, r, s)
-        total = y
-        for r_j, s_j in self._pairs(r, s):
-            total = total + self._scaled_rows(input, y, r_j, s_j)
-        return total
-
-    def _scaled_rows(self, input: Tensor, y: Tensor, r: Tensor | None, s: Tensor | None) -> Tensor:
-        y = y if s is None else y * self._lookup(input, s.unsqueeze(-1), 2)
-        return y if r is None else self._combine(y, r)
-
-    def _lookup(self, input: Tensor, table: Tensor, event_dim: int) -> Tensor:
-        """Rows of a table that may have one copy per sample, ``(F, 1 or B, n, d)``, or leading sample dimensions."""
-        if isinstance(table, nn.Parameter):
-            return F.embedding(input, table, self.padding_idx, self.max_norm, self.norm_type,
-                               self.scale_grad_by_freq)  # fmt: skip
-        if table.dim() == event_dim:
-            return F.embedding(input, table)
-        if not self._is_folded():
-            lead = table.shape[:-2]
-            index = input.expand(torch.broadcast_shapes(lead, input.shape[: len(lead)] or lead))
-            flat = table.expand(*index.shape, *table.shape[-2:])
-            return flat.gather(-2, index[..., None, None].expand(*index.shape, 1, table.shape[-1])).squeeze(
-                -2
-            )
-        samples, P, n, d = table.shape
-        rows = input.shape[0]
-        if P > 1 and rows > samples * P:
-            table = table.repeat_interleave(rows // (samples * P), dim=1)
-            P = table.shape[1]
-        index = input.reshape(samples, rows // samples, -1)
-        if P == 1:
-            offsets = torch.arange(samples, device=input.device)[:, None, None] * n
-            y = F.embedding(index + offsets, table.reshape(samples * n, d))
-        else:
-            offsets = torch.arange(samples * P, device=input.device).view(samples, P, 1) * n
-            y = F.embedding(index + offsets, table.reshape(samples * P * n, d))
-        return y.view(*input.shape, d)

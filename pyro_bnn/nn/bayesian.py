@@ -11,7 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, place_prior, resolve_prior
-from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.sites import SiteModule, module_path
 
 _Linear: Any = PyroModule[nn.Linear]
 
@@ -46,15 +46,19 @@ def broadcast_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(weight, x.unsqueeze(-1)).squeeze(-1)
 
 
-def fan_in(module: nn.Module, name: str, shape: torch.Size) -> int | None:
-    """
-    The number of inputs that enter one output of a layer.
+def linear_per_sample(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Activations ``(F * B, ..., in)`` by weights ``(F, out, in)`` and a bias ``(out,)`` or ``(F, 1, out)``."""
+    samples = len(weights)
+    rows = x.reshape(samples, -1, x.shape[-1])
+    if bias is None:
+        y = torch.bmm(rows, weights.mT)
+    else:
+        y = torch.baddbmm(bias.expand(samples, 1, -1), rows, weights.mT)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
-    :param module: a layer.
-    :param str name: name of one of its parameters.
-    :param shape: shape of the parameter.
-    :return: the fan-in of a weight, ``None`` for vectors.
-    """
+
+def fan_in(module: nn.Module, shape: torch.Size) -> int | None:
+    """The number of inputs that enter one output by a parameter of a layer; ``None`` for vectors."""
     if len(shape) < 2:
         return None
     if isinstance(module, nn.Embedding):
@@ -69,20 +73,27 @@ def fan_in(module: nn.Module, name: str, shape: torch.Size) -> int | None:
 class BayesianMixin(SiteModule):
     """Makes the parameters of a torch layer sample sites."""
 
-    def _make_bayesian(self, prior: PriorLike | None, prefix: str = "") -> None:
-        prior = FanInNormal() if prior is None else prior
-        self.__dict__.setdefault("_sites", {})
-        for name, value in list(self._parameters.items()):
-            if value is not None:
-                resolved = resolve_prior(
-                    prior, prefix + name, value.shape, fan_in=fan_in(self, name, value.shape)
-                )
-                if resolved is not None:
-                    placed = place_prior(resolved, self, name, value.shape, value)
-                    self._add_site(name, placed, "weight", event_dim=value.dim())
+    def _make_bayesian(self, prior: PriorLike, prefix: str = "") -> None:
+        for name, value in self._own_parameters().items():
+            resolved = resolve_prior(prior, prefix + name, value.shape, fan_in=fan_in(self, value.shape))
+            if resolved is not None:
+                placed = place_prior(resolved, self, name, value.shape, value)
+                self._add_site(name, placed, "weight", event_dim=value.dim())
 
     def _site_keys(self) -> list[str]:
-        return [name for name, value in self._parameters.items() if value is not None]
+        """Names that priors may use."""
+        return list(self._own_parameters())
+
+    def _full_value(self, name: str) -> Tensor:
+        """The value of a parameter, with one dimension of samples in front if they differ in a folded call."""
+        value = self._value(name)
+        if not self._is_folded() or value is None or value.dim() == self._event_dim(name):
+            return value
+        if value.shape[1] > 1:
+            raise ValueError(
+                f"{module_path(self)} has a value of {name!r} per example, which full weights do not support."
+            )
+        return value.squeeze(1)
 
 
 class BayesianLinear(BayesianMixin, _Linear):
@@ -117,7 +128,7 @@ class BayesianLinear(BayesianMixin, _Linear):
         dtype: Any = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._make_bayesian(prior)
+        self._make_bayesian(FanInNormal() if prior is None else prior)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -133,32 +144,19 @@ class BayesianLinear(BayesianMixin, _Linear):
         return self._folded(x)
 
     def _folded(self, x: Tensor) -> Tensor:
-        samples = self._folding.num_samples
-        weight, bias = self._folding.value(self, "weight"), self._folding.value(self, "bias")
-        shared_input = self._folding.is_shared_input(self, x)
+        folding = self._folding
+        weight, bias = self._full_value("weight"), self._full_value("bias")
+        shared_input = folding.is_shared_input(self, x)
         if weight.dim() == 2 and (bias is None or bias.dim() == 1):
             y = F.linear(x, weight, bias)
-            return self._folding.repeat(y) if shared_input else y
-        if weight.dim() == 4 and weight.shape[1] > 1:
-            raise ValueError(
-                f"{self._pyro_name} has a weight per example, which full weights do not support."
-            )
-        if not shared_input:
-            x = self._folding.whole(x)
-            self._folding.check_rows(self, x.shape)
-        shape = x.shape[:-1]
+            return folding.repeat(y) if shared_input else y
         if shared_input:
-            rows = x.reshape(1, -1, self.in_features).expand(samples, -1, -1)
-            shape = torch.Size((samples * shape[0], *shape[1:]))
+            x = x.expand(folding.num_samples, *x.shape).flatten(0, 1)
         else:
-            rows = x.reshape(samples, -1, self.in_features)
-        if weight.dim() == 2:
-            y = F.linear(rows, weight) + bias.expand(samples, 1, -1)
-        elif bias is None:
-            y = torch.bmm(rows, weight.squeeze(1).mT)
-        else:
-            y = torch.baddbmm(bias.expand(samples, 1, -1), rows, weight.squeeze(1).mT)
-        return y.view(*shape, self.out_features)
+            x = folding.whole(x)
+            folding.check_rows(self, x.shape)
+        bias = bias if bias is None or bias.dim() == 1 else bias.unsqueeze(1)
+        return linear_per_sample(x, weight.expand(folding.num_samples, -1, -1), bias)
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""

@@ -7,7 +7,8 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_bnn.nn.rank1 import Rank1Mixin, finish_layer
+from pyro_bnn.nn.rank1 import Rank1Mixin
+from pyro_bnn.nn.sites import module_path
 
 _Conv1d: Any = PyroModule[nn.Conv1d]
 _Conv2d: Any = PyroModule[nn.Conv2d]
@@ -15,8 +16,6 @@ _Conv3d: Any = PyroModule[nn.Conv3d]
 _ConvTranspose1d: Any = PyroModule[nn.ConvTranspose1d]
 _ConvTranspose2d: Any = PyroModule[nn.ConvTranspose2d]
 _ConvTranspose3d: Any = PyroModule[nn.ConvTranspose3d]
-
-_OPTIONS = ("prior", "weight_prior", "bias_prior", "rank", "form", "clip", "apply")
 
 
 class _Rank1Conv(Rank1Mixin):
@@ -28,11 +27,6 @@ class _Rank1Conv(Rank1Mixin):
     keyword those of :class:`~pyro_bnn.nn.Rank1Options`. Factors of shape ``(*samples, 1, channels)`` align with the
     batch dimension.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
-        super().__init__(*args, **kwargs)
-        finish_layer(self, options)
 
     takes_shared_input = True
 
@@ -48,7 +42,7 @@ class _Rank1Conv(Rank1Mixin):
     def _check_input(self, x: Tensor) -> None:
         if x.dim() < self._post + 1 or x.shape[-self._post - 1] != self.in_channels:
             raise ValueError(
-                f"{self._pyro_name or type(self).__name__} takes inputs of shape (..., {self.in_channels}, "
+                f"{module_path(self) or type(self).__name__} takes inputs of shape (..., {self.in_channels}, "
                 f"{'*' * self._post}), found {tuple(x.shape)}."
             )
 

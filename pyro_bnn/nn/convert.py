@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from pyro_bnn.nn.attention import Rank1Embedding, Rank1MultiheadAttention
+from pyro_bnn.nn.attention import Rank1MultiheadAttention
 from pyro_bnn.nn.bayesian import BayesianLinear
 from pyro_bnn.nn.bayesian_layers import BAYESIAN_LAYERS
 from pyro_bnn.nn.conv import (
@@ -21,14 +21,15 @@ from pyro_bnn.nn.conv import (
     Rank1ConvTranspose2d,
     Rank1ConvTranspose3d,
 )
-from pyro_bnn.nn.convertible import Selector, all_or_nothing, convertible, torch_class
+from pyro_bnn.nn.convertible import Selector, all_or_nothing, become, convertible, torch_class
+from pyro_bnn.nn.embedding import Rank1Embedding
 from pyro_bnn.nn.folding import Folding
 from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
 from pyro_bnn.nn.packed import PackedSite
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
 from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
-from pyro_bnn.nn.sites import describe_module
+from pyro_bnn.nn.sites import SiteModule, describe_module
 from pyro_bnn.nn.subclassed import subclass_layer
 
 
@@ -92,9 +93,7 @@ def rank1_(
         to_pyro_module_(net)
         if freeze_base:
             net.requires_grad_(False)
-        for _, layer, cls in layers:
-            layer.__class__ = cls
-        check_rank1_keys(made, [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()])
+        check_rank1_keys(made, _make_layers(layers))
         ties = _Ties(net)
         for name, layer, _ in layers:
             ties.redirect(name, layer)
@@ -149,9 +148,7 @@ def bayesian_(
             )
     with all_or_nothing(net):
         to_pyro_module_(net)
-        for _, layer, cls in layers:
-            layer.__class__ = cls
-        check_keys(prior, [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()])
+        check_keys(prior, _make_layers(layers))
         prior = FanInNormal() if prior is None else prior
         ties = _Ties(net)
         for name, layer, _ in layers:
@@ -164,39 +161,36 @@ def bayesian_(
     return net
 
 
-class _Ties:
-    """
-    Keeps tied parameters tied.
+def _make_layers(layers: list[tuple[str, Any, type]]) -> list[str]:
+    """Gives modules the classes of layers; returns the names that priors may use."""
+    for _, layer, cls in layers:
+        become(layer, cls)
+        layer._prepare()
+    return [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()]
 
-    :param net: the network, whose parameters are not random yet.
-    """
+
+class _Ties:
+    """Keeps tied parameters tied in a network whose parameters are not random yet."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.owners: dict[nn.Parameter, tuple[str, Any, str]] = {}
 
     def redirect(self, path: str, layer: Any) -> None:
-        """
-        Lets a layer read those of its parameters that an earlier layer made random from there.
-
-        :param str path: path of the layer.
-        :param layer: a layer whose own parameters are not random yet.
-        """
-        for key, value in list(layer._parameters.items()):
+        """Lets a layer read those of its parameters that an earlier layer made random from there."""
+        for key, value in layer._own_parameters().items():
             if value in self.owners:
                 _, owner, name = self.owners[value]
-                if name in owner._site_names():
+                if name in owner._sites:
                     layer._redirect_site(key, owner, name)
-            elif value is not None:
+            else:
                 self.owners[value] = path, layer, key
 
     def check(self) -> None:
-        """
-        :raises ValueError: if a parameter became random in one place and stayed what it is in another.
-        """
+        """Refuses a parameter that became random in one place and stayed what it is in another."""
         kept = {p: name for name, p in self.net.named_parameters()}
         for parameter, (path, owner, key) in self.owners.items():
-            if key in owner._site_names() and parameter in kept:
+            if key in owner._sites and parameter in kept:
                 raise ValueError(
                     f"{_join(path, key)!r} would become random, but {kept[parameter]!r} is the same parameter and would "
                     "not: convert both layers, or leave this parameter out by a dictionary of priors."
@@ -205,9 +199,8 @@ class _Ties:
 
 class _FrozenParameters:
     """
-    Keeps parameters frozen: Pyro's parameter store, which registers them when a network first runs, unfreezes them.
-
-    :param parameters: the parameters; those that are trained when the network is called stay so.
+    Keeps parameters frozen: Pyro's parameter store, which registers them when a network first runs, unfreezes them. Those
+    that are trained when the network is called stay so.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -229,7 +222,7 @@ def _component_batchnorm(net: Any, num_components: int) -> None:
     for name, module in net.named_modules():
         made = COMPONENT_BATCHNORM.get(torch_class(module))
         if made is not None:
-            module.__class__ = made
+            become(module, made)
             first = first or module
             module._make_component(num_components, first)
         elif isinstance(module, _BatchNorm):
@@ -245,12 +238,12 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
     for module in net.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             # the fused inference kernel reads the weights behind the layers' backs
-            module.__dict__["activation_relu_or_gelu"] = 0
-            attention: Any = module._modules["self_attn"]
+            module.activation_relu_or_gelu = 0
             for child in module.children():
-                child.__dict__["_axis"] = 0 if attention.batch_first else 1
+                if isinstance(child, SiteModule):
+                    child._axis = 0 if module.self_attn.batch_first else 1
         if isinstance(module, nn.TransformerEncoder):
-            module.__dict__["use_nested_tensor"] = False
+            module.use_nested_tensor = False
     if fold:
         Folding(net, batch_dim)
     frozen = [p for p in net.parameters() if not p.requires_grad]

@@ -28,18 +28,23 @@ _WRAPPERS = {
 
 
 def torch_class(module: nn.Module) -> type:
-    """
-    The class of a module before it became a PyroModule and before its parameters were parametrized.
-
-    :param module: a module.
-    :return: its class.
-    """
+    """The class of a module before it became a PyroModule and before its parameters were parametrized."""
     cls = type(module)
     if issubclass(cls, PyroModule) and cls.__name__.startswith("Pyro") and len(cls.__mro__) > 1:
         base = cls.__mro__[1]
         cls = base if PyroModule[base] is cls else cls
-    parametrized = "parametrizations" in module._modules and cls.__name__.startswith("Parametrized")
+    parametrized = cls.__name__.startswith("Parametrized") and "parametrizations" in dict(
+        module.named_children()
+    )
     return cls.__bases__[0] if parametrized else cls
+
+
+def become(module: nn.Module, cls: type) -> None:
+    """
+    Changes the type of a module in place, as Pyro's :func:`to_pyro_module_` does: a conversion is in place, and parents,
+    optimisers and hooks keep the very modules that they hold.
+    """
+    module.__class__ = cls
 
 
 def convertible(
@@ -50,17 +55,8 @@ def convertible(
     other: Callable[[nn.Module], type | None] = lambda module: None,
 ) -> list[tuple[str, Any, type]]:
     """
-    The modules of a network that a conversion takes.
-
-    :param net: the network.
-    :param only: see :func:`~pyro_bnn.nn.rank1_`.
-    :param skip: see :func:`~pyro_bnn.nn.rank1_`.
-    :param table: layers of the conversion by torch layer.
-    :param other: layers for modules of classes that the table does not have.
-    :return: path, module and its layer, every module once.
-    :raises TypeError: if ``net`` is no module.
-    :raises ValueError: if a selector names nothing, nothing can be converted, or a module is in a state that does not
-        admit it; the message has its path.
+    The modules of a network that a conversion with a table of layers by torch layer takes: path, module and its layer,
+    every module once; ``other`` finds layers for classes that the table does not have.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
@@ -115,17 +111,12 @@ def convertible(
 
 @contextmanager
 def all_or_nothing(net: nn.Module) -> Iterator[None]:
-    """
-    If the block raises, the modules of a network get their classes and attributes back.
-
-    :param net: the network.
-    """
+    """If the block raises, the modules of a network get their classes and attributes back."""
     saved = [
         (
             module,
             type(module),
-            vars(module).copy(),
-            {k: v.copy() for k, v in vars(module).items() if isinstance(v, dict)},
+            {k: (v, v.copy() if isinstance(v, dict) else None) for k, v in vars(module).items()},
         )
         for module in net.modules()
     ]
@@ -133,13 +124,14 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, cls, attributes, dictionaries in saved:
-            module.__class__ = cls
+        for module, cls, attributes in saved:
+            become(module, cls)
             vars(module).clear()
-            vars(module).update(attributes)
-            for key, items in dictionaries.items():
-                attributes[key].clear()
-                attributes[key].update(items)
+            for key, (value, items) in attributes.items():
+                if items is not None:
+                    value.clear()
+                    value.update(items)
+                vars(module)[key] = value
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
         raise
@@ -221,7 +213,7 @@ def _left_out(name: str, module: nn.Module, cls: type | None, whole: bool) -> li
     """The matrices (class tokens, tables, factors of adapters) that a module holds itself and no conversion takes."""
     if isinstance(module, (SiteModule, *_NORMALIZATION)) or whole:
         return []
-    keys = [key for key, value in module._parameters.items() if value is not None and value.dim() > 1]
+    keys = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
     if cls is None:
         return keys
     return [key for key in keys if key != "weight"] if hasattr(cls, "_groups") else []

@@ -1,6 +1,13 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Many samples of the weights through arbitrary torch code: samples folded into the batch dimension."""
+"""
+Many samples of the weights through arbitrary torch code: samples folded into the batch dimension.
+
+There are two ways. Outside of folded networks, layers *broadcast*: sites of shape ``(*samples, 1, *event)`` meet
+activations of shape ``(*samples, batch, ...)``. In a folded network, which is what conversions make, activations have
+the rows of all samples in their first dimension (:class:`Folding`), and layers that cannot give every row its own weight
+run once per sample on its part of the rows (:mod:`pyro_bnn.nn.per_sample`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.plain_runs import PlainRuns
-from pyro_bnn.nn.sites import SiteModule, describe_module, silence
+from pyro_bnn.nn.sites import SiteModule, describe_module, loop_of_samples, module_path
 from pyro_bnn.nn.structure import map_structure, tensors_of
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
@@ -38,8 +44,6 @@ def rows_per_example(present: bool) -> Iterator[None]:
     """
     Within this context the last batch dimension of a site is, or is not, one value per example where it has the size of
     the batch.
-
-    :param bool present: whether sites may have values per example.
     """
     token = _ROWS.set(present)
     try:
@@ -67,6 +71,9 @@ class Folding:
     A forward that reduces over its batch (a mean over examples, statistics of the batch) reduces over the examples of
     all samples, as shared batch normalisation does on purpose.
 
+    In predictions with activations larger than the weights, the forward runs for one sample after the other: then
+    building a sample's weights costs less than scaling its activations, and the caches see those of one sample.
+
     :param root: the network; calls of it are folded.
     :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
     """
@@ -83,17 +90,20 @@ class Folding:
         self.split = False
         self._sample_shape = torch.Size()
         self._values: dict[tuple[int, str], Tensor] = {}
+        self._varying: dict[tuple[int, str], Tensor] = {}  # the values that differ between samples
+        self._looping = 0  # the number of samples that run one after the other
         # dimensions of the batch in arguments, -1 for none, as far as calls have told them
         self._known_dims: dict[tuple[int | str, int], int] = {}
-        for layer in self.layers:
-            layer.__dict__["_folding"] = self
-            layer.__dict__.setdefault("_axis", batch_dim)
         for module in root.modules():  # one folding: a part that was folded by itself is now folded as a part
-            folded = module.__dict__.pop("_root_folding", None)
-            for handle in () if folded is None else folded._handles:
-                handle.remove()
-        root.__dict__["_root_folding"] = self
-        self._plain: PlainRuns | None = None
+            folded = getattr(module, "_root_folding", None)
+            if folded is not None:
+                for handle in folded._handles:
+                    handle.remove()
+                del module._root_folding
+        for layer in self.layers:
+            layer._axis = batch_dim if layer._axis is None else layer._axis
+            layer._folding = self
+        root._root_folding = self  # type: ignore[assignment]
         self._handles = (
             root.register_forward_pre_hook(self.fold_inputs, with_kwargs=True),
             root.register_forward_hook(self.unfold_outputs, always_call=True, with_kwargs=True),
@@ -120,54 +130,89 @@ class Folding:
             if self.batch_size == 0:
                 raise ValueError(f"the network was called with an empty batch, shape {tuple(first.shape)}.")
         self._draw()
-        if not self.active:
-            return None
-        self.split = _SPLIT.get()
+        self.split = self.active and _SPLIT.get()
         if self.split:
-            if self.batch_size % self.num_samples:
-                raise ValueError(
-                    f"a batch of {self.batch_size} examples does not split over {self.num_samples} samples: use a "
-                    "multiple of them (drop_last=True for loaders), or repeat the batch."
-                )
-            self.batch_size //= self.num_samples
-            self._keep_own_examples()
-            return None
-        if not isinstance(first, PackedSequence) and self._starts_plain_runs(module):
-            return None
-        if self._first is not None and len(args) == 1 and not kwargs:
-            return None
-        repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
-        return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
+            self._split()
+        elif self.active and not isinstance(first, PackedSequence) and self._loop_pays(module):
+            self._looping, self.num_samples = self.num_samples, 1
+            self._choose(0)
+        elif self.active and not (self._first is not None and len(args) == 1 and not kwargs):
+            repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
+            return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
+        return None
 
-    def _starts_plain_runs(self, module: nn.Module) -> bool:
-        silent = silence()
-        if silent is None:
+    def _split(self) -> None:
+        """Gives every sample its part of the batch; a value per example is then that of the examples that it sees."""
+        if self.batch_size % self.num_samples:
+            raise ValueError(
+                f"a batch of {self.batch_size} examples does not split over {self.num_samples} samples: use a "
+                "multiple of them (drop_last=True for loaders), or repeat the batch."
+            )
+        self.batch_size //= self.num_samples
+        F, B = self.num_samples, self.batch_size
+        for key, value in self._varying.items():
+            if F > 1 and value.shape[1] == F * B:
+                own = value.unflatten(1, (F, B))
+                self._values[key] = torch.stack([own[f, f] for f in range(F)])
+
+    def _draw(self) -> None:
+        """Reads all sites, and finds out which of their dimensions are samples and examples."""
+        drawn = []
+        for layer in self.layers:
+            # tied parameters are drawn where they live
+            packed = (n for n, (owner, _) in layer._redirects.items() if not isinstance(owner, nn.Module))
+            drawn += [(layer, name, layer.read(name)) for name in (*layer._sites, *packed)]
+        shapes = [value.shape[: value.dim() - layer._event_dim(name)] for layer, name, value in drawn]
+        self.active = any(shapes)
+        self._values, self._varying, self._looping = {}, {}, 0
+        if not self.active:  # one sample: the layers read their sites themselves
+            self._sample_shape, self.num_samples = torch.Size(), 1
+            return
+        batch_shape = torch.broadcast_shapes(*set(shapes))
+        per_example = _ROWS.get() and len(batch_shape) > 1 and batch_shape[-1] == self.batch_size
+        has_slot = batch_shape[-1] == 1 or per_example
+        slot = batch_shape[-1] if has_slot else 1
+        self._sample_shape = batch_shape[:-1] if has_slot else batch_shape
+        self.num_samples = self._sample_shape.numel()
+        for (layer, name, value), shape in zip(drawn, shapes, strict=True):
+            key, event = (id(layer), name), value.shape[len(shape) :]
+            if all(n == 1 or stride == 0 for n, stride in zip(shape, value.stride(), strict=False)):
+                self._values[key] = value[(0,) * len(shape)]  # shared by all samples
+            else:
+                mine = slot if shape[-1] == slot and slot > 1 else 1
+                target = (*self._sample_shape, mine) if has_slot else batch_shape
+                value = value.expand(*target, *event).reshape(self.num_samples, mine, *event)
+                self._values[key] = self._varying[key] = value
+
+    # ------------------------------------------------------------------ one sample after the other
+
+    def _loop_pays(self, module: nn.Module) -> bool:
+        """Whether weights cost less than activations, by what layers saw in an earlier call, and nobody objects."""
+        loop = loop_of_samples()
+        costs = [layer._costs for layer in self.layers if layer._costs is not None]
+        pays = sum(built for built, _ in costs) < self.batch_size * sum(passed for _, passed in costs)
+        if loop is None or module.training or not pays:
             return False
-        self._plain = self._plain or PlainRuns(module)
-        size = self._plain.start() if self._plain.pays(self.batch_size) else None
-        if size is None:
-            return False
-        self._plain.choose(0)
-        silent.start_plain(size)
+        loop.running = True
         return True
 
-    def _finish_plain_runs(self, plain: PlainRuns, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    def _choose(self, sample: int) -> None:
+        self._values |= {key: value[sample : sample + 1] for key, value in self._varying.items()}
+
+    def _finish_loop(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The samples after the first, and the outputs of all of them with the sample dimensions in front."""
         leaves: list[list[Tensor]] = []
         try:
-            if output is None:  # the forward failed
-                return None
-            for sample in range(self.num_samples):
+            for sample in range(0 if output is None else self._looping):  # None: the forward failed
                 if sample:
-                    plain.choose(sample)
+                    self._choose(sample)
                     output = module.forward(*args, **kwargs)
                 leaves.append([])
                 map_structure(output, leaves[-1].append)
         finally:
-            plain.stop()
-            silent = silence()
-            if silent is not None:
-                silent.plain = False
+            loop = loop_of_samples()
+            if loop is not None:
+                loop.running = False
         joined = map(self._join, zip(*leaves, strict=True))
         return map_structure(output, lambda _: next(joined))
 
@@ -177,57 +222,7 @@ class Folding:
             return values[0]
         return torch.stack(values).view(*self._sample_shape, *values[0].shape)
 
-    def _keep_own_examples(self) -> None:
-        """After a split, a value per example is that of the examples that its sample sees."""
-        F, B = self.num_samples, self.batch_size
-        for (key, name), value in self._values.items():
-            layer = next(layer for layer in self.layers if id(layer) == key)
-            event_dim = layer._sites[name].event_dim if name in layer._site_names() else value.dim()
-            if B > 0 and value.dim() == event_dim + 2 and value.shape[1] == F * B and F > 1:
-                own = value.unflatten(1, (F, B))
-                self._values[key, name] = torch.stack([own[f, f] for f in range(F)])
-
-    def _draw(self) -> None:
-        drawn = []
-        for layer in self.layers:
-            for name, spec in layer.__dict__.get("_sites", {}).items():
-                drawn.append((layer, name, layer.read(name), spec.event_dim))
-            for name, (owner, _) in layer._redirected().items():
-                if not isinstance(owner, nn.Module):  # tied parameters are drawn where they live
-                    drawn.append((layer, name, layer.read(name), layer._event_dim(name)))
-        shapes = [value.shape[: value.dim() - event_dim] for _, _, value, event_dim in drawn]
-        self.active = any(shapes)
-        if not self.active:  # one sample: the layers read their sites themselves
-            self._sample_shape, self.num_samples = torch.Size(), 1
-            return
-        batch_shape = torch.broadcast_shapes(*set(shapes))
-        slot = 1
-        if batch_shape and (
-            batch_shape[-1] == 1
-            or (_ROWS.get() and len(batch_shape) > 1 and batch_shape[-1] == self.batch_size)
-        ):
-            slot = batch_shape[-1]
-            self._sample_shape = batch_shape[:-1]
-        else:
-            self._sample_shape = batch_shape
-        self.num_samples = self._sample_shape.numel()
-        self._values = {}
-        full = (*self._sample_shape, slot) if batch_shape != self._sample_shape else batch_shape
-        for (layer, name, value, _), shape in zip(drawn, shapes, strict=True):
-            event = value.shape[len(shape) :]
-            if shape.numel() == 1 or all(
-                n == 1 or s == 0 for n, s in zip(shape, value.stride(), strict=False)
-            ):
-                value = value[(0,) * len(shape)]  # shared by all samples
-            else:
-                mine = slot if shape and shape[-1] == slot and slot > 1 else 1
-                target = (*full[:-1], mine) if batch_shape != self._sample_shape else full
-                value = value.expand(*target, *event).reshape(self.num_samples, mine, *event)
-            self._values[id(layer), name] = value
-
-    def __getstate__(self) -> dict[str, Any]:
-        # plain runs hold classes that no file can name, and are made when they are needed
-        return {**vars(self), "_plain": None}
+    # ------------------------------------------------------------------ arguments and outputs
 
     def is_shared_input(self, layer: SiteModule, x: Tensor) -> bool:
         """
@@ -282,6 +277,13 @@ class Folding:
             return value
         return value.repeat(*(1,) * dim, self.num_samples, *(1,) * (value.dim() - dim - 1))
 
+    def _repeat_packed(self, value: PackedSequence) -> PackedSequence:
+        if int(value.batch_sizes[0]) != self.batch_size:
+            return value
+        padded, lengths = pad_packed_sequence(value, batch_first=True)
+        F = self.num_samples
+        return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
+
     def whole(self, x: Tensor, dim: int = 0) -> Tensor:
         """
         :param x: an input of a layer.
@@ -302,17 +304,10 @@ class Folding:
         samples, examples = self.num_samples, self.batch_size
         if samples > 1 and shape[0] % (samples * examples):
             raise ValueError(
-                f"{describe_module(layer, getattr(layer, '_pyro_name', ''))} has an input of shape {tuple(shape)}, whose "
+                f"{describe_module(layer, module_path(layer))} has an input of shape {tuple(shape)}, whose "
                 f"{shape[0]} rows are no multiple of {samples} samples times {examples} examples: the network must keep the "
                 "batch in the first dimension"
             )
-
-    def _repeat_packed(self, value: PackedSequence) -> PackedSequence:
-        if int(value.batch_sizes[0]) != self.batch_size:
-            return value
-        padded, lengths = pad_packed_sequence(value, batch_first=True)
-        F = self.num_samples
-        return pack_padded_sequence(padded.repeat(F, 1, 1), lengths.repeat(F), True, enforce_sorted=False)
 
     def unfold_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """
@@ -326,24 +321,22 @@ class Folding:
         """
         if not self.active:
             return None
-        self.active = False
-        if self._plain is not None and self._plain.given:
-            self._values = {}
-            return self._finish_plain_runs(self._plain, module, args, kwargs, output)
-        self._values = {}
-        return None if self.split else map_structure(output, self._unfold)
+        try:
+            if self._looping:
+                return self._finish_loop(module, args, kwargs, output)
+            return None if self.split else map_structure(output, self._unfold)
+        finally:
+            self.active = False
+            self._values, self._varying = {}, {}
 
     def _unfold(self, value: Tensor) -> Tensor:
         rows = self.num_samples * self.batch_size
-        if self.batch_dim == 1 and value.dim() > 1 and value.shape[1] == rows:
+        in_second = self.batch_dim == 1 or self.num_samples > 1  # of time-first outputs and of states
+        first = bool(value.dim()) and value.shape[0] == rows
+        if value.dim() > 1 and value.shape[1] == rows and in_second and not (first and self.batch_dim == 0):
             value = value.unflatten(1, (self.num_samples, self.batch_size)).transpose(0, 1)
             return value.reshape(*self._sample_shape, *value.shape[1:])
-        if value.dim() and value.shape[0] == rows:
-            return value.reshape(*self._sample_shape, self.batch_size, *value.shape[1:])
-        if self.batch_dim == 0 and value.dim() > 1 and value.shape[1] == rows and self.num_samples > 1:
-            value = value.unflatten(1, (self.num_samples, self.batch_size)).transpose(0, 1)
-            return value.reshape(*self._sample_shape, *value.shape[1:])
-        return value
+        return value.reshape(*self._sample_shape, self.batch_size, *value.shape[1:]) if first else value
 
     def value(self, layer: SiteModule, name: str) -> Tensor:
         """
@@ -356,13 +349,10 @@ class Folding:
         """
         key = (id(layer), name)
         if key not in self._values:
-            redirect = layer._redirected().get(name)
-            if redirect is not None:
-                owner, owner_key = redirect
-                return (
-                    self.value(owner, owner_key) if isinstance(owner, SiteModule) else owner.read(owner_key)
-                )
-            return layer.read(name)
+            owner, owner_key = layer._redirects.get(name, (None, name))
+            if isinstance(owner, SiteModule):
+                return self.value(owner, owner_key)
+            self._values[key] = layer.read(name)
         return self._values[key]
 
 
@@ -374,9 +364,9 @@ def _first_layer(root: nn.Module) -> SiteModule | None:
     while children and isinstance(children[0], nn.Flatten):
         children = children[1:]
     first = children[0] if children else None
-    if first is None or not getattr(first, "takes_shared_input", False) or first in children[1:]:
+    if not isinstance(first, SiteModule) or not first.takes_shared_input or first in children[1:]:
         return None
-    return first  # type: ignore[return-value]
+    return first
 
 
 def fold_(net: Any) -> Any:
@@ -397,7 +387,7 @@ def fold_(net: Any) -> Any:
         >>> net(torch.zeros(3, 5, 6)).shape
         torch.Size([3, 10])
     """
-    if "_root_folding" not in net.__dict__:
+    if getattr(net, "_root_folding", None) is None:
         if not any(isinstance(module, SiteModule) for module in net.modules()):
             raise ValueError(
                 "fold_ found no layer of pyro_bnn in the network: convert it with rank1_ or bayesian_."
@@ -408,13 +398,8 @@ def fold_(net: Any) -> Any:
 
 def apply_factor(x: Tensor, factor: Tensor, post: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """
-    Combines activations with factors in a folded call.
+    Combines activations ``(F * B, ..., d, *post)`` with factors ``(d,)``, ``(F, 1, d)`` or ``(F, B, d)`` in a folded call.
 
-    :param x: activations, shape ``(F * B, ..., d, *post)``.
-    :param factor: shape ``(d,)``, shared; ``(F, 1, d)`` or ``(F, B, d)``.
-    :param int post: number of dimensions right of the features.
-    :param callable combine: multiplication or addition.
-    :return: shape of ``x``.
     :raises ValueError: if the rows of ``x`` are no multiple of the samples.
     """
     tail = (1,) * post

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from typing_extensions import override
 
 from pyro_bnn.nn.priors import map_distribution, unwrap
+from pyro_bnn.nn.sites import is_called, once_per_call
 
 _FAMILIES: dict[str, Callable[..., Any]] = {
     "normal": dist.Normal,
@@ -132,33 +134,26 @@ class HierarchicalPrior(ScalePrior):
         self.scale_prior: Any = scale_prior
         self.variance, self.level = variance, level
 
+    @override
     def for_site(self, layer: Any, name: str, shape: torch.Size, like: Tensor) -> "ScalePrior":
-        """See :meth:`ScalePrior.for_site`."""
         new: Any = super().for_site(layer, name, shape, like)
         new.map(lambda t: t.to(like.device, like.dtype))
         return new
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """
-        Applies a function to the tensors of the hyperprior.
-
-        :param callable fn: a function of a tensor.
-        """
+        """Applies a function to the tensors of the hyperprior."""
         self.scale_prior = map_distribution(self.scale_prior, fn)
 
+    @override
     def _scale(self, layer: Any, name: str) -> Tensor:
         quantity = "variance" if self.variance else "scale"
-        context = layer._pyro_context
-        if self.level == "global":
-            full = f"factor_{quantity}"
+        full = f"{name if self.level == 'site' else 'factor'}_{quantity}"
+        if not is_called(layer):
+            value = self.scale_prior.sample()
+        elif self.level == "global":
+            value = once_per_call(layer, full, lambda _: pyro.sample(full, self.scale_prior), below="")
         else:
-            full = f"{name if self.level == 'site' else 'factor'}_{quantity}"
-            full = layer._pyro_get_fullname(full) if context.active else full
-        value = context.get(full) if context.active else None
-        if value is None:
-            value = pyro.sample(full, self.scale_prior) if context.active else self.scale_prior.sample()
-            if context.active:
-                context.set(full, value)
+            value = once_per_call(layer, full, lambda name: pyro.sample(name, self.scale_prior))
         return value.sqrt() if self.variance else value
 
 
@@ -182,13 +177,15 @@ class LearnedScalePrior(ScalePrior):
             raise ValueError(f"init must be positive, found {init!r}.")
         self.init, self.per_element = float(init), per_element
 
+    @override
     def for_site(self, layer: Any, name: str, shape: torch.Size, like: Tensor) -> "ScalePrior":
-        """See :meth:`ScalePrior.for_site`; adds the parameter ``<name>_prior_scale_raw`` to the layer."""
+        """Adds the parameter ``<name>_prior_scale_raw`` to the layer."""
         raw = math.log(math.expm1(self.init))
         value = torch.full(shape if self.per_element else (), raw, device=like.device, dtype=like.dtype)
         layer.register_parameter(f"{name}_prior_scale_raw", nn.Parameter(value))
         return super().for_site(layer, name, shape, like)
 
+    @override
     def _scale(self, layer: Any, name: str) -> Tensor:
         return F.softplus(getattr(layer, f"{name}_prior_scale_raw"))
 
@@ -224,25 +221,22 @@ class ClosedFormPrior(ScalePrior):
         self.concentration, self.rate = float(concentration), float(rate)
         self._mode = torch.tensor(self.rate / (self.concentration + 1)).sqrt()
 
+    @override
     def for_site(self, layer: Any, name: str, shape: torch.Size, like: Tensor) -> "ScalePrior":
-        """See :meth:`ScalePrior.for_site`."""
         new: Any = super().for_site(layer, name, shape, like)
         new._mode = like.new_tensor(self.rate / (self.concentration + 1)).sqrt()
         return new
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """
-        Applies a function to the tensors of the prior.
-
-        :param callable fn: a function of a tensor.
-        """
+        """Applies a function to the tensors of the prior."""
         self._mode = fn(self._mode)
 
+    @override
     def _scale(self, layer: Any, name: str) -> Tensor:
         return self._mode
 
+    @override
     def make_prior(self, layer: Any, name: str) -> Any:
-        """See :meth:`ScalePrior.make_prior`."""
         prior = super().make_prior(layer, name)
         return _ClosedFormNormal(prior.base_dist.loc, prior.base_dist.scale, self).to_event(len(self._shape))
 

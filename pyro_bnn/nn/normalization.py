@@ -31,15 +31,13 @@ class ComponentBatchNormMixin(SiteModule):
     """
 
     def _make_component(self, num_components: int, first: Any) -> None:
-        self.__dict__.setdefault("_sites", {})
         self.num_components = num_components
-        for name, value in list(self._parameters.items()):
-            if value is not None:
-                repeated = value.detach().expand(num_components, -1).clone()
-                self._parameters[name] = nn.Parameter(repeated, requires_grad=value.requires_grad)
+        for name, value in self._own_parameters().items():
+            repeated = value.detach().expand(num_components, -1).clone()
+            setattr(self, name, nn.Parameter(repeated, requires_grad=value.requires_grad))
         for name in ("running_mean", "running_var"):
-            if self._buffers.get(name) is not None:
-                self._buffers[name] = self._buffers[name].expand(num_components, -1).clone()
+            if getattr(self, name) is not None:
+                self.register_buffer(name, getattr(self, name).expand(num_components, -1).clone())
         if first is self:
             probs = next(self.parameters()).new_full((num_components,), 1.0 / num_components)
             self._add_site("component", dist.Categorical(probs=probs), "index", event_dim=0)
@@ -52,13 +50,11 @@ class ComponentBatchNormMixin(SiteModule):
         :return: as for the torch layer.
         """
         self._check_input_dim(x)
-        index = self._folding.value(self, "component") if self._is_folded() else self.read("component")
-        index = index.reshape(-1)  # one component per sample
+        index = self._value("component").reshape(-1)  # one component per sample
         S = len(index)
         if self._is_folded():
             self._folding.check_rows(self, x.shape)
-        y = x.unflatten(0, (S, -1)).transpose(0, 1)  # (B, S, C, ...)
-        y = y.flatten(1, 2)
+        y = x.unflatten(0, (S, -1)).transpose(0, 1).flatten(1, 2)  # (B, S * C, ...)
         track = self.training or self.running_mean is None
         mean = var = None
         if self.running_mean is not None:

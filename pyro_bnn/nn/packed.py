@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.nn.priors import map_distribution, unwrap
-from pyro_bnn.nn.sites import SITE_KEY, SiteModule
+from pyro_bnn.nn.sites import (
+    SITE_KEY,
+    SiteModule,
+    is_called,
+    module_path,
+    once_per_call,
+    refuse_recomputation,
+)
 from pyro_bnn.ops.families import of_family
 
 
@@ -47,7 +54,7 @@ class PackedSite:
         self.prior = dist.Normal(torch.cat(locs), torch.cat(scales)).to_event(1)
         self.init = torch.cat(inits)
         self._root = root
-        layers[0][1].__dict__["_owned_packed"] = self  # this layer moves the prior along with itself
+        layers[0][1]._owned_packed = self  # this layer moves the prior along with itself
 
     def read(self, full: str) -> Tensor:
         """
@@ -56,23 +63,16 @@ class PackedSite:
         :param str full: full name of the parameter.
         :return: a view of the flat draw, shape ``(*batch, *parameter_shape)``.
         """
-        context: Any = self._root._pyro_context
-        if not context.active:
+        refuse_recomputation(self._root, full)
+        if not is_called(self._root):
             return self.unpack(self.prior.sample())[full]
-        site_name = self._root._pyro_get_fullname("packed")
-        views = context.get(site_name)
-        if views is None:
-            infer: Any = {SITE_KEY: {"role": "weight", "init": self.init}}
-            views = self.unpack(pyro.sample(site_name, self.prior, infer=infer))
-            context.set(site_name, views)
-        return views[full]
+        infer: Any = {SITE_KEY: {"role": "weight", "init": self.init}}
+        make = lambda name: self.unpack(pyro.sample(name, self.prior, infer=infer))  # noqa: E731
+        return once_per_call(self._root, "packed", make)[full]
 
-    def event_dim(self, full: str) -> int:
-        """
-        :param str full: full name of a parameter.
-        :return: number of dimensions of the parameter itself.
-        """
-        return len(self.layout[full])
+    def _shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the parameters, as layers have them."""
+        return self.layout
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         """
@@ -88,11 +88,7 @@ class PackedSite:
         }
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """
-        Applies ``fn`` to the tensors of the prior, see :func:`~pyro_bnn.nn.priors.map_distribution`.
-
-        :param callable fn: a function of a tensor.
-        """
+        """Applies a function to the tensors of the prior."""
         self.prior = map_distribution(self.prior, fn)
         self.init = fn(self.init)
 
@@ -111,9 +107,8 @@ def packed_sites(model: Any) -> dict[str, PackedSite]:
         {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])}
     """
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    found = [module.__dict__["_owned_packed"] for module in modules if "_owned_packed" in module.__dict__]
-    # Pyro tells the full name of a site inside calls only
-    return {".".join(filter(None, [packed._root._pyro_name, "packed"])): packed for packed in found}
+    found = [m._owned_packed for m in modules if isinstance(m, SiteModule) and m._owned_packed is not None]
+    return {".".join(filter(None, [module_path(packed._root), "packed"])): packed for packed in found}
 
 
 def unpack_site(net: Any, value: Tensor) -> dict[str, Tensor]:
@@ -132,8 +127,6 @@ def unpack_site(net: Any, value: Tensor) -> dict[str, Tensor]:
         >>> {name: tuple(w.shape) for name, w in unpack_site(net, torch.zeros(10, 8)).items()}
         {'weight': (10, 2, 3), 'bias': (10, 2)}
     """
-    for module in net.modules():
-        packed = module.__dict__.get("_owned_packed")
-        if packed is not None:
-            return packed.unpack(value)
+    for packed in packed_sites(net).values():
+        return packed.unpack(value)
     raise ValueError("the network has no packed site: convert it with bayesian_(net, packed=True).")

@@ -3,20 +3,20 @@
 """Rank-1 layers: a shared weight and random vectors that scale its inputs and outputs."""
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from typing_extensions import override
 
-from pyro_bnn.nn.bayesian import broadcast_linear
+from pyro_bnn.nn.bayesian import broadcast_linear, linear_per_sample
 from pyro_bnn.nn.folding import apply_factor
-from pyro_bnn.nn.priors import PriorLike, check_keys, place_prior, resolve_prior, unwrap
-from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.priors import check_keys, place_prior, resolve_prior, unwrap
+from pyro_bnn.nn.sites import SiteModule, is_called, module_path
 
 FORMS = ("multiplicative", "residual", "additive")
 
@@ -90,98 +90,107 @@ class Rank1Mixin(SiteModule):
 
     #: number of dimensions right of the features in the activations
     _post = 0
-    #: whether the first layer of a chain may repeat its input over the samples itself
-    takes_shared_input = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        names = [field.name for field in fields(Rank1Options)]
+        options = Rank1Options(**{key: kwargs.pop(key) for key in names if key in kwargs})
+        super().__init__(*args, **kwargs)
+        self._prepare()
+        check_rank1_keys(options, self._site_keys())
+        self._make_rank1(options)
 
     def _groups(self) -> dict[str, tuple[str, int, int]]:
         """Suffix -> (name of the weight, outputs, inputs)."""
         raise ValueError(f"{type(self).__name__} declares no groups.")
 
-    def _biases(self) -> dict[str, str]:
-        """Name of a bias parameter -> name of its site."""
-        return {"bias": "bias"}
+    def _biases(self) -> list[str]:
+        """Names of the biases, which those of their sites are."""
+        return ["bias"]
 
     def _site_keys(self) -> list[str]:
         """Names that priors may use."""
         keys = [f"{kind}{suffix}" for suffix in self._groups() for kind in "rs"]
-        return [*keys, *self._biases().values(), *(weight for weight, _, _ in self._groups().values())]
+        return [*keys, *self._biases(), *(weight for weight, _, _ in self._groups().values())]
 
     def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
-        self.__dict__["_form"] = form = options.resolved_form
-        self.__dict__["_mode"] = options.apply
-        self.__dict__["_rank"] = options.rank
-        self.__dict__["_clips"] = {}
-        self.__dict__.setdefault("_sites", {})
-        factors = options.factor_prior()
-        bias_prior = (
-            dist.Normal(torch.zeros(()), torch.ones(())) if options.bias_prior is None else options.bias_prior
-        )
-        for suffix, (weight_name, out, in_) in self._groups().items():
-            weight = getattr(self, weight_name)
-            for kind, size in (("r", out), ("s", in_)):
-                name = kind + suffix
-                shape = (options.rank, size) if form == "residual" else (size,)
-                resolved = resolve_prior(factors, prefix + name, shape, kind=kind)
-                if resolved is not None:
-                    placed = place_prior(resolved, self, name, shape, weight)
-                    self._add_site(name, placed, "factor", event_dim=len(shape))
-                    self._clips[name] = options.clip or (10.0 if is_cauchy(resolved) else None)
-            if options.weight_prior is not None and weight_name not in self._redirected():
-                resolved = resolve_prior(options.weight_prior, prefix + weight_name, weight.shape)
-                if resolved is not None:
-                    if weight_name not in self._parameters:
-                        raise ValueError(
-                            f"{prefix + weight_name!r} is computed from other parameters (a parametrization) and cannot "
-                            "have a weight_prior: leave it out by a dictionary of priors, or call "
-                            "torch.nn.utils.parametrize.remove_parametrizations."
-                        )
-                    placed = place_prior(resolved, self, weight_name, weight.shape, weight)
-                    self._add_site(weight_name, placed, "base", event_dim=weight.dim())
-        # by weight that factors multiply, the suffix of its group
-        self.__dict__["_weights"] = {name: suffix for suffix, (name, _, _) in self._groups().items()}
-        for name, _ in self._biases().items():
-            bias = self._parameters.get(name)  # a tied one is read elsewhere
-            if bias is not None:
-                resolved = resolve_prior(bias_prior, prefix + name, bias.shape)
-                if resolved is not None:
-                    placed = place_prior(resolved, self, name, bias.shape, bias)
-                    self._add_site(name, placed, "bias", event_dim=bias.dim())
+        self._form, self._mode, self._rank = options.resolved_form, options.apply, options.rank
+        self._clips: dict[str, float | None] = {}
+        for suffix, (name, out, in_) in self._groups().items():
+            self._add_factors(suffix, name, {"r": out, "s": in_}, options, prefix)
+            if options.weight_prior is not None and name not in self._redirects:
+                self._place(name, options.weight_prior, "base", prefix)
+        self._weights = {suffix: name for suffix, (name, _, _) in self._groups().items()}
+        self._bias_names = self._biases()
+        standard = dist.Normal(torch.zeros(()), torch.ones(()))
+        bias_prior = standard if options.bias_prior is None else options.bias_prior
+        for name in self._bias_names:
+            if name in self._own_parameters():  # a tied one is read elsewhere
+                self._place(name, bias_prior, "bias", prefix)
 
+    def _add_factors(
+        self, suffix: str, weight: str, sizes: dict[str, int], options: Rank1Options, prefix: str
+    ) -> None:
+        """The sites of the factors of one weight."""
+        like = getattr(self, weight)
+        for kind, size in sizes.items():
+            name = kind + suffix
+            shape = (options.rank, size) if self._form == "residual" else (size,)
+            resolved = resolve_prior(options.factor_prior(), prefix + name, shape, kind=kind)
+            if resolved is not None:
+                self._add_site(
+                    name, place_prior(resolved, self, name, shape, like), "factor", event_dim=len(shape)
+                )
+                self._clips[name] = options.clip or (10.0 if is_cauchy(resolved) else None)
+
+    def _place(self, name: str, prior: Any, role: str, prefix: str) -> None:
+        """Makes a parameter random, unless its prior says that it stays what it is."""
+        value = getattr(self, name)
+        resolved = resolve_prior(prior, prefix + name, value.shape)
+        if resolved is None:
+            return
+        if name not in self._own_parameters():
+            raise ValueError(
+                f"{prefix + name!r} is computed from other parameters (a parametrization) and cannot "
+                "have a weight_prior: leave it out by a dictionary of priors, or call "
+                "torch.nn.utils.parametrize.remove_parametrizations."
+            )
+        placed = place_prior(resolved, self, name, value.shape, value)
+        self._add_site(name, placed, role, event_dim=value.dim())
+
+    @override
     def _read_from_outside(self, name: str) -> Any:
         """A weight with its factors, which is what a module that reads it means to compute with."""
-        suffix = self._weights.get(name)
-        called = self.__dict__["_pyro_context"].active and not self._is_folded()
-        if suffix is None or not called or self._form == "additive":
+        suffix = next((suffix for suffix, weight in self._weights.items() if weight == name), None)
+        if suffix is None or not is_called(self) or self._is_folded() or self._form == "additive":
             return self.read(name)
         return self._scaled_weight(self.read(name), self._factor("r" + suffix), self._factor("s" + suffix))
 
     # ------------------------------------------------------------------ values in the present call
 
+    @property
+    def _factor_dim(self) -> int:
+        """The number of dimensions of a factor."""
+        return 2 if self._form == "residual" else 1
+
+    @property
+    def _weight_dim(self) -> int:
+        return self._post + 2
+
     def _factor(self, name: str) -> Tensor | None:
         if name not in self._sites:
             return None
-        value = self._folding.value(self, name) if self._is_folded() else self.read(name)
-        clip = self._clips[name]
+        value, clip = self._value(name), self._clips[name]
         return value if clip is None else value.clamp(-clip, clip)
 
-    def _parameter(self, name: str) -> Any:
-        """A weight or bias: a parameter, or the value of its site."""
-        random = name in self._sites or name in self._redirected()
-        return self._folding.value(self, name) if self._is_folded() and random else self.read(name)
+    def _has_rows(self, value: Tensor | None, event_dim: int) -> bool:
+        """Whether a folded call gives the value of a site per example."""
+        with_samples = self._is_folded() and value is not None and value.dim() == event_dim + 2
+        return bool(with_samples and value.shape[1] > 1)  # type: ignore[union-attr]
 
     def _plain(self, x: Tensor, *args: Any, **parameters: Any) -> Any:
         """The forward of the torch layer with some of its parameters replaced."""
-        with self._overriding(parameters):
+        with self._replacing(parameters):
             return super().forward(x, *args)
-
-    @contextmanager
-    def _overriding(self, parameters: dict[str, Any]) -> Iterator[None]:
-        old = self.__dict__.get("_overrides")
-        self.__dict__["_overrides"] = parameters
-        try:
-            yield
-        finally:
-            self.__dict__["_overrides"] = old
 
     # ------------------------------------------------------------------ arithmetic of one-weight layers
 
@@ -191,47 +200,56 @@ class Rank1Mixin(SiteModule):
         :return: outputs, as for the torch layer; with sample dimensions in front if the sites have them.
         """
         self._check_input(x)
-        if self._is_folded() and self._axis == 1 and x.dim() - self._post >= 3:
+        if not self._is_folded():
+            return self._map(x, *self._values_of_group(), *args)
+        if self._axis == 1 and x.dim() - self._post >= 3:
             # sequence-first activations: bring the batch to the front
-            return self._forward(x.transpose(0, 1), *args).transpose(0, 1)
-        return self._forward(x, *args)
+            return self._folded(x.transpose(0, 1), *args).transpose(0, 1)
+        return self._folded(x, *args)
 
-    def _forward(self, x: Tensor, *args: Any) -> Any:
-        weight, bias = self._parameter("weight"), self._parameter("bias")
-        r, s = self._factor("r"), self._factor("s")
-        form = self._form
-        shared = self._is_folded() and self._folding.is_shared_input(self, x)
-        if self._is_folded():
-            examples = self._folding.batch_size * (1 if shared else self._folding.num_samples)
-            built = 0 if self._mode == "materialise" else 3 * weight.shape[-self._weight_dim :].numel()
-            self.__dict__["_costs"] = built, self._activations(x) / examples
-        if shared:
+    def _values_of_group(self, suffix: str = "", bias: str = "bias") -> tuple[Any, ...]:
+        """Weight, bias and factors of one group, for :meth:`_map`."""
+        value = self._value(bias) if bias in self._bias_names else None
+        weight = self._value(self._weights[suffix])
+        return weight, value, self._factor("r" + suffix), self._factor("s" + suffix)
+
+    def _folded(self, x: Tensor, *args: Any) -> Any:
+        folding = self._folding
+        weight, bias, r, s = self._values_of_group()
+        shared = folding.is_shared_input(self, x)
+        examples = folding.batch_size * (1 if shared else folding.num_samples)
+        built = 0 if self._mode == "materialise" else 3 * weight.shape[-self._weight_dim :].numel()
+        if self._costs is None:
+            self._costs = built, self._activations(x) / examples
+        if not shared:
+            x = folding.whole(x) if x.dim() > self._post + 1 else x
+            folding.check_rows(self, x.shape)
+        elif self._scales_input(x, weight, r, s):
             # the first layer of a chain gets the inputs before they are repeated over the samples
-            materialises = self._materialises(x, weight, r, s, rows=self._folding.num_samples)
-            if form == "multiplicative" and s is not None and s.dim() > 1 and not materialises:
-                x = (
-                    x * s.view(*s.shape[:2], *(1,) * (x.dim() - 2 - self._post), -1, *(1,) * self._post)
-                ).flatten(0, 1)
-                s = None
-            else:
-                x = self._folding.repeat(x)
-        elif self._is_folded():
-            x = self._folding.whole(x) if x.dim() > self._post + 1 else x
-            self._folding.check_rows(self, x.shape)
+            ones = (1,) * (x.dim() - 2 - self._post)
+            x = (x * s.view(*s.shape[:2], *ones, -1, *(1,) * self._post)).flatten(0, 1)
+            s = None
+        else:
+            x = folding.repeat(x)
         return self._map(x, weight, bias, r, s, *args)
+
+    def _scales_input(self, x: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None) -> bool:
+        """Whether the input factors of all samples multiply an input that has not been repeated."""
+        if self._form != "multiplicative" or s is None or s.dim() == 1:
+            return False
+        return not self._materialises(x, weight, r, s, rows=self._folding.num_samples)
 
     def _map(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, r: Tensor | None, s: Tensor | None, *args: Any
     ) -> Tensor:
         """One weight with its factors and its bias, applied to activations with the batch in front."""
-        form = self._form
-        if form == "additive":
+        if self._form == "additive":
             x = x if s is None else self._combine(x, s, operator.add)
             y = self._weighted(x, weight, None, None, *args)
             y = y if r is None else self._combine(y, r, operator.add)
         elif not self._has_rows(bias, 1) and self._materialises(x, weight, r, s):
             return self._per_sample(x, self._scaled_weight(weight, r, s), bias, *args)
-        elif form == "residual":
+        elif self._form == "residual":
             y = self._weighted(x, weight, None, None, *args)
             for r_j, s_j in self._pairs(r, s):
                 y = y + self._weighted(x, weight, r_j, s_j, *args)
@@ -248,51 +266,18 @@ class Rank1Mixin(SiteModule):
         columns = [[None] * self._rank if f is None else list(f.unbind(-2)) for f in (r, s)]
         return list(zip(*columns, strict=True))
 
-    def plain_parameters(self) -> dict[str, Tensor | None] | None:
-        """
-        What makes the torch layer compute what this layer computes for a sample of a folded call.
-
-        :return: its parameters with the samples, or one for all of them, in the first dimension; ``None`` if there are
-            none: in the additive form, for noise per example and with ``apply="scale"``.
-        """
-        factors = 2 if self._form == "residual" else 1
-        if self._form == "additive" or self._mode == "scale" or "" not in self._groups():
-            return None
-        weight, bias = self._parameter("weight"), self._parameter("bias")
-        r, s = self._factor("r"), self._factor("s")
-        if any(self._has_rows(f, factors) for f in (r, s)) or self._has_rows(bias, 1):
-            return None
-        weight = self._scaled_weight(weight, r, s)
-        return {
-            "weight": weight if weight.dim() > self._weight_dim else weight[None],
-            "bias": bias if bias is None else bias.view(-1, bias.shape[-1]),
-        }
-
-    def _has_rows(self, value: Tensor | None, event_dim: int) -> bool:
-        """Whether a folded call gives the value of a site per example."""
-        return (
-            self._is_folded()
-            and value is not None
-            and value.dim() == event_dim + 2
-            and bool(value.shape[1] > 1)
-        )
-
     def _affine(self, y: Tensor, r: Tensor, bias: Tensor) -> Tensor:
         """``y * r + bias`` in one pass over the activations."""
-        if not self._is_folded():
-            tail = (1,) * self._post
-            return torch.addcmul(bias.view(*bias.shape, *tail), y, r.view(*r.shape, *tail))
-        if r.dim() != 3 or r.shape[1] > 1 or (bias.dim() == 3 and bias.shape[1] > 1):
-            return self._combine(self._combine(y, r), bias, operator.add)
-        samples, rows = r.shape[0], y.shape[0]
-        ones = (1,) * (y.dim() - 2 - self._post)
         tail = (1,) * self._post
-        out = torch.addcmul(
-            bias.view(-1, 1, *ones, bias.shape[-1], *tail),
-            y.view(samples, rows // samples, *y.shape[1:]),
-            r.view(samples, 1, *ones, r.shape[-1], *tail),
-        )
-        return out.view(y.shape)
+        if not self._is_folded():
+            return torch.addcmul(bias.view(*bias.shape, *tail), y, r.view(*r.shape, *tail))
+        if r.dim() != 3 or self._has_rows(r, 1) or self._has_rows(bias, 1):
+            return self._combine(self._combine(y, r), bias, operator.add)
+        samples = r.shape[0]
+        ones = (1,) * (y.dim() - 1 - self._post)
+        parts = y.view(samples, -1, *y.shape[1:])
+        shift, scale = (t.view(-1, *ones, t.shape[-1], *tail) for t in (bias, r))
+        return torch.addcmul(shift, parts, scale).view(y.shape)
 
     def _weighted(self, x: Tensor, weight: Tensor, r: Tensor | None, s: Tensor | None, *args: Any) -> Tensor:
         """The torch layer without its bias, between two scalings of activations."""
@@ -308,7 +293,7 @@ class Rank1Mixin(SiteModule):
         """The torch layer with one weight; leading sample dimensions are flattened into its batch."""
         if weight.dim() > self._weight_dim:
             raise ValueError(
-                f"{self._pyro_name or type(self).__name__} has a weight of shape {tuple(weight.shape)} with sample "
+                f"{module_path(self) or type(self).__name__} has a weight of shape {tuple(weight.shape)} with sample "
                 "dimensions: convert the network with rank1_, or call fold_ on it, so that samples are folded."
             )
         limit = self._post + 2
@@ -325,29 +310,27 @@ class Rank1Mixin(SiteModule):
     def _check_input(self, x: Tensor) -> None:
         """Layers may check the size of their input here."""
 
-    @property
-    def _weight_dim(self) -> int:
-        return self._post + 2
-
     def _materialises(self, x: Tensor, weight: Tensor, *factors: Tensor | None, rows: int = 1) -> bool:
+        """Whether the weight of every sample is built."""
         if not self._is_folded():
             return False
         present = [f for f in factors if f is not None]
-        event_dim = 2 if self._form == "residual" else 1
-        if any(self._has_rows(f, event_dim) for f in present):
+        if any(self._has_rows(f, self._factor_dim) for f in present):
             return False  # a weight per example would be as large as it is slow
         if weight.dim() > self._weight_dim:
             return True
-        alone = self._folding.num_samples == 1
-        if self._mode == "scale" or not present or (all(f.dim() == event_dim for f in present) and not alone):
+        samples = self._folding.num_samples
+        shared = all(f.dim() == self._factor_dim for f in present) and samples > 1
+        if self._mode == "scale" or not present or shared:
             return False
         if self._mode == "materialise":
             return True
         # memory touched: the activations twice, against the sample's copy of the weight
-        passes = rows if event_dim == 1 else 2 * rows * present[0].shape[-2]
-        return 3 * weight.numel() < passes * self._activations(x) // self._folding.num_samples
+        passes = rows if self._factor_dim == 1 else 2 * rows * present[0].shape[-2]
+        return 3 * weight.numel() < passes * self._activations(x) // samples
 
     def _activations(self, x: Tensor) -> int:
+        """The number of elements that enter and leave the layer."""
         return 2 * x.numel()
 
     def _row_factor(self, r: Tensor) -> Tensor:
@@ -360,18 +343,14 @@ class Rank1Mixin(SiteModule):
 
     def _scaled_weight(self, weight: Tensor, r: Tensor | None, s: Tensor | None) -> Tensor:
         """The weight of every sample, shape ``(F, *weight.shape)``."""
-        event_dim = 2 if self._form == "residual" else 1
         if weight.dim() > self._weight_dim:
             weight = weight.squeeze(1)
-        rows = None if r is None else self._row_factor(r.squeeze(1) if r.dim() > event_dim else r)
-        columns = None if s is None else self._column_factor(s.squeeze(1) if s.dim() > event_dim else s)
-        if rows is None or columns is None:
-            outer = rows if columns is None else columns
-            if outer is None:
-                return weight
-        else:
-            outer = rows * columns
-        if event_dim == 2:
+        r, s = (f.squeeze(1) if f is not None and f.dim() > self._factor_dim else f for f in (r, s))
+        if r is None and s is None:
+            return weight
+        rows = 1.0 if r is None else self._row_factor(r)
+        outer: Any = rows if s is None else rows * self._column_factor(s)
+        if self._form == "residual":
             outer = 1 + outer.sum(-3)
         return weight * outer[(..., *(None,) * self._post)]
 
@@ -392,30 +371,24 @@ class Rank1Mixin(SiteModule):
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""
+        # torch asks whether there is a bias, which is no place to draw one
         present = {
-            name: 1 if name in self._site_names() or self._parameters.get(name) is not None else None
-            for name in self._biases()
+            n: n if n in self._sites or n in self._own_parameters() else None for n in self._bias_names
         }
-        with self._overriding(present):
+        with self._replacing(present):
             return f"{super().extra_repr()}, sites={self._site_names()}"
 
 
 class Rank1LinearMixin(Rank1Mixin):
     """Rank-1 layers whose weights are matrices that multiply the last dimension of the activations."""
 
+    @override
     def _shared(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
         return broadcast_linear(x, weight)
 
+    @override
     def _per_sample(self, x: Tensor, weights: Tensor, bias: Any, *args: Any) -> Tensor:
-        if weights.dim() == 2:
-            return nn.functional.linear(x, weights, bias)
-        F = self._folding.num_samples
-        rows = x.reshape(F, -1, x.shape[-1])
-        if bias is None:
-            y = torch.bmm(rows, weights.mT)
-        else:
-            y = torch.baddbmm(bias.expand(F, 1, -1), rows, weights.mT)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return linear(x, weights, bias) if weights.dim() == 2 else linear_per_sample(x, weights, bias)
 
 
 _Linear: Any = PyroModule[nn.Linear]
@@ -459,8 +432,7 @@ class Rank1Linear(Rank1LinearMixin, _Linear):
         dtype: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        finish_layer(self, options)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype, **options)
 
     takes_shared_input = True
 
@@ -470,7 +442,7 @@ class Rank1Linear(Rank1LinearMixin, _Linear):
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(
-                f"{self._pyro_name or 'Rank1Linear'} takes inputs of shape (..., {self.in_features}), found "
+                f"{module_path(self) or 'Rank1Linear'} takes inputs of shape (..., {self.in_features}), found "
                 f"{tuple(x.shape)}."
             )
 
@@ -479,40 +451,15 @@ class Rank1Linear(Rank1LinearMixin, _Linear):
 
 
 def is_cauchy(prior: Any) -> bool:
-    """
-    Tells whether a prior has Cauchy tails.
-
-    :param prior: a distribution or hierarchical prior.
-    :return: ``True`` for Cauchy and half-Cauchy distributions.
-    """
+    """Whether a distribution or hierarchical prior has Cauchy tails."""
     if getattr(prior, "family", None) == "cauchy":
         return True
     return isinstance(unwrap(prior), (torch.distributions.Cauchy, torch.distributions.HalfCauchy))
 
 
-def finish_layer(layer: Any, options: dict[str, Any]) -> None:
-    """
-    The end of the constructor of a rank-1 layer.
-
-    :param layer: the layer, a torch layer until now.
-    :param options: arguments of :class:`Rank1Options`.
-    """
-    made = Rank1Options(**options)
-    check_rank1_keys(made, layer._site_keys())
-    layer._make_rank1(made)
-
-
 def check_rank1_keys(options: Rank1Options, names: list[str]) -> None:
-    """
-    Checks the keys of the three priors of the options.
-
-    :param options: the options.
-    :param names: full names of the sites there are.
-    """
+    """Holds the keys of the three priors of the options against the full names of the sites there are."""
     last = {name: name.rpartition(".")[2] for name in names}
     check_keys(options.prior, [n for n in names if last[n][0] in "rs"], "prior")
     check_keys(options.weight_prior, [n for n in names if "weight" in last[n]], "weight_prior")
     check_keys(options.bias_prior, [n for n in names if "bias" in last[n]], "bias_prior")
-
-
-__all__ = ["PriorLike", "Rank1Linear", "Rank1Mixin", "Rank1Options"]

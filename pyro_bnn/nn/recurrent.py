@@ -4,16 +4,14 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from typing_extensions import override
 
-from pyro_bnn.nn.conv import _OPTIONS
-from pyro_bnn.nn.per_sample import Rank1PerSampleMixin
-from pyro_bnn.nn.rank1 import finish_layer
-from pyro_bnn.nn.structure import repack
+from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
+from pyro_bnn.nn.structure import map_structure, repack
+from pyro_bnn.ops.recurrence import Affine, recurrent_step, unrolled
 
 _RNN: Any = PyroModule[nn.RNN]
 _GRU: Any = PyroModule[nn.GRU]
@@ -23,7 +21,15 @@ _GRUCell: Any = PyroModule[nn.GRUCell]
 _LSTMCell: Any = PyroModule[nn.LSTMCell]
 
 
-class _Rank1Recurrent(Rank1PerSampleMixin):
+class RecurrentMixin(PerSampleMixin):
+    """Where recurrent layers have their batch."""
+
+    @override
+    def _rows_dim(self, place: int | str, value: Tensor) -> int:
+        return 0 if place in (0, "input", "output") and self.batch_first else 1
+
+
+class _Rank1Cell(Rank1PerSampleMixin):
     r"""
     A recurrent layer with rank-1 random factors on its input and recurrent weights,
     :math:`W_{ih} \circ r_{ih} s_{ih}^\top` and :math:`W_{hh} \circ r_{hh} s_{hh}^\top` (section 3.1 of Dusenberry et
@@ -37,23 +43,34 @@ class _Rank1Recurrent(Rank1PerSampleMixin):
     The arguments are those of the torch layer, and by keyword those of :class:`~pyro_bnn.nn.Rank1Options`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
-        super().__init__(*args, **kwargs)
-        finish_layer(self, options)
+    def _names(self, kind: str) -> list[str]:
+        """The names of the weights or biases."""
+        return [f"{kind}_ih", f"{kind}_hh"]
 
-    def _weight_names(self) -> list[str]:
-        return [name for name in self._flat_weights_names if name.startswith("weight")]
-
-    def _bias_names(self) -> list[str]:
-        return [name for name in self._flat_weights_names if name.startswith("bias")]
-
+    @override
     def _groups(self) -> dict[str, tuple[str, int, int]]:
-        templates = self._parameter_templates()
-        return {name[len("weight") :]: (name, *templates[name].shape) for name in self._weight_names()}
+        shapes = self._shapes()
+        return {name.removeprefix("weight"): (name, *shapes[name]) for name in self._names("weight")}  # type: ignore[dict-item]
 
-    def _biases(self) -> dict[str, str]:
-        return {name: name for name in self._bias_names()}
+    @override
+    def _biases(self) -> list[str]:
+        return self._names("bias")
+
+    @property
+    def _kind(self) -> str:
+        kind = self._torch_layer.__name__.removesuffix("Cell").lower()
+        return f"rnn_{self.nonlinearity}" if kind == "rnn" else kind
+
+    def _affine_of(self, suffix: str) -> Affine:
+        """The weights of a layer and direction with their factors and biases."""
+        return lambda x, part: self._map(
+            x, *self._values_of_group(f"_{part}{suffix}", f"bias_{part}{suffix}")
+        )
+
+    def _states(self, hx: Any, zeros: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        if hx is None:
+            return (zeros, memory) if self._kind == "lstm" else (zeros,)
+        return hx if isinstance(hx, tuple) else (hx,)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """
@@ -61,139 +78,58 @@ class _Rank1Recurrent(Rank1PerSampleMixin):
         :param hx: as for the torch layer.
         :return: as for the torch layer.
         """
-        if not self._needs_rows():
-            return super().forward(input, hx)
-        if isinstance(input, PackedSequence):
-            padded, lengths = pad_packed_sequence(input, batch_first=True)
-            output, state = self._unroll(padded, hx, lengths.to(padded.device))
-            return repack(output, input), state
-        batched = input.dim() == 3
-        if not batched:
-            input = input.unsqueeze(0 if self.batch_first else 1)
-            hx = None if hx is None else _each(hx, lambda h: h.unsqueeze(1))
-        output, state = self._unroll(input if self.batch_first else input.transpose(0, 1), hx, None)
-        if not batched:
-            return output[0], _each(state, lambda h: h.squeeze(1))
-        return output if self.batch_first else output.transpose(0, 1), state
+        return self._written_out(input, hx) if self._needs_rows() else super().forward(input, hx)
 
-    def _unroll(self, x: Tensor, hx: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
-        """The recurrence on ``(N, T, inputs)``, step by step."""
-        directions = 2 if self.bidirectional else 1
-        if hx is None:
-            zeros = x.new_zeros(self.num_layers * directions, len(x), self.proj_size or self.hidden_size)
-            memory = x.new_zeros(self.num_layers * directions, len(x), self.hidden_size)
-            hx = (zeros, memory) if self.mode == "LSTM" else zeros
-        finals: list[Any] = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction in range(directions):
-                suffix = f"_l{layer}{'_reverse' if direction else ''}"
-                state = _each(hx, lambda h: h[len(finals)])
-                output, state = self._scan(_reverse(x, lengths) if direction else x, state, suffix, lengths)
-                outputs.append(_reverse(output, lengths) if direction else output)
-                finals.append(state)
-            x = torch.cat(outputs, -1)
-            if self.dropout and layer < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, self.training)
-        if self.mode == "LSTM":
-            return x, (torch.stack([h for h, _ in finals]), torch.stack([c for _, c in finals]))
-        return x, torch.stack(finals)
-
-    def _scan(self, x: Tensor, state: Any, suffix: str, lengths: Tensor | None) -> tuple[Tensor, Any]:
-        """One layer in one direction."""
-        outputs = []
-        for t, from_input in enumerate(self._apply_group(x, "_ih" + suffix).unbind(1)):
-            new = self._step(from_input, state, suffix)
-            if lengths is not None:  # a sequence that has ended keeps its state
-                going = (t < lengths).unsqueeze(-1)
-                new = (
-                    tuple(torch.where(going, a, b) for a, b in zip(new, state, strict=True))
-                    if isinstance(new, tuple)
-                    else torch.where(going, new, state)
-                )
-            state = new
-            outputs.append(state[0] if isinstance(state, tuple) else state)
-        return torch.stack(outputs, 1), state
-
-    def _step(self, from_input: Tensor, state: Any, suffix: str) -> Any:
-        """
-        The next state, by the equations of :class:`torch.nn.RNN`, :class:`torch.nn.GRU` and
-        :class:`torch.nn.LSTM`.
-        """
-        h = state[0] if isinstance(state, tuple) else state
-        from_state = self._apply_group(h, "_hh" + suffix)
-        if isinstance(state, tuple):
-            i, f, g, o = (from_input + from_state).chunk(4, -1)
-            c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-            return (self._apply_group(h, "_hr" + suffix) if self._projects else h), c
-        if self._kind == "GRU":
-            (r_x, z_x, n_x), (r_h, z_h, n_h) = from_input.chunk(3, -1), from_state.chunk(3, -1)
-            z = (z_x + z_h).sigmoid()
-            return (1 - z) * (n_x + (r_x + r_h).sigmoid() * n_h).tanh() + z * h
-        y = from_input + from_state
-        return y.tanh() if self._kind == "RNN_TANH" else y.relu()
-
-    def _apply_group(self, x: Tensor, suffix: str) -> Tensor:
-        """One weight with its factors and bias."""
-        weight, r, s = self._group_values(suffix)
-        bias = self._bias_value("bias" + suffix) if "bias" + suffix in self._bias_names() else None
-        return self._map(x, weight, bias, r, s)
-
-    @property
-    def _kind(self) -> str:
-        return str(self.mode)
-
-    @property
-    def _projects(self) -> bool:
-        return bool(self.proj_size)
-
-    def _batch_dim(self, index: int | str, value: Tensor) -> int:
-        return 0 if index == 0 and self.batch_first else 1
-
-    def _output_batch_dim(self, path: tuple[int, ...], value: Tensor) -> int:
-        return 0 if path == (0,) and self.batch_first else 1
-
-
-class _Rank1RecurrentCell(_Rank1Recurrent):
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
-        """
-        :param input: as for the torch layer.
-        :param hx: as for the torch layer.
-        :return: as for the torch layer.
-        """
-        if not self._needs_rows():
-            return super(_Rank1Recurrent, self).forward(input, hx)
+    def _written_out(self, input: Any, hx: Any) -> Any:
         batched = input.dim() == 2
         if not batched:
-            input = input.unsqueeze(0)
-            hx = None if hx is None else _each(hx, lambda h: h.unsqueeze(0))
-        if hx is None:
-            zeros = input.new_zeros(len(input), self.hidden_size)
-            hx = (zeros, zeros) if self._kind == "LSTM" else zeros
-        state = self._step(self._apply_group(input, "_ih"), hx, "")
-        return state if batched else _each(state, lambda h: h.squeeze(0))
+            input, hx = map_structure((input, hx), lambda t: t.unsqueeze(0))
+        zeros = input.new_zeros(len(input), self.hidden_size)
+        state, maps = self._states(hx, zeros, zeros), self._affine_of("")
+        new = recurrent_step(self._kind, maps(input, "ih"), maps(state[0], "hh"), state)
+        new = new if batched else tuple(h.squeeze(0) for h in new)
+        return new if self._kind == "lstm" else new[0]
 
-    @property
-    def _kind(self) -> str:
-        kind = self._torch_layer.__name__.removesuffix("Cell")
-        return f"RNN_{self.nonlinearity.upper()}" if kind == "RNN" else kind
 
-    @property
-    def _projects(self) -> bool:
-        return False
+class _Rank1Recurrent(RecurrentMixin, _Rank1Cell):
+    __doc__ = _Rank1Cell.__doc__
 
-    def _weight_names(self) -> list[str]:
-        return ["weight_ih", "weight_hh"]
+    @override
+    def _names(self, kind: str) -> list[str]:
+        return [name for name in self._flat_weights_names if name.startswith(kind)]
 
-    def _bias_names(self) -> list[str]:
-        return ["bias_ih", "bias_hh"]
+    @override
+    def _written_out(self, input: Any, hx: Any) -> Any:
+        if isinstance(input, PackedSequence):
+            padded, lengths = pad_packed_sequence(input)
+            output, state = self._unroll(padded, hx, lengths.to(padded.device))
+            return repack(output.transpose(0, 1), input), state
+        batched = input.dim() == 3
+        if not batched:
+            hx = map_structure(hx, lambda h: h.unsqueeze(1))
+            output, state = self._unroll(input.unsqueeze(1), hx, None)
+            return output[:, 0], map_structure(state, lambda h: h.squeeze(1))
+        output, state = self._unroll(input.transpose(0, 1) if self.batch_first else input, hx, None)
+        return output.transpose(0, 1) if self.batch_first else output, state
 
-    def _batch_dim(self, index: int | str, value: Tensor) -> int:
-        return 0
+    def _unroll(self, x: Tensor, hx: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """The recurrence on ``(T, N, inputs)``; factors need the sequences in front."""
+        directions = 2 if self.bidirectional else 1
+        shape = self.num_layers * directions, x.shape[1]
+        zeros = x.new_zeros(*shape, self.proj_size or self.hidden_size)
+        state = self._states(hx, zeros, x.new_zeros(*shape, self.hidden_size))
 
-    def _output_batch_dim(self, path: tuple[int, ...], value: Tensor) -> int:
-        return 0
+        def affine(suffix: str) -> Affine:
+            of = self._affine_of(suffix)
+            return lambda x, part: of(x.transpose(0, 1), part).transpose(0, 1) if x.dim() > 2 else of(x, part)
+
+        sides = ("", "_reverse")[:directions]
+        maps = [affine(f"_l{layer}{side}") for layer in range(self.num_layers) for side in sides]
+        output, state = unrolled(
+            self._kind, x, state, maps, directions, projects=bool(self.proj_size), lengths=lengths,
+            dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return output, state if self._kind == "lstm" else state[0]
 
 
 class Rank1RNN(_Rank1Recurrent, _RNN):
@@ -214,33 +150,19 @@ class Rank1LSTM(_Rank1Recurrent, _LSTM):
     _torch_layer = nn.LSTM
 
 
-class Rank1RNNCell(_Rank1RecurrentCell, _RNNCell):
+class Rank1RNNCell(_Rank1Cell, _RNNCell):
     """:class:`torch.nn.RNNCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
 
     _torch_layer = nn.RNNCell
 
 
-class Rank1GRUCell(_Rank1RecurrentCell, _GRUCell):
+class Rank1GRUCell(_Rank1Cell, _GRUCell):
     """:class:`torch.nn.GRUCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
 
     _torch_layer = nn.GRUCell
 
 
-class Rank1LSTMCell(_Rank1RecurrentCell, _LSTMCell):
+class Rank1LSTMCell(_Rank1Cell, _LSTMCell):
     """:class:`torch.nn.LSTMCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
 
     _torch_layer = nn.LSTMCell
-
-
-def _each(state: Any, fn: Any) -> Any:
-    """A function of every tensor of a state."""
-    return tuple(fn(h) for h in state) if isinstance(state, tuple) else fn(state)
-
-
-def _reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Reverses ``(N, T, d)`` in time, each sequence within its length."""
-    if lengths is None:
-        return x.flip(1)
-    steps = torch.arange(x.shape[1], device=x.device)
-    index = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
-    return x.gather(1, index.unsqueeze(-1).expand_as(x))

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import override
 
 from pyro_bnn.nn.priors import map_distribution
 
@@ -41,70 +44,61 @@ class SiteSpec:
     event_dim: int = 0
 
 
+def layer_priors(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """By site of a layer among the nodes of a run, the prior that the layer has for it."""
+    hints = {name: site["infer"].get(SITE_KEY, {}) for name, site in sites.items()}
+    return {name: hint["prior"] for name, hint in hints.items() if "prior" in hint}
+
+
+# Pyro names the attributes of modules and keeps their values for one call of the network. Only its own attributes are
+# told so in public (PyroSample), and those carry no hints for guides; the next three functions are all that asks in private.
+
+
+def module_path(module: nn.Module) -> str:
+    """The path of a module in its network, empty for the network itself."""
+    return getattr(module, "_pyro_name", "")
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether the network that a module belongs to is being called."""
+    context: Any = module._pyro_context
+    return bool(context.active)
+
+
+def once_per_call(
+    module: nn.Module, name: str, make: Callable[[str], Any], *, below: str | None = None
+) -> Any:
+    """What ``make`` returned in the present call of the network, given a name below a path, by default the module's."""
+    context: Any = module._pyro_context
+    full = ".".join(filter(None, [module_path(module) if below is None else below, name]))
+    value = context.get(full)
+    if value is None:
+        value = make(full)
+        context.set(full, value)
+    return value
+
+
 class SilentSites:
     """
-    Sites that layers take from here without a sample statement, which would cost more than their arithmetic.
+    What layers do in a run.
 
-    :param values: values by site.
-    :param priors: by site, the prior that the layer must have for it.
-    :param bool parameters: whether layers read their parameters without a ``pyro.param`` statement, too; for runs in
-        which nobody collects parameters.
-    :ivar taken: the sites that were taken.
     :ivar seen: by site, the prior of every site that layers read.
-    :ivar plain: whether a network is running its samples one after the other.
-    :ivar plain_bytes: what every sample of such networks took in memory that stays until the last has run.
+    :ivar parameters: whether folded networks may run their samples one after the other, as nobody collects what they do.
+    :ivar running: whether one does.
     """
 
-    def __init__(
-        self, values: Mapping[str, Tensor], priors: Mapping[str, Any], parameters: bool = False
-    ) -> None:
-        self.values, self.priors, self.parameters = values, priors, parameters
-        self.taken: set[str] = set()
+    def __init__(self, values: Any = None, priors: Any = None, parameters: bool = False) -> None:
         self.seen: dict[str, Any] = {}
-        self.depth = len(_PYRO_STACK)
-        self.plain, self.plain_bytes = False, 0
-
-    def take(self, name: str, prior: Any) -> Tensor | None:
-        """
-        :param name: a site.
-        :param prior: its prior in the layer.
-        :return: its value, or ``None`` if there must be a sample statement: the prior is not the expected one, or a
-            handler of the model listens.
-        """
-        self.seen[name] = prior
-        if self.priors.get(name) is not prior or len(_PYRO_STACK) != self.depth:
-            return None
-        self.taken.add(name)
-        return self.values.get(name)
-
-    def start_plain(self, size: int) -> None:
-        """
-        :param int size: bytes of the parameters of one sample of a network that begins to run them one by one.
-        """
-        self.plain = True
-        self.plain_bytes += size
-
-    def covers_parameters(self) -> bool:
-        """
-        :return: whether a layer may read a parameter without a statement.
-        """
-        return self.parameters and len(_PYRO_STACK) == self.depth
+        self.taken: set[str] = set()
+        self.parameters, self.running, self.plain_bytes = parameters, False, 0
 
 
 _SILENT: ContextVar[SilentSites | None] = ContextVar("silent_sites", default=None)
 
 
 @contextmanager
-def silent_sites(
-    values: Mapping[str, Tensor], priors: Mapping[str, Any], parameters: bool = False
-) -> Iterator[SilentSites]:
-    """
-    Within this context, and at the present depth of Pyro's handlers, layers take sites from ``values``.
-
-    :param values: see :class:`SilentSites`.
-    :param priors: see :class:`SilentSites`.
-    :param bool parameters: see :class:`SilentSites`.
-    """
+def silent_sites(values: Any = None, priors: Any = None, parameters: bool = False) -> Iterator[SilentSites]:
+    """Within this context it is noted what layers do, see :class:`SilentSites`."""
     silent = SilentSites(values, priors, parameters)
     token = _SILENT.set(silent)
     try:
@@ -113,16 +107,24 @@ def silent_sites(
         _SILENT.reset(token)
 
 
+def loop_of_samples() -> SilentSites | None:
+    """Where a network notes that it runs its samples one after the other; ``None`` if it must not."""
+    silent = _SILENT.get()
+    return silent if silent is not None and silent.parameters else None
+
+
+def runs_plain() -> bool:
+    """Whether a network is running its samples one after the other."""
+    loop = loop_of_samples()
+    return loop is not None and loop.running
+
+
 _READERS: ContextVar[dict[str, str] | None] = ContextVar("readers", default=None)
 
 
 @contextmanager
 def note_readers() -> Iterator[dict[str, str]]:
-    """
-    Within this context it is noted who reads random parameters of layers without calling the layer.
-
-    :return: by name of the layer, a description of the module that reads.
-    """
+    """Notes, by name of the layer, which module reads random parameters of a layer without calling it."""
     readers: dict[str, str] = {}
     token = _READERS.set(readers)
     try:
@@ -137,25 +139,20 @@ def _reader(layer: nn.Module) -> str:
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and module is not layer:
-            return describe_module(module, getattr(module, "_pyro_name", ""))
+            return describe_module(module, module_path(module))
         frame = frame.f_back
     return "the model"
 
 
-def silence() -> SilentSites | None:
-    """
-    :return: where layers read from, if at present neither their sites nor their parameters need statements.
-    """
-    silent = _SILENT.get()
-    return silent if silent is not None and silent.covers_parameters() else None
-
-
-def runs_plain() -> bool:
-    """
-    :return: whether a network is running its samples one after the other.
-    """
-    silent = _SILENT.get()
-    return silent is not None and silent.plain
+def refuse_recomputation(module: nn.Module, name: str) -> None:
+    """Raises where a site is read in a backward pass, in which :mod:`torch.utils.checkpoint` runs layers again."""
+    # nothing public says whether a backward pass is running
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name!r} of {describe_module(module, module_path(module))} is random, and the backward pass runs its layer again, "
+            "where it would be another draw: torch.utils.checkpoint around layers with priors is not supported. Leave them "
+            "out of it."
+        )
 
 
 class SiteModule(_PyroModule):
@@ -167,28 +164,48 @@ class SiteModule(_PyroModule):
     value of each site, and the priors follow :meth:`~torch.nn.Module.to`.
     """
 
+    _sites: Mapping[str, SiteSpec] = {}
+    #: by attribute, where tied and packed parameters are read: ``owner.read(key)``
+    _redirects: Mapping[str, tuple[Any, str]] = {}
+    #: what the torch layer's forward gets in place of parameters, see :meth:`_replacing`
+    _replaced: Mapping[str, Any] = {}
+    #: by the suffix of their factors, weights that factors multiply
+    _weights: Mapping[str, str] = {}
+    #: the flat site whose prior moves along with this layer
+    _owned_packed: Any = None
+    #: the :class:`~pyro_bnn.nn.folding.Folding` of the network, and the dimension of the batch in activations
+    _folding: Any = None
+    _axis: int | None = None
+    #: whether the first layer of a chain may repeat its input over the samples itself
+    takes_shared_input = False
+    #: elements of the weights of a sample and of the activations of an example, as far as a folded call has told them
+    _costs: tuple[float, float] | None = None
+
     def __reduce__(self) -> Any:
         # Pyro's mix-in classes would be copied and unpickled as the mix-in of the torch layer alone
         return _new_module, (type(self),), self.__getstate__()
 
-    def _add_site(
-        self, name: str, prior: Any, role: str, init: Tensor | None = None, *, event_dim: int
-    ) -> None:
+    def _prepare(self) -> None:
+        """What comes before parameters become random."""
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not random, by attribute."""
+        return dict(self.named_parameters(recurse=False, remove_duplicate=False))
+
+    def _add_site(self, name: str, prior: Any, role: str, *, event_dim: int) -> None:
         """Makes attribute ``name`` random; an existing parameter of this name becomes its initial value."""
-        old = self._parameters.pop(name, None)
-        if init is None and old is not None:
-            init = old.detach().clone()
-        self.__dict__.setdefault("_sites", {})[name] = SiteSpec(prior, role, init, event_dim)
+        old = self._own_parameters().get(name)
+        if old is not None:
+            delattr(self, name)
+        init = None if old is None else old.detach().clone()
+        self._sites = {**self._sites, name: SiteSpec(prior, role, init, event_dim)}
 
     def _redirect_site(self, name: str, owner: Any, key: str) -> None:
         """Makes attribute ``name`` read ``owner.read(key)``, for tied and packed parameters."""
-        self._parameters.pop(name, None)
-        self.__dict__.get("_sites", {}).pop(name, None)
-        self.__dict__.setdefault("_redirects", {})[name] = (owner, key)
-
-    def _redirected(self) -> dict[str, tuple[Any, str]]:
-        """Owner and name, by attribute, of what :meth:`_redirect_site` redirected."""
-        return self.__dict__.get("_redirects", {})
+        if name in self._own_parameters():
+            delattr(self, name)
+        self._sites = {key: spec for key, spec in self._sites.items() if key != name}
+        self._redirects = {**self._redirects, name: (owner, key)}
 
     def read(self, name: str) -> Any:
         """
@@ -197,91 +214,93 @@ class SiteModule(_PyroModule):
         :param str name: its name.
         :return: its value.
         """
-        sites = self.__dict__.get("_sites")
-        if sites is not None and name in sites:
-            return self._read_site(name, sites[name])
-        redirects = self.__dict__.get("_redirects")
-        if redirects is not None and name in redirects:
-            owner, key = redirects[name]
+        if name in self._sites:
+            return self._read_site(name, self._sites[name])
+        if name in self._redirects:
+            owner, key = self._redirects[name]
             return owner.read(key)
-        parametrized = self.__dict__.get("_modules", {}).get("parametrizations")
-        if parametrized is not None and name in parametrized:
-            return parametrized[name]()
-        parameters = self.__dict__.get("_parameters", {})  # torch's constructors ask before it is there
-        if name in parameters and silence() is not None:
-            return parameters[name]
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name != "parametrizations" and parametrize.is_parametrized(self, name):
+                return self.parametrizations[name]()
+            raise
 
     def _read_from_outside(self, name: str) -> Any:
-        """
-        What code gets that reads a random parameter to use it in place of the layer; to be replaced where the layer computes
-        with something else than the value of a site.
-        """
+        """What code gets that reads a random parameter to use it in place of the layer."""
         return self.read(name)
+
+    def _value(self, name: str) -> Any:
+        """The value of a parameter in the present call, in a folded one by :meth:`Folding.value`."""
+        return self._folding.value(self, name) if self._is_folded() else self.read(name)
 
     def _is_folded(self) -> bool:
         """Whether a network runs that carries samples in its batch dimension."""
-        folding = self.__dict__.get("_folding")
-        return folding is not None and folding.active
+        return self._folding is not None and self._folding.active
 
     def _event_dim(self, name: str) -> int:
         """The number of dimensions of a parameter itself: random, tied, packed or ordinary."""
-        spec = self.__dict__.get("_sites", {}).get(name)
-        if spec is not None:
-            return spec.event_dim
-        redirect = self._redirected().get(name)
-        if redirect is None:
-            return self._parameters[name].dim()
-        owner, key = redirect
-        return owner._event_dim(key) if isinstance(owner, SiteModule) else owner.event_dim(key)
+        return self._sites[name].event_dim if name in self._sites else len(self._shapes()[name])
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """The shapes of parameters themselves, by attribute: random, tied or ordinary."""
+        shapes = {name: value.shape for name, value in self._own_parameters().items()}
+        shapes |= {name: spec.init.shape for name, spec in self._sites.items() if spec.init is not None}
+        return shapes | {name: owner._shapes()[key] for name, (owner, key) in self._redirects.items()}
 
     def _site_names(self) -> list[str]:
-        return list(self.__dict__.get("_sites", ()))
+        return list(self._sites)
+
+    @contextmanager
+    def _replacing(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """
+        Gives the torch layer's forward other parameters. :func:`torch.func.functional_call` would call this layer's own
+        forward again, and knows registered parameters only.
+        """
+        old = self._replaced
+        object.__setattr__(self, "_replaced", values)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_replaced", old)
 
     def __getattr__(self, name: str) -> Any:
-        overrides = self.__dict__.get("_overrides")
-        if overrides is not None and name in overrides:
-            return overrides[name]
-        own = self.__dict__
-        if name not in own.get("_sites", ()) and name not in own.get("_weights", ()):
+        if name in self._replaced:
+            return self._replaced[name]
+        if name not in self._sites and name not in self._weights.values():
             return self.read(name)
         readers = _READERS.get()
         if readers is not None:
-            readers[own["_pyro_name"]] = _reader(self)
+            readers[module_path(self)] = _reader(self)
         return self._read_from_outside(name)
 
     def _read_site(self, name: str, spec: SiteSpec) -> Any:
-        context = self.__dict__["_pyro_context"]
-        if not context.active:
+        refuse_recomputation(self, name)
+        if not is_called(self):
             if am_i_wrapped():
                 raise ValueError(
-                    f"{name!r} of {describe_module(self, self.__dict__['_pyro_name'])} is random, and the model reads it "
+                    f"{name!r} of {describe_module(self, module_path(self))} is random, and the model reads it "
                     "outside of a call of the network, where it would be another draw: read it in the forward method."
                 )
             return self._site_prior(name, spec).sample()
-        fullname = self._pyro_get_fullname(name)
-        silent = _SILENT.get()
-        if silent is not None:
-            value = silent.take(fullname, spec.prior)
-            if value is not None:
-                return value
-        value = context.get(fullname)
-        if value is None:
-            infer: Any = {SITE_KEY: {"role": spec.role, "init": spec.init}}
-            value = pyro.sample(fullname, self._site_prior(name, spec), infer=infer)
-            context.set(fullname, value)
-        return value
+
+        def sample(full: str) -> Tensor:
+            hint: Any = {SITE_KEY: {"role": spec.role, "init": spec.init, "prior": spec.prior}}
+            return pyro.sample(full, self._site_prior(name, spec), infer=hint)
+
+        return once_per_call(self, name, sample)
 
     def _site_prior(self, name: str, spec: SiteSpec) -> Any:
         return spec.prior.make_prior(self, name) if hasattr(spec.prior, "make_prior") else spec.prior
 
+    @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for spec in self.__dict__.get("_sites", {}).values():
+        for spec in self._sites.values():
             spec.prior = map_distribution(spec.prior, fn)
             spec.init = None if spec.init is None else fn(spec.init)
-        if "_owned_packed" in self.__dict__:
-            self.__dict__["_owned_packed"].map(fn)
+        if self._owned_packed is not None:
+            self._owned_packed.map(fn)
         return self
 
 
@@ -290,13 +309,7 @@ def _new_module(cls: Any) -> Any:
 
 
 def describe_module(module: nn.Module, name: str) -> str:
-    """
-    Names a module in an error message.
-
-    :param module: a module.
-    :param str name: its dotted path, ``""`` for the root.
-    :return: the path and the class.
-    """
+    """Names a module in an error message: its dotted path, ``""`` for the root, and its class."""
     return f"{name or 'the network itself'} ({type(module).__name__})"
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from typing_extensions import override
 
-from pyro_bnn.nn.bayesian_layers import BayesianPerSampleMixin
-from pyro_bnn.nn.per_sample import PerSampleMixin, Rank1PerSampleMixin
+from pyro_bnn.nn.per_sample import BayesianPerSampleMixin, Rank1Weights
 from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options
-from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.sites import SiteModule, module_path
 
 
 class _Made(SiteModule):
@@ -25,7 +25,7 @@ class _Made(SiteModule):
         return _new_layer, self._recipe, self.__getstate__()
 
 
-class _Subclassed(PerSampleMixin, Rank1Mixin):
+class _Subclassed(Rank1Weights):
     r"""
     A rank-1 layer whose forward is that of a class which torch does not know: it runs with the weight of each sample,
     :math:`W \circ r s^\top`, in place of its own.
@@ -33,9 +33,7 @@ class _Subclassed(PerSampleMixin, Rank1Mixin):
 
     takes_shared_input = False
 
-    def plain_parameters(self) -> None:
-        """No torch layer does the same."""
-
+    @override
     def _make_rank1(self, options: Rank1Options, prefix: str = "") -> None:
         if options.resolved_form == "additive":
             raise ValueError(
@@ -44,20 +42,14 @@ class _Subclassed(PerSampleMixin, Rank1Mixin):
             )
         super()._make_rank1(options, prefix)
 
-    def _sample_parameters(self) -> dict[str, Tensor]:
-        event_dim = 2 if self._form == "residual" else 1
-        factors = [self._factor(kind + suffix) for suffix in self._groups() for kind in "rs"]
-        biases = [self._parameter(name) for name in self._biases()]
-        if any(self._has_rows(f, event_dim) for f in factors) or any(self._has_rows(b, 1) for b in biases):
+    @override
+    def _sample_parameters(self) -> dict[str, Any]:
+        if self._needs_rows():
             raise ValueError(
-                f"{self._pyro_name} has a value per example, which its own forward method does not take: use "
+                f"{module_path(self)} has a value per example, which its own forward method does not take: use "
                 "noise='shared', or skip the layer."
             )
-        return Rank1PerSampleMixin._sample_parameters(self)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See :class:`~pyro_bnn.nn.per_sample.PerSampleMixin`."""
-        return PerSampleMixin.forward(self, *args, **kwargs)
+        return super()._sample_parameters()
 
 
 class _InputsFirst(Rank1Mixin):
@@ -65,26 +57,25 @@ class _InputsFirst(Rank1Mixin):
 
     weight_is_transposed = True
 
+    @override
     def _groups(self) -> dict[str, tuple[str, int, int]]:
-        inputs, outputs = self._parameter_templates()["weight"].shape
+        inputs, outputs = self._shapes()["weight"]
         return {"": ("weight", outputs, inputs)}
 
+    @override
     def _row_factor(self, r: Tensor) -> Tensor:
         return r.unsqueeze(-2)
 
+    @override
     def _column_factor(self, s: Tensor) -> Tensor:
         return s.unsqueeze(-1)
 
 
 def subclass_layer(module: nn.Module, cls: type, table: Mapping[type, type]) -> type | None:
     """
-    The layer for a module of a class that a conversion does not know itself.
-
-    :param module: a module.
-    :param cls: its class.
-    :param table: layers of the conversion by torch layer.
-    :return: a layer that runs the forward of the module's class; ``None`` if the class is no subclass of a torch layer
-        with a single weight, nor a linear layer with its inputs first.
+    The layer for a module of a class that a table of layers by torch layer does not have: it runs the forward of that
+    class. ``None`` if the class is no subclass of a torch layer with a single weight, nor a linear layer with its inputs
+    first.
     """
     if isinstance(module, SiteModule) or parametrize.is_parametrized(module):
         return None
@@ -100,11 +91,8 @@ def subclass_layer(module: nn.Module, cls: type, table: Mapping[type, type]) -> 
 
 
 def is_inputs_first(module: nn.Module) -> bool:
-    """
-    :param module: a module.
-    :return: whether it is like the Conv1D of transformers: ``x @ weight + bias``.
-    """
-    weight = module._parameters.get("weight")
+    """Whether a module is like the Conv1D of transformers: ``x @ weight + bias``."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     sizes = getattr(module, "nx", None), getattr(module, "nf", None)
     return type(module).__name__.endswith("Conv1D") and weight is not None and tuple(weight.shape) == sizes
 

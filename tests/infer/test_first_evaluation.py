@@ -68,20 +68,20 @@ def test_random_numbers_and_statistics_stay(build: Any, K: int) -> None:
 
 
 def test_the_first_step_is_direct_under_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``fit`` validates its first step: it takes the path of all others, with the same sites read in silence."""
+    """``fit`` validates its first step: it takes the path of all others."""
     runs = []
     run = JointRun.run
 
     def note(self: JointRun, *args: Any) -> Any:
         sites = run(self, *args)
-        runs.append((len(self.taken), len(sites)))
+        runs.append((self.step.direct, len(sites)))
         return sites
 
     monkeypatch.setattr(JointRun, "run", note)
     model = regression(bayesian_(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))))
     x, y = torch.randn(8, 3), torch.randn(8)
     fit(model, AutoMixture(model, 2), (x, y), num_steps=3, progress_bar=False)
-    assert runs == [(4, 1), (4, 1), (4, 1), (4, 1)]  # the check, three steps
+    assert runs == [(True, 5)] * 4  # the check, three steps
 
 
 @pytest.mark.parametrize("how", ["fit", "SVI"])

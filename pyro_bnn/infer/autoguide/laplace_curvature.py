@@ -27,8 +27,7 @@ from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
 from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
 from pyro_bnn.curvature.selection import largest
-from pyro_bnn.curvature.stream import ExampleStream
-from pyro_bnn.curvature.subset import count_examples, random_subset
+from pyro_bnn.curvature.stream import ExampleStream, count_examples, random_subset
 from pyro_bnn.curvature.uses import LinearUse
 from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
 from pyro_bnn.infer.evidence import tau_of

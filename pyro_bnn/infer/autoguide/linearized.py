@@ -57,6 +57,17 @@ class MAPReport:
     smallest_curvature: float
 
 
+def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
+    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
+    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
+            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
+            "guide.sample_posterior."
+        )
+
+
 class LinearizedGuide(PackedGuide):
     r"""
     Base class of guides that are a point estimate first and a Gaussian around it afterwards.
@@ -339,6 +350,7 @@ class LinearizedGuide(PackedGuide):
             mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
             covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            _require_slopes(site.name, covariance, mean)
             joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
             if mine.events:
                 joint = joined(mine.events, shape)
@@ -415,7 +427,9 @@ class LinearizedGuide(PackedGuide):
                         rows = jacobian(flat, latent, chunk_size=self.chunk_size)
                         product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
-                outputs = outputs + torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                _require_slopes(site.name, moves, outputs)
+                outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs

@@ -14,6 +14,7 @@ from pyro_bnn.infer.autoguide.component_parameters import columns, spans_of
 from pyro_bnn.infer.autoguide.components import LatentSite
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.nn.priors import unwrap
+from pyro_bnn.nn.sites import layer_priors
 
 
 class ConstantPriors:
@@ -80,14 +81,11 @@ def _log_density(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
     return -0.5 * z.dot(z) - log_scale - 0.5 * math.log(2 * math.pi) * value.numel()
 
 
-def plain_layers(sites: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+def plain_layers(sites: Mapping[str, Any]) -> dict[str, Any]:
     """The priors of those sites of layers that are outside of plates, scales and masks of the model."""
-    found = {}
-    for name, prior in layers.items():
-        site = sites.get(name)  # those that were read in silence have no node
-        unscaled = site is None or (
-            not isinstance(site["scale"], Tensor) and site["scale"] == 1.0 and site["mask"] is None
-        )
-        if unscaled and (site is None or not site["cond_indep_stack"]):
-            found[name] = prior
-    return found
+
+    def is_plain(site: Any) -> bool:
+        unscaled = not isinstance(site["scale"], Tensor) and site["scale"] == 1.0 and site["mask"] is None
+        return unscaled and not site["cond_indep_stack"]
+
+    return {name: prior for name, prior in layer_priors(sites).items() if is_plain(sites[name])}

@@ -307,7 +307,7 @@ class Mixture_ELBO(_Elbo):
         if known is None or (known.together and not step.is_single and self.step >= known.until):
             alone, priors, readers = check_alone(step)
             constant = self._constant_priors(step, priors)
-            run = JointRun(step, constant.priors if constant else {})
+            run = JointRun(step)
             reason = "" if step.is_single else difference(step, run, alone, readers)
             if reason:
                 require_function(step, alone)
@@ -353,7 +353,7 @@ class Mixture_ELBO(_Elbo):
         read are evaluated together, those of all others one by one.
         """
         constant = decision.constant
-        run = JointRun(step, constant.priors if constant else {})
+        run = JointRun(step)
         run.draw()
         sites = run.run()
         check_latents(sites, run.values)
@@ -362,9 +362,8 @@ class Mixture_ELBO(_Elbo):
         if constant is None:
             terms.collect(sites, run.guide_sites())
             return terms, run
-        priors = plain_layers(sites, run.layers)
+        priors = plain_layers(sites)
         if not constant.is_current(step.guide, priors):
-            sites = run.all_sites()
             constant = decision.constant = ConstantPriors(step.guide, priors)
         terms.add(*constant.evaluate(step.guide))
         terms.collect(sites, run.guide_sites(without=constant.priors))

@@ -19,7 +19,7 @@ from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import CollectMessenger, Site, SubstituteMessenger, sample_sites
 from pyro_bnn.nn.folding import rows_per_example, split_batch
-from pyro_bnn.nn.sites import SITE_KEY, SilentSites, silent_sites
+from pyro_bnn.nn.sites import SITE_KEY, layer_priors
 
 COMPONENT_PLATE = "_components"
 PARTICLE_PLATE = "_mixture_particles"
@@ -126,29 +126,21 @@ class JointRun:
     model under them.
 
     :param step: the evaluation.
-    :param priors: by site, the constant priors of those that layers read without a sample statement in direct runs.
     :ivar values: by site of the guide, its value.
-    :ivar sites: the nodes of the model, without those that were read in silence.
+    :ivar sites: the nodes of the model.
     """
 
     values: dict[str, Tensor]
     sites: dict[str, Site]
 
-    def __init__(self, step: Step, priors: Mapping[str, Any]) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
-        self.priors = priors if step.direct else {}
         self.frozen: dict[str, Tensor] = {}  # by plate, the rows that the guide took
-        self._silent = SilentSites({}, {})
 
     @property
     def layers(self) -> Mapping[str, Any]:
         """By site of a layer of this package, the prior that the layer has for it."""
-        return self._silent.seen
-
-    @property
-    def taken(self) -> set[str]:
-        """The sites that were read in silence."""
-        return self._silent.taken
+        return layer_priors(self.sites)
 
     def draw(self) -> dict[str, Tensor]:
         """The values of the guide's sites."""
@@ -193,19 +185,11 @@ class JointRun:
         """The nodes of the model, under other values of the same shapes and rows of plates if they are given."""
         step = self.step
         self.values = {**self.values, **(values or {})}
-        with (
-            step.layout(),
-            CollectMessenger({**self.values, **self.frozen, **(frozen or {})}) as collected,
-            silent_sites(self.values, self.priors) as self._silent,
-        ):
+        given = {**self.values, **self.frozen, **(frozen or {})}
+        with step.layout(), CollectMessenger(given) as collected:
             step.model(*step.args, **step.kwargs)
         self.sites = collected.sites
         return self.sites
-
-    def all_sites(self) -> dict[str, Site]:
-        """The nodes of the model with those of the sites that layers read without a statement."""
-        read = {name: _site(self.priors[name], self.values[name], {}) for name in self.taken}
-        return {**self.sites, **read}
 
 
 def _site(fn: Any, value: Tensor, hint: Mapping[str, Any]) -> Site:
