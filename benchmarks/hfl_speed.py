@@ -40,10 +40,8 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl import HFLWarning
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.solver import Solver
-from pyro_bnn.ops.block_cg import block_conjugate_gradient
-from pyro_bnn.ops.conjugate_basis import ConjugateBasis
+from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient, conjugate_gradient
 from pyro_bnn.ops.jacobian import LinearMap, jacobian
-from pyro_bnn.ops.krylov import conjugate_gradient
 
 DENSE_LIMIT = 4e9  # bytes of a p × p matrix
 

@@ -28,8 +28,7 @@ from workflow_baselines import Model, by_hand, data_of, hand_step, network, plai
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import Mixture_ELBO, posterior_draws, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
-from pyro_bnn.infer.train.loop import _Run
-from pyro_bnn.infer.train.optimizer import make_optimizer
+from pyro_bnn.infer.train.loop import Run
 from pyro_bnn.model.data import as_batch
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.model.parameters import local_parameters
@@ -58,8 +57,8 @@ class Repeated:
 
 def fit_step(model: Any, guide: Any, elbo: Any, data: tuple[Any, ...]) -> Callable[[], Any]:
     """The step that fit takes, its bookkeeping included."""
-    run = _Run(model, guide, data, elbo, None, None)
-    run.optimizer, run.scheduler, run.clip_grad_norm = make_optimizer(1e-3, run.tensors), None, None
+    run = Run(model, guide, data, elbo)
+    run.prepare(1e-3)
     batch = as_batch(data)
 
     def steps(count: int) -> None:

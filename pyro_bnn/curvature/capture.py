@@ -13,73 +13,33 @@ differentiated in another way.
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
+from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
-from pyro_bnn.ops.recurrence import Affine, unrolled
-
-#: Functions that only move entries: they act on the positions as they act on the values.
-MOVES = frozenset(
-    [
-        "reshape", "view", "transpose", "t", "T", "mT", "H", "mH", "permute", "flatten", "unflatten", "ravel", "unsqueeze",
-        "squeeze", "expand", "expand_as", "view_as", "reshape_as", "broadcast_to", "broadcast_tensors", "split",
-        "split_with_sizes", "tensor_split", "chunk", "unbind", "select", "narrow", "__getitem__", "movedim", "moveaxis",
-        "swapaxes", "swapdims", "index_select", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "diagonal",
-        "flip", "roll", "tile", "repeat",
-    ]
-)  # fmt: skip
-#: Functions that keep entry and place.
-COPIES = frozenset(
-    ["contiguous", "clone", "to", "type", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda", "requires_grad_",
-     "alias"]
-)  # fmt: skip
-#: Functions that take no more from their second argument than its shape or type.
-_LIKE = frozenset(["expand_as", "view_as", "reshape_as"])
-#: Functions that write into their first argument, by the function whose result they write.
-_IN_PLACE = {
-    **dict.fromkeys(("mul_", "multiply_", "__imul__"), "mul"),
-    **dict.fromkeys(("add_", "sub_", "subtract_", "__iadd__", "__isub__"), "add"),
-}
-_WRITES = {"__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-}  # fmt: skip
-_MATMULS = frozenset(["matmul", "__matmul__", "__rmatmul__", "mm", "mv", "bmm"])
-_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-_TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+from pyro_bnn.ops.recurrence import unrolled
 
 
 class Capture(TorchFunctionMode):
     """
-    A context in which the uses of a vector's entries are recorded.
+    A context in which the uses of the entries of a vector, shape ``(p,)``, that requires a gradient are recorded; all uses, or
+    those of ``active`` entries, bool, shape ``(p,)``. Recorded inputs keep their graph if ``differentiable``.
 
-    :param latent: the vector, shape ``(p,)``, requiring a gradient.
-    :param active: which entries are of interest, bool, shape ``(p,)``; all by default.
-    :param differentiable: whether the recorded inputs keep their graph.
     :ivar uses: the recorded :class:`~pyro_bnn.curvature.uses.Use` objects.
     :ivar outputs: the places that the gradients are to be taken in, one or several uses each.
     :ivar generic: entries that were used in a way that is not recognised, bool, shape ``(p,)``.
-    :ivar roots: the tensors that the function cut from the vector before all else, as places in the graph with the
-        positions of their entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
+    :ivar roots: what the function cut from the vector before all else, as places in the graph with the positions of their
+        entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
     :ivar seen: the nodes of the autograd graph that made the outputs of uses.
-
-    Example::
-
-        >>> latent = torch.arange(6.0, requires_grad=True)
-        >>> with Capture(latent) as capture:
-        ...     y = F.linear(torch.ones(5, 2), latent[:4].reshape(2, 2)) + latent[4:]
-        >>> [type(use).__name__ for use in capture.uses], bool(capture.generic.any())
-        (['LinearUse', 'ElementwiseUse'], False)
     """
 
     def __init__(self, latent: Tensor, active: Tensor | None = None, *, differentiable: bool = False) -> None:
@@ -88,6 +48,8 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
+        #: more such entries; inside of a torch.func transform nothing may be written
+        self._lost: list[Tensor] = []
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
@@ -113,11 +75,13 @@ class Capture(TorchFunctionMode):
 
     def drop_generic(self) -> None:
         """Closes the set of generic entries: a use that shares an entry with it is dropped, and its entries are generic."""
+        self._note_lost()
         while bool(self.generic.any()):
             dropped = [use for use in self.uses if bool(self.generic[use.index].any())]
             if not dropped:
                 return
             self._give_up(use.index for use in dropped)
+            self._note_lost()
             self.uses = [use for use in self.uses if use not in dropped]
 
     def fork(self) -> "Capture":
@@ -126,6 +90,7 @@ class Capture(TorchFunctionMode):
         other.uses = [copy.copy(use) for use in self.uses]
         other.outputs = list(self.outputs)
         other.generic = self.generic.clone()
+        other._lost = list(self._lost)
         other._tracked = dict(self._tracked)
         return other
 
@@ -140,8 +105,12 @@ class Capture(TorchFunctionMode):
         return None if found is None else found[1]
 
     def _give_up(self, indices: Iterable[Tensor]) -> None:
-        for index in indices:
+        self._lost += indices
+
+    def _note_lost(self) -> None:
+        for index in self._lost:
             self.generic[index.reshape(-1)] = True
+        self._lost = []
 
     def _record(self, y: Tensor, *uses: Use) -> Tensor:
         if not y.requires_grad:  # made without a graph
@@ -167,7 +136,7 @@ class Capture(TorchFunctionMode):
         indices = [index for index in map(self._index, flat) if index is not None]
         if not indices:
             return func(*args, **kwargs)
-        name, outer = _name(func), self._function
+        name, outer = operations.name_of(func), self._function
         self._function = outer or name  # what the program called, not what that is made of
         try:
             result, moved = self._watch(name, func, flat, args, kwargs, indices)
@@ -181,29 +150,31 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, flat: list[Any], args: Any, kwargs: dict[str, Any], indices: list[Tensor]
     ) -> tuple[Any, bool]:
         """Runs a function of tracked tensors; returns its result, and whether it only moved entries."""
-        if _writes(name, kwargs):
+        if operations.writes(name, kwargs):
             return self._write(name, func, args, kwargs, indices), False
-        if name in MOVES or name in COPIES:
+        if name in operations.MOVES or name in operations.COPIES:
             result = func(*args, **kwargs)
             if self._move(name, func, flat, args, kwargs, result):
                 return result, True
         elif isinstance(func, types.FunctionType) and func.__module__.startswith("torch.nn.functional"):
             with self:
-                return _without_dispatch(func)(*args, **kwargs), False
-        elif (handler := getattr(self, "_do_" + _FAMILIES.get(name, name).strip("_"), None)) is not None:
+                return operations.without_dispatch(func)(*args, **kwargs), False
+        elif (
+            handler := getattr(self, "_do_" + operations.FAMILIES.get(name, name).strip("_"), None)
+        ) is not None:
             result = _call(handler, name, func, args, kwargs)
             if result is not NotImplemented:
                 return result, False
         result = func(*args, **kwargs)
-        if any(isinstance(r, Tensor) and r.requires_grad for r in _leaves(result)):
+        if any(isinstance(r, Tensor) and r.requires_grad for r in operations.leaves(result)):
             self._give_up(indices)
         return result, False
 
     def _write(self, name: str, func: Any, args: Any, kwargs: dict[str, Any], indices: list[Tensor]) -> Any:
         """Runs a function that writes into one of its arguments."""
         target = kwargs.get("out", args[0] if args else None)
-        if name in _IN_PLACE and self._index(target) is None:
-            result = _call(getattr(self, "_do_" + _IN_PLACE[name]), name, func, args, kwargs)
+        if name in operations.IN_PLACE and self._index(target) is None:
+            result = _call(getattr(self, "_do_" + operations.IN_PLACE[name]), name, func, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
@@ -213,7 +184,7 @@ class Capture(TorchFunctionMode):
 
     def _note_roots(self, result: Any, moved: bool) -> None:
         """Keeps what was cut from the vector itself."""
-        for value in _leaves(result):
+        for value in operations.leaves(result):
             if not (isinstance(value, Tensor) and value.requires_grad) or self.roots is None:
                 continue
             index = self._index(value)
@@ -227,9 +198,9 @@ class Capture(TorchFunctionMode):
     ) -> bool:
         """Tracks the result of a function that moves entries; tells whether that was possible."""
         tensors = [v for v in flat if isinstance(v, Tensor)]
-        if name in COPIES | _LIKE and self._index(tensors[0]) is None:
+        if name in operations.COPIES | operations.LIKE and self._index(tensors[0]) is None:
             return True  # only dtype, device or shape of a tracked tensor were asked for
-        if name in COPIES:
+        if name in operations.COPIES:
             self._track(result, self._tracked[id(tensors[0])][1])
             return True
         if name == "broadcast_tensors":
@@ -240,7 +211,7 @@ class Capture(TorchFunctionMode):
             return True
         if name in ("view", "type") and any(isinstance(a, torch.dtype) for a in flat):
             return False
-        data = tensors[:1] if name in _LIKE else [v for v in tensors if v.is_floating_point()]
+        data = tensors[:1] if name in operations.LIKE else [v for v in tensors if v.is_floating_point()]
         if any(self._index(v) is None for v in data):
             return False
 
@@ -250,8 +221,8 @@ class Capture(TorchFunctionMode):
 
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
         if name == "__get__":
-            moved = getattr(self._index(args[0]), _name(func))
-        for value, index in zip(_leaves(result), _leaves(moved), strict=True):
+            moved = getattr(self._index(args[0]), operations.name_of(func))
+        for value, index in zip(operations.leaves(result), operations.leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)
         return True
@@ -268,7 +239,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(input, weight, bias)
         if w is not None:
-            self._record(y, LinearUse(w, self._kept(input), _same))
+            self._record(y, LinearUse(w, self._kept(input), operations.same))
         return self._record_offset(y, bias, 0)
 
     def _do_addmm(
@@ -285,27 +256,27 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(a, b)
         if ib is not None:
-            ib = _matrix(ib)
+            ib = operations.matrix(ib)
             if ib.dim() == 1:
-                return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), _unsqueeze))
+                return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), operations.unsqueeze))
             if ib.dim() != 2 or a.dim() == 1:
                 return NotImplemented
             x = self._kept(a).expand(y.shape[:-1] + a.shape[-1:])
-            return self._record(y, LinearUse(ib.mT, x, _same))
+            return self._record(y, LinearUse(ib.mT, x, operations.same))
         assert ia is not None
-        ia = _matrix(ia)
+        ia = operations.matrix(ia)
         if ia.dim() > 2 or b.dim() < 2:
             return NotImplemented
         if ia.dim() == 1:
-            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, _unsqueeze))
+            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, operations.unsqueeze))
         x = self._kept(b).mT.expand(y.shape[:-2] + (y.shape[-1], b.shape[-2]))
-        return self._record(y, LinearUse(ia, x, _transpose))
+        return self._record(y, LinearUse(ia, x, operations.transpose))
 
     def _do_convolution(
         self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
         padding: Any = 0, dilation: Any = 1, groups: int = 1,
     ) -> Any:  # fmt: skip
-        d = _CONVOLUTIONS[name]
+        d = operations.CONVOLUTIONS[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -326,7 +297,7 @@ class Capture(TorchFunctionMode):
         self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
         padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
     ) -> Any:  # fmt: skip
-        d = _TRANSPOSED[name]
+        d = operations.TRANSPOSED[name]
         w = self._index(weight)
         if self._index(input) is not None or input.dim() != d + 2:
             return NotImplemented
@@ -355,7 +326,7 @@ class Capture(TorchFunctionMode):
         x = wide(F.one_hot(indices, weight.shape[0]).to(y.dtype))
         if padding_idx >= 0:
             x[..., padding_idx] = 0.0
-        return self._record(y, LinearUse(index.mT, x, _same))
+        return self._record(y, LinearUse(index.mT, x, operations.same))
 
     # ------------------------------------------------------------------ elementwise
 
@@ -365,7 +336,7 @@ class Capture(TorchFunctionMode):
         if (ia is not None and ib is not None) or not isinstance(other, Tensor) or index is None:
             return NotImplemented
         kept = self._kept(other)
-        if name in _IN_PLACE:  # what is scaled is about to be overwritten
+        if name in operations.IN_PLACE:  # what is scaled is about to be overwritten
             kept = kept.clone()
         return self._record(func(a, b), ElementwiseUse(index, kept))
 
@@ -436,7 +407,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         directions = 2 if bidirectional else 1
         step = len(params) // (num_layers * directions)
-        maps = [_affine(params[i : i + step], has_biases) for i in range(0, len(params), step)]
+        maps = [operations.gates(params[i : i + step], has_biases) for i in range(0, len(params), step)]
         x = input.transpose(0, 1) if batch_first else input
         with self:
             y, final = unrolled(
@@ -448,30 +419,6 @@ class Capture(TorchFunctionMode):
                 projects=step > 2 + 2 * has_biases,
             )
         return (y.transpose(0, 1) if batch_first else y, *final)
-
-
-def _affine(params: Sequence[Tensor], has_biases: bool) -> Affine:
-    """The maps by the parameters of one layer and direction of a recurrence."""
-    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
-    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
-    return lambda x, part: F.linear(x, weights[part], biases.get(part))
-
-
-_FAMILIES = {
-    **dict.fromkeys(_MATMULS, "matmul"),
-    **dict.fromkeys(_CONVOLUTIONS, "convolution"),
-    **dict.fromkeys(_TRANSPOSED, "transposed"),
-    **dict.fromkeys(("__mul__", "__rmul__", "multiply"), "mul"),
-    **dict.fromkeys(("__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub"), "add"),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "recurrent"),
-}
-
-
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(func.__self__, "__name__", name)
-    return name
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -486,45 +433,3 @@ def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: 
 _SIGNATURES = {
     name: inspect.signature(value) for name, value in vars(Capture).items() if name.startswith("_do_")
 }
-
-
-def _writes(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes into one of its arguments."""
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in _WRITES or kwargs.get("out") is not None
-
-
-def _leaves(result: Any) -> Sequence[Any]:
-    # flattening one tensor would cost more than most functions of it
-    return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
-
-
-@cache
-def _without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
-    """
-    A copy of a function of torch that does not hand over to overrides, so that its body runs and is watched: torch has no
-    public way to run the body of, say, ``multi_head_attention_forward`` under the mode that it hands over to.
-    """
-    inert = {name: lambda *_: False for name in func.__globals__ if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **inert}, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
-def _matrix(index: Tensor) -> Tensor:
-    """A batch of one matrix as that matrix."""
-    return index.reshape(index.shape[-2:]) if index.dim() > 2 and index.shape[:-2].numel() == 1 else index
-
-
-def _same(g: Tensor) -> Tensor:
-    return g
-
-
-def _unsqueeze(g: Tensor) -> Tensor:
-    return g.unsqueeze(-1)
-
-
-def _transpose(g: Tensor) -> Tensor:
-    return g.mT

@@ -10,6 +10,7 @@ factored in float64; what remains is the rounding of the Jacobians and of the fa
 :math:`\sqrt\kappa\,\varepsilon`.
 """
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ def blame(space: LatentSpace, parts: list[Part], size: int) -> str:
         found = part.lowest()
         if found is not None:
             value, direction = found
+            if not isfinite(value):
+                continue
             flat = abs(value) <= ROUNDING * torch.finfo(direction.dtype).eps
             what = "The joint density is flat, up to rounding," if flat else "The curvature is lowest"
             sites = main_sites(space, _spread(direction, part.index, size))

@@ -20,8 +20,11 @@ per block. What none of them sees are uses whose gradient is zero for the combin
 rounding, or, where no scores are given, that a graph known by the names of its nodes has for some batches only.
 """
 
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import reduce
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +32,7 @@ from torch import Tensor
 from pyro_bnn.curvature.blocks import Block, Gradients, LinearBlock
 from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.jacobian import ExampleJacobian, Layouts
-from pyro_bnn.curvature.suspects import Suspects, suspects
+from pyro_bnn.curvature.operations import COPIES, MOVES
 from pyro_bnn.curvature.uses import ElementwiseUse, Output
 from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
@@ -39,6 +42,27 @@ _TF32 = 2.0**-10
 
 #: Parts of the vector as places in the graph, with the positions of their entries.
 Roots = Sequence[tuple[Output, Tensor]]
+
+
+#: Names of autograd's nodes for functions that keep entries as they are, in lower case.
+_MOVES = {name.replace("_", "").lower() for name in MOVES | COPIES} | {
+    "asstrided", "index", "reshapealias", "slice", "tocopy", "unsafesplit", "unsafeview"
+}  # fmt: skip
+
+
+@dataclass
+class Suspects:
+    """
+    What made blocks wrong.
+
+    :ivar entries: those of the blocks, bool, shape ``(p,)``.
+    :ivar nodes: names of nodes of the autograd graph that use the entries and were not seen.
+    :ivar functions: names of the functions that were seen to use them.
+    """
+
+    entries: Tensor
+    nodes: Sequence[str]
+    functions: Sequence[str]
 
 
 class CheckedJacobian(ExampleJacobian):
@@ -72,7 +96,7 @@ def checked_jacobian(
     mistaken = torch.zeros_like(capture.generic) if layouts is None else layouts.mistaken
     generator = torch.Generator().manual_seed(0) if layouts is None else layouts.generator
     attempts = [None] if layouts is None else [layouts, None]
-    options = {"event_dim": event_dim, "differentiable": differentiable}
+    options: Any = {"event_dim": event_dim, "differentiable": differentiable}
     failed: list[Suspects] = []
     while True:
         attempt = attempts.pop(0) if attempts else None
@@ -151,9 +175,9 @@ def _compared(
     expected = wide(torch.zeros_like(jacobian.latent.detach()))
     for (_, index), g in zip(roots, in_roots, strict=True):
         expected.index_add_(0, index.reshape(-1), g.reshape(-1).to(expected.dtype))
-    wrong = _unseen(jacobian, roots, expected)
+    wrong, eps = _unseen(jacobian, roots, expected), _precision(jacobian)
     for block in jacobian.blocks:
-        if not _agrees(block, gradients, chosen, expected, _precision(jacobian), generator):
+        if not _agrees(block, gradients, chosen, expected, eps, generator):
             wrong[block.index.reshape(-1)] = True
     return (wrong if bool(wrong.any()) else None), expected, gradients
 
@@ -164,7 +188,7 @@ def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) 
     index = others.nonzero().squeeze(-1)
     if not len(index) or not uses:
         return None
-    placed = [_in_memory_order(use.placed_rows(gradients[use.slot], jacobian.B)) for use in uses]
+    placed = [use.placed_rows(gradients[use.slot], jacobian.B).unsqueeze(-1) for use in uses]
     # uses of one output mostly share their rows
     rows = {(r.data_ptr(), r.shape, r.stride()): r for r in placed}
     sizes = [torch.linalg.vector_norm(r, dim=tuple(range(1, r.dim()))) for r in rows.values()]
@@ -177,16 +201,6 @@ def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) 
         if r.numel() and not bool(r.abs().max() <= share * gradients[use.slot].abs().max()):
             wrong[use.index.reshape(-1)] = True
     return wrong if bool(wrong.any()) else None
-
-
-def _in_memory_order(rows: Tensor) -> Tensor:
-    """The same with its dimensions after the first in the order of memory, as one where they lie there without gaps."""
-    if rows.dim() == 1:
-        return rows.unsqueeze(-1)
-    order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
-    rows = rows.permute(0, *order)
-    dense = all(rows.stride(d) == rows.stride(d + 1) * rows.shape[d + 1] for d in range(1, rows.dim() - 1))
-    return rows.flatten(1) if dense else rows
 
 
 def _unseen(jacobian: ExampleJacobian, roots: Roots, expected: Tensor) -> Tensor:
@@ -235,17 +249,16 @@ def _agrees(
         return torch.randn(n, generator=generator).to(expected)
 
     if isinstance(block, LinearBlock):
-        # outer products of vectors, in the dimensions of a convolution's kernel too, are fast to take inner products with
-        u, v = ([draw(n) for n in part] for part in block.uses[0].parts)
-        wanted = (reduce(torch.kron, u) @ expected[block.index]) @ reduce(torch.kron, v)
-        B = block.B
-        terms = torch.cat(
-            [use.contracted(gradients[use.slot], u, B) * use.projected(v, B) for use in block.uses], 1
-        )
+        u, v = draw(block.index.shape[0]), draw(block.index.shape[1])
+        wanted = u @ expected[block.index] @ v
+        products = [
+            use.contracted(gradients[use.slot], u, block.B) * use.projected(v, block.B) for use in block.uses
+        ]
+        terms = torch.cat(products, 1)
     else:
-        u = [draw(len(block.index))]
-        wanted = u[0] @ expected[block.index]
-        terms = (block.rows(gradients) @ u[0]).unsqueeze(-1)
+        u = draw(len(block.index))
+        wanted = u @ expected[block.index]
+        terms = (block.rows(gradients) @ u).unsqueeze(-1)
     if chosen is not None:
         terms = terms * chosen.unsqueeze(-1)
     found = terms.sum()
@@ -260,5 +273,46 @@ def _agrees(
             # what cancels within an example, as one offset of all logits does, is known to the rounding of what cancels
             g = gradients[use.slot]
             cancelled = (g if use.x is None else g * use.x).abs().sum()
-            tolerance = tolerance + min(10 * eps, 0.02) * cancelled * u[0].abs().max()
+            tolerance = tolerance + min(10 * eps, 0.02) * cancelled * u.abs().max()
     return bool(error <= tolerance)
+
+
+def suspects(capture: Capture, value: Tensor, entries: Tensor) -> Suspects:
+    """What made the blocks of a captured function's value that cover ``entries``, bool, shape ``(p,)``, wrong."""
+    consumers: dict[Any, list[Any]] = defaultdict(list)  # of one result of a node, and of any
+    for node in graph_nodes(value):
+        for key in node.next_functions:
+            consumers[key].append(node)
+            consumers[key[0]].append(node)
+    todo = [
+        consumer
+        for output, index in capture.roots or ()
+        if bool(entries[index].any())
+        for consumer in consumers[output.key]
+    ]
+    names = set()
+    while todo:
+        node = todo.pop()
+        if _leads_to(node, capture.seen, consumers):
+            continue
+        if _moves(node):
+            todo += consumers[node]
+        else:
+            names.add(node.name())
+    functions = {use.function for use in capture.uses if bool(entries[use.index].any())}
+    return Suspects(entries, sorted(names), sorted(functions))
+
+
+def _leads_to(node: Any, seen: set[object], consumers: dict[Any, list[Any]]) -> bool:
+    """Whether a node made the output of a use that was seen, or one that was only moved before it was seen."""
+    if node in seen:
+        return True
+    while len(consumers[node]) == 1 and _moves(consumers[node][0]):
+        node = consumers[node][0]
+        if node in seen:
+            return True
+    return False
+
+
+def _moves(node: Any) -> bool:
+    return re.sub(r"Backward\d*$", "", node.name()).lower() in _MOVES

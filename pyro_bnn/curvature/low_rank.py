@@ -10,13 +10,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from pyro_bnn.curvature.jacobian import Pulled
-from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places
+from pyro_bnn.curvature.parts import CurvatureSum, Part, Prior, indefinite, places, require_finite
 from pyro_bnn.curvature.stream import SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.ops.distributed import all_reduce_sum, shared_generator, world_size
 from pyro_bnn.ops.distributed import rank as process_rank
-from pyro_bnn.ops.eigen import leading_eigenpairs
 from pyro_bnn.ops.jacobian import LinearMap
+from pyro_bnn.ops.krylov import leading_eigenpairs
 from pyro_bnn.ops.memory import require_memory
 
 LowRankMethod = Literal["low_rank", "nystrom", "function_space"]
@@ -62,17 +62,9 @@ def curvature_rows(
 
 class LowRankSum(CurvatureSum):
     r"""
-    A curvature :math:`R^\top R`, or one given by products, reduced to low rank relative to the prior.
-
-    :param index: the entries, shape ``(q,)``.
-    :param latent: the packed vector, shape ``(p,)``, for its dtype and device.
-    :param method: ``"low_rank"``, ``"nystrom"`` or ``"function_space"``.
-    :param rank: how many eigenpairs or features.
-    :param rows: yields R in chunks; ``None`` if ``operator`` is given.
-    :param operator: products with the curvature on the entries, from ``(S, q)`` to ``(S, q)``.
-    :param num_examples: how many examples ``rows`` comes from, if that is known.
-    :param generator: source of random numbers.
-    :param memory_limit: bytes that may be used.
+    A curvature :math:`R^\top R`, whose ``rows`` R come in chunks from ``num_examples`` if that is known, or one given by products
+    (``operator``, from ``(S, q)`` to ``(S, q)``), on entries ``index``, shape ``(q,)``, reduced to ``rank`` eigenpairs or features
+    relative to the prior.
     """
 
     def __init__(
@@ -139,6 +131,7 @@ class LowRankSum(CurvatureSum):
             for rows in self._all_rows():
                 total = total + (scaled @ rows.mT) @ rows
             all_reduce_sum([total])
+            require_finite(total)
             return total * scale
 
         generator = self._generator or shared_generator(self.latent.device)

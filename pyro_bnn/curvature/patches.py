@@ -4,7 +4,7 @@
 Convolutions as linear maps: the patches of their inputs, and sums of outer products of patches without the patches.
 """
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
@@ -31,30 +31,10 @@ def patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) ->
     return x.flatten(2 + d).flatten(1, 1 + d).mT
 
 
-def project_patches(
-    factors: Sequence[Tensor], x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any
-) -> Tensor:
-    """
-    Inner products, shape ``(B, T)``, of :func:`patches` with an outer product of vectors, one over the channels and one over each
-    dimension of the kernel, one dimension at a time: less work than a convolution with one channel.
-    """
-    d = x.dim() - 2
-    stride, padding, dilation = (sizes(v, d) for v in (stride, padding, dilation))
-    result = torch.matmul(factors[0], x.flatten(2)).reshape(len(x), *x.shape[2:])
-    for i in reversed(range(d)):
-        matrix = _taps(factors[1 + i], x.shape[2 + i], stride[i], padding[i], dilation[i])
-        if i == d - 1:
-            result = result @ matrix
-        else:
-            rest = result.shape[2 + i :]
-            result = (matrix.mT @ result.flatten(2 + i)).unflatten(-1, rest)
-    return result.flatten(1)
-
-
-def _taps(values: Tensor, size: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """The matrix of a convolution along one dimension, shape ``(size, out)``."""
-    units = torch.eye(size, dtype=values.dtype, device=values.device).unsqueeze(1)
-    return F.conv1d(units, values.reshape(1, 1, -1), None, stride, padding, dilation).squeeze(1)
+def convolved(x: Tensor, v: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Inner products, shape ``(B, T)``, of :func:`patches` with a vector: a convolution with one channel."""
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    return convolve(x, v.reshape(1, x.shape[1], *kernel), None, stride, padding, dilation).flatten(1)
 
 
 def gram(rows: Tensor, *, block: int = 128) -> Tensor:
@@ -135,21 +115,14 @@ class PatchInputs:
         """How many numbers the patches are."""
         return patches(self.x[:1], *self.geometry).numel() * self.x.shape[0]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one patch."""
-        return self.x.shape[1], *self.geometry[0]
-
-    def project(self, factors: Sequence[Tensor]) -> Tensor:
-        """Inner products with the outer product of vectors, see :func:`project_patches`."""
-        return project_patches(factors, self.x, *self.geometry)
+    def project(self, v: Tensor) -> Tensor:
+        """Inner products of the patches with a vector, shape ``(B, T)``."""
+        return convolved(self.x, v, *self.geometry)
 
     def present(self) -> Tensor:
         """Which patches hold an entry other than zero, bool, shape ``(B, T)``."""
-        kernel, *options = self.geometry
         channels = (self.x != 0).any(1, keepdim=True).to(self.x)
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
-        return convolve(channels, self.x.new_ones(1, 1, *kernel), None, *options).flatten(1) > 0.5
+        return convolved(channels, self.x.new_ones(math.prod(self.geometry[0])), *self.geometry) > 0.5
 
     def gram(self, dtype: torch.dtype) -> tuple[Tensor, int]:
         """:func:`patch_gram` in a precision."""
@@ -191,7 +164,6 @@ class OutputPatches:
         """The rows of a gradient ``(B, channels, *spatial)``."""
         return patches(g.chunk(self.groups, 1)[self.group], *self.geometry)[:, : self.length]
 
-    def project(self, g: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """Inner products of the rows with the outer product of vectors, see :func:`project_patches`."""
-        part = g.chunk(self.groups, 1)[self.group]
-        return project_patches(factors, part, *self.geometry)[:, : self.length]
+    def project(self, g: Tensor, u: Tensor) -> Tensor:
+        """Inner products of the rows with a vector, shape ``(B, T)``."""
+        return convolved(g.chunk(self.groups, 1)[self.group], u, *self.geometry)[:, : self.length]

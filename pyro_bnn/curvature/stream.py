@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian
+from pyro_bnn.curvature.guard import CheckedJacobian, Suspects, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
-from pyro_bnn.curvature.suspects import Suspects
-from pyro_bnn.model.data import Batch, as_batches, leaves
+from pyro_bnn.model.coverage import Repeats
+from pyro_bnn.model.data import Batch, as_batches, iter_batches, leaves
+from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.memory import require_memory
@@ -57,9 +57,7 @@ class SiteExamples:
     value: Tensor | None
 
     def arrange(self, x: Tensor) -> Tensor:
-        """
-        From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next.
-        """
+        """From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next."""
         jac, shape = self.jacobian, self.site.outputs.shape[:-1]
         lead = x.dim() - len(shape) - 1
         if jac.dim >= 0:
@@ -130,13 +128,8 @@ class SiteExamples:
 
 class ExampleStream:
     """
-    Runs a model over data and yields its example-wise Jacobians.
-
-    :param model: the packed model.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param active: which entries are of interest, bool, shape ``(p,)``.
-    :param budget: how many floats one chunk may keep; larger batches are split where the model allows it.
-    :param differentiable: see :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`.
+    Runs a model over data and yields its example-wise Jacobians at the packed vector, shape ``(p,)``, in ``active`` entries, bool,
+    shape ``(p,)``. Batches are split, where the model allows it, into chunks that keep at most ``budget`` floats.
     """
 
     def __init__(
@@ -314,6 +307,8 @@ class ExampleStream:
         )
         if jacobian.B > 1:
             self._layouts[site.name] = jacobian.layouts
+        if value is not None:
+            require_finite(self.model, jacobian.gradient)
         for mistake in jacobian.mistakes:
             self._say(site.name, mistake)
         q, size = len(jacobian.generic), jacobian.flat.numel()
@@ -351,3 +346,55 @@ class ExampleStream:
             f"observed site {site!r} {how} Their Jacobian is formed output by output instead: exact, but slower.",
             CurvatureWarning,
         )
+
+
+@dataclass
+class Subset:
+    """
+    Some of the examples.
+
+    :ivar batches: arguments of the model that hold them.
+    :ivar weight: how many examples of the data each of them stands for.
+    """
+
+    batches: list[Batch]
+    weight: float
+
+    def run(self, stream: ExampleStream) -> Iterator[tuple[Trace, list[SiteExamples]]]:
+        """See :meth:`ExampleStream.run_batch`."""
+        for batch in self.batches:
+            yield from stream.run_batch(batch, scored=True)
+
+
+def count_examples(stream: ExampleStream, data: Any) -> int | None:
+    """How many examples batches hold, or ``None`` if the model does not treat them separately."""
+    sizes = [rows and rows.size for rows in (stream.rows(batch, 0) for batch in iter_batches(data))]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
+def random_subset(
+    stream: ExampleStream, data: Any, size: int, generator: torch.Generator | None = None
+) -> Subset:
+    """
+    A uniform sample of the examples without replacement, or all of them if there are no more, by two passes over the data in
+    which the model does not run; raises :exc:`ValueError` if the model does not treat examples separately.
+    """
+    total = count_examples(stream, data)
+    if total is None:
+        raise ValueError(
+            "subset_size needs a model that treats its examples separately: parts of a batch must have the outputs that they "
+            "have in the whole batch."
+        )
+    if total <= size:
+        return Subset(list(iter_batches(data)), 1.0)
+    found: list[Batch] = []
+    chosen = torch.randperm(total, generator=generator)[:size].sort().values
+    start = 0
+    for batch in iter_batches(data):
+        rows = stream.rows(batch, 0)
+        assert rows is not None
+        mine = chosen[(chosen >= start) & (chosen < start + rows.size)] - start
+        if len(mine):
+            found.append(rows.take((*batch, {}), mine)[:2])
+        start += rows.size
+    return Subset(found, total / size)

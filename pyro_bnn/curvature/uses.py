@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-example Jacobians of recorded uses of a vector's entries, see :class:`~pyro_bnn.curvature.capture.Capture`."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -63,12 +61,8 @@ class Layout:
 
 class Use:
     """
-    One use of entries of the vector.
-
-    :ivar index: their positions.
-    :ivar slot: number of the output in which the gradient is taken.
-    :ivar function: name of the function that the program called.
-    :ivar layout: where the examples are, found by :func:`find_layout`.
+    One use of entries of the vector at positions ``index``: the gradient is taken in the output number ``slot`` of a
+    ``function`` that the program called, where :func:`find_layout` finds the examples.
     """
 
     layout: Layout | None = None
@@ -79,9 +73,7 @@ class Use:
         self.index = index
 
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
-        """
-        The gradient in the output in the form whose leading dimensions may hold the examples, and how many do.
-        """
+        """The gradient in the output in the form whose leading dimensions may hold the examples, and how many do."""
         raise NotImplementedError
 
     def allows(self, dim: int, dims: int) -> bool:
@@ -100,11 +92,8 @@ class Use:
 
 class LinearUse(Use):
     """
-    Entries that are the weight of a linear map.
-
-    :ivar index: shape ``(out, in)``.
-    :ivar x: inputs of the map, shape ``(*batch, in)``, or a function that forms them.
-    :ivar rows: turns the gradient in the output tensor into shape ``(*batch, out)``.
+    Entries, at positions of shape ``(out, in)``, that are the weight of a linear map of ``x``, shape ``(*batch, in)`` or a
+    function that forms it; ``rows`` turns the gradient in the output tensor into shape ``(*batch, out)``.
     """
 
     def __init__(
@@ -171,39 +160,22 @@ class LinearUse(Use):
         """The rows of the gradient in the output, shape ``(B, T, out)``."""
         return self.placed_rows(g, B).reshape(B, -1, self.index.shape[0])
 
-    @property
-    def parts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Output and input of the map as shapes: with the dimensions of the kernel where they are patches."""
-        out, into = self.index.shape
-        rows, x = self.rows, self.x
-        if isinstance(rows, OutputPatches):
-            kernel = tuple(rows.geometry[0])
-            return (out // math.prod(kernel), *kernel), (into,)
-        return (out,), x.shape if isinstance(x, PatchInputs) else (into,)
+    def projected(self, v: Tensor, B: int) -> Tensor:
+        """Inner products of the inputs with a vector, shape ``(B, T)``."""
+        return self.placed(self.x.project(v) if isinstance(self.x, PatchInputs) else self._inputs() @ v, B)
 
-    def projected(self, v: Sequence[Tensor], B: int) -> Tensor:
-        """Inner products of the inputs with the outer product of vectors, shape ``(B, T)``."""
-        x = self.x
-        if isinstance(x, PatchInputs) and tuple(map(len, v)) == x.shape:
-            return self.placed(x.project(v), B)
-        return self.placed(self._inputs() @ reduce(torch.kron, v), B)
-
-    def contracted(self, g: Tensor, u: Sequence[Tensor], B: int) -> Tensor:
-        """Inner products of the rows of the gradient with the outer product of vectors, shape ``(B, T)``."""
+    def contracted(self, g: Tensor, u: Tensor, B: int) -> Tensor:
+        """Inner products of the rows of the gradient with a vector, shape ``(B, T)``."""
         rows = self.rows
-        if isinstance(rows, OutputPatches) and tuple(map(len, u)) == self.parts[0]:
-            return self.placed(rows.project(g, u), B)
-        whole = reduce(torch.kron, u)
-        return self.placed(rows.project(g, whole) if isinstance(rows, ChannelRows) else rows(g) @ whole, B)
+        return self.placed(
+            rows.project(g, u) if isinstance(rows, (ChannelRows, OutputPatches)) else rows(g) @ u, B
+        )
 
 
 class ElementwiseUse(Use):
     """
-    Entries that scale a tensor (``x`` given) or are added to one.
-
-    :ivar index: positions, in a shape that broadcasts to that of the output.
-    :ivar x: the tensor that is scaled, broadcastable to the output's shape, or ``None``.
-    :ivar sign: 1, or -1 where the entries are subtracted.
+    Entries, at positions that broadcast to the shape of the output, that scale a tensor (``x`` given) or are added to one,
+    or subtracted (``sign`` -1).
     """
 
     def __init__(self, index: Tensor, x: Tensor | None = None, sign: float = 1.0) -> None:
@@ -241,6 +213,8 @@ def find_layout(use: Use, plain: Tensor, weighted: Tensor, weights: Tensor, *, e
     B = weights.shape[0]
     (a, dims), (b, _) = use.batch_rows(plain), use.batch_rows(weighted)
     tolerance = min(1e3 * eps, 0.1) * float(b.abs().max()) if b.numel() else 0.0
+    if not tolerance >= 0:  # not finite
+        return None
     for dim in range(dims):
         size = a.shape[dim]
         if size == 0 or size % B or not use.allows(dim, dims):

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.distributions import (
 from pyro_bnn.diagnostics.chains import num_components
 from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.predict.draws import component_draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 
 
@@ -53,7 +53,7 @@ class DiversityReport:
     guide_kl: Tensor | None
     guide_distance: Tensor | None
     site: str
-    num_observations: int = field(default=0)
+    num_observations: int = 0
 
     @property
     def gain(self) -> float:
@@ -66,19 +66,19 @@ class DiversityReport:
         return len(self.member_nll) > 1 and self.gain < max(1e-4, 1e-3 * abs(self.mixture_nll))
 
     def __str__(self) -> str:
-        K = len(self.member_nll)
+        K, nll = len(self.member_nll), self.member_nll
         lines = [
             f"{K} components on {self.num_observations} observations of {self.site!r}",
-            f"  NLL of the members   {self.member_nll.min():.4f} to {self.member_nll.max():.4f}, mean "
-            f"{self.member_nll.mean():.4f}",
+            f"  NLL of the members   {nll.min():.4f} to {nll.max():.4f}, mean {nll.mean():.4f}",
             f"  NLL of the mixture   {self.mixture_nll:.4f} (gain {self.gain:.4f})",
         ]
-        for name, value in (
-            ("disagreement", self.disagreement),
-            ("predictive KL", self.predictive_kl),
-            ("KL in the guide", self.guide_kl),
-            ("distance in the guide", self.guide_distance),
-        ):
+        pairs = {
+            "disagreement": self.disagreement,
+            "predictive KL": self.predictive_kl,
+            "KL in the guide": self.guide_kl,
+            "distance in the guide": self.guide_distance,
+        }
+        for name, value in pairs.items():
             if value is not None and K > 1:
                 off = value[~torch.eye(K, dtype=torch.bool, device=value.device)]
                 lines.append(f"  {name:20s} mean {off.mean():.4g}, smallest {off.min():.4g}")
@@ -121,9 +121,14 @@ def diversity(
           ...
           The members have collapsed: the mixture predicts like a single one of them.
     """
-    mixture = _mixture(guide)
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    mixture = _mixture(guide, parts)
     K = mixture.num_components
-    draws = _draws_by_component(guide, mixture, num_samples)
+    draws = component_draws(mixture, num_samples)
+    for part in parts:
+        if part is not mixture:  # drawn for each component
+            drawn = posterior_draws(part, K * num_samples)
+            draws |= {n: v.unflatten(0, (K, num_samples)) for n, v in drawn.items()}
     prediction = posterior_predictive(model, {n: v.flatten(0, 1) for n, v in draws.items()}, data)
     name = _observed(prediction, site)
     found = _observed_part(prediction[name])
@@ -143,8 +148,7 @@ def diversity(
     )
 
 
-def _mixture(guide: Any) -> Any:
-    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+def _mixture(guide: Any, parts: list[Any]) -> Any:
     mixtures = [part for part in parts if num_components(part) is not None]
     if len(mixtures) == 1:
         return mixtures[0]
@@ -154,40 +158,22 @@ def _mixture(guide: Any) -> Any:
     )
 
 
-def _draws_by_component(guide: Any, mixture: Any, num_samples: int) -> Draws:
-    """Draws of shape (K, num_samples), the parts of a list that are no mixtures drawn for each component."""
-    draws = component_draws(mixture, num_samples)
-    for part in guide if isinstance(guide, AutoGuideList) else ():
-        if part is not mixture:
-            drawn = posterior_draws(part, mixture.num_components * num_samples)
-            draws |= {n: v.unflatten(0, (-1, num_samples)) for n, v in drawn.items()}
-    return draws
-
-
 def _observed(prediction: PosteriorPredictive, site: str | None) -> str:
     names = [name for name, found in prediction.items() if found.log_likelihood is not None]
-    if site is None and len(names) == 1:
-        return names[0]
-    if site in names:
-        return site
-    raise ValueError(
-        f"site={site!r}, but the observed sites are {names}: name one of them, and pass data with observations."
-    )
+    if site not in names and (site is not None or len(names) != 1):
+        raise ValueError(
+            f"site={site!r}, but the observed sites are {names}: name one of them, and pass data with observations."
+        )
+    return site or names[0]
 
 
 def _observed_part(found: SitePrediction) -> SitePrediction:
     """A prediction without its masked entries, whose dimensions are flattened if there are any."""
-
-    def keep(value: Tensor | None) -> Tensor | None:
-        return None if value is None else observed_only(value, found.mask, 1)
-
-    return replace(
-        found,
-        samples=None,
-        mean=keep(found.mean),
-        variance=keep(found.variance),
-        log_likelihood=keep(found.log_likelihood),
-    )
+    given = {name: getattr(found, name) for name in ("mean", "variance", "log_likelihood")}
+    kept: dict[str, Any] = {
+        n: None if value is None else observed_only(value, found.mask, 1) for n, value in given.items()
+    }
+    return replace(found, samples=None, **kept)
 
 
 def _members(value: Tensor, K: int, keep: int = 0) -> Tensor:
@@ -231,11 +217,9 @@ def _guide_kl(guide: AutoMixture) -> Tensor | None:
             pairs.append(kl_divergence(p, q).flatten(2).sum(-1) if site.raw_shape else kl_divergence(p, q))
     joint = guide._low_rank()
     if joint is not None:
-        each = [
-            LowRankMultivariateNormal(joint.loc[k], joint.cov_factor[k], joint.cov_diag[k])
-            for k in range(guide.num_components)
-        ]
-        pairs.append(torch.stack([torch.stack([kl_divergence(p, q) for q in each]) for p in each]))
+        parts = (joint.loc, joint.cov_factor, joint.cov_diag)
+        first, second = (LowRankMultivariateNormal(*(t.unsqueeze(dim) for t in parts)) for dim in (1, 0))
+        pairs.append(kl_divergence(first, second))
     return torch.stack(pairs).sum(0) if pairs else None
 
 

@@ -19,7 +19,8 @@ from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
-from pyro_bnn.infer.predict.predictive import evaluation_mode, posterior_predictive
+from pyro_bnn.infer.predict.predictive import posterior_predictive
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 
@@ -284,17 +285,11 @@ def observation_names(sites: dict[str, Any]) -> list[str]:
     """
     The sites that stand for data in a model called without observations: those that no other site follows in
     their plate, which are the last ones, all in the plates of the last site.
-
-    :param sites: sample sites of a trace.
-    :return: names.
     """
     latent = [n for n, s in sites.items() if not is_deterministic(s)]
-    plates = {f.name for f in sites[latent[-1]]["cond_indep_stack"]}
-    return [
-        n
-        for n in latent
-        if n == latent[-1] or (plates and {f.name for f in sites[n]["cond_indep_stack"]} == plates)
-    ]
+    plates = {n: {frame.name for frame in sites[n]["cond_indep_stack"]} for n in latent}
+    last = latent[-1]
+    return [n for n in latent if n == last or (plates[last] and plates[n] == plates[last])]
 
 
 def compare_with_nuts(

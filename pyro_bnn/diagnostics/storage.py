@@ -33,18 +33,6 @@ class TreeWriter:
     full disk) and after a kill the name holds what was there before. Used as a context, it closes at the end.
 
     :param path: a netCDF file, or a Zarr store if the name ends in ``.zarr``; what is there is replaced.
-
-    Example::
-
-        >>> import tempfile, xarray as xr
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     writer = TreeWriter(Path(folder) / "tree.nc")
-        ...     for start in (0, 3):
-        ...         draws = {"z": (("chain", "draw"), [[1.0, 2.0, 3.0]])}
-        ...         writer.append("posterior", xr.Dataset(draws, {"draw": range(start, start + 3)}))
-        ...     with writer.open() as tree:
-        ...         tree["posterior"]["z"].values
-        array([[1., 2., 3., 1., 2., 3.]])
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.types import _size
+from typing_extensions import override
 
 from pyro_bnn.distributions.precision_normal import BlockNormal
 
@@ -65,22 +67,17 @@ class SharedIndexMixture(TorchDistribution):
             validate_args=validate_args,
         )
 
+    @override
     def expand(self, batch_shape: Any, _instance: Any = None) -> "SharedIndexMixture":
-        """
-        :param batch_shape: the new batch shape; draws of different batch entries have their own indices.
-        :return: a mixture over the same blocks.
-        """
+        # draws of different batch entries have their own indices
         new: Any = type(self).__new__(type(self)) if _instance is None else _instance
         new.blocks, new.sizes, new.num_components = self.blocks, self.sizes, self.num_components
         TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
+    @override
     def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """
-        :param sample_shape: shape of the draws.
-        :return: draws, shape ``sample_shape + batch_shape + (D,)``.
-        """
         shape = torch.Size(sample_shape) + self.batch_shape
         drawn = [block.rsample(shape).reshape((*shape, self.num_components, -1)) for block in self.blocks]
         value = torch.cat(drawn, -1)
@@ -92,22 +89,13 @@ class SharedIndexMixture(TorchDistribution):
         :param value: points, shape ``(*batch, D)``.
         :return: the log density of each component, shape ``(*batch, K)``.
         """
-        pieces = value.split(self.sizes, -1)
         shape = value.shape[:-1]
-        terms: list[Tensor] = [
-            block.log_prob(piece.reshape(*shape, 1, *block.event_shape))
-            for block, piece in zip(self.blocks, pieces, strict=True)
-        ]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
+        each = zip(self.blocks, value.split(self.sizes, -1), strict=True)
+        terms = [block.log_prob(piece.reshape(*shape, 1, *block.event_shape)) for block, piece in each]
+        return reduce(torch.add, terms)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
-        """
-        :param value: points, shape ``(*batch, D)``.
-        :return: the log density of the mixture, shape ``batch``.
-        """
         if self._validate_args:
             self._validate_sample(value)
         return self.component_log_prob(value).logsumexp(-1) - math.log(self.num_components)
@@ -153,24 +141,18 @@ class EqualMixture(TorchDistribution):
         super().__init__(components.batch_shape[1:], components.event_shape, validate_args=False)
 
     @property
+    @override
     def support(self) -> Any:
-        """The support of the components."""
         return self.components.support
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
-        """
-        :param value: shape ``sample_shape + batch_shape + event_shape``.
-        :return: log densities, shape ``sample_shape + batch_shape``.
-        """
         at = value.dim() - len(self.batch_shape) - len(self.event_shape)
         each = self.components.log_prob(value.unsqueeze(at))
         return each.logsumexp(at) - math.log(self.components.batch_shape[0])
 
+    @override
     def sample(self, sample_shape: _size = ()) -> Tensor:
-        """
-        :param sample_shape: leading shape of the draws.
-        :return: draws, shape ``sample_shape + batch_shape + event_shape``.
-        """
         shape = torch.Size(sample_shape)
         draws = self.components.sample(shape)
         at = len(shape)
@@ -182,13 +164,13 @@ class EqualMixture(TorchDistribution):
         return draws.gather(at, index).squeeze(at)
 
     @property
+    @override
     def mean(self) -> Tensor:
-        """The mean of the components' means, shape ``batch_shape + event_shape``."""
         return self.components.mean.mean(0)
 
     @property
+    @override
     def variance(self) -> Tensor:
-        """The law of total variance, shape ``batch_shape + event_shape``."""
         return self.components.variance.mean(0) + self.components.mean.var(0, correction=0)
 
 
@@ -216,23 +198,17 @@ class WeightedMixture(TorchDistribution):
         super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
     @property
+    @override
     def support(self) -> Any:
-        """The support of the components."""
         return self.components[0].support
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
-        """
-        :param value: shape ``sample_shape + batch_shape + event_shape``.
-        :return: log densities, shape ``sample_shape + batch_shape``.
-        """
         each = torch.stack([part.log_prob(value) for part in self.components], -1)
         return (each + self.log_weights).logsumexp(-1)
 
+    @override
     def sample(self, sample_shape: _size = ()) -> Tensor:
-        """
-        :param sample_shape: leading shape of the draws.
-        :return: draws, shape ``sample_shape + batch_shape + event_shape``.
-        """
         shape = torch.Size(sample_shape)
         draws = torch.stack([part.sample(shape) for part in self.components], -1)
         size = (shape + self.batch_shape).numel()
@@ -244,13 +220,13 @@ class WeightedMixture(TorchDistribution):
         return (torch.stack(values, -1) * self.log_weights.exp()).sum(-1)
 
     @property
+    @override
     def mean(self) -> Tensor:
-        """The mean, shape ``batch_shape + event_shape``."""
         return self._average([part.mean for part in self.components])
 
     @property
+    @override
     def variance(self) -> Tensor:
-        """By the law of total variance, shape ``batch_shape + event_shape``."""
         mean = self.mean
         return self._average([part.variance + (part.mean - mean).square() for part in self.components])
 
@@ -282,12 +258,9 @@ class PackedMixture(TorchDistribution):
         self.log_weights = log_weights
         super().__init__(torch.Size(), self.components[0].loc.shape, validate_args=False)
 
+    @override
     def expand(self, batch_shape: _size, _instance: Any = None) -> TorchDistribution:
-        """
-        :param batch_shape: the new batch shape.
-        :return: a lazily expanded distribution.
-        """
-        return super().expand(torch.Size(batch_shape))
+        return super().expand(torch.Size(batch_shape))  # lazily
 
     def rsample_with_index(
         self, sample_shape: _size = (), generator: torch.Generator | None = None
@@ -309,12 +282,8 @@ class PackedMixture(TorchDistribution):
                 draws = draws.index_copy(0, mine, part.rsample((len(mine),), generator=generator))
         return draws.reshape(shape + loc.shape), index.reshape(shape)
 
+    @override
     def rsample(self, sample_shape: _size = (), generator: torch.Generator | None = None) -> Tensor:
-        """
-        :param sample_shape: leading shape of the draws.
-        :param generator: source of random numbers; torch's default if ``None``.
-        :return: draws, shape ``sample_shape + (p,)``.
-        """
         return self.rsample_with_index(sample_shape, generator)[0]
 
     def component_log_prob(self, value: Tensor) -> Tensor:
@@ -335,22 +304,19 @@ class PackedMixture(TorchDistribution):
         inside = ((value[..., fixed] - part.loc[fixed]).abs() <= tolerance).all(-1)
         return log_prob.masked_fill(~inside, -torch.inf)
 
+    @override
     def log_prob(self, value: Tensor) -> Tensor:
-        """
-        :param value: packed vectors, shape ``(..., p)``.
-        :return: log densities, shape ``(...)``.
-        """
         return (self.component_log_prob(value) + self.log_weights).logsumexp(-1)
 
     @property
+    @override
     def mean(self) -> Tensor:
-        """The mean, shape ``(p,)``."""
         means = torch.stack([part.loc for part in self.components], -1)
         return (means * self.log_weights.exp()).sum(-1)
 
     @property
+    @override
     def variance(self) -> Tensor:
-        """Marginal variances, shape ``(p,)``."""
         mean, weights = self.mean, self.log_weights.exp()
         each = [part.variance + (part.loc - mean).square() for part in self.components]
         return (torch.stack(each, -1) * weights).sum(-1)

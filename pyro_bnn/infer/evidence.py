@@ -9,37 +9,30 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator
-from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.kronecker import KroneckerPart
 from pyro_bnn.curvature.low_rank import LowRankPart, placed_rows
 from pyro_bnn.curvature.parts import Part
 from pyro_bnn.curvature.prior import diagonal_of_diagonal
 from pyro_bnn.curvature.stream import FisherKind, SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
-from pyro_bnn.infer.hyperparameters import LIMIT, HyperparameterReport, warn_of_edges, warn_of_runaways
+from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, search, warn_of_runaways
 from pyro_bnn.model.data import iter_batches, repeatable_batches
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.graph import FirstOrderSum
-from pyro_bnn.ops.jacobian import hvp_operator, vjp
-
-#: What a multiplier of the prior precision is shared by: everything, the sites of one module, or one site.
-Per = Literal["global", "layer", "site"]
+from pyro_bnn.ops.jacobian import hvp_operator, vjp, wide
 
 
 def tau_of(part: Part, tau: Tensor) -> Tensor:
-    """
-    :param part: a part of the curvature.
-    :param tau: a scalar, or shape ``(p,)``.
-    :return: the multiplier of the part: a scalar where it is the same for all of its entries.
-    """
+    """The multiplier of a part, of a scalar or shape ``(p,)``: a scalar where it is the same for all of its entries."""
     if tau.dim() == 0:
         return tau
     mine = tau[part.index]
@@ -52,12 +45,8 @@ def tau_of(part: Part, tau: Tensor) -> Tensor:
 def prior_change(part: Part, gradient: Tensor, tau: Tensor) -> Tensor:
     r"""
     The change of the log prior density of a part's entries when a Gaussian prior's precision D is multiplied by
-    :math:`\tau`: :math:`\tfrac12\sum_i (\log\tau_i - (\tau_i - 1) D_i (u_i - m_i)^2)`.
-
-    :param part: the part.
-    :param gradient: the gradient of the negative log prior, :math:`D(u - m)`, shape ``(q,)``.
-    :param tau: a scalar or shape ``(q,)``.
-    :return: a scalar.
+    :math:`\tau`: :math:`\tfrac12\sum_i (\log\tau_i - (\tau_i - 1) D_i (u_i - m_i)^2)`. The gradient of the negative log
+    prior is :math:`D(u - m)`.
     """
     distance = _distance(part, gradient)
     return 0.5 * (tau.log().expand(distance.shape) - (tau - 1) * distance).sum()
@@ -106,11 +95,14 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
         )
     data = repeatable_batches(data)
     with torch.enable_grad():
-        found, parts = guide.curvature_parts(data, generator)
-        posterior = guide._assemble(parts, None)
-        value = guide._evidence_of(parts, found.log_likelihood + found.log_prior)
+        sums = guide.at_mode
+        found, parts = sums.parts(data, generator)
+        posterior = sums.gaussian(parts)
+        value = LaplaceEvidence(
+            parts, found.log_likelihood + found.log_prior, found.prior.gradient, guide.loc
+        ).value()
         weights = [_part_gradients(part, guide.loc) for part in parts]
-        latent, chunks = _differentiable_chunks(guide, data)
+        latent, chunks = _differentiable_chunks(sums, data)
         total = FirstOrderSum(latent)
         for i, (trace, sites) in enumerate(chunks):
             log_likelihood = guide.packed.log_likelihood(trace)
@@ -121,20 +113,18 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
             if guide.curvature == "hessian":
                 term = term - 0.5 * _hessian_trace(posterior, parts, -log_likelihood, latent)
             for site in sites:
-                term = term - 0.5 * _curvature_trace(guide, parts, weights, site)
+                term = term - 0.5 * _curvature_trace(sums, parts, weights, site)
             total.add(term)
         all_reduce_sum(total.gradients())
         return total.attach(value)
 
 
-def _differentiable_chunks(
-    guide: Any, data: Any
-) -> tuple[Tensor, Iterator[tuple[Trace, list[SiteExamples]]]]:
+def _differentiable_chunks(sums: Any, data: Any) -> tuple[Tensor, Iterator[tuple[Trace, list[SiteExamples]]]]:
     """The packed vector, and by chunk of data a trace at it with the sites whose Fisher information is wanted."""
-    if guide.curvature == "hessian":
-        accumulator = CurvatureAccumulator(guide.packed, guide.loc, "hessian")
+    if sums.curvature == "hessian":
+        accumulator = CurvatureAccumulator(sums.packed, sums.loc, "hessian")
         return accumulator.latent, ((trace, []) for trace, _ in accumulator.likelihood_terms(data))
-    stream = guide._stream(differentiable=True)
+    stream = sums.stream(differentiable=True)
     return stream.latent, stream.run(data)
 
 
@@ -155,18 +145,18 @@ def _part_gradients(part: Part, loc: Tensor) -> dict[str, Tensor]:
 
 
 def _curvature_trace(
-    guide: Any, parts: list[Part], weights: list[dict[str, Tensor]], site: SiteExamples
+    sums: Any, parts: list[Part], weights: list[dict[str, Tensor]], site: SiteExamples
 ) -> Tensor:
     """One chunk's share of the curvature, weighted by the derivatives of the log determinant."""
-    kind: FisherKind = "empirical_fisher" if guide.curvature == "empirical_fisher" else "ggn"
+    kind: FisherKind = "empirical_fisher" if sums.curvature == "empirical_fisher" else "ggn"
     cotangents = site.cotangents(kind, differentiable=True)
-    total = guide.loc.new_zeros(())
+    total = sums.loc.new_zeros(())
     if isinstance(parts[0], LowRankPart):
         (part,), (weight,) = parts, weights
         for rows in placed_rows(site, cotangents, part.index):
             total = total + (rows @ weight["root"]).square().sum()
         return total
-    chunk = guide.empty_sum()
+    chunk = sums.empty_sum()
     chunk.add(site, cotangents)
     for mine in chunk.parts(torch.zeros_like):
         for part, weight in zip(parts, weights, strict=True):
@@ -217,260 +207,130 @@ def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> T
     return (diagonal * posterior.variance).sum()
 
 
-class _Spectrum:
-    """The evidence as a function of one multiplier per group of parts, O(p) per value."""
+@dataclass(frozen=True)
+class LaplaceEvidence:
+    r"""
+    The log evidence of a Laplace approximation as a function of multipliers :math:`\tau` of the prior precision, the point
+    estimate held fixed.
 
-    def __init__(self, guide: Any, groups: list[list[Part]]) -> None:
-        self.groups = []
+    :param parts: the curvature.
+    :param log_joint: the log joint density at the point estimate, for :math:`\tau = 1`.
+    :param prior_gradient: the gradient of the negative log prior there, shape ``(p,)``.
+    :param loc: the point estimate, shape ``(p,)``.
+    """
+
+    parts: Sequence[Part]
+    log_joint: Tensor
+    prior_gradient: Tensor
+    loc: Tensor
+
+    def value(self, tau: Tensor | None = None) -> Tensor:
+        """The log evidence, differentiable in multipliers of shape ``(p,)`` or a scalar."""
+        total = self.log_joint.double()
+        for part in self.parts:
+            scale = None if tau is None else tau_of(part, tau)
+            log_det = part.posterior(wide(self.loc.detach()), scale).log_det_precision
+            total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
+            if scale is not None:
+                total = total + prior_change(part, self.prior_gradient[part.index], scale)
+        return total
+
+    def spectrum(self, groups: list[list[Part]]) -> "EvidenceSpectrum":
+        """The evidence as a function of one multiplier per group of parts."""
+        found = []
         for parts in groups:
             spectra = [part.spectrum() for part in parts]
             values = torch.cat([values for values, _ in spectra]).double()
-            distance = sum(
-                (_distance(part, guide.prior_gradient[part.index]).double().sum() for part in parts),
-                torch.zeros_like(values[:0].sum()),
-            )
-            constant = sum((c for _, c in spectra), torch.zeros_like(distance))
-            self.groups.append((values, distance, constant))
-        count = sum(len(values) for values, _, _ in self.groups)
-        self.base = guide.log_joint + 0.5 * count * math.log(2 * math.pi)
+            distances = [_distance(part, self.prior_gradient[part.index]).double().sum() for part in parts]
+            constants = [constant.double() for _, constant in spectra]
+            found.append((values, torch.stack(distances).sum(), torch.stack(constants).sum()))
+        return EvidenceSpectrum(self.log_joint, found)
+
+    def maximise(
+        self, groups: Groups, *, tolerance: float = 1e-6, max_steps: int = 100
+    ) -> HyperparameterReport:
+        """
+        The best multipliers, by Newton's method in their logarithms, in which the evidence is concave, until its
+        gradient is below the tolerance.
+        """
+        split = groups.split(self.parts)
+        if split is None:
+            return self._maximise_jointly(groups, max_steps)
+        spectrum = self.spectrum(split)
+        log_tau = torch.zeros(len(groups), dtype=torch.float64, device=self.loc.device)
+        history: list[float] = []
+        for _ in range(max_steps):
+            slope, bend = spectrum.derivatives(log_tau)
+            history.append(float(spectrum.value(log_tau)))
+            if bool((slope.abs() <= tolerance * (1 + bend.abs())).all()):
+                break
+            # a vanishing second derivative of what has no maximum must not turn the step around
+            step = (slope / bend.abs().clamp(min=1e-12)).clamp(-2.0, 2.0)
+            log_tau = (log_tau + step).clamp(-LIMIT, LIMIT)
+        report = groups.report(log_tau.exp(), history)
+        warn_of_runaways(report, bend.tolist())
+        return report
+
+    def _maximise_jointly(self, groups: Groups, max_steps: int) -> HyperparameterReport:
+        """Multipliers of groups that parts span several of: L-BFGS on the log evidence itself."""
+        log_tau = torch.zeros(len(groups), dtype=self.loc.dtype, device=self.loc.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        )
+        history: list[float] = []
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = -self.value(groups.expand(log_tau.clamp(-LIMIT, LIMIT).exp()))
+            value.backward()
+            history.append(-float(value.detach()))
+            return value.detach()
+
+        optimizer.step(loss)
+        report = groups.report(log_tau.detach().clamp(-LIMIT, LIMIT).exp(), history)
+        warn_of_runaways(report, None)
+        return report
+
+    def best_of(self, candidates: Sequence[float], groups: Groups) -> HyperparameterReport:
+        """The best multipliers among candidates."""
+        split = groups.split(self.parts)
+        spectrum = None if split is None else self.spectrum(split)
+
+        def score(tau: Tensor) -> float:
+            return float(self.value(groups.expand(tau)) if spectrum is None else spectrum.value(tau.log()))
+
+        return search(groups, candidates, score)
+
+
+@dataclass(frozen=True)
+class EvidenceSpectrum:
+    """
+    The log evidence in the logarithms of one multiplier per group, O(p) per value.
+
+    :param log_joint: the log joint density for multipliers of 1.
+    :param groups: by group the eigenvalues of the curvature relative to the prior's, the squared distance from the prior
+        mean and the log determinant of the prior's.
+    """
+
+    log_joint: Tensor
+    groups: list[tuple[Tensor, Tensor, Tensor]]
 
     def value(self, log_tau: Tensor) -> Tensor:
-        """The log evidence."""
-        total = self.base
+        """The log evidence, differentiable."""
+        total = self.log_joint
         for t, (values, distance, constant) in zip(log_tau.exp(), self.groups, strict=True):
-            total = total + 0.5 * (len(values) * t.log() - (t - 1) * distance - constant)
-            total = total - 0.5 * torch.log(t + values).sum()
+            total = total + 0.5 * (len(values) * (t.log() + math.log(2 * math.pi)) - (t - 1) * distance)
+            total = total - 0.5 * (constant + torch.log(t + values).sum())
         return total
 
-    def evidence(self, log_tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The log evidence and its first two derivatives in each log multiplier (they do not interact)."""
+    def derivatives(self, log_tau: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two derivatives in each log multiplier; they do not interact."""
         slopes, bends = [], []
         for t, (values, distance, _) in zip(log_tau.exp(), self.groups, strict=True):
             shrunk = t / (t + values)
             slopes.append(0.5 * (len(values) - t * distance - shrunk.sum()))
             bends.append(-0.5 * (t * distance + (shrunk * (1 - shrunk)).sum()))
-        return self.value(log_tau), torch.stack(slopes), torch.stack(bends)
-
-
-def optimize_evidence(
-    guide: Any, *, per: Per = "global", tolerance: float = 1e-6, max_steps: int = 100
-) -> HyperparameterReport:
-    r"""
-    Maximises the evidence in multipliers of the prior precision, by Newton's method in their logarithms, in which it
-    is concave, with the point estimate held fixed.
-
-    :param guide: a fitted guide.
-    :param per: one multiplier for all entries, per layer or per site.
-    :param tolerance: the gradient at which to stop.
-    :param max_steps: largest number of steps.
-    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set.
-    """
-    masks = _masks(guide, per)
-    groups = _groups(guide.part_store.get(), masks)
-    history: list[float] = []
-    if groups is None:
-        return _optimize_joint(guide, masks, history, max_steps)
-    spectrum = _Spectrum(guide, groups)
-    log_tau = torch.zeros(len(groups), dtype=torch.float64, device=guide.loc.device)
-    for _ in range(max_steps):
-        value, slope, bend = spectrum.evidence(log_tau)
-        history.append(float(value))
-        if bool((slope.abs() <= tolerance * (1 + bend.abs())).all()):
-            break
-        # a vanishing second derivative of what has no maximum must not turn the step around
-        step = (slope / bend.abs().clamp(min=1e-12)).clamp(-2.0, 2.0)
-        log_tau = (log_tau + step).clamp(-LIMIT, LIMIT)
-    report = _finish(guide, masks, log_tau.exp(), history)
-    warn_of_runaways(report, bend.tolist())
-    return report
-
-
-def optimize_grid(guide: Any, candidates: Sequence[float], *, per: Per = "global") -> HyperparameterReport:
-    """
-    Chooses multipliers of the prior precision by the evidence.
-
-    :param guide: a fitted guide.
-    :param candidates: the multipliers to try.
-    :param per: one multiplier for all entries, per layer or per site.
-    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
-    """
-    masks = _masks(guide, per)
-    groups = _groups(guide.part_store.get(), masks)
-    spectrum = None if groups is None else _Spectrum(guide, groups)
-
-    def score(tau: Tensor) -> float:
-        if spectrum is None:
-            return float(guide.log_evidence(_expand_tau(guide, masks, tau)))
-        return float(spectrum.value(tau.log()))
-
-    return _search(guide, masks, candidates, score)
-
-
-def optimize_validation(
-    guide: Any,
-    data: Any,
-    candidates: Sequence[float],
-    *,
-    per: Per = "global",
-    num_samples: int = 100,
-    seed: int = 0,
-) -> HyperparameterReport:
-    """
-    Chooses multipliers of the prior precision by the log predictive density of held-out data: in closed form
-    where the linearised predictive has one, by draws from the linearised parameters otherwise.
-
-    :param guide: a fitted guide.
-    :param data: validation data: one batch or an iterable of batches, with observations.
-    :param candidates: the multipliers to try.
-    :param per: one multiplier for all entries, per layer or per site.
-    :param num_samples: draws where there is no closed form.
-    :param seed: of these draws, the same for all candidates.
-    :return: a :class:`HyperparameterReport`; ``guide.tau`` is set to the best.
-    """
-    if not guide.packed.observed:
-        raise ValueError(
-            "method='validation' scores observations, and the model has none, only pyro.factor statements: use "
-            "method='evidence'."
-        )
-    masks = _masks(guide, per)
-
-    def score(tau: Tensor) -> float:
-        _set_tau(guide, _expand_tau(guide, masks, tau))
-        return validation_score(guide, data, num_samples=num_samples, seed=seed)
-
-    return _search(guide, masks, candidates, score)
-
-
-def _search(
-    guide: Any,
-    masks: dict[str, Tensor | None],
-    candidates: Sequence[float],
-    score: Callable[[Tensor], float],
-) -> HyperparameterReport:
-    """The best candidate of each group in turn, the others held fixed, until nothing changes."""
-    if not candidates:
-        raise ValueError("candidates is empty: pass the multipliers to try")
-    tau = torch.ones(len(masks), dtype=guide.loc.dtype, device=guide.loc.device)
-    history: list[float] = []
-    for _ in range(5):
-        before = tau.clone()
-        for group in range(len(masks)):
-            scores = []
-            for value in candidates:
-                tau[group] = value
-                scores.append(score(tau))
-            tau[group] = candidates[max(range(len(scores)), key=scores.__getitem__)]
-            history += scores
-        if len(masks) == 1 or torch.equal(before, tau):
-            break
-    report = _finish(guide, masks, tau, history)
-    warn_of_edges(report, candidates)
-    return report
-
-
-def _masks(guide: Any, per: Per) -> dict[str, Tensor | None]:
-    """The random entries of each group: everything, a layer (sites of one module) or a site."""
-    if per == "global":
-        return {"all": None}
-    found: dict[str, Tensor | None] = {}
-    for site, where in guide.packed.space.slices.items():
-        name = site.rpartition(".")[0] or site if per == "layer" else site
-        mask = torch.zeros(len(guide.loc), dtype=torch.bool, device=guide.loc.device)
-        mask[where] = True
-        if guide.active is not None:
-            mask &= guide.active
-        old = found.get(name)
-        if bool(mask.any()):
-            found[name] = mask if old is None else mask | old
-    return found
-
-
-def _groups(parts: list[Part], masks: dict[str, Tensor | None]) -> list[list[Part]] | None:
-    """The parts of each group, or ``None`` if a part spans several of them."""
-    found: dict[str, list[Part]] = {name: [] for name in masks}
-    for part in parts:
-        for name, mask in masks.items():
-            inside = None if mask is None else mask[part.index]
-            if inside is None or bool(inside.all()):
-                found[name].append(part)
-            elif bool(inside.any()) and isinstance(part, DiagonalPart):
-                tensors = {k: v[inside] for k, v in part.tensors.items()}
-                found[name].append(DiagonalPart(**tensors))
-            elif bool(inside.any()):
-                return None
-    return list(found.values())
-
-
-def _expand_tau(guide: Any, masks: dict[str, Tensor | None], tau: Tensor) -> Tensor:
-    full = torch.ones_like(guide.loc.detach())
-    for mask, value in zip(masks.values(), tau, strict=True):
-        if mask is None:
-            return value
-        full = torch.where(mask, value, full)
-    return full
-
-
-def _set_tau(guide: Any, tau: Tensor) -> None:
-    guide.tau = tau.detach().clone().to(guide.loc)
-    guide._posterior = None
-
-
-def _finish(
-    guide: Any, masks: dict[str, Tensor | None], tau: Tensor, history: list[float]
-) -> HyperparameterReport:
-    _set_tau(guide, _expand_tau(guide, masks, tau))
-    return HyperparameterReport({name: float(v) for name, v in zip(masks, tau, strict=True)}, history)
-
-
-def _optimize_joint(
-    guide: Any, masks: dict[str, Tensor | None], history: list[float], max_steps: int
-) -> HyperparameterReport:
-    """Multipliers of groups that parts span several of: L-BFGS on the log evidence itself."""
-    log_tau = torch.zeros(len(masks), dtype=guide.loc.dtype, device=guide.loc.device, requires_grad=True)
-
-    def multipliers() -> Tensor:
-        return log_tau.clamp(-LIMIT, LIMIT).exp()
-
-    optimizer = torch.optim.LBFGS(
-        [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -guide.log_evidence(_expand_tau(guide, masks, multipliers()))
-        value.backward()
-        history.append(-float(value.detach()))
-        return value.detach()
-
-    optimizer.step(loss)
-    report = _finish(guide, masks, multipliers().detach(), history)
-    warn_of_runaways(report, None)
-    return report
-
-
-@torch.no_grad()
-def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int = 0) -> float:
-    """
-    The log predictive density of data under the linearised model, summed over observations.
-
-    :param guide: a fitted guide.
-    :param data: one batch or an iterable of batches, with observations.
-    :param num_samples: draws where there is no closed form.
-    :param seed: of these draws.
-    :return: nats.
-    """
-    total = 0.0
-    for args, kwargs in iter_batches(data):
-        with torch.enable_grad():
-            trace = guide.packed.trace(guide.loc.detach(), (args, kwargs))
-            guide.packed.check_observations(trace)
-            outputs = guide.linearized_outputs(*args, **kwargs)
-        for name, found in outputs.items():
-            value = trace.nodes[name]["value"]
-            assert isinstance(value, Tensor)
-            generator = torch.Generator(device=found.mean.device).manual_seed(seed)
-            total += float(found.log_density(value, num_samples=num_samples, generator=generator).sum())
-    return total
+        return torch.stack(slopes), torch.stack(bends)
 
 
 def train_with_evidence(

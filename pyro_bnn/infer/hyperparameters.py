@@ -1,12 +1,21 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a search for hyperparameters found, and whether it is an optimum."""
+"""Searches for multipliers of the prior precision: what shares one, what was found, and whether it is an optimum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from pyro_bnn.curvature.diagonal import DiagonalPart
+from pyro_bnn.curvature.parts import Part
+from pyro_bnn.model.data import iter_batches
 from pyro_bnn.ops.notice import warn_user
 
+#: What a multiplier of the prior precision is shared by: everything, the sites of one module, or one site.
+Per = Literal["global", "layer", "site"]
 #: Logarithms of multipliers beyond which a search does not go: 1e-8 to 1e8.
 LIMIT = 8 * 2.302585092994046
 #: A second derivative of the evidence in log tau below which tau is not determined: a standard deviation of log tau of 10.
@@ -30,13 +39,110 @@ class HyperparameterReport:
     objective: list[float]
 
 
-def warn_of_edges(report: HyperparameterReport, candidates: Sequence[float]) -> None:
+class Groups:
     """
-    Warns where the best candidate is the smallest or the largest of at least three.
+    The random entries of the packed vector that share a multiplier of the prior precision.
 
-    :param report: the result of the search.
-    :param candidates: the multipliers that were tried.
+    :param slices: by site, its entries.
+    :param loc: the packed vector, shape ``(p,)``.
+    :param active: which entries are random; all if ``None``.
+    :param per: what has a multiplier of its own.
+    :ivar masks: by group, its entries, shape ``(p,)``; ``None`` for all.
     """
+
+    def __init__(self, slices: Mapping[str, slice], loc: Tensor, active: Tensor | None, per: Per) -> None:
+        self.like = loc.detach()
+        self.masks: dict[str, Tensor | None] = {"all": None} if per == "global" else {}
+        for site, where in slices.items() if per != "global" else ():
+            name = site.rpartition(".")[0] or site if per == "layer" else site
+            mask = torch.zeros_like(self.like, dtype=torch.bool)
+            mask[where] = True
+            if active is not None:
+                mask &= active
+            old = self.masks.get(name)
+            if bool(mask.any()):
+                self.masks[name] = mask if old is None else mask | old
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def expand(self, tau: Tensor) -> Tensor:
+        """One multiplier per group as multipliers of all entries, shape ``(p,)``, or a scalar for one group of all."""
+        full = torch.ones_like(self.like)
+        for mask, value in zip(self.masks.values(), tau, strict=True):
+            if mask is None:
+                return value
+            full = torch.where(mask, value, full)
+        return full
+
+    def split(self, parts: Sequence[Part]) -> list[list[Part]] | None:
+        """The parts of each group, or ``None`` if a part spans several of them."""
+        found: dict[str, list[Part]] = {name: [] for name in self.masks}
+        for part in parts:
+            for name, mask in self.masks.items():
+                inside = None if mask is None else mask[part.index]
+                if inside is None or bool(inside.all()):
+                    found[name].append(part)
+                elif bool(inside.any()) and isinstance(part, DiagonalPart):
+                    found[name].append(DiagonalPart(**{k: v[inside] for k, v in part.tensors.items()}))
+                elif bool(inside.any()):
+                    return None
+        return list(found.values())
+
+    def report(self, tau: Tensor, objective: list[float]) -> HyperparameterReport:
+        """What a search found."""
+        return HyperparameterReport(dict(zip(self.masks, tau.tolist(), strict=True)), objective)
+
+    def found(self, report: HyperparameterReport) -> Tensor:
+        """The multipliers of all entries that a report holds."""
+        return self.expand(torch.tensor(list(report.tau.values()), dtype=torch.float64).to(self.like))
+
+
+def search(
+    groups: Groups, candidates: Sequence[float], score: Callable[[Tensor], float]
+) -> HyperparameterReport:
+    """The best candidate of each group in turn, the others held fixed, until nothing changes."""
+    if not candidates:
+        raise ValueError("candidates is empty: pass the multipliers to try")
+    tau = torch.ones(len(groups), dtype=groups.like.dtype, device=groups.like.device)
+    history: list[float] = []
+    for _ in range(5):
+        before = tau.clone()
+        for group in range(len(groups)):
+            scores = []
+            for value in candidates:
+                tau[group] = value
+                scores.append(score(tau))
+            tau[group] = candidates[max(range(len(scores)), key=scores.__getitem__)]
+            history += scores
+        if len(groups) == 1 or torch.equal(before, tau):
+            break
+    report = groups.report(tau, history)
+    warn_of_edges(report, candidates)
+    return report
+
+
+@torch.no_grad()
+def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int = 0) -> float:
+    """
+    The log predictive density of data under the linearised model, summed over observations: in closed form where there
+    is one, by ``num_samples`` draws otherwise.
+    """
+    total = 0.0
+    for args, kwargs in iter_batches(data):
+        with torch.enable_grad():
+            trace = guide.packed.trace(guide.loc.detach(), (args, kwargs))
+            guide.packed.check_observations(trace)
+            outputs = guide.linearized_outputs(*args, **kwargs)
+        for name, found in outputs.items():
+            generator = torch.Generator(device=found.mean.device).manual_seed(seed)
+            value = trace.nodes[name]["value"]
+            total += float(found.log_density(value, num_samples=num_samples, generator=generator).sum())
+    return total
+
+
+def warn_of_edges(report: HyperparameterReport, candidates: Sequence[float]) -> None:
+    """Warns where the best candidate is the smallest or the largest of at least three."""
     lowest, highest = min(candidates), max(candidates)
     found = [
         f"{name!r}: {tau:.3g}, the {'smallest' if tau == lowest else 'largest'}"
@@ -54,10 +160,8 @@ def warn_of_edges(report: HyperparameterReport, candidates: Sequence[float]) -> 
 
 def warn_of_runaways(report: HyperparameterReport, bends: Sequence[float] | None) -> None:
     """
-    Warns where the evidence has no maximum: the search went to the edge of its range, or its curvature has vanished.
-
-    :param report: the result of the search.
-    :param bends: second derivatives of the log evidence in the logarithms of the multipliers there, where known.
+    Warns where the evidence has no maximum: the search went to the edge of its range, or its second derivatives
+    (``bends``, in log tau, where known) have vanished.
     """
     found = []
     for i, (name, tau) in enumerate(report.tau.items()):

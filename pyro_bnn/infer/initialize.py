@@ -28,21 +28,24 @@ EXAMPLE = "_initialized_on"
 
 def example_of(batch: Batch) -> dict[str, Any] | None:
     """
-    The shapes, types and plain values of the arguments of a model, without the data.
-
-    :param batch: ``(args, kwargs)``.
-    :return: what :func:`~pyro_bnn.infer.save_guide` stores, or ``None`` if an argument is neither a tensor nor a plain value.
+    The shapes, types and plain values of the arguments of a model, without the data, as
+    :func:`~pyro_bnn.infer.save_guide` stores them; ``None`` if one is neither a tensor nor a plain value.
     """
-    args, kwargs = batch
-    described = [_describe_value(key, value) for key, value in [*enumerate(args), *kwargs.items()]]
+    described = [_describe_value(key, value) for key, value in _arguments(batch)]
     return {"arguments": described} if all(described) else None
+
+
+def _arguments(batch: Batch) -> list[tuple[int | str, Any]]:
+    args, kwargs = batch
+    return [*enumerate(args), *kwargs.items()]
 
 
 def _describe_value(key: Any, value: Any) -> list[Any] | None:
     """``[key, kind, shape or value or items, type]``, or ``None`` for what a file does not hold."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        if value.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) and value.numel():
+        is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if is_integer and value.numel():
             # lengths, indices and labels: zero may be none that the model takes
             return [key, "integers", [list(value.shape), int(value.min())], dtype]
         return [key, "tensor", list(value.shape), dtype]
@@ -56,12 +59,7 @@ def _describe_value(key: Any, value: Any) -> list[Any] | None:
 
 
 def is_initialized(guide: Any) -> bool:
-    """
-    Tells whether a guide has created its parameters.
-
-    :param guide: a guide; one without a ``prototype_trace`` attribute (a function) has no such state.
-    :return: ``False`` if the guide still has to see a batch.
-    """
+    """Whether a guide has created its parameters; one without a ``prototype_trace`` (a function) has no such state."""
     if hasattr(guide, "prototype_trace") and guide.prototype_trace is None:
         return False
     parts = guide if isinstance(guide, torch.nn.ModuleList) else ()
@@ -123,12 +121,7 @@ def initialize_guide(model: Callable[..., Any], guide: Callable[..., Any], batch
 
 
 class _Leaves(Messenger):
-    """
-    Makes the value of every latent site the start of a graph.
-
-    :ivar found: these values by name.
-    :ivar others: names of latent sites that have no gradient, as those of integers.
-    """
+    """Makes the value of every latent site the start of a graph: ``found`` by name, or ``others`` without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,15 +144,8 @@ class _Leaves(Messenger):
 
 def run_model(model: Callable[..., Any], batch: Batch, *handlers: Messenger | None) -> Trace:
     """
-    Runs a model once with gradients enabled, which some models need for themselves; flat priors start at zero in
-    unconstrained space.
-
-    :param callable model: a Pyro model.
-    :param batch: its arguments.
-    :param handlers: further handlers to run it under.
-    :return: the trace.
-    :raises TypeError: if it fails on a numpy array; the message names the argument.
-    :raises ValueError: if an argument is not finite.
+    The trace of one run of a model under further handlers, with gradients enabled, which some models need for themselves;
+    flat priors start at zero in unconstrained space.
     """
     check_finite(batch)
     args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
@@ -175,16 +161,8 @@ def run_model(model: Callable[..., Any], batch: Batch, *handlers: Messenger | No
 
 
 def explain_failure(error: Exception, batch: Batch) -> None:
-    """
-    Adds the arguments to an error of a model.
-
-    :param error: what the model raised.
-    :param batch: what it was called with.
-    :raises TypeError: in its place, if one of them is a numpy array.
-    :raises ValueError: in its place, if one of them is empty.
-    """
-    args, kwargs = batch
-    for name, value in [*((f"argument {i}", a) for i, a in enumerate(args)), *kwargs.items()]:
+    """Adds the arguments to an error of a model, or raises another in its place where one is empty or a numpy array."""
+    for name, value in _named(batch):
         if isinstance(value, Tensor) and not value.numel():
             raise ValueError(
                 f"{name} of the model is empty (shape {tuple(value.shape)}): pass at least one data point. "
@@ -210,14 +188,7 @@ def to_point_estimates(guide: Any) -> None:
 
 
 def check_latents(trace: Trace, guide: Any, *, continuous: bool = False) -> None:
-    """
-    Checks that a model has latent sites that a guide can cover.
-
-    :param trace: a trace of the model.
-    :param guide: the guide; guides that are plain functions may be empty.
-    :param continuous: whether it covers continuous sites only.
-    :raises ValueError: naming the sites and what to do.
-    """
+    """Checks that a model has latent sites that a guide, perhaps of ``continuous`` ones only, can cover."""
     latents = latent_names(trace)
     name = type(guide).__name__
     if not latents and hasattr(guide, "prototype_trace"):
@@ -240,10 +211,6 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     Sets a guide up with the arguments of its model. One container that the model does not run on is data in the form that
     it has everywhere else: its first batch holds the arguments.
-
-    :param guide: a guide with ``_setup_prototype``.
-    :param args: what ``guide.initialize`` was called with.
-    :param kwargs: its keyword arguments.
     """
     try:
         guide._setup_prototype(*args, **kwargs)
@@ -259,27 +226,22 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise error from None
 
 
+def _named(batch: Batch) -> list[tuple[str, Any]]:
+    return [(f"argument {k}" if isinstance(k, int) else k, value) for k, value in _arguments(batch)]
+
+
 def describe(batch: Batch) -> str:
     """The arguments of a batch with their shapes, for error messages."""
-    args, kwargs = batch
-    named = [(f"argument {i}", a) for i, a in enumerate(args)] + list(kwargs.items())
-    parts = [
-        f"{name} of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"{name} of type {type(value).__name__}"
-        for name, value in named
-    ]
+    parts = []
+    for name, value in _named(batch):
+        is_tensor = isinstance(value, Tensor)
+        what = f"shape {tuple(value.shape)}" if is_tensor else f"type {type(value).__name__}"
+        parts.append(f"{name} of {what}")
     return ", ".join(parts) or "no arguments"
 
 
 def check_observations(trace: Trace, batch: Batch) -> None:
-    """
-    Checks that a model observes something, in the right shapes and within the support.
-
-    :param trace: a trace of the model on ``batch``.
-    :param batch: the arguments, for the message.
-    :raises ValueError: naming the site, what was found and what was expected.
-    """
+    """Checks that a model observes something, in the right shapes and within the support."""
     observed = observed_names(trace)
     factors = any(is_factor(site) for site in sample_sites(trace).values())
     if not observed and not factors:
@@ -295,38 +257,33 @@ def check_observations(trace: Trace, batch: Batch) -> None:
         site = sample_sites(trace)[name]
         check_shape(name, site)
         check_labels(name, site)
-        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        batch_shape = tuple(site["fn"].batch_shape)
-        loose = [d for d in range(-len(batch_shape), 0) if batch_shape[d] != 1 and d not in plates]
-        if loose:
-            inside = [
-                n
-                for n in latent_names(trace)
-                if {f.name for f in sample_sites(trace)[n]["cond_indep_stack"]} & set(plates.values())
-            ]
-            hint = (
-                f" The latent sites {inside[:5]} are inside that plate; call the network before it."
-                if inside
-                else ""
-            )
-            raise ValueError(
-                f"Site {name!r}: its distribution has batch shape {batch_shape}, but only the dims "
-                f"{sorted(plates)} are in plates ({sorted(plates.values())}). Put every batch dim in a plate, or "
-                f"declare it an event with .to_event.{hint}"
-            )
+        _check_plates(name, trace)
     check_values(sample_sites(trace), batch)
+
+
+def _check_plates(name: str, trace: Trace) -> None:
+    """Checks that the batch dimensions of an observed site are those of plates."""
+    sites = sample_sites(trace)
+    plates = {frame.dim: frame.name for frame in sites[name]["cond_indep_stack"] if frame.vectorized}
+    batch_shape = tuple(sites[name]["fn"].batch_shape)
+    if all(size == 1 or d in plates for d, size in enumerate(batch_shape, -len(batch_shape))):
+        return
+    frames = {n: {f.name for f in sites[n]["cond_indep_stack"]} for n in latent_names(trace)}
+    inside = [n for n, names in frames.items() if names & set(plates.values())]
+    hint = (
+        f" The latent sites {inside[:5]} are inside that plate; call the network before it." if inside else ""
+    )
+    raise ValueError(
+        f"Site {name!r}: its distribution has batch shape {batch_shape}, but only the dims "
+        f"{sorted(plates)} are in plates ({sorted(plates.values())}). Put every batch dim in a plate, or "
+        f"declare it an event with .to_event.{hint}"
+    )
 
 
 def check_sites(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
     """
-    Checks that a guide covers the latent sites of a model and nothing else.
-
-    Sites that are enumerated, and auxiliary sites of the guide, need no counterpart.
-
-    :param model_trace: a trace of the model on ``batch``.
-    :param guide_trace: a trace of the guide on ``batch``.
-    :param batch: the arguments, for the message.
-    :raises ValueError: naming the site.
+    Checks that a guide covers the latent sites of a model and nothing else; sites that are enumerated, and auxiliary sites
+    of the guide, need no counterpart.
     """
     guide_sites, model_sites = sample_sites(guide_trace), sample_sites(model_trace)
     guided = {n for n in latent_names(guide_trace) if not guide_sites[n]["infer"].get("is_auxiliary")}
@@ -336,16 +293,13 @@ def check_sites(model_trace: Trace, guide_trace: Trace, batch: Batch) -> None:
             f"The guide samples {sorted(lost)}, which the model observes: the guide was initialised without "
             "observations. Make a new guide and let it see a batch with observations first."
         )
-    missing = [
-        name
-        for name in latent_names(model_trace)
-        if name not in guided and not model_sites[name]["infer"].get("enumerate")
-    ]
+    latents = latent_names(model_trace)
+    missing = [n for n in latents if n not in guided and not model_sites[n]["infer"].get("enumerate")]
     if missing:
         raise ValueError(
             f"The model samples {missing}, for which the guide has no distribution. If one of them should be "
             f"an observation, pass it: the model was called with {describe(batch)}."
         )
-    extra = sorted(guided - set(latent_names(model_trace)))
+    extra = sorted(guided - set(latents))
     if extra:
         raise ValueError(f"The guide samples {extra}, which the model does not have.")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from pyro.infer import Trace_ELBO
 
 from pyro_bnn.infer.initialize import initialize_guide
-from pyro_bnn.infer.train.optimizer import make_optimizer
+from pyro_bnn.infer.mixture.elbo import default_elbo
+from pyro_bnn.infer.train.optimizer import make_optimizer, make_scheduler
 from pyro_bnn.model.data import as_batch
 from pyro_bnn.model.parameters import local_parameters
 
@@ -29,7 +29,7 @@ class ElboModule(_Module):
 
     :param model: a Pyro model that is a module.
     :param guide: its guide.
-    :param elbo: a Pyro bound; :class:`~pyro.infer.Trace_ELBO` by default.
+    :param elbo: a Pyro bound; by default that of :func:`~pyro_bnn.infer.fit`.
     :param optim: see :func:`~pyro_bnn.infer.train.optimizer.make_optimizer`.
     :param scheduler: a function of the optimiser returning a torch scheduler, stepped after each step.
 
@@ -48,28 +48,17 @@ class ElboModule(_Module):
         if _MISSING:
             raise ImportError("ElboModule needs the package lightning: pip install 'pyro-bnn[lightning]'.")
         super().__init__()
-        self.loss_fn = (Trace_ELBO() if elbo is None else elbo)(model, guide)
+        self.loss_fn = (default_elbo(guide) if elbo is None else elbo)(model, guide)
         self.optim = optim
         self.scheduler = scheduler
 
     def initialize(self, batch: Any) -> Self:
-        """
-        Creates all parameters of the guide.
-
-        :param batch: what the loader yields, with observations.
-        :return: the module.
-        """
+        """Creates all parameters of the guide from what the loader yields, with observations."""
         initialize_guide(self.loss_fn.model, self.loss_fn.guide, as_batch(batch))
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """
-        The loss of one batch.
-
-        :param batch: what the loader yields.
-        :param batch_idx: its number.
-        :return: the negative bound.
-        """
+        """The negative bound on what the loader yields."""
         args, kwargs = as_batch(batch)
         with local_parameters():
             loss: torch.Tensor = self.loss_fn(*args, **kwargs)
@@ -80,9 +69,7 @@ class ElboModule(_Module):
         """The optimiser and, if there is one, its scheduler."""
         # Lightning's mixed precision does not clip the gradients of the fused kernel
         optimizer = make_optimizer(self.optim, [p for p in self.parameters() if p.requires_grad], fused=False)
-        if self.scheduler is None:
+        scheduler = make_scheduler(self.scheduler, optimizer)
+        if scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -10,6 +10,8 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.mcmc.adaptation import BlockMassMatrix
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -54,57 +56,75 @@ class RecordingNUTS(_Nuts):
 
     def __init__(self, model: Callable[..., Any], covariance: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(model, full_mass=covariance is not None, **kwargs)
-        self.covariance = covariance
-        self._kinetic: Any = None
-        self._depth = 0
+        if covariance is not None:
+            self.mass_matrix_adapter = _StartingMass(covariance)
         self.records: list[dict[str, float]] = []
         self.warmup: list[dict[str, Tensor]] = []
+        self._warmup_size = 0
+        self._divergent = 0
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Prepares a chain; called by :class:`~pyro.infer.MCMC`."""
         super().setup(warmup_steps, *args, **kwargs)
-        if self.covariance is not None:
-            names = tuple(sorted(self.initial_params))
-            self.mass_matrix_adapter.inverse_mass_matrix = {names: self.covariance}
-            if self._adapter.adapt_step_size:
-                self._adapter.reset_step_size_adaptation(self._initial_params)
         self.records, self.warmup = [], []
-
-    def _kinetic_energy(self, r_unscaled: Any) -> Any:
-        value = super()._kinetic_energy(r_unscaled)
-        if self._kinetic is None:
-            self._kinetic = value
-        return value
-
-    def _build_tree(
-        self, z: Any, r: Any, z_grads: Any, log_slice: Any, direction: Any, tree_depth: int, energy: Any
-    ) -> Any:
-        self._depth = max(self._depth, tree_depth + 1)
-        return super()._build_tree(z, r, z_grads, log_slice, direction, tree_depth, energy)
+        self._warmup_size, self._divergent = warmup_steps, 0
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """One transition; called by :class:`~pyro.infer.MCMC`."""
-        self._kinetic, self._depth = None, 0
-        step_size, divergences = self.step_size, len(self._divergences)
+        is_warmup = len(self.records) < self._warmup_size
+        step_size = float(self.step_size)
+        # Pyro keeps a running mean of acceptance rates, which its public logging() rounds
         before = self._mean_accept_prob
-        potential = self._potential_energy_last
-        result = super().sample(params)
-        if self._t <= self._warmup_steps:
+        with torch.no_grad():
+            potential = float(self.potential_fn(params))
+        with _Moves() as moves:
+            result = super().sample(params)
+        count = len(self.records) + 1 - (0 if is_warmup else self._warmup_size)
+        if is_warmup:
             self.warmup.append(
                 {n: self.transforms[n].inv(v) if n in self.transforms else v for n, v in result.items()}
             )
-        count = self._t - self._warmup_steps if self._t > self._warmup_steps else self._t
+            divergent = 0  # the kernel counts none of the warm-up
+        else:
+            divergent = len(self.diagnostics()["divergences"])
         self.records.append(
             {
-                "step_size": float(step_size),
-                "tree_depth": float(self._depth),
-                "energy": float(potential + self._kinetic) if potential is not None else float("nan"),
+                "step_size": step_size,
+                "tree_depth": float(moves.depth),
+                "energy": potential + moves.kinetic,
                 # undo the running mean that the kernel keeps
                 "acceptance_rate": before + count * (self._mean_accept_prob - before),
-                "diverging": float(len(self._divergences) > divergences),
+                "diverging": float(divergent > self._divergent),
             }
         )
+        self._divergent = divergent
         return result
+
+
+class _StartingMass(BlockMassMatrix):
+    """An inverse mass matrix that adapts from a given covariance on."""
+
+    def __init__(self, covariance: Tensor) -> None:
+        super().__init__()
+        self.covariance = covariance
+
+    def configure(self, mass_matrix_shape: dict[Any, Any], *args: Any, **kwargs: Any) -> None:
+        super().configure(mass_matrix_shape, *args, **kwargs)
+        self.inverse_mass_matrix = dict.fromkeys(mass_matrix_shape, self.covariance)
+
+
+class _Moves(Messenger):
+    """The kinetic energy and the number of doublings of a transition, from what the kernel draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinetic, self.depth = 0.0, 0
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"].startswith("r_t="):
+            self.kinetic += 0.5 * float(msg["value"].square().sum())
+        elif msg["name"].startswith("direction_t="):
+            self.depth += 1
 
 
 @dataclass
@@ -142,12 +162,8 @@ class NUTSResult:
 
 
 def check_plates(sites: Mapping[str, Any]) -> None:
-    """
-    :param sites: the sample sites of a model.
-    :raises ValueError: if a plate is subsampled, naming it: a chain needs all of the data in every step.
-    """
-    plates = {plate.name: plate for site in sites.values() for plate in plates_of(site).values()}
-    for plate in plates.values():
+    """Refuses plates that are subsampled: a chain needs all of the data in every step."""
+    for plate in (plate for site in sites.values() for plate in plates_of(site).values()):
         if plate.size != plate.full_size:
             raise ValueError(
                 f"nuts: plate {plate.name!r} has {plate.size} of its {plate.full_size} rows. NUTS needs all of them in every step: "
@@ -157,12 +173,8 @@ def check_plates(sites: Mapping[str, Any]) -> None:
 
 def starting_points(guide: Any, num_chains: int, batch: Batch) -> Draws:
     """
-    One point per chain: draws of different components of a mixture guide, draws of another guide.
-
-    :param guide: an initialised guide.
-    :param int num_chains: the number of points C.
-    :param batch: arguments of the guide, for guides that need them.
-    :return: by site, a tensor of shape ``(C,) + site shape``.
+    One point per chain, by site of shape ``(C,) + site shape``: draws of different components of a mixture guide, draws of
+    another guide, which may need the batch for that.
     """
     if getattr(guide, "num_components", 1) > 1:
         parts = component_draws(guide, -(-num_chains // guide.num_components))
@@ -240,42 +252,39 @@ def nuts(
     batches = list(Batches(data))
     if len(batches) != 1:
         raise ValueError(f"nuts needs the full data as one batch, and found {len(batches)} batches.")
-    args, model_kwargs = batches[0]
+    (batch,) = batches
     with local_parameters():
         with poutine.block():
-            trace = run_model(model, batches[0])
-        if args or model_kwargs:  # a density without data needs no observation
-            check_observations(trace, batches[0])
+            trace = run_model(model, batch)
+        if any(batch):  # a density without data needs no observation
+            check_observations(trace, batch)
         sites = sample_sites(trace)
         check_plates(sites)
         if any(is_flat(site) for site in sites.values()):
             model = StartFlatSites()(model)
         names = sorted(latent_names(trace))
-        points = None if guide is None else starting_points(guide, num_chains, batches[0])
+        points = None if guide is None else starting_points(guide, num_chains, batch)
         missing = sorted(set(names) - set(names if points is None else points))
         if missing:
             raise ValueError(f"nuts: the guide has no draws of the sites {missing}, which the model samples.")
-        covariance = _laplace_covariance(guide, names, batches[0]) if use_mass_matrix else None
-        samples: list[Draws] = []
-        kernels: list[RecordingNUTS] = []
+        covariance = _laplace_covariance(guide, names, batch) if use_mass_matrix else None
+        chains = []
         for chain in range(num_chains):
-            initial = None
+            start = None
             if points is not None:
-                initial = {
-                    n: biject_to(sites[n]["fn"].support).inv(points[n][chain]).detach().clone() for n in names
-                }
-            kernel = RecordingNUTS(model, covariance, **kwargs)
+                unconstrained = {n: biject_to(sites[n]["fn"].support).inv(points[n][chain]) for n in names}
+                start = {n: value.detach().clone() for n, value in unconstrained.items()}
             mcmc = MCMC(
-                kernel,
+                RecordingNUTS(model, covariance, **kwargs),
                 num_samples=num_samples,
                 warmup_steps=warmup_steps,
-                initial_params=initial,
+                initial_params=start,
                 disable_progbar=not (progress_bar and shows_bars()),
             )
-            mcmc.run(*args, **model_kwargs)
-            samples.append({n: v[None] for n, v in mcmc.get_samples().items()})
-            kernels.append(kernel)
-    return _collect({n: torch.cat([s[n] for s in samples]) for n in names}, kernels)
+            mcmc.run(*batch[0], **batch[1])
+            chains.append(mcmc)
+    samples = {n: torch.stack([chain.get_samples()[n] for chain in chains]) for n in names}
+    return _collect(samples, [chain.kernel for chain in chains])
 
 
 def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSResult:
@@ -283,10 +292,9 @@ def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSRe
     size = len(kernels[0].warmup)
 
     def stats(part: slice) -> dict[str, Tensor]:
+        rows = [kernel.records[part] for kernel in kernels]
         found = {
-            key: torch.tensor(
-                [[row[key] for row in kernel.records[part]] for kernel in kernels], dtype=torch.float64
-            )
+            key: torch.tensor([[row[key] for row in chain] for chain in rows], dtype=torch.float64)
             for key in kernels[0].records[0]
         }
         return found | {"diverging": found["diverging"].bool(), "tree_depth": found["tree_depth"].long()}
@@ -299,11 +307,8 @@ def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSRe
 
 def recorded_run(posterior: Any) -> NUTSResult | None:
     """
-    The draws, warm-up and statistics of a run whose kernel has recorded them.
-
-    :param posterior: any posterior.
-    :return: the result of :func:`nuts` itself, that of an :class:`~pyro.infer.MCMC` run of one chain with
-        :class:`RecordingNUTS`, ``None`` for all others.
+    The draws, warm-up and statistics of a run of :func:`nuts`, or of :class:`~pyro.infer.MCMC` with one chain of
+    :class:`RecordingNUTS`; ``None`` for all other posteriors.
     """
     if isinstance(posterior, NUTSResult):
         return posterior

@@ -145,6 +145,17 @@ def _reader(layer: nn.Module) -> str:
     return "the model"
 
 
+def refuse_recomputation(module: nn.Module, name: str) -> None:
+    """Raises where a site is read in a backward pass, in which :mod:`torch.utils.checkpoint` runs layers again."""
+    # nothing public says whether a backward pass is running
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name!r} of {describe_module(module, module_path(module))} is random, and the backward pass runs its layer again, "
+            "where it would be another draw: torch.utils.checkpoint around layers with priors is not supported. Leave them "
+            "out of it."
+        )
+
+
 class SiteModule(_PyroModule):
     """
     A :class:`~pyro.nn.PyroModule` whose random attributes carry a :class:`SiteSpec`.
@@ -265,6 +276,7 @@ class SiteModule(_PyroModule):
         return self._read_from_outside(name)
 
     def _read_site(self, name: str, spec: SiteSpec) -> Any:
+        refuse_recomputation(self, name)
         if not is_called(self):
             if am_i_wrapped():
                 raise ValueError(

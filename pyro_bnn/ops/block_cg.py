@@ -1,15 +1,122 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Block conjugate gradients: many right-hand sides share one Krylov space."""
+"""
+Conjugate gradients for many right-hand sides that share one Krylov space, and one by one; directions are kept, so that no
+product with a matrix is spent twice on the same one.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_bnn.ops.conjugate_basis import ConjugateBasis
 from pyro_bnn.ops.jacobian import LinearMap
-from pyro_bnn.ops.krylov import conjugate_gradient
+
+
+class ConjugateBasis:
+    r"""
+    Directions Q with :math:`Q P Q^\top = 1`, for a positive definite P of shape (p, p), and their images :math:`QP`.
+
+    The Galerkin solution in their span is :math:`x = Q^\top Q b`. New directions are made conjugate to all that are
+    kept, twice, so that p of them are a basis whatever the condition of P, and further right-hand sides need no more
+    products; the three-term recursion of conjugate gradients keeps the last block only and loses conjugacy to
+    rounding.
+
+    :param int p: the number of unknowns.
+    :param int limit: largest number of elements of Q. Blocks beyond it are conjugate to what is kept and to the block
+        before.
+    :ivar count: the number of directions kept.
+
+    Source: conjugate directions of Hestenes and Stiefel (1952), "Methods of conjugate gradients for solving linear
+    systems", section 4, kept for further right-hand sides.
+
+    Example::
+
+        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> Q = torch.tensor([[1.0, 0.0]]) / 2**0.5  # of unit P-norm
+        >>> basis = ConjugateBasis(2)
+        >>> basis.append(Q, Q @ P)
+        >>> (basis.conjugate(torch.tensor([[0.0, 1.0]])) @ P @ Q.mT).abs().item() < 1e-6  # conjugate to Q
+        True
+    """
+
+    def __init__(self, p: int, limit: int = 2**23) -> None:
+        self.capacity = min(p, limit // p)
+        self.count = 0
+        self._directions = self._images = self._norms = torch.empty(0)
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def directions(self) -> Tensor:
+        """What is kept, shape (count, p)."""
+        return self._directions[: self.count]
+
+    @property
+    def images(self) -> Tensor:
+        """Its products with P, shape (count, p)."""
+        return self._images[: self.count]
+
+    def append(self, directions: Tensor, images: Tensor) -> None:
+        """
+        Keeps a block, or remembers it as the latest if there is no room.
+
+        :param directions: conjugate to what is kept and to each other, of unit P-norm, shape (S, p).
+        :param images: their products with P, shape (S, p).
+        """
+        norms = directions.norm(dim=-1)
+        end = self.count + len(directions)
+        if end > self.capacity:
+            self._latest = directions, images, norms
+            return
+        if end > len(self._norms):
+            room = min(max(2 * end, 64), self.capacity)
+            self._directions = _grown(self.directions, directions, room)
+            self._images = _grown(self.images, images, room)
+            self._norms = _grown(self._norms[: self.count], norms, room)
+        self._directions[self.count : end] = directions
+        self._images[self.count : end] = images
+        self._norms[self.count : end] = norms
+        self.count = end
+
+    def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The solution in the span of what is kept.
+
+        :param rhs: shape (S, p).
+        :return: the solution and the residual, of shape (S, p) both.
+        """
+        if not self.count:
+            return torch.zeros_like(rhs), rhs.clone()
+        coefficients = rhs @ self.directions.mT
+        return coefficients @ self.directions, torch.addmm(rhs, coefficients, self.images, alpha=-1)
+
+    def conjugate(self, vectors: Tensor) -> Tensor:
+        """
+        The parts of vectors that are conjugate to what is kept and to the latest block.
+
+        :param vectors: shape (S, p).
+        :return: shape (S, p); zero where nothing but rounding is left.
+        """
+        blocks = [(self.directions, self.images, self._norms[: self.count])] if self.count else []
+        if self._latest:
+            blocks.append(self._latest)
+        found, size = vectors, vectors.norm(dim=-1)
+        for repeat in range(2):
+            for directions, images, norms in blocks:
+                coefficients = found @ images.mT
+                found = torch.addmm(found, coefficients, directions, alpha=-1)
+                if not repeat:
+                    size = size + coefficients.abs() @ norms
+        noise = 10 * torch.finfo(found.dtype).eps * size
+        return found * (found.norm(dim=-1) > noise)[:, None]
+
+
+def _grown(kept: Tensor, like: Tensor, rows: int) -> Tensor:
+    """A buffer of more rows that begins with those that are kept."""
+    buffer = like.new_empty(rows, *like.shape[1:])
+    if len(kept):
+        buffer[: len(kept)] = kept
+    return buffer
 
 
 @dataclass
@@ -77,78 +184,125 @@ def block_conjugate_gradient(
         2
     """
     p = rhs.shape[1]
-    max_iter = 10 * p + 20 if max_iter is None else max_iter
-    eps = torch.finfo(rhs.dtype).eps
+    basis = ConjugateBasis(p) if basis is None else basis
     norm = rhs.norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    basis = ConjugateBasis(p) if basis is None else basis
-    b = rhs / norm
-    x, r = basis.solve(b)
-    smallest, largest, indefinite, iterations, products = torch.inf, 0.0, False, 0, 0
-    residual = r.norm(dim=-1)
+    solve = _BlockSolve(
+        operator, rhs / norm, basis, preconditioner, tolerance, 10 * p + 20 if max_iter is None else max_iter
+    )
     for attempt in range(3):
-        left = residual > tolerance
-        if not left.any() or indefinite or iterations >= max_iter:
+        if solve.is_over():
             break
         if attempt:  # rounding has separated r from the residual: start again from the latter
-            change, r[left] = basis.solve(b[left] - operator(x[left]))
-            x[left] += change
-            products += int(left.sum())
-            residual = r.norm(dim=-1)
+            solve.restart()
+        solve.iterate()
+    if not solve.is_over():
+        # a block mixes large and small curvatures and so feels rounding earlier than single vectors do
+        solve.finish_one_by_one()
+    return BlockCGResult(
+        solve.x * norm,
+        solve.residual,
+        solve.iterations,
+        solve.products,
+        solve.smallest,
+        solve.largest,
+        solve.indefinite,
+    )
+
+
+class _BlockSolve:
+    """The state of a solve for right-hand sides of unit length, and its account of what it did."""
+
+    def __init__(
+        self,
+        operator: LinearMap,
+        rhs: Tensor,
+        basis: ConjugateBasis,
+        preconditioner: LinearMap | None,
+        tolerance: float,
+        max_iter: int,
+    ) -> None:
+        self.operator, self.rhs, self.basis, self.preconditioner = operator, rhs, basis, preconditioner
+        self.tolerance, self.max_iter = tolerance, max_iter
+        self.iterations = self.products = 0
+        self.smallest, self.largest, self.indefinite = torch.inf, 0.0, False
+        self.x, self.r = basis.solve(rhs)
+        self.residual = self.r.norm(dim=-1)
+
+    @property
+    def left(self) -> Tensor:
+        """Which right-hand sides are not solved yet."""
+        return self.residual > self.tolerance
+
+    def is_over(self) -> bool:
+        """Whether all are solved, or nothing more can be done."""
+        return self.indefinite or self.iterations >= self.max_iter or not self.left.any()
+
+    def restart(self) -> None:
+        """Starts again from what is left by the solutions, which costs a product each."""
+        left = self.left
+        change, self.r[left] = self.basis.solve(self.rhs[left] - self.operator(self.x[left]))
+        self.x[left] += change
+        self.products += int(left.sum())
+        self.residual = self.r.norm(dim=-1)
+
+    def iterate(self) -> None:
+        """Iterations until the solve is over, or does not get on any more."""
         best, stalled = torch.inf, 0
-        q = orthonormal_rows(basis.conjugate(r if preconditioner is None else preconditioner(r)))
-        while q.shape[0] and iterations < max_iter and residual.max() > tolerance:
-            image = operator(q)
-            # comparisons with NaN would end the loop as if it had converged
-            if not torch.isfinite(image).all():
-                raise ValueError("a product with the operator is not finite")
-            iterations += 1
-            products += q.shape[0]
-            values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
-            # Ritz values below the rounding error of the products say nothing, not even their sign
-            largest = max(largest, float(values[-1]))
-            noise = 10 * eps * values.abs().max()
-            if values[0] < -noise:
-                smallest, indefinite = min(smallest, float(values[0])), True
-                break
-            keep = values > noise
-            if not keep.any():
-                break
-            smallest = min(smallest, float(values[keep][0]))
-            scaled = vectors[:, keep] / values[keep].sqrt()
-            q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
-            basis.append(q, image)
-            step = r @ q.mT
-            x = torch.addmm(x, step, q)
-            r = torch.addmm(r, step, image, alpha=-1)
-            residual = r.norm(dim=-1)
-            worst = float(residual.max())
+        while stalled <= 20 and not self.is_over() and len(q := self.directions()) and self.advance(q):
+            worst = float(self.residual.max())
             stalled = 0 if worst < 0.9 * best else stalled + 1
             best = min(best, worst)
-            if stalled > 20:
-                break
-            q = orthonormal_rows(basis.conjugate(r if preconditioner is None else preconditioner(r)))
-    left = residual > tolerance
-    if left.any() and not indefinite and iterations < max_iter:
-        # a block mixes large and small curvatures and so feels rounding earlier than single vectors do
+
+    def directions(self) -> Tensor:
+        """Orthonormal directions of search, conjugate to those before."""
+        r = self.r if self.preconditioner is None else self.preconditioner(self.r)
+        return orthonormal_rows(self.basis.conjugate(r))
+
+    def advance(self, q: Tensor) -> bool:
+        """One iteration along a block of directions; whether there was anything to gain."""
+        image = self.operator(q)
+        # comparisons with NaN would end the loop as if it had converged
+        if not torch.isfinite(image).all():
+            raise ValueError("a product with the operator is not finite")
+        self.iterations += 1
+        self.products += q.shape[0]
+        values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
+        self.largest = max(self.largest, float(values[-1]))
+        # Ritz values below the rounding error of the products say nothing, not even their sign
+        noise = 10 * torch.finfo(q.dtype).eps * values.abs().max()
+        keep = values > noise
+        self.indefinite = bool(values[0] < -noise)
+        if self.indefinite or not keep.any():
+            self.smallest = min(self.smallest, float(values[0])) if self.indefinite else self.smallest
+            return False
+        self.smallest = min(self.smallest, float(values[keep][0]))
+        scaled = vectors[:, keep] / values[keep].sqrt()
+        q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
+        self.basis.append(q, image)
+        step = self.r @ q.mT
+        self.x = torch.addmm(self.x, step, q)
+        self.r = torch.addmm(self.r, step, image, alpha=-1)
+        self.residual = self.r.norm(dim=-1)
+        return True
+
+    def finish_one_by_one(self) -> None:
+        """Single solves from where the block has come to."""
+        left = self.left
         single = conjugate_gradient(
-            operator,
-            rhs[left],
-            tolerance=tolerance,
-            max_iter=max_iter - iterations,
-            preconditioner=preconditioner,
-            start=(x * norm)[left],
+            self.operator,
+            self.rhs[left],
+            tolerance=self.tolerance,
+            max_iter=self.max_iter - self.iterations,
+            preconditioner=self.preconditioner,
+            start=self.x[left],
         )
-        solution = x * norm
-        solution[left] = single.solution
-        residual[left] = single.residual
-        iterations += int(single.iterations.max())
-        products += int(single.iterations.sum()) + int(left.sum())
-        smallest = min(smallest, float(single.smallest_curvature.min()))
-        return BlockCGResult(
-            solution, residual, iterations, products, smallest, largest, bool(single.indefinite.any())
-        )
-    return BlockCGResult(x * norm, residual, iterations, products, smallest, largest, indefinite)
+        self.x[left] = single.solution
+        self.residual[left] = single.residual
+        self.iterations += int(single.iterations.max())
+        self.products += int(single.iterations.sum()) + int(left.sum())
+        self.smallest = min(self.smallest, float(single.smallest_curvature.min()))
+        self.indefinite = bool(single.indefinite.any())
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
@@ -169,3 +323,96 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return 0.5 * (matrix + matrix.mT)
+
+
+@dataclass
+class CGResult:
+    r"""
+    The outcome of :func:`conjugate_gradient` for S right-hand sides.
+
+    :ivar solution: shape ``(S, p)``.
+    :ivar residual: final relative residuals :math:`|b - Px|/|b|`, shape ``(S,)``.
+    :ivar iterations: products used by each right-hand side, shape ``(S,)``.
+    :ivar smallest_curvature: the smallest :math:`q^\top P q / q^\top q` met by each, shape ``(S,)``: an upper
+        bound of the smallest eigenvalue of P.
+    :ivar indefinite: where a direction of non-positive curvature was met, shape ``(S,)``, bool: P is not
+        positive definite, and the solution there is that of the iteration before.
+    """
+
+    solution: Tensor
+    residual: Tensor
+    iterations: Tensor
+    smallest_curvature: Tensor
+    indefinite: Tensor
+
+    @property
+    def converged(self) -> Tensor:
+        """Not :attr:`indefinite`; compare :attr:`residual` with your tolerance for the rest. Shape ``(S,)``."""
+        return ~self.indefinite
+
+
+def conjugate_gradient(
+    operator: LinearMap,
+    rhs: Tensor,
+    *,
+    tolerance: float = 1e-6,
+    max_iter: int | None = None,
+    preconditioner: LinearMap | None = None,
+    start: Tensor | None = None,
+) -> CGResult:
+    r"""
+    Solves :math:`P x_s = b_s` for a batch of right-hand sides by (preconditioned) conjugate gradients.
+
+    Each iteration makes one batched product. From the zero start, :math:`b^\top x_k` increases monotonically to
+    :math:`b^\top P^{-1} b` in exact arithmetic, so that an early stop gives a lower bound. A right-hand side
+    whose search direction has :math:`q^\top P q \le 0` stops there and is reported as indefinite.
+
+    :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
+    :param rhs: shape ``(S, p)``.
+    :param tolerance: relative residual at which a right-hand side is finished.
+    :param max_iter: largest number of products; default ``10 * p``.
+    :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
+    :param start: where to start, shape ``(S, p)``; zero by default.
+    :return: a :class:`CGResult`.
+
+    Example::
+
+        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: v @ P, torch.tensor([[1.0, 0.0]])).solution
+        tensor([[ 0.6000, -0.2000]])
+    """
+    S, p = rhs.shape
+    max_iter = 10 * p if max_iter is None else max_iter
+    norm = rhs.norm(dim=-1)
+    safe_norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+    x = torch.zeros_like(rhs) if start is None else start.clone()
+    r = rhs.clone() if start is None else rhs - operator(start)
+    z = r if preconditioner is None else preconditioner(r)
+    q = z.clone()
+    rz = (r * z).sum(-1)
+    smallest = torch.full_like(norm, torch.inf)
+    indefinite = torch.zeros(S, dtype=torch.bool, device=rhs.device)
+    iterations = torch.zeros(S, dtype=torch.long, device=rhs.device)
+    active = r.norm(dim=-1) > tolerance * norm
+    for _ in range(max_iter):
+        if not active.any():
+            break
+        # a slice costs no copies while all are active
+        index = slice(None) if active.all() else active.nonzero().squeeze(-1)
+        q_a = q[index]
+        Pq = operator(q_a)
+        curvature = (q_a * Pq).sum(-1)
+        iterations[index] += 1
+        smallest[index] = torch.minimum(smallest[index], curvature / q_a.square().sum(-1))
+        bad = curvature <= 0
+        indefinite[index] = bad
+        step = torch.where(bad, torch.zeros_like(curvature), rz[index] / curvature)
+        x[index] += step[:, None] * q_a
+        r[index] -= step[:, None] * Pq
+        r_a = r[index]
+        z_a = r_a if preconditioner is None else preconditioner(r_a)
+        new_rz = (r_a * z_a).sum(-1)
+        q[index] = z_a + (new_rz / rz[index])[:, None] * q_a
+        rz[index] = new_rz
+        active[index] = (r_a.norm(dim=-1) > tolerance * safe_norm[index]) & ~bad
+    return CGResult(x, r.norm(dim=-1) / safe_norm, iterations, smallest, indefinite)

@@ -1,106 +1,12 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix-free linear algebra: conjugate gradients for many right-hand sides, extreme eigenvalues."""
-
-from dataclasses import dataclass
+"""Eigenvalues of symmetric maps that are known by their products, and a preconditioner that is made of them."""
 
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.block_cg import orthonormal_rows
 from pyro_bnn.ops.jacobian import LinearMap
-
-
-@dataclass
-class CGResult:
-    r"""
-    The outcome of :func:`conjugate_gradient` for S right-hand sides.
-
-    :ivar solution: shape ``(S, p)``.
-    :ivar residual: final relative residuals :math:`|b - Px|/|b|`, shape ``(S,)``.
-    :ivar iterations: products used by each right-hand side, shape ``(S,)``.
-    :ivar smallest_curvature: the smallest :math:`q^\top P q / q^\top q` met by each, shape ``(S,)``: an upper
-        bound of the smallest eigenvalue of P.
-    :ivar indefinite: where a direction of non-positive curvature was met, shape ``(S,)``, bool: P is not
-        positive definite, and the solution there is that of the iteration before.
-    """
-
-    solution: Tensor
-    residual: Tensor
-    iterations: Tensor
-    smallest_curvature: Tensor
-    indefinite: Tensor
-
-    @property
-    def converged(self) -> Tensor:
-        """Not :attr:`indefinite`; compare :attr:`residual` with your tolerance for the rest. Shape ``(S,)``."""
-        return ~self.indefinite
-
-
-def conjugate_gradient(
-    operator: LinearMap,
-    rhs: Tensor,
-    *,
-    tolerance: float = 1e-6,
-    max_iter: int | None = None,
-    preconditioner: LinearMap | None = None,
-    start: Tensor | None = None,
-) -> CGResult:
-    r"""
-    Solves :math:`P x_s = b_s` for a batch of right-hand sides by (preconditioned) conjugate gradients.
-
-    Each iteration makes one batched product. From the zero start, :math:`b^\top x_k` increases monotonically to
-    :math:`b^\top P^{-1} b` in exact arithmetic, so that an early stop gives a lower bound. A right-hand side
-    whose search direction has :math:`q^\top P q \le 0` stops there and is reported as indefinite.
-
-    :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
-    :param rhs: shape ``(S, p)``.
-    :param tolerance: relative residual at which a right-hand side is finished.
-    :param max_iter: largest number of products; default ``10 * p``.
-    :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
-    :param start: where to start, shape ``(S, p)``; zero by default.
-    :return: a :class:`CGResult`.
-
-    Example::
-
-        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> conjugate_gradient(lambda v: v @ P, torch.tensor([[1.0, 0.0]])).solution
-        tensor([[ 0.6000, -0.2000]])
-    """
-    S, p = rhs.shape
-    max_iter = 10 * p if max_iter is None else max_iter
-    norm = rhs.norm(dim=-1)
-    safe_norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    x = torch.zeros_like(rhs) if start is None else start.clone()
-    r = rhs.clone() if start is None else rhs - operator(start)
-    z = r if preconditioner is None else preconditioner(r)
-    q = z.clone()
-    rz = (r * z).sum(-1)
-    smallest = torch.full_like(norm, torch.inf)
-    indefinite = torch.zeros(S, dtype=torch.bool, device=rhs.device)
-    iterations = torch.zeros(S, dtype=torch.long, device=rhs.device)
-    active = r.norm(dim=-1) > tolerance * norm
-    for _ in range(max_iter):
-        if not active.any():
-            break
-        # a slice costs no copies while all are active
-        index = slice(None) if active.all() else active.nonzero().squeeze(-1)
-        q_a = q[index]
-        Pq = operator(q_a)
-        curvature = (q_a * Pq).sum(-1)
-        iterations[index] += 1
-        smallest[index] = torch.minimum(smallest[index], curvature / q_a.square().sum(-1))
-        bad = curvature <= 0
-        indefinite[index] = bad
-        step = torch.where(bad, torch.zeros_like(curvature), rz[index] / curvature)
-        x[index] += step[:, None] * q_a
-        r[index] -= step[:, None] * Pq
-        r_a = r[index]
-        z_a = r_a if preconditioner is None else preconditioner(r_a)
-        new_rz = (r_a * z_a).sum(-1)
-        q[index] = z_a + (new_rz / rz[index])[:, None] * q_a
-        rz[index] = new_rz
-        active[index] = (r_a.norm(dim=-1) > tolerance * safe_norm[index]) & ~bad
-    return CGResult(x, r.norm(dim=-1) / safe_norm, iterations, smallest, indefinite)
 
 
 def largest_eigenvalue(
@@ -183,3 +89,107 @@ def ritz_pairs(operator: LinearMap, like: Tensor, *, steps: int = 100) -> tuple[
         tridiagonal = tridiagonal + beta + beta.mT
     values, vectors = torch.linalg.eigh(tridiagonal)
     return values, vectors.mT @ basis[: len(values)]
+
+
+def leading_eigenpairs(
+    operator: LinearMap,
+    like: Tensor,
+    rank: int,
+    *,
+    oversampling: int = 10,
+    max_rounds: int = 20,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""
+    The eigenpairs of the largest eigenvalues of a positive semi-definite map by a block Krylov method.
+
+    The Krylov basis is orthogonalised in full and restarted with the Ritz vectors until their residuals
+    :math:`|Hq - \lambda q|` fall below the tolerance.
+
+    :param operator: a map from ``(S, p)`` to ``(S, p)``.
+    :param like: a vector of shape ``(p,)`` that gives size, dtype and device.
+    :param rank: how many eigenpairs.
+    :param oversampling: further vectors in the block, which speed up convergence.
+    :param max_rounds: largest number of restarts.
+    :param tolerance: residual relative to the largest eigenvalue; by default the square root of the precision.
+    :param generator: source of random numbers for the start.
+    :return: eigenvalues in descending order, shape ``(rank,)``, and orthonormal vectors, shape ``(p, rank)``.
+
+    Example::
+
+        >>> d = torch.tensor([5.0, 1.0, 3.0])
+        >>> leading_eigenpairs(lambda v: v * d, d, 2)[0].round()
+        tensor([5., 3.])
+    """
+    p = like.shape[0]
+    rank = min(rank, p)
+    width = min(p, rank + oversampling)
+    tolerance = torch.finfo(like.dtype).eps ** 0.5 if tolerance is None else tolerance
+    block = torch.randn(p, width, dtype=like.dtype, device=like.device, generator=generator)
+    basis, _ = torch.linalg.qr(block)
+    values, vectors = like.new_zeros(rank), basis[:, :rank]
+    for _ in range(max_rounds):
+        images = operator(basis.mT).mT
+        # the block and its images: a Rayleigh-Ritz step in twice the dimension
+        grown = basis
+        if width < p:
+            rest = images - basis @ (basis.mT @ images)
+            extra, _ = torch.linalg.qr(rest - basis @ (basis.mT @ rest))
+            extra = extra[:, : p - width]
+            grown, _ = torch.linalg.qr(torch.cat([basis, extra], 1))
+            images = operator(grown.mT).mT
+        small = grown.mT @ images
+        found, rotation = torch.linalg.eigh(0.5 * (small + small.mT))
+        rotation = rotation.flip(-1)[:, :width]
+        values = found.flip(-1)[:rank]
+        basis = grown @ rotation
+        vectors = basis[:, :rank]
+        residual = (images @ rotation[:, :rank] - vectors * values).norm(dim=0)
+        if bool((residual <= tolerance * values.abs().max().clamp(min=1e-300)).all()):
+            break
+    return values, vectors
+
+
+def nystrom_preconditioner(
+    operator: LinearMap, like: Tensor, rank: int, *, passes: int = 2, diagonal: Tensor | None = None
+) -> LinearMap:
+    r"""
+    The randomised Nyström preconditioner of a positive definite map whose spectrum decays.
+
+    Ritz pairs :math:`(\mu_i, u_i)` of P on a random subspace, sharpened by power iteration, give
+
+    .. math:: M^{-1} = I - U (I - \mu_{\min}\,\mathrm{diag}(\mu)^{-1}) U^\top,
+
+    which maps the largest eigenvalues of P to about the smallest of those that were captured. It costs
+    ``rank * passes`` products once, for any number of right-hand sides. With a diagonal S, such as the prior precision
+    of weights of different scales, the same is done for :math:`S^{-1/2} P S^{-1/2}`.
+
+    :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
+    :param like: a vector of shape ``(p,)`` that gives size, dtype and device.
+    :param rank: how many directions; memory is ``rank * p``.
+    :param passes: products per direction; 2 sharpens the subspace by one power iteration.
+    :param diagonal: S, positive, shape ``(p,)``; the identity by default.
+    :return: the map :math:`r \mapsto M^{-1} r`.
+
+    Source: Frangella, Tropp and Udell (2023), "Randomized Nyström preconditioning", with Ritz values in place of
+    the shifted Nyström values because here the damping is part of P.
+    """
+    scale = torch.ones_like(like) if diagonal is None else diagonal.rsqrt()
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    shape = (min(rank, like.shape[0]), like.shape[0])
+    basis = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    basis = orthonormal_rows(basis)
+    for _ in range(passes - 1):
+        basis = orthonormal_rows(operator(basis * scale) * scale)
+    image = operator(basis * scale) * scale
+    values, vectors = torch.linalg.eigh(0.5 * (basis @ image.mT + image @ basis.mT))
+    keep = values > 0
+    directions = vectors[:, keep].mT @ basis
+    shrink = 1 - values[keep].min() / values[keep]
+
+    def solve(r: Tensor) -> Tensor:
+        white = r * scale
+        return (white - ((white @ directions.mT) * shrink) @ directions) * scale
+
+    return solve

@@ -9,7 +9,6 @@ steps.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,19 +26,21 @@ _UNCONFIRMED = 3
 @dataclass
 class NewtonResult:
     r"""
-    The outcome of :func:`minimize_newton`.
+    The outcome of :func:`newton_cg`.
 
     :ivar point: shape ``(p,)``.
     :ivar decrement: :math:`\sqrt{g^\top H^{-1} g}` at the last but one point.
     :ivar indefinite: whether a direction of non-positive curvature was met at the last point.
     :ivar converged: whether the decrement is below the tolerance at a point without such directions. Where it is not, the
         search ended at the limit of steps or at the precision of the numbers.
+    :ivar evaluations: of the value and the gradient.
     """
 
     point: Tensor
     decrement: float
     indefinite: bool
     converged: bool
+    evaluations: int = 0
 
 
 def value_and_gradient(terms: Terms, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,43 +134,6 @@ def lbfgs(
     return best
 
 
-class Objective(Protocol):
-    """A function to minimise, by its value, gradient and curvature-vector products."""
-
-    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        :param point: shape ``(p,)``.
-        :return: a scalar and a tensor of shape ``(p,)``.
-        """
-
-    def operator(self, point: Tensor) -> LinearMap:
-        """
-        :param point: shape ``(p,)``.
-        :return: products with the curvature at it, a map from ``(S, p)`` to ``(S, p)``.
-        """
-
-
-@dataclass
-class SumOfTerms:
-    """
-    A sum of terms as an :class:`Objective`.
-
-    :ivar terms: the function.
-    :ivar keep_graphs: see :func:`hessian_operator`.
-    """
-
-    terms: Terms
-    keep_graphs: bool
-
-    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Objective.value_and_gradient`."""
-        return value_and_gradient(self.terms, point)
-
-    def operator(self, point: Tensor) -> LinearMap:
-        """See :meth:`Objective.operator`."""
-        return hessian_operator(self.terms, point, keep_graphs=self.keep_graphs)
-
-
 def newton_cg(
     terms: Terms,
     start: Tensor,
@@ -181,7 +145,12 @@ def newton_cg(
     dense_limit: int = 0,
 ) -> NewtonResult:
     r"""
-    :func:`minimize_newton` for a sum of terms.
+    Minimises a sum of terms by Newton's method in a trust region; steps are solved by conjugate gradients, which
+    leave saddle points along the directions of negative curvature that they meet.
+
+    Conjugate gradients do not resolve small curvatures, negative ones among them, beside curvatures that are many
+    orders of magnitude larger. Functions of at most ``dense_limit`` arguments therefore get a dense matrix and exact steps
+    from its eigendecomposition once the products have cost more than one, and before a minimum is accepted.
 
     :param terms: the function.
     :param start: shape ``(p,)``.
@@ -189,8 +158,11 @@ def newton_cg(
     :param max_steps: largest number of Newton steps.
     :param cg_tolerance: relative residual of each solve.
     :param keep_graphs: see :func:`hessian_operator`.
-    :param dense_limit: see :func:`minimize_newton`.
+    :param dense_limit: largest number of arguments with a dense matrix.
     :return: a :class:`NewtonResult`.
+
+    Source: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization"; Moré and
+    Sorensen (1983), "Computing a trust region step".
 
     Example::
 
@@ -198,96 +170,93 @@ def newton_cg(
         >>> bool((result.point - 1.0).abs() < 1e-4)
         True
     """
-    objective = SumOfTerms(terms, keep_graphs)
-    return minimize_newton(
-        objective,
-        start,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        cg_tolerance=cg_tolerance,
-        dense_limit=dense_limit,
-    )
-
-
-def minimize_newton(
-    objective: Objective,
-    start: Tensor,
-    *,
-    tolerance: float,
-    max_steps: int = 1000,
-    cg_tolerance: float = 1e-3,
-    dense_limit: int = 0,
-) -> NewtonResult:
-    r"""
-    Minimises a function by Newton's method in a trust region; steps are solved by conjugate gradients, which
-    leave saddle points along the directions of negative curvature that they meet.
-
-    Conjugate gradients do not resolve small curvatures, negative ones among them, beside curvatures that are many
-    orders of magnitude larger. Functions of at most ``dense_limit`` arguments therefore get a dense matrix and exact steps
-    from its eigendecomposition once the products have cost more than one, and before a minimum is accepted.
-
-    :param objective: the function.
-    :param start: shape ``(p,)``.
-    :param tolerance: the decrement :math:`\sqrt{g^\top H^{-1} g}` at which to stop.
-    :param max_steps: largest number of Newton steps.
-    :param cg_tolerance: relative residual of each solve.
-    :param dense_limit: largest number of arguments with a dense matrix.
-    :return: a :class:`NewtonResult`.
-
-    Source: Steihaug (1983), "The conjugate gradient method and trust regions in large scale optimization"; Moré and
-    Sorensen (1983), "Computing a trust region step".
-    """
-    point = start.detach().clone()
-    value, gradient = objective.value_and_gradient(point)
-    radius = max(1.0, 0.1 * float(point.norm()))
-    decrement, indefinite = float("inf"), False
-    products, exact = 0, False
-    best, unconfirmed = float("inf"), 0
-    eps = torch.finfo(point.dtype).eps
-    spectrum: tuple[Tensor, Tensor] | None = (
-        None  # of the dense matrix at the point, kept while steps are rejected
-    )
+    search = _TrustRegion(terms, start, tolerance, cg_tolerance, keep_graphs, dense_limit)
     for _ in range(max_steps):
-        exact = exact or (len(point) <= dense_limit and products > len(point))
-        if exact:
-            if spectrum is None:
-                spectrum = _spectrum(objective.operator(point), point)
-            step, image, indefinite = _exact_step(*spectrum, gradient, radius)
-        else:
-            step, image, indefinite, count = _steihaug(
-                objective.operator(point), gradient, radius, cg_tolerance
-            )
-            products += count
-        slope = float(gradient @ step)
-        bend = float(step @ image)
-        predicted = -(slope + 0.5 * bend)
-        # along the step: that of the full Newton step where it is one, and no smaller where the radius cuts it short
-        decrement = -slope / bend**0.5 if bend > 0 else max(-slope, 0.0) ** 0.5
-        length = float(step.norm())
-        done = length == 0.0
-        if not done:
-            new_value, new_gradient = objective.value_and_gradient(point + step)
-            # close to the minimum the value no longer changes in floating point: accept what does not increase it
-            rounding = 4 * eps * float(value.abs())
-            ratio = float(value - new_value + rounding) / (predicted + rounding)
-            if ratio > 0.1:
-                if ratio > 0.75 and length > 0.9 * radius:
-                    radius *= 2.5
-                point, value, gradient, spectrum = point + step, new_value, new_gradient, None
-                done = decrement <= tolerance and not indefinite
-                # steps that the value cannot confirm and that do not shrink either are noise
-                unconfirmed = unconfirmed + 1 if predicted <= rounding and decrement > 0.5 * best else 0
-                best = min(best, decrement)
-                done = done or unconfirmed >= _UNCONFIRMED
-            else:  # also where the value is not a number
-                radius = 0.25 * length
-                done = radius <= eps * float(point.norm())
-        if done and (exact or len(point) > dense_limit):
+        if search.advance():
             break
-        if done:  # what conjugate gradients take for a minimum
-            exact, radius = True, max(radius, 1e-3 * float(point.norm()))
-            best, unconfirmed = float("inf"), 0
-    return NewtonResult(point, decrement, indefinite, decrement <= tolerance and not indefinite)
+    converged = search.decrement <= tolerance and not search.indefinite
+    return NewtonResult(search.point, search.decrement, search.indefinite, converged, search.evaluations)
+
+
+class _TrustRegion:
+    """Where a search is, and how far it trusts the quadratic model there."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        start: Tensor,
+        tolerance: float,
+        cg_tolerance: float,
+        keep_graphs: bool,
+        dense_limit: int,
+    ) -> None:
+        self.terms, self.keep_graphs = terms, keep_graphs
+        self.tolerance, self.cg_tolerance, self.dense_limit = tolerance, cg_tolerance, dense_limit
+        self.point = start.detach().clone()
+        self.evaluations = 0
+        self.value, self.gradient = self.evaluate(self.point)
+        self.radius = max(1.0, 0.1 * float(self.point.norm()))
+        self.decrement, self.indefinite = float("inf"), False
+        self.products, self.exact = 0, False
+        self.best, self.unconfirmed = float("inf"), 0
+        self.eps = torch.finfo(self.point.dtype).eps
+        #: of the dense matrix at the point, kept while steps are rejected
+        self.spectrum: tuple[Tensor, Tensor] | None = None
+
+    def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        self.evaluations += 1
+        return value_and_gradient(self.terms, point)
+
+    def advance(self) -> bool:
+        """Tries one step; whether the search is over."""
+        step, image = self.propose()
+        slope, bend = float(self.gradient @ step), float(step @ image)
+        # along the step: that of the full Newton step where it is one, and no smaller where the radius cuts it short
+        self.decrement = -slope / bend**0.5 if bend > 0 else max(-slope, 0.0) ** 0.5
+        done = not step.any() or self.move(step, -(slope + 0.5 * bend))
+        if done and not self.exact and len(self.point) <= self.dense_limit:
+            # what conjugate gradients take for a minimum
+            self.exact, self.radius = True, max(self.radius, 1e-3 * float(self.point.norm()))
+            self.best, self.unconfirmed = float("inf"), 0
+            return False
+        return done
+
+    def propose(self) -> tuple[Tensor, Tensor]:
+        """The step that minimises the quadratic model in the trust region, and its image."""
+        self.exact = self.exact or self.products > len(self.point) <= self.dense_limit
+        if self.exact:
+            if self.spectrum is None:
+                self.spectrum = _spectrum(self.operator(), self.point)
+            step, image, self.indefinite = _exact_step(*self.spectrum, self.gradient, self.radius)
+            return step, image
+        step, image, self.indefinite, count = _steihaug(
+            self.operator(), self.gradient, self.radius, self.cg_tolerance
+        )
+        self.products += count
+        return step, image
+
+    def operator(self) -> LinearMap:
+        return hessian_operator(self.terms, self.point, keep_graphs=self.keep_graphs)
+
+    def move(self, step: Tensor, predicted: float) -> bool:
+        """Takes a step that gains enough, or trusts the model less far; whether nothing more is to be gained."""
+        value, gradient = self.evaluate(self.point + step)
+        length = float(step.norm())
+        # close to the minimum the value no longer changes in floating point: accept what does not increase it
+        rounding = 4 * self.eps * float(self.value.abs())
+        ratio = float(self.value - value + rounding) / (predicted + rounding)
+        if not ratio > 0.1:  # also where the value is not a number
+            self.radius = 0.25 * length
+            return self.radius <= self.eps * float(self.point.norm())
+        if ratio > 0.75 and length > 0.9 * self.radius:
+            self.radius *= 2.5
+        self.point, self.value, self.gradient, self.spectrum = self.point + step, value, gradient, None
+        # steps that the value cannot confirm and that do not shrink either are noise
+        noisy = predicted <= rounding and self.decrement > 0.5 * self.best
+        self.unconfirmed = self.unconfirmed + 1 if noisy else 0
+        self.best = min(self.best, self.decrement)
+        reached = self.decrement <= self.tolerance and not self.indefinite
+        return reached or self.unconfirmed >= _UNCONFIRMED
 
 
 def _steihaug(

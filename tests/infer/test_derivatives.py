@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_bnn.infer import hfl
+from pyro_bnn.curvature.parts import NotAMinimumError
+from pyro_bnn.infer import NonFiniteLossError, fit, hfl, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.model.derivatives import mismatch
 from pyro_bnn.nn import bayesian_
@@ -236,7 +237,10 @@ def _distances(x: Tensor, w: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("way", "row"),
-    [*((way, 3) for way in ("polish", "ggn", "hessian", "hfl")), ("polish", 150), ("hfl", 150)],
+    [
+        *((way, 3) for way in ("polish", "ggn", "hessian", "hfl")),
+        *((way, 150) for way in ("polish", "ggn", "hfl")),
+    ],
 )
 def test_a_gradient_that_is_not_finite_is_named(way: str, row: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -257,3 +261,46 @@ def test_a_second_derivative_that_is_not_finite_is_named() -> None:
     guide = guide_at(lambda x, w: x @ w.abs() ** 1.5, 0.0, torch.float64, "hessian")
     with pytest.raises(ValueError, match=r"2 of 2 entries of the second derivative .* 'w'"):
         guide.laplace_approximation((x, y))
+
+
+@pytest.mark.parametrize("structure", ["full", "diagonal", "low_rank"])
+def test_a_hessian_that_is_not_finite_far_into_the_data_is_no_minimum(structure: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    x[150] = 0
+    guide = AutoLaplace(regression(_distances), structure=structure, curvature="hessian").initialize(
+        x, x[:, 0]
+    )
+    with pytest.raises(NotAMinimumError, match="non-finite entries"):
+        guide.laplace_approximation((x, x[:, 0]))
+
+
+@pytest.mark.parametrize("way", ["predictive", "functional_samples", "posterior_predictive"])
+def test_a_prediction_without_a_finite_derivative_is_refused(way: str) -> None:
+    x, y = data()
+    guide = guide_at(_distances, 0.3, torch.float64)
+    guide.laplace_approximation((x, y), map_tolerance=1e9)
+    new = torch.cat([x, x.new_zeros(1, 2)])
+    ask: dict[str, Callable[[], Any]] = {
+        "predictive": lambda: guide.predictive(new),
+        "functional_samples": lambda: guide.functional_samples(2, new),
+        "posterior_predictive": lambda: posterior_predictive(guide.model, guide, (new,), num_samples=3),
+    }
+    with pytest.raises(ValueError, match="site 'obs': its parameters have no finite derivative"):
+        ask[way]()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_training_names_a_gradient_that_is_not_finite() -> None:
+    x, y = data()
+    x[3] = 0
+    with pytest.raises(
+        NonFiniteLossError, match=r"at step 2: parameters .* its gradient was not, although its loss was"
+    ):
+        fit(
+            regression(_distances),
+            AutoLaplace(regression(_distances)),
+            (x, y),
+            num_steps=3,
+            progress_bar=False,
+        )

@@ -339,10 +339,10 @@ def test_float32():
 
 
 def test_negative_variance_proves_something():
-    from pyro_bnn.infer.hfl.api import _from_responses
+    from pyro_bnn.infer.hfl.task import Found
 
     with pytest.raises(NotAMinimumError, match="this proves that"):
-        _from_responses(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -0.1]]))
+        Found.from_responses(torch.eye(2), torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -0.1]]))
 
 
 def test_result_prints():

@@ -13,18 +13,19 @@ from scipy import stats
 from pyro_bnn.curvature.parts import NotAMinimumError
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.hfl.api import _agreement, _from_responses
-from pyro_bnn.infer.hfl.checks import warn_of
+from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.functionals import Functionals
-from pyro_bnn.infer.hfl.loss import PerturbedLoss, Problem
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
-from pyro_bnn.infer.hfl.nystrom import _inverse_root, probe
+from pyro_bnn.infer.hfl.nystrom import inverse_root, probe
 from pyro_bnn.infer.hfl.paired import fine_tune
-from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb, slopes
+from pyro_bnn.infer.hfl.perturbation import _newton, agree, perturb, slopes
 from pyro_bnn.infer.hfl.regvar import regvar_score
-from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
+from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import score_responses
 from pyro_bnn.infer.hfl.solver import Solver
+from pyro_bnn.infer.hfl.task import Found, Task
+from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
 from tests.common import assert_close
 
 N, D = 12, 5
@@ -116,21 +117,19 @@ def test_the_loss_and_its_derivatives(curvature, corrected, batches):
 def test_the_perturbed_loss(corrected):
     problem, u, x, y = problem_of(proximal=0.3, correct_gradient=corrected)
     functional = lambda v: (v**3).sum() + v[0]  # noqa: E731
-    loss = PerturbedLoss(problem, functional, 0.2)
+    terms = problem.perturbed(functional, 0.2)
 
     def expected(o):
         extra = 0.15 * o.square().sum() - 0.2 * functional(u + o)
         return negative_log_joint(u + o, x, y) + extra - (problem.gradient @ o if corrected else 0)
 
     o = 0.4 * torch.randn(D)
-    before = problem.gradient_evaluations
-    value, gradient = loss.value_and_gradient(o)
-    zero, _ = loss.value_and_gradient(torch.zeros(D))
-    assert problem.gradient_evaluations == before + 2
+    value, gradient = value_and_gradient(terms, o)
+    zero, _ = value_and_gradient(terms, torch.zeros(D))
     assert_close(value - zero, expected(o) - expected(torch.zeros(D)), rtol=1e-9)
     assert_close(gradient, torch.autograd.functional.jacobian(expected, o), rtol=1e-8, atol=1e-9)
     H = torch.autograd.functional.hessian(expected, o)
-    assert_close(loss.operator(o)(torch.eye(D)), H, rtol=1e-8, atol=1e-9)
+    assert_close(hessian_operator(terms, o, keep_graphs=False)(torch.eye(D)), H, rtol=1e-8, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- functionals
@@ -155,7 +154,6 @@ def test_functionals_and_their_first_order(linearized):
     v = u + 0.3 * torch.randn(D)
     expected = f(u).flatten() + J @ (v - u) if linearized else f(v).flatten()
     assert_close(some.at(v).detach(), expected, rtol=1e-10)
-    assert_close(some.element(4)(v).detach(), expected[4], rtol=1e-10)
     few = some.subset(torch.tensor([4, 1]))
     assert_close(few.at(v).detach(), expected[[4, 1]], rtol=1e-10)
     assert_close(few.gradients, J[[4, 1]], rtol=1e-10, atol=1e-12)
@@ -275,10 +273,21 @@ def test_perturbations_of_a_quadratic_are_exact(central):
     some = Functionals(lambda v: G @ v, problem.latent)
     exact = torch.linalg.solve(P, G.mT).mT
     solver = Solver(problem, tolerance=1e-9)
-    found = perturb(problem, some, solver, 1.1 * exact, 1e-2, central=central)
+    found = perturb(Task(problem, some, solver, epsilon=1e-2), 1.1 * exact, central=central)
     assert_close(found.displacements, exact, rtol=1e-5, atol=1e-8)
     assert_close(found.responses, G @ exact.mT, rtol=1e-5, atol=1e-8)
     assert found.residual < 1e-4
+
+
+def test_one_minimum_by_newtons_method_is_counted():
+    problem, P, _, _ = gaussian_problem()
+    G = torch.randn(2, D)
+    task = Task(problem, Functionals(lambda v: G @ v, problem.latent), Solver(problem, tolerance=1e-9))
+    before = problem.gradient_evaluations
+    point, decrement = _newton(task, 1, 0.1, 1e-4)
+    assert_close(point, 0.1 * torch.linalg.solve(P, G[1]), rtol=1e-4, atol=1e-8)
+    assert decrement <= 1e-7
+    assert problem.gradient_evaluations - before >= 2  # at the start, and after every step
 
 
 def test_differences_are_those_of_the_perturbed_minima():
@@ -298,13 +307,14 @@ def test_differences_are_those_of_the_perturbed_minima():
         return -torch.linalg.solve(H, g)
 
     solver = Solver(problem, tolerance=1e-10)
-    found = perturb(problem, some, solver, pilot, eps, central=True)
+    task = Task(problem, some, solver, epsilon=eps)
+    found = perturb(task, pilot, central=True)
     for j in range(2):
         plus, minus = minimum(j, shift[j]), minimum(j, -shift[j])
         u = problem.latent
         assert_close(found.displacements[j], (plus - minus) / (2 * shift[j]), rtol=1e-4)
         assert_close(found.responses[j], (f(u + plus) - f(u + minus)) / (2 * shift[j]), rtol=1e-4)
-    found = perturb(problem, some, solver, pilot, eps, central=False)
+    found = perturb(task, pilot, central=False)
     for j in range(2):
         plus = minimum(j, shift[j])
         assert_close(found.displacements[j], plus / shift[j], rtol=1e-4)
@@ -324,8 +334,8 @@ def test_agreement_is_the_largest_relative_difference():
         50.0,
         0.9,
     )  # the second is not among the eight that are looked at
-    moved = Perturbation(exact, responses * factors, 0.0)
-    found = _agreement("central", problem, some, solver, exact, 1e-3, moved)
+    variances = responses.diagonal() * factors
+    found = agree(Task(problem, some, solver, epsilon=1e-3), exact, variances, central=True)
     assert_close(found, 0.2, rtol=1e-4)
 
 
@@ -333,20 +343,21 @@ def test_responses_become_variances_and_a_factor():
     J, P = torch.randn(4, D), torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     exact = torch.linalg.solve(P, J.mT).mT
     K = J @ exact.mT
-    gradients, D_, variances, factor, half, antisymmetry = _from_responses(J, exact, K)
+    found = Found.from_responses(J, exact, K)
+    variances, factor, half, antisymmetry = found.variances, found.factor, found.half, found.antisymmetry
     assert_close(variances, K.diagonal(), rtol=1e-12)
     assert_close(half @ half.mT, K, rtol=1e-7, atol=1e-9)
     assert_close(half, J @ factor, rtol=1e-12)
     assert antisymmetry < 1e-12
-    assert gradients is J
-    assert D_ is exact
+    assert found.gradients is J
+    assert found.displacements is exact
     sd = K.diagonal().sqrt()
     skew = torch.zeros(4, 4)
     skew[0, 1], skew[1, 0] = 0.02, -0.02
-    *_, antisymmetry = _from_responses(J, exact, K + skew * sd[:, None] * sd)
+    antisymmetry = Found.from_responses(J, exact, K + skew * sd[:, None] * sd).antisymmetry
     assert_close(antisymmetry, 0.02, rtol=1e-9)
     with pytest.raises(NotAMinimumError, match=r"1 of 4 variances are negative \(smallest -3\)"):
-        _from_responses(J, exact, K - torch.diag(torch.tensor([0.0, float(K[1, 1]) + 3.0, 0.0, 0.0])))
+        Found.from_responses(J, exact, K - torch.diag(torch.tensor([0.0, float(K[1, 1]) + 3.0, 0.0, 0.0])))
     assert_close(unit_scale(torch.tensor([4.0, 0.0])), [2.0, 1.0])
 
 
@@ -396,7 +407,8 @@ def test_probes_know_what_each_of_them_misses():
     some = Functionals(lambda v: J @ v, problem.latent)
     K = J @ torch.linalg.solve(P, J.mT)
     R = 4
-    found = probe(some, Solver(problem, tolerance=1e-11), R, seed=3)
+    task = Task(problem, some, Solver(problem, tolerance=1e-11), num_probes=R)
+    found = probe(task, seed=3)
     Z = torch.randn(R, 9, generator=torch.Generator().manual_seed(3))
     assert_close(found.gradients, Z @ J, rtol=1e-9)
     assert_close(found.displacements, torch.linalg.solve(P, (Z @ J).mT).mT, rtol=1e-7)
@@ -412,7 +424,7 @@ def test_probes_know_what_each_of_them_misses():
     error = (missed - fraction * traces).std() / traces.mean() / R**0.5
     assert_close(found.captured_error, error, rtol=1e-5)
     # more probes than there are directions lose nothing and gain nothing
-    many = probe(some, Solver(problem, tolerance=1e-11), 8, seed=0)
+    many = probe(Task(problem, some, Solver(problem, tolerance=1e-11), num_probes=8))
     assert_close(many.half @ many.half.mT, K, rtol=1e-5, atol=1e-9)
     assert many.captured > 1 - 1e-6
 
@@ -422,11 +434,11 @@ def test_the_rank_of_probes_does_not_depend_on_their_scales():
     S = torch.logspace(-12, 0, 4)
     full = torch.randn(4, 4)
     full = full @ full.mT + torch.eye(4)
-    root = _inverse_root(full * S * S[:, None])
+    root = inverse_root(full * S * S[:, None])
     assert root.shape == (4, 4)
     assert_close(root @ root.mT * S * S[:, None], torch.linalg.inv(full), rtol=1e-7)
-    assert _inverse_root(A @ A.mT * S * S[:, None]).shape == (4, 3)
-    assert _inverse_root(torch.zeros(2, 2)).shape[0] == 2
+    assert inverse_root(A @ A.mT * S * S[:, None]).shape == (4, 3)
+    assert inverse_root(torch.zeros(2, 2)).shape[0] == 2
 
 
 def two_sites(x, y=None, z=None):
@@ -603,11 +615,11 @@ def test_what_a_result_warns_of(options, limits, text):
     found = result(**options)
     limits = {"tolerance": 1e-6, "largest_curvature": 2.0, "map_tolerance": 0.1, **limits}
     if text is None:
-        warn_of(found, **limits)
+        found.warn(**limits)
         assert found.warnings == []
         return
     with pytest.warns(HFLWarning, match=text):
-        warn_of(found, **limits)
+        found.warn(**limits)
     assert len(found.warnings) == 1
 
 

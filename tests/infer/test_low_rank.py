@@ -9,7 +9,7 @@ import torch
 
 from pyro_bnn.curvature.low_rank import LowRankSum
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.ops.eigen import leading_eigenpairs
+from pyro_bnn.ops.krylov import leading_eigenpairs
 from tests.common import assert_close
 
 NOISE, SCALES = 0.4, (0.3, 2.5)

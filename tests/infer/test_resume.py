@@ -201,7 +201,7 @@ def test_resuming_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     train(tmp_path / "run")
     assert not caplog.records
     train(tmp_path / "run", num_steps=9)
-    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.train.resume"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "pyro_bnn.infer.train.checkpoint"] == [
         f"fit: resuming from step 5 of {tmp_path / 'run'}"
     ]
     assert caplog.records[0].levelno == logging.WARNING  # shown without any set-up

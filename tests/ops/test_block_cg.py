@@ -4,11 +4,14 @@
 import pytest
 import torch
 
-from pyro_bnn.ops.block_cg import block_conjugate_gradient, orthonormal_rows
-from pyro_bnn.ops.conjugate_basis import ConjugateBasis
-from pyro_bnn.ops.krylov import conjugate_gradient, smallest_eigenvalue
+from pyro_bnn.ops.block_cg import (
+    ConjugateBasis,
+    block_conjugate_gradient,
+    conjugate_gradient,
+    orthonormal_rows,
+)
+from pyro_bnn.ops.krylov import nystrom_preconditioner, smallest_eigenvalue
 from pyro_bnn.ops.newton import newton_cg
-from pyro_bnn.ops.preconditioner import nystrom_preconditioner
 from tests.common import assert_close
 
 

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian, mistaken_entries
-from pyro_bnn.curvature.suspects import suspects
+from pyro_bnn.curvature.guard import CheckedJacobian, checked_jacobian, mistaken_entries, suspects
 from tests.common import assert_close
 
 B = 6

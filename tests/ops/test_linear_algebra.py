@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from pyro_bnn.infer.hfl.loss import by_chunks
-from pyro_bnn.ops.block_cg import block_conjugate_gradient, orthonormal_rows
-from pyro_bnn.ops.conjugate_basis import ConjugateBasis
+from pyro_bnn.ops.block_cg import (
+    ConjugateBasis,
+    block_conjugate_gradient,
+    conjugate_gradient,
+    orthonormal_rows,
+)
 from pyro_bnn.ops.jacobian import dense, hvp_operator, jacobian, jvp_operator, vjp
-from pyro_bnn.ops.krylov import conjugate_gradient, largest_eigenvalue, smallest_eigenvalue
+from pyro_bnn.ops.krylov import largest_eigenvalue, nystrom_preconditioner, smallest_eigenvalue
 from pyro_bnn.ops.newton import (
     _exact_step,
     _spectrum,
@@ -21,7 +25,6 @@ from pyro_bnn.ops.newton import (
     newton_cg,
     value_and_gradient,
 )
-from pyro_bnn.ops.preconditioner import nystrom_preconditioner
 from tests.common import assert_close
 
 
@@ -407,6 +410,10 @@ def test_sums_of_terms(keep_graphs):
     assert_close(result.point, torch.arange(1.0, 4.0) ** (1 / 3), rtol=1e-9)
     assert result.decrement <= 1e-9
     assert not result.indefinite
+    calls = []
+    counted = lambda u: (calls.append(1), quartic(u))[1]  # noqa: E731
+    again = newton_cg(counted, torch.full((3,), 2.0), tolerance=1e-9, keep_graphs=True)
+    assert len(calls) == 2 * again.evaluations - 1  # a graph of the curvature at every point but the last
 
 
 def test_the_decrement_is_the_distance_before_the_last_step():

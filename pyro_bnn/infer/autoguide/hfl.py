@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.distributions.factor_normal import FactorNormal
@@ -18,7 +19,7 @@ from pyro_bnn.infer.hfl.api import Method, solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
-from pyro_bnn.infer.hfl.sandwich import score_responses
+from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
 from pyro_bnn.ops.options import require_number
 
@@ -136,10 +137,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         :raises ValueError: for data that are empty, not finite, or without observations.
         """
         result = self._solve(data, targets, options)
-        self.gradients, self.displacements = result.gradients, result.displacements
-        self.covariance = _responses(result)
         value, gradient = self.negative_log_joint(data)
-        self._finish(data, result)
+        self._finish(data, result, result.gradients, result.displacements, _responses(result))
         self.map_report = MAPReport(
             float(value), float(gradient.norm()), result.newton_decrement, result.smallest_curvature
         )
@@ -164,9 +163,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             )
         result = self._solve(data, targets, options)
         cross = 0.5 * (J @ result.displacements.mT + D @ result.gradients.mT)
-        self.gradients = torch.cat([J, result.gradients])
-        self.displacements = torch.cat([D, result.displacements])
-        self.covariance = torch.cat([torch.cat([K, cross], 1), torch.cat([cross.mT, _responses(result)], 1)])
+        J, D = torch.cat([J, result.gradients]), torch.cat([D, result.displacements])
+        K = torch.cat([torch.cat([K, cross], 1), torch.cat([cross.mT, _responses(result)], 1)])
         old = self.result
         if old is not None:  # a guide loaded from a state dict has none
             result = replace(
@@ -179,7 +177,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 gradient_evaluations=old.gradient_evaluations + result.gradient_evaluations,
                 iterations=old.iterations + result.iterations,
             )
-        self._finish(data, result)
+        self._finish(data, result, J, D, K)
         return self
 
     def _solve(self, data: Any, targets: Any, options: dict[str, Any]) -> HFLResult:
@@ -203,36 +201,23 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             **options,
         )
 
-    def _finish(self, data: Any, result: HFLResult) -> None:
+    def _finish(self, data: Any, result: HFLResult, J: Tensor, D: Tensor, K: Tensor) -> None:
         """The factor from gradients, displacements and covariance, and the remainder."""
-        J, D, K = self.gradients, self.displacements, self.covariance
-        assert J is not None
-        assert D is not None
-        assert K is not None
+        self.gradients, self.displacements, self.covariance = J, D, K
         sd = unit_scale(K.diagonal())
-        sandwich = None
-        if self.robust:
-            scores = score_responses(self.packed, self.loc, data, D)
-            sandwich = scores.mT @ scores
-        wanted = K if sandwich is None else sandwich
+        scores = sandwich(self.packed, self.loc, data, D) if self.robust else None
+        wanted = K if scores is None else scores
         scaled = J / sd[:, None]
         factor = low_rank_factor(scaled, D / sd[:, None], wanted / sd / sd[:, None], result.antisymmetry)
         if self.remainder is not None:
             factor, self.basis = _split(factor, scaled)
             self.remainder_precision = self._precision(data, result.proximal)
         self.factor = factor
-        self.result = replace(
-            result,
-            gradients=J,
-            displacements=D,
-            factor=factor,
-            half=result.half if self.method == "probe" else J @ factor,
-            sandwich=sandwich,
-            variances=result.variances if self.method == "probe" else K.diagonal().clone(),
-            shape=result.shape
-            if self.method == "probe" or len(result.variances) == len(J)
-            else torch.Size([len(J)]),
-        )
+        own: dict[str, Any] = {"gradients": J, "displacements": D, "factor": factor, "sandwich": scores}
+        if self.method != "probe":  # whose result is about the last targets alone
+            own |= {"half": J @ factor, "variances": K.diagonal().clone()}
+            own |= {} if len(result.variances) == len(J) else {"shape": torch.Size([len(J)])}
+        self.result = replace(result, **own)
         self._posterior = None
 
     def _precision(self, data: Any, proximal: float) -> Tensor:
@@ -267,8 +252,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 "describes them without targets: give their latents a proper prior, or leave remainder out."
             )
 
+    @override
     def to_point_estimate(self) -> Self:
-        """See :meth:`LinearizedGuide.to_point_estimate`."""
         self.result = None
         return super().to_point_estimate()
 

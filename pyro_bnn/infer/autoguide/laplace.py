@@ -2,63 +2,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laplace approximations of any Pyro model."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
+from typing_extensions import override
 
-from pyro_bnn.curvature.accumulate import (
-    Accumulated,
-    CurvatureAccumulator,
-    accumulate_examples,
-    accumulate_operators,
-    check_option,
-)
-from pyro_bnn.curvature.capture import Capture
-from pyro_bnn.curvature.definite import (
-    TOLERANCE,
-    blame,
-    describe,
-    expected_error,
-    require_minimum,
-    require_resolved,
-)
-from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart, FullNormal
-from pyro_bnn.curvature.diagonal import DiagonalNormal, DiagonalPart
-from pyro_bnn.curvature.fisher_checks import require_scores
-from pyro_bnn.curvature.kronecker import KroneckerSum
+from pyro_bnn.curvature.accumulate import Accumulated, check_option
+from pyro_bnn.curvature.definite import require_minimum
+from pyro_bnn.curvature.dense import FullNormal
+from pyro_bnn.curvature.diagonal import DiagonalNormal
 from pyro_bnn.curvature.linear_maps import Sharing
-from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.curvature.output_covariances import joint_covariance_blocks
 from pyro_bnn.curvature.part_store import PartStore
-from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
-from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
-from pyro_bnn.curvature.selection import Selection, largest, select
+from pyro_bnn.curvature.parts import CurvatureSum, Part
+from pyro_bnn.curvature.selection import Selection, select
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.curvature.subset import count_examples, random_subset
-from pyro_bnn.curvature.uses import LinearUse
-from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
+from pyro_bnn.distributions.precision_normal import PrecisionNormal
+from pyro_bnn.infer.autoguide.laplace_curvature import LaplaceCurvature
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
-from pyro_bnn.infer.evidence import (
-    Per,
-    differentiable_evidence,
-    optimize_evidence,
-    optimize_grid,
-    optimize_validation,
-    prior_change,
-    tau_of,
-)
-from pyro_bnn.infer.hyperparameters import HyperparameterReport
+from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
+from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
 from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import as_batches
-from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
-from pyro_bnn.ops.jacobian import hvp_operator, wide
-from pyro_bnn.ops.memory import available_bytes, readable, require_memory
-from pyro_bnn.ops.notice import CurvatureWarning, warn_user
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
@@ -214,6 +182,18 @@ class AutoLaplace(LinearizedGuide):
         """
         return cls(model, sites="last_layer", **options)
 
+    @property
+    def at_mode(self) -> LaplaceCurvature:
+        """The curvature at the present point estimate."""
+        return LaplaceCurvature(
+            self.packed, self.loc, self.active, self.structure, self.curvature, self.rank, self.subset_size,
+            self.sharing, self.num_samples, self.chunk_size, self.budget, self.memory_limit,
+        )  # fmt: skip
+
+    @override
+    def _stream(self, *, differentiable: bool = False) -> ExampleStream:
+        return self.at_mode.stream(differentiable=differentiable)
+
     # ------------------------------------------------------------------ fit
 
     @torch.inference_mode(False)
@@ -255,14 +235,12 @@ class AutoLaplace(LinearizedGuide):
         with self.packed.continuing(None if override else self._covered if before is not None else {}):
             if before is None:
                 self._select(data, generator)
-            found, parts, posterior = self._resolved(data, generator, before)
+            found, parts, posterior = self.at_mode.resolved(data, generator, before)
             prior, prior_value = found.prior, found.log_prior
             if self.curvature == "hessian" and self.structure != "full":
-                index = torch.cat([part.index for part in parts])
-                scale = posterior.variance[index].sqrt()
-                require_minimum(
-                    self._joint_hessian(index, data, prior), scale, index, self.packed.space, len(self.loc)
-                )
+                index = self.at_mode.index
+                operator, scale = self.at_mode.joint_hessian(data, prior), posterior.variance[index].sqrt()
+                require_minimum(operator, scale, index, self.packed.space, len(self.loc))
             coverage = self.packed.last_coverage
         assert coverage is not None
         value = -found.log_likelihood - prior_value
@@ -288,28 +266,6 @@ class AutoLaplace(LinearizedGuide):
             )
         return self
 
-    def _resolved(
-        self, data: Any, generator: torch.Generator | None, before: Sequence[Part] | None
-    ) -> tuple[Accumulated, list[Part], PrecisionNormal]:
-        """Curvature and posterior, summed in float64 where the guide's own precision does not suffice."""
-        dtype = wide(self.loc).dtype
-        found, parts = self.curvature_parts(data, generator, before)
-        sums = dtype
-        if dtype == torch.float32 and self.curvature != "hessian" and self.structure != "diagonal":
-            try:
-                posterior = self._assemble(parts, None)
-                if expected_error(posterior, dtype) <= TOLERANCE:
-                    return found, parts, posterior
-            except NotAMinimumError:  # by rounding, perhaps
-                pass
-            sums = torch.float64
-            found, parts = self.curvature_parts(data, generator, before, dtype=sums)
-        posterior = self._assemble(parts, None)
-        error = expected_error(posterior, sums)
-        if error > TOLERANCE:
-            warn_user(describe(posterior, error), CurvatureWarning)
-        return found, parts, posterior
-
     def curvature_parts(
         self,
         data: Any,
@@ -327,230 +283,29 @@ class AutoLaplace(LinearizedGuide):
         :param dtype: the precision of sums over data; by default the guide's.
         :return: values and gradients of log prior and log likelihood, and the parts of the curvature.
         """
-        total = self._make_sum(data, generator, dtype)
-        if before is not None:
-            total.resume(before)
-        found = self._accumulate(total, data, generator)
-        return found, total.parts(found.prior)
-
-    def _index(self) -> Tensor:
-        """Positions of the random entries."""
-        if self.active is None:
-            return torch.arange(len(self.loc), device=self.loc.device)
-        return self.active.nonzero().squeeze(-1)
-
-    def _select(self, data: Any, generator: torch.Generator | None) -> None:
-        batch = as_batches(data).first
-        if self.sites is not None:  # a few examples show which layer is the last
-            batch = next(ExampleStream(self.packed, self.loc).chunks(batch))
-        self.active = select(self.packed, self.sites, self.loc.detach(), batch)
-        if self.subnetwork is None:
-            return
-        assert self.subnetwork_size is not None
-        if self.subnetwork == "largest_magnitude":
-            values = self.loc.detach().abs()
-        elif self.subnetwork == "random":
-            values = torch.rand(len(self.loc), generator=generator).to(self.loc)
-        else:
-            total = CurvatureSum([DiagonalPart.zero(self._index(), wide(self.loc.detach()))])
-            stream = ExampleStream(self.packed, self.loc, self.active, budget=self.budget)
-            found = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn"))
-            (part,) = total.parts(found.prior)
-            values = torch.zeros_like(self.loc)
-            values[part.index] = (part.tensors["curvature"] + part.prior).reciprocal()
-        values = values.detach()
-        broadcast([values])  # every process takes the same entries
-        self.active = largest(values, self.subnetwork_size, self.active)
-
-    def _make_sum(
-        self, data: Any, generator: torch.Generator | None, dtype: torch.dtype | None = None
-    ) -> CurvatureSum:
-        index, latent = self._index(), wide(self.loc.detach()).to(dtype)
-        self._require_memory(index, data)
-        if self.structure in ("full", "diagonal", "kronecker", "block"):
-            return self.empty_sum(dtype)
-        options: dict[str, Any] = {
-            "method": self.structure,
-            "rank": self.rank,
-            "generator": generator,
-            "memory_limit": self.memory_limit,
-        }
-        if self.curvature == "hessian":
-            return LowRankSum(index, latent, operator=self._hessian(index, data), **options)
-        subset = None
-        if self.subset_size is not None:
-            subset = random_subset(self._stream(), data, self.subset_size, generator)
-        elif self.structure == "function_space":
-            options["num_examples"] = count_examples(self._stream(), data)
-        # every pass over the data must give the same rows
-        seed = int(torch.randint(2**62, (), generator=generator))
-
-        def rows(reserve: Reserve) -> Iterator[Tensor]:
-            stream = self._stream()
-            chunks = stream.run(data) if subset is None else subset.run(stream)
-            cotangents = self._cotangents(torch.Generator().manual_seed(seed))
-            return curvature_rows(chunks, cotangents, index, reserve, subset.weight if subset else 1.0)
-
-        return LowRankSum(index, latent, rows=rows, **options)
+        return self.at_mode.parts(data, generator, before, dtype)
 
     def empty_sum(self, dtype: torch.dtype | None = None) -> CurvatureSum:
         """
         :param dtype: the precision of the sum; by default the guide's.
         :return: a sum of curvatures over data, still zero, in the structures "full", "diagonal", "kronecker", "block".
         """
-        index, latent = self._index(), wide(self.loc.detach()).to(dtype)
-        if self.structure == "kronecker":
-            return KroneckerSum(index, latent, self.sharing)
-        if self.structure == "diagonal":
-            return CurvatureSum([DiagonalPart.zero(index, latent)])
-        groups = [index] if self.structure == "full" else self._groups(index)
-        return CurvatureSum([DensePart.zero(group, latent) for group in groups])
+        return self.at_mode.empty_sum(dtype)
 
-    def _groups(self, index: Tensor) -> list[Tensor]:
-        """The random entries of each site."""
-        mask = torch.zeros(len(self.loc), dtype=torch.bool, device=index.device)
-        mask[index] = True
-        places = torch.arange(len(self.loc), device=index.device)
-        groups = [places[s][mask[s]] for s in self.packed.space.slices.values()]
-        return [group for group in groups if len(group)]
-
-    def _require_memory(self, index: Tensor, data: Any) -> None:
-        """Raises before anything is allocated, and names the structures that would fit."""
-        limit = available_bytes(self.loc.device) if self.memory_limit is None else self.memory_limit
-        sizes = self._memory(index, data)
-        if sizes[self.structure] <= limit:
-            return
-        order = ("full", "block", "kronecker", "low_rank", "diagonal")
-        fitting = [f"structure={name!r} ({readable(sizes[name])})" for name in order if sizes[name] <= limit]
-        advice = (
-            f"These would fit: {', '.join(fitting)}; or take fewer latents: sites='last_layer', a subnetwork."
-            if fitting
-            else "No structure over all of these fits: take fewer latents with sites='last_layer' or a subnetwork."
-        )
-        require_memory(
-            sizes[self.structure],
-            f"structure={self.structure!r} over {len(index):,} entries",
-            self.loc.device,
-            advice,
-            limit,
-        )
-
-    def _memory(self, index: Tensor, data: Any) -> dict[str, float]:
-        """Peak bytes of each structure: the sum, its decomposition, and what both need to be computed."""
-        q = len(index)
-        factors = q
-        if self.structure in ("kronecker", "full", "block"):
-            kept = self._linear_shapes(data)
-            covered = sum(out * into for out, into in kept)
-            # offsets and the like are dense blocks of at most DENSE_LIMIT entries
-            factors = sum(out**2 + into**2 for out, into in kept) + (q - covered) * min(
-                q - covered, DENSE_LIMIT
-            )
-        numbers = {
-            "full": 4 * q**2,
-            "block": 4 * sum(len(group) ** 2 for group in self._groups(index)),
-            "kronecker": 3 * factors + 2 * q,
-            "diagonal": 3 * q,
-            "low_rank": 6 * q * (self.rank + 10),
-            "nystrom": 10 * q * self.rank,
-            "function_space": 3 * q,  # what follows is checked row by row
-        }
-        itemsize = wide(self.loc.detach()).element_size()
-        return {name: float(number * itemsize) for name, number in numbers.items()}
-
-    def _linear_shapes(self, data: Any) -> list[tuple[int, int]]:
-        """Shapes of the weights of linear maps, by one pass over two data points."""
+    def _select(self, data: Any, generator: torch.Generator | None) -> None:
         batch = as_batches(data).first
-        rows = self.packed.rows(self.loc, batch, 1)
-        latent = self.loc.detach().clone().requires_grad_(True)
-        with Capture(latent, self.active) as capture:
-            few = rows[0].take((*batch, {}), slice(0, 2))[:2] if rows and rows[0].separate else batch
-            self.packed.trace(latent, few)
-        found = {}
-        for use in capture.uses:
-            if isinstance(use, LinearUse):
-                found[int(use.index.reshape(-1)[0])] = (use.index.shape[0], use.index.shape[1])
-        return list(found.values())
-
-    def _stream(self, *, differentiable: bool = False) -> ExampleStream:
-        return ExampleStream(
-            self.packed, self.loc, self.active, budget=self.budget, differentiable=differentiable
-        )
-
-    def _cotangents(self, generator: torch.Generator | None) -> Callable[[Any], Any]:
-        kind: Any = self.curvature
-        return lambda site: site.cotangents(kind, num_samples=self.num_samples, generator=generator)
-
-    def _accumulate(self, total: CurvatureSum, data: Any, generator: torch.Generator | None) -> Accumulated:
-        if isinstance(total, LowRankSum) or self.curvature == "hessian":
-            value, gradient = self.negative_log_joint(data)
-            latent = self.loc.detach().clone().requires_grad_(True)
-            trace = self.packed.trace(latent, as_batches(data).first)
-            if self.curvature != "hessian":
-                require_scores(self.packed, trace, latent)
-            prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)
-            log_prior = self.packed.log_prior(latent, trace).detach()
-            if not isinstance(total, LowRankSum):
-                accumulator = CurvatureAccumulator(
-                    self.packed, self.loc, "hessian", chunk_size=self.chunk_size
-                )
-                accumulate_operators(total, accumulator, data)
-            return Accumulated(prior, log_prior, -value - log_prior, gradient - prior.gradient)
-        return accumulate_examples(total, self._stream(), data, self._cotangents(generator))
-
-    def _hessian(self, index: Tensor, data: Any) -> Callable[[Tensor], Tensor]:
-        accumulator = CurvatureAccumulator(self.packed, self.loc, "hessian", chunk_size=self.chunk_size)
-
-        def multiply(v: Tensor) -> Tensor:
-            full = v.new_zeros(v.shape[0], len(self.loc))
-            full[:, index] = v
-            total = torch.zeros_like(v)
-            for _, value in accumulator.likelihood_terms(data):
-                if value.requires_grad:
-                    total = total + hvp_operator(value, accumulator.latent)(full)[:, index]
-            return total
-
-        return multiply
-
-    def _joint_hessian(self, index: Tensor, data: Any, prior: PriorCurvature) -> Callable[[Tensor], Tensor]:
-        likelihood, own = self._hessian(index, data), prior.restricted(index)
-
-        def multiply(v: Tensor) -> Tensor:
-            image = likelihood(v.to(self.loc))
-            all_reduce_sum([image])
-            return image + own(v)
-
-        return multiply
+        if self.sites is not None:  # a few examples show which layer is the last
+            batch = next(ExampleStream(self.packed, self.loc).chunks(batch))
+        self.active = select(self.packed, self.sites, self.loc.detach(), batch)
+        if self.subnetwork is not None and self.subnetwork_size is not None:
+            self.active = self.at_mode.subnetwork(self.subnetwork, self.subnetwork_size, data, generator)
 
     # ------------------------------------------------------------------ posterior
 
+    @override
     def to_point_estimate(self) -> Self:
-        """See :meth:`LinearizedGuide.to_point_estimate`."""
         self.part_store.set([])
         return super().to_point_estimate()
-
-    def _assemble(self, parts: list[Part], tau: Tensor | None) -> PrecisionNormal:
-        loc = wide(self.loc.detach()).clone()
-        try:
-            pieces = [
-                (part.index, part.posterior(loc, None if tau is None else tau_of(part, tau)))
-                for part in parts
-            ]
-        except NotAMinimumError as error:
-            where = blame(self.packed.space, parts, len(loc))
-            if self.curvature == "hessian":
-                raise NotAMinimumError(f"curvature={self.curvature!r}: {error}{where}") from None
-            raise NotAMinimumError(
-                f"curvature={self.curvature!r} is positive semi-definite, but together with the prior it is not "
-                f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
-                f"precision. Use float64 or a narrower prior.{where} ({error})"
-            ) from None
-        for part, (index, piece) in zip(parts, pieces, strict=True):
-            sums = part.tensors.get("curvature", part.prior).dtype
-            require_resolved(piece, index, self.packed.space, len(loc), sums)
-        if len(pieces) == 1 and torch.equal(pieces[0][0], torch.arange(len(loc), device=loc.device)):
-            return pieces[0][1]
-        return BlockNormal(loc, pieces)
 
     def _report(self, posterior: PrecisionNormal, parts: list[Part], value: Tensor, gradient: Tensor) -> None:
         random = torch.zeros_like(gradient)
@@ -560,9 +315,10 @@ class AutoLaplace(LinearizedGuide):
         smallest = float(posterior.smallest_precision)
         self.map_report = MAPReport(float(value), float(random.norm()), float(decrement), smallest)
 
-    def _make_posterior(self) -> dist.TorchDistribution | None:
+    @override
+    def _make_posterior(self) -> PrecisionNormal | None:
         parts = self.part_store.get()
-        return self._assemble(parts, self.tau) if parts else None
+        return self.at_mode.gaussian(parts, self.tau) if parts else None
 
     @property
     def precision(self) -> Tensor:
@@ -610,19 +366,12 @@ class AutoLaplace(LinearizedGuide):
         self.posterior  # noqa: B018  raises before laplace_approximation
         if data is not None:
             return differentiable_evidence(self, data)
-        assert self.log_joint is not None
-        return self._evidence_of(self.part_store.get(), self.log_joint, self.tau if tau is None else tau)
+        return self._evidence().value(self.tau if tau is None else tau)
 
-    def _evidence_of(self, parts: Sequence[Part], log_joint: Tensor, tau: Tensor | None = None) -> Tensor:
-        total = log_joint.double()
-        for part in parts:
-            scale = None if tau is None else tau_of(part, tau)
-            log_det = part.posterior(wide(self.loc.detach()), scale).log_det_precision
-            total = total + 0.5 * (len(part.index) * math.log(2 * math.pi) - log_det)
-            if scale is not None:
-                assert self.prior_gradient is not None
-                total = total + prior_change(part, self.prior_gradient[part.index], scale)
-        return total
+    def _evidence(self) -> LaplaceEvidence:
+        assert self.log_joint is not None
+        assert self.prior_gradient is not None
+        return LaplaceEvidence(self.part_store.get(), self.log_joint, self.prior_gradient, self.loc)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -653,10 +402,34 @@ class AutoLaplace(LinearizedGuide):
         check_option("per", per, Per)
         self.posterior  # noqa: B018  raises before laplace_approximation
         grid = [10.0 ** (0.4 * i - 4) for i in range(21)] if candidates is None else list(candidates)
-        if method == "validation":
-            if data is None:
-                raise ValueError("method='validation' needs held-out data, e.g. data=(x_val, y_val)")
-            return optimize_validation(self, as_batches(data), grid, per=per, num_samples=num_samples)
-        if method == "grid":
-            return optimize_grid(self, grid, per=per)
-        return optimize_evidence(self, per=per)
+        groups = Groups(self.packed.space.slices, self.loc, self.active, per)
+        if method == "evidence":
+            report = self._evidence().maximise(groups)
+        elif method == "grid":
+            report = self._evidence().best_of(grid, groups)
+        else:
+            report = self._validate(data, grid, groups, num_samples)
+        self._multiply_prior(groups.found(report))
+        return report
+
+    def _validate(
+        self, data: Any, candidates: Sequence[float], groups: Groups, num_samples: int
+    ) -> HyperparameterReport:
+        if data is None:
+            raise ValueError("method='validation' needs held-out data, e.g. data=(x_val, y_val)")
+        if not self.packed.observed:
+            raise ValueError(
+                "method='validation' scores observations, and the model has none, only pyro.factor statements: use "
+                "method='evidence'."
+            )
+        batches = as_batches(data)
+
+        def score(tau: Tensor) -> float:
+            self._multiply_prior(groups.expand(tau))
+            return validation_score(self, batches, num_samples=num_samples)
+
+        return search(groups, candidates, score)
+
+    def _multiply_prior(self, tau: Tensor) -> None:
+        self.tau = tau.detach().clone().to(self.loc)
+        self._posterior = None

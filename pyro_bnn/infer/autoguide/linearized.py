@@ -57,12 +57,15 @@ class MAPReport:
     smallest_curvature: float
 
 
-def _nothing(value: Tensor) -> Tensor:
-    return value.new_empty(0)
-
-
-def _multiply_transposed(rows: Tensor, v: Tensor) -> Tensor:
-    return v @ rows.mT
+def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
+    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
+    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
+            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
+            "guide.sample_posterior."
+        )
 
 
 class LinearizedGuide(PackedGuide):
@@ -82,8 +85,9 @@ class LinearizedGuide(PackedGuide):
 
     #: whether the posterior has a density (low-rank Gaussians do not)
     has_density = True
-    #: options that the representation shows
-    _shown: tuple[str, ...] = ()
+    #: what is taken for the curvature of the likelihood
+    curvature: str = "hessian"
+    _shown: tuple[str, ...] = ()  # options that the representation shows
 
     loc: Tensor
 
@@ -110,7 +114,7 @@ class LinearizedGuide(PackedGuide):
             packed.log_likelihood(trace)  # raises where it is not finite
         self._packed = packed
         self.loc = nn.Parameter(self._init_loc())
-        if not packed.observed and self._curvature != "hessian":
+        if not packed.observed and self.curvature != "hessian":
             packed.check_factors(packed.trace(self.loc, batch))
 
     @property
@@ -121,11 +125,6 @@ class LinearizedGuide(PackedGuide):
                 "the guide is not initialised: call guide.initialize(*args) with one batch of data and observations"
             )
         return self._packed
-
-    @property
-    def _curvature(self) -> str:
-        """The curvature that the guide takes of the likelihood."""
-        return getattr(self, "curvature", "hessian")
 
     def __repr__(self) -> str:
         """What the guide is: its options, the number of latents, and whether it has been fitted."""
@@ -177,9 +176,7 @@ class LinearizedGuide(PackedGuide):
         return self._posterior is not None or self._make_posterior() is not None
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
-        """
-        :return: the distribution of the packed vector: a Delta before ``laplace_approximation``, the Gaussian after.
-        """
+        """:return: the distribution of the packed vector: a Delta before ``laplace_approximation``, the Gaussian after."""
         return self.posterior if self.is_fitted else dist.Delta(self.loc).to_event(1)
 
     @override
@@ -217,21 +214,17 @@ class LinearizedGuide(PackedGuide):
             a :class:`PointEstimateWarning`, once.
         """
         shape = torch.Size(sample_shape)
-        if not self.is_fitted:
-            self._warn_point_estimate()
-            return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
-        return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
-
-    def _warn_point_estimate(self) -> None:
-        if self._said_so:
-            return
-        self._said_so = True
-        warn_user(
-            f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance of "
-            "predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate on purpose "
-            "pass its draw, {name: value[None] for name, value in guide.median().items()}.",
-            PointEstimateWarning,
-        )
+        if self.is_fitted:
+            return self.packed.space.unpack(self._draw(shape, generator).to(self.loc))
+        if not self._said_so:
+            self._said_so = True
+            warn_user(
+                f"{type(self).__name__} is still a point estimate: its draws are all the same, and the epistemic variance "
+                "of predictions is zero. Call guide.laplace_approximation(data) first; to predict with the point estimate "
+                "on purpose pass its draw, {name: value[None] for name, value in guide.median().items()}.",
+                PointEstimateWarning,
+            )
+        return self.packed.space.unpack(self.loc.expand(shape + self.loc.shape))
 
     def _draw(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         posterior: Any = self.posterior
@@ -239,9 +232,7 @@ class LinearizedGuide(PackedGuide):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """
-        :return: by site name, the posterior median (the MAP in unconstrained space).
-        """
+        """:return: by site name, the posterior median (the MAP in unconstrained space)."""
         return {name: value.clone() for name, value in self.packed.space.unpack(self.loc).items()}
 
     @torch.no_grad()
@@ -276,8 +267,7 @@ class LinearizedGuide(PackedGuide):
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach. With
-        ``curvature="hessian"`` a warning says where the search ended without reaching a minimum.
+        three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
             ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
@@ -299,17 +289,9 @@ class LinearizedGuide(PackedGuide):
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
             )
         self.packed.require_function(self.loc, data)
-        point = find_mode(
-            self.packed,
-            self.loc,
-            data,
-            tolerance=tolerance,
-            max_iter=max_iter,
-            float64=float64,
-            # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
-            report=self._curvature == "hessian",
-        )
-        self.loc.data.copy_(point)
+        # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
+        options: Any = {"max_iter": max_iter, "float64": float64, "report": self.curvature == "hessian"}
+        self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
         return self
 
     def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
@@ -319,9 +301,8 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches, with observations.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
-        return value_and_gradient(
-            lambda latent: self.packed.losses(latent, data, require_finite=True), self.loc
-        )
+        losses = partial(self.packed.losses, data=data, require_finite=True)
+        return value_and_gradient(losses, self.loc)
 
     def _warn_unconverged(self, limit: float) -> None:
         report = self.map_report
@@ -353,9 +334,9 @@ class LinearizedGuide(PackedGuide):
 
         @cache
         def whole() -> list[SiteOutputs]:
-            # without keeping activations
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing):
+            nothing = lambda value: value.new_empty(0)  # noqa: E731
+            try:  # without keeping activations
+                with torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
                     return self.packed.outputs(stream.latent, batch)
             except RuntimeError:  # a model that takes derivatives itself
                 return self.packed.outputs(stream.latent, batch)
@@ -369,6 +350,7 @@ class LinearizedGuide(PackedGuide):
             mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
             covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            _require_slopes(site.name, covariance, mean)
             joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
             if mine.events:
                 joint = joined(mine.events, shape)
@@ -407,7 +389,7 @@ class LinearizedGuide(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self, shape: torch.Size, generator: Any, batch: Batch
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         return self._linearized(self._draw(shape, generator), batch)
 
@@ -424,7 +406,7 @@ class LinearizedGuide(PackedGuide):
         try:
             self.packed.outputs(latent, batch)
         except (KeyError, ValueError):
-            if self._curvature != "hessian":
+            if self.curvature != "hessian":
                 raise
             return False
         return True
@@ -443,9 +425,11 @@ class LinearizedGuide(PackedGuide):
                         product = jvp_operator(flat, latent)
                     except RuntimeError:  # an operation without second derivatives
                         rows = jacobian(flat, latent, chunk_size=self.chunk_size)
-                        product = partial(_multiply_transposed, rows)
+                        product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
-                outputs = outputs + torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                _require_slopes(site.name, moves, outputs)
+                outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
@@ -477,5 +461,4 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches; observations are not needed.
         :return: an iterator over :meth:`linearized_outputs`.
         """
-        for args, kwargs in iter_batches(data):
-            yield self.linearized_outputs(*args, **kwargs)
+        return (self.linearized_outputs(*args, **kwargs) for args, kwargs in iter_batches(data))

@@ -13,8 +13,9 @@ regularization tractably recovers Bayesian deep learning". The limit follows fro
 """
 
 from pyro_bnn.infer.hfl.api import Method, covariance, regvar, solve, variance
+from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.regvar import RegVarScore
-from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
+from pyro_bnn.infer.hfl.result import HFLResult
 
 __all__ = [
     "HFLResult",

@@ -3,39 +3,39 @@
 """Variances and covariances of any functional of a model's latents."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.curvature.accumulate import Curvature, NotAMinimumError, check_option
-from pyro_bnn.infer.hfl.checks import (
-    check_accuracy,
-    check_sizes,
-    require_derivatives,
-    require_slopes,
-    warn_of,
-)
-from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
-from pyro_bnn.infer.hfl.loss import Problem
-from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
-from pyro_bnn.infer.hfl.nystrom import Probes, probe
+from pyro_bnn.curvature.accumulate import Curvature, check_option
+from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes, require_derivatives, require_slopes
+from pyro_bnn.infer.hfl.diagnostics import HFLWarning
+from pyro_bnn.infer.hfl.direct import cg
+from pyro_bnn.infer.hfl.functionals import Functional
+from pyro_bnn.infer.hfl.nystrom import probe
 from pyro_bnn.infer.hfl.paired import paired
-from pyro_bnn.infer.hfl.perturbation import Perturbation, perturb
+from pyro_bnn.infer.hfl.perturbation import central, one_sided
 from pyro_bnn.infer.hfl.regvar import RegVarScore, regvar_score
-from pyro_bnn.infer.hfl.result import HFLResult, HFLWarning
-from pyro_bnn.infer.hfl.sandwich import score_responses
+from pyro_bnn.infer.hfl.result import HFLResult
+from pyro_bnn.infer.hfl.sandwich import sandwich
+from pyro_bnn.infer.hfl.setup import set_proximal, set_up
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
-from pyro_bnn.model.data import iter_batches, repeatable_batches
-from pyro_bnn.model.handlers import SubstituteMessenger
-from pyro_bnn.model.packed import PackedModel
-from pyro_bnn.ops.distributed import all_reduce_sum
-from pyro_bnn.ops.krylov import smallest_eigenvalue
+from pyro_bnn.infer.hfl.task import Found, Task
 from pyro_bnn.ops.notice import warn_user
-from pyro_bnn.ops.options import require_count, require_number
+from pyro_bnn.ops.options import require_count
 
 Method = Literal["cg", "one_sided", "central", "paired", "probe"]
+
+#: A method is a function in a file of its own.
+METHODS: dict[str, Callable[[Task], Found]] = {
+    "cg": cg,
+    "one_sided": one_sided,
+    "central": central,
+    "paired": paired,
+    "probe": probe,
+}
 
 
 def solve(
@@ -127,22 +127,22 @@ def solve(
         rank=rank, block_size=block_size, num_probes=num_probes, num_epochs=num_epochs, chunk_size=chunk_size,
         max_iter=max_iter,
     )  # fmt: skip
-    problem, functionals = _setup(
+    problem, functionals = set_up(
         guide, data, targets, functional, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
     )
     if functional is not None:
         require_slopes(functionals, by_direction=method == "probe")
         require_derivatives(functionals)
-    notes: list[str] = []
     double = problem.latent.dtype == torch.float64
     epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
     tolerance = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
+    notes: list[str] = []
     if not double and method in ("one_sided", "central") and not 1e-3 <= epsilon <= 3e-2:
         notes.append(
             f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
             "epsilon=3e-3, float64, or method='cg'"
         )
-    _set_proximal(problem, proximal, notes)
+    notes += set_proximal(problem, proximal)
     for text in notes:  # now, because what follows may raise
         warn_user(text, HFLWarning)
     solver = Solver(
@@ -153,61 +153,25 @@ def solve(
         rank=rank,
         block_size=block_size,
     )
-    m = len(functionals)
-    shape = functionals.shape
-    agreement = captured = captured_error = None
-    if method == "probe":
-        newton = solver(problem.gradient[None])[0]
-        probes = probe(functionals, solver, min(num_probes, m), seed=0)
-        result_parts = _from_probes(probes)
-        captured, captured_error = probes.captured, probes.captured_error
-        residual = solver.residual
-    else:
-        pilot = solver(
-            torch.cat([problem.gradient[None], functionals.gradients]),
-            tolerance=None if method == "cg" else 1e-2,
-        )
-        newton, D = pilot[0], pilot[1:]
-        if method == "cg":
-            responses, residual = D @ functionals.gradients.mT, solver.residual
-        else:
-            moved = _perturbed(method, problem, functionals, solver, D, epsilon, num_epochs)
-            if check and method != "paired" and m:
-                agreement = _agreement(method, problem, functionals, solver, D, epsilon, moved)
-            D, responses, residual = moved.displacements, moved.responses, moved.residual
-        result_parts = _from_responses(functionals.gradients, D, responses)
-    gradients, D, variances, factor, half, antisymmetry = result_parts
-    sandwich = None
-    if robust:
-        scores = score_responses(problem.model, problem.latent, data, D)
-        sandwich = scores.mT @ scores
-        all_reduce_sum([sandwich])
+    task = Task(problem, functionals, solver, epsilon, num_epochs, num_probes, check)
+    found = METHODS[method](task)
+    scores = sandwich(problem.model, problem.latent, data, found.displacements) if robust else None
     result = HFLResult(
+        **vars(found),
         method=method,
         curvature=curvature,
-        shape=shape,
+        shape=functionals.shape,
         mean=functionals.values,
-        gradients=gradients,
-        displacements=D,
-        variances=variances,
-        factor=factor,
-        half=half,
-        antisymmetry=antisymmetry,
-        newton_decrement=float((newton @ problem.gradient).clamp(min=0).sqrt()),
-        smallest_curvature=solver.smallest_curvature,
-        residual=residual,
-        sandwich=sandwich,
-        agreement=agreement,
+        sandwich=scores,
         epsilon=epsilon if method in ("one_sided", "central", "paired") else None,
         proximal=problem.proximal,
-        captured=captured,
-        captured_error=captured_error,
+        smallest_curvature=solver.smallest_curvature,
         iterations=solver.iterations,
         products=solver.products,
         gradient_evaluations=problem.gradient_evaluations,
         warnings=notes,
     )
-    warn_of(result, tolerance, solver.largest_curvature, map_tolerance)
+    result.warn(tolerance=tolerance, largest_curvature=solver.largest_curvature, map_tolerance=map_tolerance)
     return result
 
 
@@ -307,145 +271,8 @@ def regvar(
     check_accuracy(epsilon, tolerance)
     check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
     require_count("calibrate", calibrate, least=0)
-    problem, functionals = _setup(
-        guide, data, targets, None, curvature, correct_gradient=True, chunk_size=chunk_size
-    )
+    problem, functionals = set_up(guide, data, targets, None, curvature, chunk_size=chunk_size)
     solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
     return regvar_score(
         problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
-    )
-
-
-def point_estimate(guide: Any, data: Any) -> tuple[PackedModel, Tensor]:
-    """
-    The packed model and point estimate of a guide.
-
-    :param guide: see :func:`solve`.
-    :param data: one batch or an iterable of batches, with observations.
-    :return: the model and a vector of shape ``(p,)``.
-    """
-    if isinstance(getattr(guide, "packed", None), PackedModel):
-        return guide.packed, guide.loc.detach()
-    args, kwargs = next(iter_batches(data))
-    values = guide.median(*args, **kwargs)
-    with poutine.block(), SubstituteMessenger(values):
-        model = PackedModel(guide.model, poutine.trace(guide.model).get_trace(*args, **kwargs))
-    return model, model.space.pack(values).detach()
-
-
-def _setup(
-    guide: Any,
-    data: Any,
-    targets: Any,
-    functional: Functional | None,
-    curvature: Curvature,
-    *,
-    correct_gradient: bool,
-    chunk_size: int,
-) -> tuple[Problem, Functionals]:
-    data = repeatable_batches(data)
-    if targets is None and functional is None:
-        raise ValueError(
-            "nothing to compute a variance of: pass targets=(x_test,) for the outputs at test inputs, or "
-            "functional=lambda latents: ... for a function of the latents"
-        )
-    batch = None
-    if targets is not None:
-        batches = list(iter_batches(targets))
-        if len(batches) != 1:
-            raise ValueError(
-                f"targets hold {len(batches)} batches, expected one: concatenate the inputs, or solve for one batch at a "
-                "time (AutoHessianFreeLaplace.add_targets keeps them together)"
-            )
-        (batch,) = batches
-    model, latent = point_estimate(guide, data)
-    problem = Problem(
-        model, latent, data, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
-    )
-    linearized = curvature == "ggn"
-    if functional is not None:
-        return problem, user_functionals(
-            model, latent, functional, batch, linearized=linearized, chunk_size=chunk_size
-        )
-    assert batch is not None
-    return problem, output_functionals(model, latent, batch, linearized=linearized, chunk_size=chunk_size)
-
-
-def _set_proximal(problem: Problem, proximal: float | Literal["auto"], notes: list[str]) -> None:
-    if proximal != "auto":
-        require_number("proximal", proximal, least=0)
-        problem.proximal = float(proximal)
-        return
-    smallest = smallest_eigenvalue(problem.operator, problem.latent)
-    if smallest <= 0:
-        problem.proximal = 2 * abs(smallest)
-        notes.append(
-            f"the curvature at the point estimate is as low as {smallest:.3g}: it is not a minimum. A proximal term "
-            f"with delta = {problem.proximal:.3g} was added, which biases variances down"
-        )
-
-
-def _perturbed(
-    method: str,
-    problem: Problem,
-    functionals: Functionals,
-    solver: Solver,
-    pilot: Tensor,
-    epsilon: float,
-    num_epochs: int,
-) -> Perturbation:
-    if method == "paired":
-        pilot_variance = (functionals.gradients * pilot).sum(-1)
-        return paired(problem, functionals, solver, pilot_variance, epsilon, num_epochs=num_epochs)
-    return perturb(problem, functionals, solver, pilot, epsilon, central=method == "central")
-
-
-def _agreement(
-    method: str,
-    problem: Problem,
-    functionals: Functionals,
-    solver: Solver,
-    pilot: Tensor,
-    epsilon: float,
-    moved: Perturbation,
-) -> float:
-    """The largest relative difference between variances at ε and ε/3, on at most 8 functionals."""
-    m = len(functionals)
-    chosen = torch.linspace(0, m - 1, min(m, 8), device=pilot.device).round().long().unique()
-    some = functionals.subset(chosen)
-    third = perturb(problem, some, solver, pilot[chosen], epsilon / 3, central=method == "central")
-    ours, theirs = moved.responses.diagonal()[chosen], third.responses.diagonal()
-    tiny = torch.finfo(ours.dtype).tiny
-    return float(((ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs()).clamp(min=tiny)).max())
-
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]
-
-
-def _from_responses(J: Tensor, D: Tensor, responses: Tensor) -> Parts:
-    variances = responses.diagonal().clone()
-    if (variances < 0).any():
-        raise NotAMinimumError(
-            f"{int((variances < 0).sum())} of {len(variances)} variances are negative (smallest "
-            f"{float(variances.min()):.3g}). A minimum pulled towards a functional cannot lower it, so this proves that "
-            "the point estimate is not a minimum or that a minimisation failed (as it does in float32 for an epsilon "
-            "below 1e-3). Call guide.polish(data) in float64, or use curvature='ggn'."
-        )
-    sd = unit_scale(variances)
-    correlation = responses / sd[:, None] / sd
-    antisymmetry = float((0.5 * (correlation - correlation.mT)).abs().max()) if len(sd) else 0.0
-    factor = low_rank_factor(
-        J / sd[:, None], D / sd[:, None], 0.5 * (correlation + correlation.mT), antisymmetry
-    )
-    return J, D, variances, factor, J @ factor, antisymmetry
-
-
-def _from_probes(probes: Probes) -> Parts:
-    return (
-        probes.gradients,
-        probes.displacements,
-        probes.half.square().sum(-1),
-        probes.factor,
-        probes.half,
-        0.0,
     )

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scalar functions of a model's latents whose variances are wanted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +20,10 @@ class Functionals:
     r"""
     m scalar functions :math:`f_j(u)` of the packed latent vector, with their derivatives at a point estimate.
 
-    :param callable function: a differentiable map from a vector of shape ``(p,)`` to a tensor of any shape.
-    :param Tensor latent: the point estimate, shape ``(p,)``.
-    :param bool linearized: whether values elsewhere are those of the linearisation at ``latent``.
-    :param int chunk_size: how many reverse passes run at once.
-    :ivar Tensor values: at the point estimate, shape ``(m,)``.
-    :ivar shape: the shape of the function's value.
+    :param function: a differentiable map from a vector of shape ``(p,)`` to a tensor of any shape.
+    :param linearized: whether values elsewhere are those of the linearisation at ``latent``.
+    :param chunk_size: how many reverse passes run at once.
+    :ivar values: at the point estimate, shape ``(m,)``.
     """
 
     def __init__(
@@ -80,18 +78,8 @@ class Functionals:
                 self._rows = self._leaf.new_zeros(len(self), self._leaf.shape[0]).detach()
         return self._rows
 
-    def element(self, j: int) -> Callable[[Tensor], Tensor]:
-        """
-        :param j: which functional.
-        :return: it, as a function of the packed vector.
-        """
-        return lambda u: self.at(u)[j]
-
     def subset(self, index: Tensor) -> "Functionals":
-        """
-        :param index: which functionals, shape ``(k,)``.
-        :return: these.
-        """
+        """Those at an index of shape ``(k,)``."""
         function = self._function
         some = Functionals(
             lambda u: function(u).reshape(-1)[index],
@@ -103,38 +91,24 @@ class Functionals:
         return some
 
     def transposed(self, weights: Tensor) -> Tensor:
-        """
-        Gradients of linear combinations.
-
-        :param weights: shape ``(S, m)``.
-        :return: shape ``(S, p)``.
-        """
+        """Gradients, shape ``(S, p)``, of linear combinations with weights of shape ``(S, m)``."""
         return vjp(self._graph, self._leaf, weights).detach()
 
     def responses(self, displacements: Tensor) -> Tensor:
-        """
-        First-order changes of all functionals.
-
-        :param displacements: shape ``(S, p)``.
-        :return: shape ``(S, m)``.
-        """
+        """First-order changes of all functionals, shape ``(S, m)``, to displacements of shape ``(S, p)``."""
         if self._rows is not None:
             return displacements @ self._rows.mT
         operator = jvp_operator(self._graph, self._leaf)
         return torch.cat([operator(part) for part in displacements.split(self.chunk_size)])
 
     def evaluate(self, latent: Tensor) -> Tensor:
-        """
-        :param latent: shape ``(p,)``.
-        :return: the values of the function itself there, linearised or not, shape ``(m,)``.
-        """
+        """The values of the function itself, linearised or not, shape ``(m,)``."""
         return self._function(latent).reshape(-1)
 
     def differences(self, offset: Tensor) -> tuple[Tensor, Tensor]:
         """
-        :param offset: shape ``(p,)``.
-        :return: how much the function itself grows from the point estimate less the offset to it, and from there to the
-            point with the offset, each of shape ``(m,)``.
+        How much the function itself grows from the point estimate less an offset to it, and from there to the point with
+        the offset, each of shape ``(m,)``.
         """
         with torch.enable_grad():  # which a function may take itself
             below, above = (
@@ -143,10 +117,7 @@ class Functionals:
         return self.values - below, above - self.values
 
     def at(self, latent: Tensor) -> Tensor:
-        """
-        :param latent: shape ``(p,)``; a graph reaches it if it requires a gradient.
-        :return: the values there, shape ``(m,)``.
-        """
+        """The values at a vector, shape ``(m,)``; a graph reaches it if it requires a gradient."""
         if self.linearized:
             return self.values + self.gradients @ (latent - self._leaf.detach())
         # which parameters of a site depend on the latents is read off the graph
@@ -154,52 +125,22 @@ class Functionals:
         return self._function(leaf).reshape(-1)
 
 
-def output_functionals(
-    model: PackedModel, latent: Tensor, targets: Batch, *, linearized: bool = False, chunk_size: int = 256
-) -> Functionals:
+def output_functionals(model: PackedModel, latent: Tensor, targets: Batch, **options: Any) -> Functionals:
     """
-    The parameters of the observed sites at target inputs: the mean of a Normal, the logits of a Categorical.
-
-    :param model: the packed model.
-    :param latent: the point estimate, shape ``(p,)``.
-    :param targets: arguments of the model; observations are not needed.
-    :param linearized: see :class:`Functionals`.
-    :param chunk_size: see :class:`Functionals`.
-    :return: functionals of shape ``site shape + (C,)``; several observed sites are flattened and concatenated.
+    The parameters of the observed sites at target inputs: the mean of a Normal, the logits of a Categorical; of shape
+    ``site shape + (C,)``, several observed sites flattened and concatenated.
     """
 
     def function(u: Tensor) -> Tensor:
         outputs = [site.outputs for site in model.outputs(u, targets)]
         return outputs[0] if len(outputs) == 1 else torch.cat([o.reshape(-1) for o in outputs])
 
-    return Functionals(function, latent, linearized=linearized, chunk_size=chunk_size)
+    return Functionals(function, latent, **options)
 
 
 def user_functionals(
-    model: PackedModel,
-    latent: Tensor,
-    functional: Functional,
-    targets: Batch | None,
-    *,
-    linearized: bool = False,
-    chunk_size: int = 256,
+    model: PackedModel, latent: Tensor, functional: Functional, targets: Batch | None, **options: Any
 ) -> Functionals:
-    """
-    A user's function of the latents.
-
-    :param model: the packed model.
-    :param latent: the point estimate, shape ``(p,)``.
-    :param functional: called with the constrained latents by site name, and with the targets if there are any.
-    :param targets: further arguments of ``functional``, or ``None``.
-    :param linearized: see :class:`Functionals`.
-    :param chunk_size: see :class:`Functionals`.
-    :return: functionals of the shape of the function's value.
-    """
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    """A user's function of the constrained latents by site name, and of the targets if there are any."""
     args, kwargs = targets if targets is not None else ((), {})
-
-    def function(u: Tensor) -> Tensor:
-        return functional(model.space.unpack(u), *args, **kwargs)
-
-    return Functionals(function, latent, linearized=linearized, chunk_size=chunk_size)
+    return Functionals(lambda u: functional(model.space.unpack(u), *args, **kwargs), latent, **options)

@@ -19,42 +19,29 @@ from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.curvature.fisher_checks import require_scores
-from pyro_bnn.model.data import Batch, is_single_batch, iter_batches
+from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.model.handlers import Site
 from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.jacobian import LinearMap, jvp_operator, vjp
-from pyro_bnn.ops.newton import hessian_operator, value_and_gradient
+from pyro_bnn.ops.newton import Terms, value_and_gradient
 
 
 def by_chunks(operator: LinearMap, chunk_size: int) -> LinearMap:
-    """
-    :param operator: a linear map.
-    :param chunk_size: how many vectors it is given at once.
-    :return: the same map for any number of vectors.
-    """
-
-    def multiply(v: Tensor) -> Tensor:
-        if v.shape[0] <= chunk_size:
-            return operator(v)
-        return torch.cat([operator(part) for part in v.split(chunk_size)])
-
-    return multiply
+    """A linear map that gives another at most ``chunk_size`` vectors at once."""
+    return lambda v: torch.cat([operator(part) for part in v.split(chunk_size)])
 
 
 class Problem:
     """
     The loss of a model around a point estimate.
 
-    :param PackedModel model: the packed model.
-    :param Tensor latent: the point estimate, shape ``(p,)``.
-    :param data: one batch or an iterable of batches, with observations.
-    :param str curvature: ``"hessian"`` or ``"ggn"``.
-    :param float proximal: δ.
-    :param bool correct_gradient: whether the point estimate is made stationary.
-    :param int chunk_size: how many vectors are multiplied at once.
-    :ivar Tensor gradient: of the uncorrected loss at the point estimate, shape ``(p,)``.
-    :ivar int gradient_evaluations: gradients over all the data so far.
+    :param latent: the point estimate, shape ``(p,)``.
+    :param proximal: δ.
+    :param correct_gradient: whether the point estimate is made stationary.
+    :param chunk_size: how many vectors are multiplied at once.
+    :ivar gradient: of the uncorrected loss at the point estimate, shape ``(p,)``.
+    :ivar gradient_evaluations: gradients over all the data so far.
     :raises ValueError: if the loss is not a function of the latents, or its gradient is not finite.
     """
 
@@ -93,13 +80,7 @@ class Problem:
         self._base = by_chunks(CurvatureAccumulator(model, self.latent, curvature).operator(data), chunk_size)
 
     def operator(self, v: Tensor) -> Tensor:
-        """
-        Products with the curvature at the point estimate, proximal term included.
-
-        :param v: shape ``(S, p)``.
-        :return: shape ``(S, p)``.
-        :raises NotAMinimumError: if they are not finite.
-        """
+        """Products with the curvature at the point estimate, proximal term included, of shape ``(S, p)`` both."""
         product = self._base(v)
         if not torch.isfinite(product).all():
             raise NotAMinimumError(
@@ -109,12 +90,7 @@ class Problem:
         return product + self.proximal * v if self.proximal else product
 
     def gradients(self, offsets: Tensor) -> Tensor:
-        r"""
-        Gradients of the loss, corrected and with the proximal term, at :math:`\hat u` + offsets.
-
-        :param offsets: shape ``(S, p)``.
-        :return: shape ``(S, p)``.
-        """
+        r"""Gradients of the loss, corrected and with the proximal term, at :math:`\hat u` + offsets, shape ``(S, p)``."""
         self.gradient_evaluations += offsets.shape[0]
         if self.curvature == "hessian":
             rows = [value_and_gradient(self._terms, self.latent + offset)[1] for offset in offsets]
@@ -126,14 +102,7 @@ class Problem:
         return gradients + self._extra(offsets)
 
     def batch_gradients(self, offsets: Tensor, batch: Batch, scale: float) -> Tensor:
-        r"""
-        Stochastic gradients of the loss: the likelihood of one batch counts ``scale`` times.
-
-        :param offsets: shape ``(S, p)``.
-        :param batch: arguments of the model, with observations.
-        :param scale: the number of batches.
-        :return: shape ``(S, p)``.
-        """
+        """Stochastic gradients of the loss, shape ``(S, p)``: the likelihood of one batch counts ``scale`` times."""
         if self.curvature == "ggn":
             leaf = self.latent.clone().requires_grad_(True)
             likelihood = self._linearized_gradients(offsets, leaf, [self.model.trace(leaf, batch)])
@@ -147,6 +116,18 @@ class Problem:
 
             gradients = torch.stack([value_and_gradient(terms, self.latent + o)[1] for o in offsets])
         return gradients + self._extra(offsets)
+
+    def perturbed(self, functional: Callable[[Tensor], Tensor], shift: float) -> Terms:
+        """The loss minus ``shift`` times a scalar functional, in terms of the offset from the point estimate."""
+
+        def terms(offset: Tensor) -> Iterator[Tensor]:
+            u = self.latent + offset
+            yield from self._terms(u)
+            if rank() == 0:  # what is added counts once in all processes
+                extra = 0.5 * self.proximal * offset.square().sum() - shift * functional(u)
+                yield extra - self.gradient @ offset if self.correct_gradient else extra
+
+        return terms
 
     def _terms(self, u: Tensor) -> Iterator[Tensor]:
         return self.model.losses(u, self.data)
@@ -185,37 +166,3 @@ class Problem:
                 yield -self.model.log_prior(u, self.model.trace(u, batch))
 
         return torch.stack([value_and_gradient(terms, self.latent + offset)[1] for offset in offsets])
-
-
-class PerturbedLoss:
-    r"""
-    The loss minus λ times a functional, as an :class:`~pyro_bnn.ops.newton.Objective` of the offset from the
-    point estimate.
-
-    :param Problem problem: the loss, with ``curvature="hessian"``.
-    :param callable functional: a scalar function of the packed vector.
-    :param float shift: λ.
-    """
-
-    def __init__(self, problem: Problem, functional: Callable[[Tensor], Tensor], shift: float) -> None:
-        self.problem = problem
-        self.functional = functional
-        self.shift = shift
-
-    def _terms(self, offset: Tensor) -> Iterator[Tensor]:
-        problem = self.problem
-        u = problem.latent + offset
-        yield from problem._terms(u)
-        if rank() > 0:
-            return
-        extra = 0.5 * problem.proximal * offset.square().sum() - self.shift * self.functional(u)
-        yield extra - problem.gradient @ offset if problem.correct_gradient else extra
-
-    def value_and_gradient(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`pyro_bnn.ops.newton.Objective.value_and_gradient`."""
-        self.problem.gradient_evaluations += 1
-        return value_and_gradient(self._terms, point)
-
-    def operator(self, point: Tensor) -> LinearMap:
-        """See :meth:`pyro_bnn.ops.newton.Objective.operator`."""
-        return hessian_operator(self._terms, point, keep_graphs=is_single_batch(self.problem.data))

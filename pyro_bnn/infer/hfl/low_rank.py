@@ -8,26 +8,26 @@ from torch import Tensor
 
 def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: float) -> Tensor:
     r"""
-    A factor W of a covariance in latent space with a given covariance of the functionals.
+    A factor W, shape ``(p, r)`` with r ≤ min(m, p), of a covariance in latent space with a given covariance C of the
+    functionals, from gradients J and displacements D of shape ``(m, p)``, all over the standard deviations.
 
     With the singular value decomposition :math:`J D^\top = Q\Sigma Z^\top`, truncated at
     :math:`\max(|A|, 10^{-9})`, and :math:`Q^\top C Q = X X^\top`, set :math:`W = D^\top Z\Sigma^{-1} X`. Then
     :math:`J W W^\top J^\top = Q Q^\top C Q Q^\top` holds exactly, also when the displacements are not, because W is
     built from the responses that the linearised model will give. All inputs are scaled to unit variances first:
     truncating covariances instead would lose the functionals whose variance is small.
-
-    :param J: gradients of the functionals over their standard deviations, shape ``(m, p)``.
-    :param D: displacements over the standard deviations, shape ``(m, p)``.
-    :param correlation: the correlation matrix C that is wanted, shape ``(m, m)``.
-    :param antisymmetry: largest antisymmetric entry |A| of the responses that C came from: their noise.
-    :return: shape ``(p, r)`` with r ≤ min(m, p).
+    |A| is the largest antisymmetric entry of the responses that C came from: their noise.
     """
     dtype, floor = J.dtype, max(antisymmetry, 1e-9 if J.dtype == torch.float64 else 1e-5)
     # in float32 the rounding of this product alone has singular values above the floor where m is large
     J, D, correlation = J.double(), D.double(), correlation.double()
-    Q, singular, Zt = torch.linalg.svd(J @ D.mT)
+    if len(J) > J.shape[1]:  # the rank is p at most
+        (left, J_), (right, D_) = torch.linalg.qr(J), torch.linalg.qr(D)
+        Q, singular, Zt = torch.linalg.svd(J_ @ D_.mT)
+        Q, Zt = left @ Q, Zt @ right.mT
+    else:
+        Q, singular, Zt = torch.linalg.svd(J @ D.mT)
     keep = singular > floor
-    keep[J.shape[1] :] = False  # the rank is p at most
     Q = Q[:, keep]
     values, vectors = torch.linalg.eigh(Q.mT @ correlation @ Q)
     root = vectors * values.clamp(min=0).sqrt()
@@ -35,8 +35,5 @@ def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: flo
 
 
 def unit_scale(variances: Tensor) -> Tensor:
-    """
-    :param variances: shape ``(m,)``.
-    :return: standard deviations, with 1 where a variance is zero.
-    """
+    """Standard deviations, with 1 where a variance is zero, shape ``(m,)``."""
     return torch.where(variances > 0, variances, torch.ones_like(variances)).sqrt()

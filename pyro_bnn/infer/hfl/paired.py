@@ -8,71 +8,41 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import NotAMinimumError
-from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.loss import Problem
-from pyro_bnn.infer.hfl.perturbation import Perturbation, slopes
+from pyro_bnn.infer.hfl.perturbation import slopes
 from pyro_bnn.infer.hfl.solver import Solver
+from pyro_bnn.infer.hfl.task import Found, Task
 from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.ops.krylov import largest_eigenvalue
 
+MOMENTUM = 0.9
+#: What is added to the gradients of each run, from offsets of shape ``(S, p)`` and a batch.
+Push = Callable[[Tensor, Batch], Tensor]
+
 
 def fine_tune(
-    problem: Problem,
-    solver: Solver,
-    num_runs: int,
-    push: Callable[[Tensor, Batch], Tensor],
-    *,
-    num_epochs: int,
-    momentum: float = 0.9,
-    rounds: int = 1,
+    problem: Problem, solver: Solver, num_runs: int, push: Push, *, num_epochs: int, rounds: int = 1
 ) -> Tensor:
     r"""
-    Momentum SGD from the point estimate, in several runs that see the same batches in the same order.
+    Averaged offsets from the point estimate, shape ``(S, p)``, of momentum SGD in S runs that see the same batches.
 
     A run ends in the average of the last quarter of its iterates, which is off by the covariance of iterates and
     batch curvatures, and by slow convergence. Further rounds start there, at :math:`\theta_a`, and replace batch gradients
     by :math:`\nabla L_b(\theta) - \nabla L_b(\theta_a) + \nabla L(\theta_a)`, whose noise vanishes with the step that is
     left: each divides the error by about the factor that the first gained.
 
-    :param problem: the loss.
-    :param solver: its preconditioner scales the steps.
-    :param num_runs: S.
-    :param push: the gradient of what is added to the loss of each run, from offsets of shape ``(S, p)`` and a batch.
-    :param num_epochs: passes over the data, in all rounds together.
-    :param momentum: of the SGD.
-    :param rounds: how many rounds.
-    :return: averaged offsets from the point estimate, shape ``(S, p)``.
     :raises NotAMinimumError: if a run diverges.
 
     Source: Johnson and Zhang (2013), "Accelerating stochastic gradient descent using predictive variance reduction",
     for the later rounds.
     """
-
-    def scaled(r: Tensor) -> Tensor:
-        return r if solver.preconditioner is None else solver.preconditioner(r)
-
-    rate = 0.3 / float(largest_eigenvalue(lambda v: scaled(problem.operator(v)), problem.latent))
-    limit = 10 * (1 + float(problem.latent.norm()))
-    scale = sum(1 for _ in iter_batches(problem.data))
+    rate = 0.3 / float(largest_eigenvalue(lambda v: solver.scaled(problem.operator(v)), problem.latent))
     epochs = max(1, num_epochs // rounds)
-    anchors, anchor_gradients = problem.latent.new_zeros(num_runs, problem.latent.shape[0]), None
+    anchors, at_anchors = problem.latent.new_zeros(num_runs, problem.latent.shape[0]), None
     for _ in range(rounds):
         for _ in range(10):
-            offsets = anchors
-            velocity, average, averaged = torch.zeros_like(offsets), torch.zeros_like(offsets), 0
-            for epoch in range(epochs):
-                for batch in iter_batches(problem.data):
-                    gradients = problem.batch_gradients(offsets, batch, scale) + push(offsets, batch)
-                    if anchor_gradients is not None:
-                        gradients += anchor_gradients - problem.batch_gradients(anchors, batch, scale)
-                    velocity = momentum * velocity - rate * scaled(gradients)
-                    offsets = offsets + velocity
-                    if epoch >= epochs - max(1, epochs // 4):
-                        average, averaged = average + offsets, averaged + 1
-                problem.gradient_evaluations += num_runs * (1 if anchor_gradients is None else 2)
-                if not float(offsets.norm(dim=-1).max()) < limit:
-                    break
-            else:
+            found = _descend(problem, solver, rate, anchors, at_anchors, push, epochs)
+            if found is not None:
                 break
             rate /= 2  # a single batch is more curved than all the data
         else:
@@ -80,52 +50,70 @@ def fine_tune(
                 "the stochastic minimisation diverges at every step size: the point estimate is not a minimum. Use "
                 "method='cg', which tells where."
             )
-        anchors = average / averaged
-        anchor_gradients = problem.gradients(anchors) if rounds > 1 else None
+        anchors = found
+        at_anchors = problem.gradients(anchors) if rounds > 1 else None
     return anchors
 
 
-def paired(
+def _descend(
     problem: Problem,
-    functionals: Functionals,
     solver: Solver,
-    pilot_variance: Tensor,
-    epsilon: float,
-    *,
-    num_epochs: int,
-) -> Perturbation:
+    rate: float,
+    anchors: Tensor,
+    at_anchors: Tensor | None,
+    push: Push,
+    epochs: int,
+) -> Tensor | None:
+    """One round from the anchors, with variance reduction where their full gradients are given; ``None`` if it diverges."""
+    limit = 10 * (1 + float(problem.latent.norm()))
+    scale = sum(1 for _ in iter_batches(problem.data))
+    offsets, velocity, iterates, count = anchors, torch.zeros_like(anchors), torch.zeros_like(anchors), 0
+    for epoch in range(epochs):
+        for batch in iter_batches(problem.data):
+            gradients = problem.batch_gradients(offsets, batch, scale) + push(offsets, batch)
+            if at_anchors is not None:
+                gradients += at_anchors - problem.batch_gradients(anchors, batch, scale)
+            velocity = MOMENTUM * velocity - rate * solver.scaled(gradients)
+            offsets = offsets + velocity
+            if epoch >= epochs - max(1, epochs // 4):
+                iterates, count = iterates + offsets, count + 1
+        problem.gradient_evaluations += len(anchors) * (1 if at_anchors is None else 2)
+        if not float(offsets.norm(dim=-1).max()) < limit:
+            return None
+    return iterates / count
+
+
+def paired(task: Task) -> Found:
     r"""
     Differences between stochastic minimisations of :math:`L - \lambda_j f_j` and of L on the same batches.
 
     The noise of the batches moves a run and its twin alike and cancels in their difference. What is left is slow
     convergence along flat directions, so that the estimate is too small rather than too large; a preconditioner
     makes it faster. With :math:`r_j` the gradient that is left, :math:`\sqrt{r_j^\top P^{-1} r_j}/\epsilon` bounds the
-    relative error of the variance to first order (Cauchy and Schwarz); the largest is returned as ``residual``.
-
-    :param problem: the loss.
-    :param functionals: the functionals.
-    :param solver: its preconditioner scales the steps.
-    :param pilot_variance: rough variances that set λ, shape ``(m,)``.
-    :param epsilon: ε.
-    :param num_epochs: passes over the data.
-    :return: a :class:`~pyro_bnn.infer.hfl.perturbation.Perturbation`.
+    relative error of the variance to first order (Cauchy and Schwarz); the largest is the residual.
     """
-    shift = epsilon / pilot_variance.clamp(min=torch.finfo(pilot_variance.dtype).tiny).sqrt()
-    index = torch.arange(len(functionals), device=shift.device)
+    problem, functionals, J = task.problem, task.functionals, task.functionals.gradients
+    decrement, pilot = task.solve(J, tolerance=1e-2)
+    variance = (J * pilot).sum(-1).clamp(min=torch.finfo(pilot.dtype).tiny)
+    shift = task.epsilon / variance.sqrt()[:, None]
+    index = torch.arange(len(J), device=shift.device)
 
     def pull(offsets: Tensor) -> Tensor:
-        return -shift[:, None] * slopes(functionals, problem, offsets, index)
+        return -shift * slopes(functionals, problem, offsets, index)
 
     def push(offsets: Tensor, batch: Batch) -> Tensor:
-        twin = torch.zeros_like(offsets[:1])
-        return torch.cat([pull(offsets[:-1]), twin])
+        return torch.cat([pull(offsets[:-1]), torch.zeros_like(offsets[:1])])  # the last run is the twin
 
-    rounds = min(4, max(1, num_epochs // 10))
-    offsets = fine_tune(problem, solver, len(shift) + 1, push, num_epochs=num_epochs, rounds=rounds)
+    rounds = min(4, max(1, task.num_epochs // 10))
+    offsets = fine_tune(problem, task.solver, len(J) + 1, push, num_epochs=task.num_epochs, rounds=rounds)
     values = torch.stack([functionals.at(problem.latent + offset).detach() for offset in offsets])
     difference = offsets[:-1] - offsets[-1]
     left = problem.gradients(difference) + pull(difference)
-    decrement = (left * solver(left, tolerance=1e-1)).sum(-1).clamp(min=0).sqrt().max() / epsilon
-    return Perturbation(
-        difference / shift[:, None], (values[:-1] - values[-1]) / shift[:, None], float(decrement)
+    residual = (left * task.solver(left, tolerance=1e-1)).sum(-1).clamp(min=0).sqrt().max() / task.epsilon
+    return Found.from_responses(
+        J,
+        difference / shift,
+        (values[:-1] - values[-1]) / shift,
+        residual=float(residual),
+        newton_decrement=decrement,
     )

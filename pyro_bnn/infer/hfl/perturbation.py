@@ -1,23 +1,22 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-r"""
-Perturbed minima :math:`\arg\min L - \lambda f_j` of many functionals at once, over all the data.
-"""
+r"""Perturbed minima :math:`\arg\min L - \lambda f_j` of many functionals at once, over all the data."""
 
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.infer.hfl.functionals import Functionals
-from pyro_bnn.infer.hfl.loss import PerturbedLoss, Problem
-from pyro_bnn.infer.hfl.solver import Solver
-from pyro_bnn.ops.newton import minimize_newton
+from pyro_bnn.infer.hfl.loss import Problem
+from pyro_bnn.infer.hfl.task import Found, Task
+from pyro_bnn.model.data import is_single_batch
+from pyro_bnn.ops.newton import newton_cg
 
 
-@dataclass
-class Perturbation:
+class Perturbation(NamedTuple):
     r"""
     Differences of perturbed minima.
 
@@ -32,90 +31,113 @@ class Perturbation:
     residual: float
 
 
-def perturb(
-    problem: Problem,
-    functionals: Functionals,
-    solver: Solver,
-    pilot: Tensor,
-    epsilon: float,
-    *,
-    central: bool,
-) -> Perturbation:
+def one_sided(task: Task) -> Found:
+    """Differences from the point estimate, with an error of O(ε)."""
+    return _differences(task, central=False)
+
+
+def central(task: Task) -> Found:
+    """Differences of perturbations in both directions, with an error of O(ε²)."""
+    return _differences(task, central=True)
+
+
+def _differences(task: Task, *, central: bool) -> Found:
+    J = task.functionals.gradients
+    decrement, pilot = task.solve(J, tolerance=1e-2)
+    D, responses, residual = perturb(task, pilot, central=central)
+    agreement = None
+    if task.check and len(J):
+        agreement = agree(task, pilot, responses.diagonal(), central=central)
+    return Found.from_responses(
+        J, D, responses, residual=residual, newton_decrement=decrement, agreement=agreement
+    )
+
+
+def agree(task: Task, pilot: Tensor, variances: Tensor, *, central: bool) -> float:
+    """The largest relative difference between variances at ε, shape (m,), and at ε/3, on at most 8 functionals."""
+    m = len(task.functionals)
+    chosen = torch.linspace(0, m - 1, min(m, 8), device=pilot.device).round().long().unique()
+    some = replace(task, functionals=task.functionals.subset(chosen), epsilon=task.epsilon / 3)
+    theirs = perturb(some, pilot[chosen], central=central).responses.diagonal()
+    ours, tiny = variances[chosen], torch.finfo(variances.dtype).tiny
+    return float(((ours - theirs).abs() / torch.maximum(ours.abs(), theirs.abs()).clamp(min=tiny)).max())
+
+
+def perturb(task: Task, pilot: Tensor, *, central: bool) -> Perturbation:
     r"""
     Minimises :math:`L - \lambda_j f_j`, and :math:`L + \lambda_j f_j` for central differences, with
-    :math:`\lambda_j = \epsilon/\text{sd}_j`.
+    :math:`\lambda_j = \epsilon/\text{sd}_j`, from rough displacements :math:`P^{-1}g_j` of shape ``(m, p)``.
 
-    All minimisations start from the first-order displacement and run together: each iteration computes their
-    gradients and solves for all steps in one block with the curvature at the point estimate, which contracts at
-    the rate ε. Where that fails, Newton's method in a trust region takes over.
-
-    :param problem: the loss.
-    :param functionals: the functionals.
-    :param solver: solves with the curvature at the point estimate.
-    :param pilot: displacements :math:`P^{-1}g_j`, which need not be accurate, shape ``(m, p)``.
-    :param epsilon: ε.
-    :param central: whether to perturb in both directions.
-    :return: a :class:`Perturbation`.
     :raises NotAMinimumError: if a perturbed loss has no minimum near the point estimate.
     """
-    m = len(functionals)
+    problem, functionals, m = task.problem, task.functionals, len(task.functionals)
     variance = (functionals.gradients * pilot).sum(-1).clamp(min=torch.finfo(pilot.dtype).tiny)
-    shift = epsilon / variance.sqrt()
+    shift = task.epsilon / variance.sqrt()
+    index = torch.arange(m, device=shift.device)
     if central:
-        shift = torch.cat([shift, -shift])
-    index = torch.arange(m, device=shift.device).repeat(2 if central else 1)
-    offsets = shift[:, None] * pilot[index]
-    double = pilot.dtype == torch.float64
-    goal, accept = (1e-7, 1e-4) if double else (1e-3, 5e-2)
-    remaining = torch.full_like(shift, torch.inf)
-    previous = float("inf")
+        shift, index = torch.cat([shift, -shift]), index.repeat(2)
+    goal, accept = (1e-7, 1e-4) if pilot.dtype == torch.float64 else (1e-3, 5e-2)
+    offsets, remaining = _contract(task, pilot[index], shift, index, goal)
+    failed = ~(remaining <= accept)
+    # in float32 what is left is rounding, which Newton's method cannot mend either
+    if problem.curvature == "hessian" and pilot.dtype == torch.float64:
+        for row in failed.nonzero().squeeze(-1).tolist():
+            offsets[row], decrement = _newton(task, int(index[row]), float(shift[row]), accept)
+            remaining[row] = decrement / task.epsilon
+    values = torch.stack([functionals.at(problem.latent + offset).detach() for offset in offsets])
+    if central:
+        shift = 2 * shift[:m]
+        values, offsets = values[:m] - values[m:], offsets[:m] - offsets[m:]
+    else:
+        values = values - functionals.values
+    return Perturbation(offsets / shift[:, None], values / shift[:, None], float(remaining.max()))
+
+
+def _contract(task: Task, pilot: Tensor, shift: Tensor, index: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+    """
+    The minima of all perturbed losses together, shape (S, p), and the decrements that are left, shape (S,).
+
+    They start from the first-order displacements; each iteration computes all gradients and solves for all steps in one block
+    with the curvature at the point estimate, which contracts at the rate ε.
+    """
+    problem, offsets = task.problem, shift[:, None] * pilot
+    remaining, previous = torch.full_like(shift, torch.inf), float("inf")
     for _ in range(20):
-        gradients = problem.gradients(offsets) - shift[:, None] * slopes(functionals, problem, offsets, index)
-        step = solver(gradients, tolerance=1e-3)
-        remaining = (gradients * step).sum(-1).clamp(min=0).sqrt() / epsilon
+        slope = slopes(task.functionals, problem, offsets, index)
+        gradients = problem.gradients(offsets) - shift[:, None] * slope
+        step = task.solver(gradients, tolerance=1e-3)
+        remaining = (gradients * step).sum(-1).clamp(min=0).sqrt() / task.epsilon
         worst = float(remaining.max())
         if not worst < 0.5 * previous:
             break  # at the level of rounding, or not contracting
-        offsets = offsets - step
-        previous = worst
+        offsets, previous = offsets - step, worst
         if worst <= goal:
             break
-    failed = ~(remaining <= accept)
-    # in float32 what is left is rounding, which Newton's method cannot mend either
-    if failed.any() and problem.curvature == "hessian" and double:
-        for row in failed.nonzero().squeeze(-1).tolist():
-            j = int(index[row])
-            loss = PerturbedLoss(problem, functionals.element(j), float(shift[row]))
-            result = minimize_newton(
-                loss, torch.zeros_like(offsets[row]), tolerance=accept * epsilon, max_steps=100
-            )
-            if result.indefinite:
-                raise NotAMinimumError(
-                    f"the minimisation perturbed by functional {j} met a direction of non-positive curvature: the "
-                    "point estimate is not a minimum, or epsilon is too large for its basin. Call "
-                    "guide.polish(data) in float64 or lower epsilon."
-                )
-            offsets[row] = result.point
-            remaining[row] = result.decrement / epsilon
-    values = torch.stack([functionals.at(problem.latent + offset).detach() for offset in offsets])
-    if central:
-        moved = (values[:m] - values[m:]) / (2 * shift[:m, None])
-        D = (offsets[:m] - offsets[m:]) / (2 * shift[:m, None])
-    else:
-        moved, D = (values - functionals.values) / shift[:, None], offsets / shift[:, None]
-    return Perturbation(D, moved, float(remaining.max()))
+    return offsets, remaining
+
+
+def _newton(task: Task, j: int, shift: float, accept: float) -> tuple[Tensor, float]:
+    """One minimum by Newton's method in a trust region, where the contraction has failed, and its decrement."""
+    problem = task.problem
+    result = newton_cg(
+        problem.perturbed(lambda u: task.functionals.at(u)[j], shift),
+        torch.zeros_like(problem.latent),
+        tolerance=accept * task.epsilon,
+        max_steps=100,
+        keep_graphs=is_single_batch(problem.data),
+    )
+    problem.gradient_evaluations += result.evaluations
+    if result.indefinite:
+        raise NotAMinimumError(
+            f"the minimisation perturbed by functional {j} met a direction of non-positive curvature: the "
+            "point estimate is not a minimum, or epsilon is too large for its basin. Call "
+            "guide.polish(data) in float64 or lower epsilon."
+        )
+    return result.point, result.decrement
 
 
 def slopes(functionals: Functionals, problem: Problem, offsets: Tensor, index: Tensor) -> Tensor:
-    """
-    Gradients of functional ``index[s]`` at the point estimate plus ``offsets[s]``.
-
-    :param functionals: the functionals.
-    :param problem: holds the point estimate.
-    :param offsets: shape ``(S, p)``.
-    :param index: shape ``(S,)``.
-    :return: shape ``(S, p)``.
-    """
+    """Gradients of functional ``index[s]`` at the point estimate plus ``offsets[s]``, shape (S, p)."""
     if functionals.linearized:
         return functionals.gradients[index]
     rows = []

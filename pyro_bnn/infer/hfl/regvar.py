@@ -74,16 +74,6 @@ def regvar_score(
     :math:`s_i` the signs of the training outputs and k the posterior covariance of outputs, which differs from
     :math:`k(x, x)` unless the covariance between inputs is negligible.
 
-    :param problem: the loss.
-    :param functionals: outputs at the inputs to score.
-    :param solver: for the limit and the calibration.
-    :param epsilon: posterior standard deviations by which the regulariser is moved; it sets λ.
-    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
-    :param twin: whether to fine-tune a twin; without, :math:`f_0` is the point estimate's output.
-    :param calibrate: how many exact variances to solve for, at random functionals.
-    :param seed: of the choice of these functionals.
-    :return: a :class:`RegVarScore`.
-
     Source: McInerney and Kallus (2025), "Variation due to regularization tractably recovers Bayesian deep learning",
     algorithm listing.
     """
@@ -105,31 +95,30 @@ def regvar_score(
     if calibrate:
         generator = torch.Generator(device=score.device).manual_seed(seed)
         chosen = torch.randperm(len(functionals), generator=generator, device=score.device)[:calibrate]
-        weights = torch.nn.functional.one_hot(chosen, len(functionals)).to(score.dtype)
-        rows = functionals.transposed(weights)
-        exact = (rows * solver(rows)).sum(-1)
-        tiny = torch.finfo(score.dtype).tiny
-        ratio = exact.clamp(min=tiny).log() - score[chosen].clamp(min=tiny).log()
-        result.scale = float(ratio.mean().exp())
-        result.spread = float(ratio.std()) if len(chosen) > 1 else 0.0
-        ranks = torch.stack([score[chosen].argsort().argsort(), exact.argsort().argsort()]).to(score.dtype)
-        result.rank_correlation = float(torch.corrcoef(ranks)[0, 1]) if len(chosen) > 1 else 1.0
+        _calibrate(result, functionals, solver, chosen)
     return result
 
 
-def _batch_slope(problem: Problem, u: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """The gradient of the mean absolute output over one batch, and the number of outputs."""
-    leaf = u.detach().clone().requires_grad_(True)
-    outputs = torch.cat([site.outputs.reshape(-1) for site in problem.model.outputs(leaf, batch)])
-    (slope,) = torch.autograd.grad(outputs.abs().mean(), leaf, materialize_grads=True)
-    return slope, outputs.numel()
+def _calibrate(result: RegVarScore, functionals: Functionals, solver: Solver, chosen: Tensor) -> None:
+    """Compares the scores of some functionals with their exact variances."""
+    score = result.score[chosen]
+    rows = functionals.transposed(torch.nn.functional.one_hot(chosen, len(functionals)).to(score.dtype))
+    exact = (rows * solver(rows)).sum(-1)
+    tiny, several = torch.finfo(score.dtype).tiny, len(chosen) > 1
+    ratio = exact.clamp(min=tiny).log() - score.clamp(min=tiny).log()
+    result.scale = float(ratio.mean().exp())
+    result.spread = float(ratio.std()) if several else 0.0
+    ranks = torch.stack([score.argsort().argsort(), exact.argsort().argsort()]).to(score.dtype)
+    result.rank_correlation = float(torch.corrcoef(ranks)[0, 1]) if several else 1.0
 
 
 def _mean_slope(problem: Problem, u: Tensor, batches: Iterable[Batch]) -> Tensor:
     """The gradient of the mean absolute output over batches, those of all processes."""
     total, count = torch.zeros_like(problem.latent), problem.latent.new_zeros(())
     for batch in batches:
-        slope, number = _batch_slope(problem, u, batch)
-        total, count = total + number * slope, count + number
+        leaf = u.detach().clone().requires_grad_(True)
+        outputs = torch.cat([site.outputs.reshape(-1) for site in problem.model.outputs(leaf, batch)])
+        (slope,) = torch.autograd.grad(outputs.abs().sum(), leaf, materialize_grads=True)
+        total, count = total + slope, count + outputs.numel()
     all_reduce_sum([total, count])
     return total / count

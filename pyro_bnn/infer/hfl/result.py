@@ -1,19 +1,17 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hessian-free Laplace computation found, and what it says about its own accuracy."""
+"""The numbers of a Hessian-free Laplace computation."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-class HFLWarning(UserWarning):
-    """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
+from pyro_bnn.infer.hfl.diagnostics import Diagnostics
 
 
-@dataclass
-class HFLResult:
+@dataclass(kw_only=True)
+class HFLResult(Diagnostics):
     r"""
     Variances and covariances of m scalar functionals, the displacements behind them, and diagnostics.
 
@@ -49,29 +47,13 @@ class HFLResult:
     :ivar warnings: what the user was warned of.
     """
 
-    method: str
-    curvature: str
     shape: torch.Size
     mean: Tensor
     gradients: Tensor
     displacements: Tensor
-    variances: Tensor
     factor: Tensor
     half: Tensor
-    antisymmetry: float
-    newton_decrement: float
-    smallest_curvature: float
-    residual: float
     sandwich: Tensor | None = None
-    agreement: float | None = None
-    epsilon: float | None = None
-    proximal: float = 0.0
-    captured: float | None = None
-    captured_error: float | None = None
-    iterations: int = 0
-    products: int = 0
-    gradient_evaluations: int = 0
-    warnings: list[str] = field(default_factory=list)
 
     @property
     def variance(self) -> Tensor:
@@ -83,42 +65,23 @@ class HFLResult:
         """The covariance of the flattened functionals, positive semi-definite, shape ``(m, m)``."""
         return self.half @ self.half.mT
 
-    @property
-    def gradient_equivalents(self) -> int:
-        """The cost in gradients of the loss, a curvature-vector product counted as two."""
-        return self.gradient_evaluations + 2 * self.products
-
     def __str__(self) -> str:
         m, p = self.mean.shape[0], self.displacements.shape[1]
         sd = self.variances.sqrt()
-        rows = [
-            ("functionals", f"{m} of {p} latents"),
-            ("standard deviations", f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none"),
-            ("Newton decrement of the point estimate", f"{self.newton_decrement:.2g} sd"),
-            ("smallest curvature met", f"{self.smallest_curvature:.3g}"),
-            ("residual of the solves", f"{self.residual:.2g}"),
-            ("antisymmetry of the responses", f"{self.antisymmetry:.2g} sd"),
-        ]
-        if self.epsilon is not None:
-            rows.append(("epsilon", f"{self.epsilon:.2g} sd"))
-        if self.agreement is not None:
-            rows.append(("difference from epsilon / 3", f"{self.agreement:.2g}"))
-        if self.proximal:
-            rows.append(("proximal delta (biases variances down)", f"{self.proximal:.3g}"))
-        if self.captured is not None:
-            rows.append(("captured variance", f"{self.captured:.4f} +- {self.captured_error:.4f}"))
+        rows = {
+            "functionals": f"{m} of {p} latents",
+            "standard deviations": f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none",
+            **self.rows(),
+        }
         if self.sandwich is not None:
             ratio = (self.sandwich.diagonal() / self.variances).sqrt()
-            rows.append(("sandwich / Laplace sd, median", f"{float(ratio.median()):.3g}"))
-        rows.append(
-            (
-                "cost",
-                f"{self.gradient_equivalents} gradient equivalents ({self.iterations} iterations, "
-                f"{self.products} products, {self.gradient_evaluations} gradients)",
-            )
+            rows["sandwich / Laplace sd, median"] = f"{float(ratio.median()):.3g}"
+        rows["cost"] = (
+            f"{self.gradient_equivalents} gradient equivalents ({self.iterations} iterations, "
+            f"{self.products} products, {self.gradient_evaluations} gradients)"
         )
-        width = max(len(name) for name, _ in rows)
+        width = max(map(len, rows))
         lines = [f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}"]
-        lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+        lines += [f"  {name:<{width}}  {value}" for name, value in rows.items()]
         lines += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(lines)

@@ -9,24 +9,29 @@ from torch import Tensor
 
 from pyro_bnn.model.handlers import Site, subsample_scale, unscaled_log_prob
 from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.ops.distributed import all_reduce_sum
 from pyro_bnn.ops.jacobian import jvp_operator
+
+
+def sandwich(model: PackedModel, latent: Tensor, data: Any, displacements: Tensor) -> Tensor:
+    r"""
+    :math:`\sum_i (s_i^\top d_j)(s_i^\top d_k)` over the data points of all processes, shape ``(m, m)``.
+
+    Source: Giordano et al. (2019), "A Swiss army infinitesimal jackknife".
+    """
+    scores = score_responses(model, latent, data, displacements)
+    covariance = scores.mT @ scores
+    all_reduce_sum([covariance])
+    return covariance
 
 
 def score_responses(model: PackedModel, latent: Tensor, data: Any, displacements: Tensor) -> Tensor:
     r"""
-    :math:`s_i^\top d_j` for the scores :math:`s_i = \nabla\log p(y_i\mid u)` of all data points.
+    :math:`s_i^\top d_j` for the scores :math:`s_i = \nabla\log p(y_i\mid u)` of n data points and m displacements of shape
+    ``(m, p)``, as shape ``(n, m)``.
 
-    The sandwich covariance :math:`P^{-1}(\sum_i s_i s_i^\top)P^{-1}` of the functionals is the Gram matrix of its
-    columns. A data point is an element of the batch shape of the observed sites; sites of equal batch shape under
+    A data point is an element of the batch shape of the observed sites; sites of equal batch shape under
     the same plates are taken to observe the same points, and their scores add up.
-
-    :param model: the packed model.
-    :param latent: the point estimate, shape ``(p,)``.
-    :param data: one batch or an iterable of batches, with observations.
-    :param displacements: :math:`d_j`, shape ``(m, p)``.
-    :return: shape ``(n, m)``.
-
-    Source: Giordano et al. (2019), "A Swiss army infinitesimal jackknife".
     """
     parts = []
     leaf = latent.detach().clone().requires_grad_(True)

@@ -11,10 +11,9 @@ from pyro_bnn.curvature.accumulate import CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.curvature.prior import prior_curvature
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.model.data import iter_batches
-from pyro_bnn.ops.block_cg import block_conjugate_gradient
-from pyro_bnn.ops.conjugate_basis import ConjugateBasis
+from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
 from pyro_bnn.ops.jacobian import LinearMap
-from pyro_bnn.ops.preconditioner import nystrom_preconditioner
+from pyro_bnn.ops.krylov import nystrom_preconditioner
 
 #: ``"nystrom"``, ``"prior"``, ``"diagonal"``, a fitted Laplace guide, or a map r -> M^-1 r.
 Preconditioner = Literal["nystrom", "prior", "diagonal"] | LinearMap | Any
@@ -24,15 +23,14 @@ class Solver:
     r"""
     Solves :math:`P d = g` for blocks of right-hand sides.
 
-    :param Problem problem: gives the products.
-    :param float tolerance: relative residual.
+    :param tolerance: relative residual.
     :param max_iter: largest number of iterations per block; default ``10 p``.
     :param preconditioner: ``None``, ``"nystrom"``, ``"prior"`` (the diagonal of its curvature), ``"diagonal"`` (of the
         GGN), a Laplace guide after ``laplace_approximation`` (its covariance is the preconditioner), or a map of
         shape ``(S, p)`` tensors.
-    :param int block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks and the directions
-        that are kept (:class:`~pyro_bnn.ops.conjugate_basis.ConjugateBasis`).
-    :param int rank: directions of the ``"nystrom"`` preconditioner.
+    :param block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks and the directions
+        that are kept (:class:`~pyro_bnn.ops.block_cg.ConjugateBasis`).
+    :param rank: directions of the ``"nystrom"`` preconditioner.
     """
 
     def __init__(
@@ -58,11 +56,10 @@ class Solver:
 
     def __call__(self, rhs: Tensor, *, tolerance: float | None = None) -> Tensor:
         """
-        :param rhs: shape ``(S, p)``.
-        :param tolerance: relative residual, if not that of the solver; such solves do not count in ``residual``.
-        :return: shape ``(S, p)``.
+        Solutions of shape ``(S, p)`` for right-hand sides of shape ``(S, p)``; those to another relative residual than the
+        solver's do not count in ``residual``.
+
         :raises NotAMinimumError: if a direction of negative curvature is met.
-        :raises ValueError: for right-hand sides that are not finite.
         """
         if not torch.isfinite(rhs).all():
             rows = (~torch.isfinite(rhs)).any(-1).nonzero().flatten().tolist()
@@ -96,40 +93,38 @@ class Solver:
             parts.append(result.solution)
         return torch.cat(parts) if parts else torch.zeros_like(rhs)
 
+    def scaled(self, r: Tensor) -> Tensor:
+        """The preconditioner's image of tensors of shape ``(S, p)``."""
+        return r if self.preconditioner is None else self.preconditioner(r)
+
     def resolve(self, preconditioner: Preconditioner | None, rank: int) -> LinearMap | None:
-        r"""
-        :param preconditioner: see :class:`Solver`.
-        :param rank: directions of ``"nystrom"``.
-        :return: the map :math:`r \mapsto M^{-1} r`, or ``None``.
-        """
+        r"""The map :math:`r \mapsto M^{-1} r` that a preconditioner stands for."""
         problem = self.problem
-        if preconditioner is None:
-            return None
+        if preconditioner == "nystrom":
+            self.products += 2 * min(rank, problem.latent.shape[0])
+            diagonal = self._prior_diagonal()
+            return nystrom_preconditioner(problem.operator, problem.latent, rank, diagonal=diagonal)
+        if preconditioner == "prior":
+            diagonal = self._prior_diagonal()
+            return lambda r: r / diagonal
+        if preconditioner == "diagonal":
+            accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
+            diagonal = accumulator.diagonal(problem.data) + problem.proximal
+            return lambda r: r / diagonal
         if isinstance(preconditioner, str):
-            if preconditioner == "nystrom":
-                self.products += 2 * min(rank, problem.latent.shape[0])
-                diagonal = self._prior_diagonal()
-                return nystrom_preconditioner(problem.operator, problem.latent, rank, diagonal=diagonal)
-            if preconditioner == "prior":
-                diagonal = self._prior_diagonal()
-                return lambda r: r / diagonal
-            if preconditioner == "diagonal":
-                accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
-                diagonal = accumulator.diagonal(problem.data) + problem.proximal
-                return lambda r: r / diagonal
             raise ValueError(
                 f"unknown preconditioner {preconditioner!r}, expected 'nystrom', 'prior', 'diagonal', a fitted Laplace "
                 "guide or a map of tensors of shape (S, p)"
             )
-        if hasattr(preconditioner, "posterior"):
-            posterior = preconditioner.posterior
-            if posterior.event_shape != problem.latent.shape:
-                raise ValueError(
-                    f"the preconditioning guide has {posterior.event_shape[0]} latents, expected "
-                    f"{problem.latent.shape[0]}: it must be a guide of the same model over all of its sites"
-                )
-            return lambda r: posterior.half_solve(posterior.half_solve_transposed(r))
-        return preconditioner
+        posterior: Any = getattr(preconditioner, "posterior", None)
+        if posterior is None:
+            return preconditioner
+        if posterior.event_shape != problem.latent.shape:
+            raise ValueError(
+                f"the preconditioning guide has {posterior.event_shape[0]} latents, expected "
+                f"{problem.latent.shape[0]}: it must be a guide of the same model over all of its sites"
+            )
+        return lambda r: posterior.half_solve(posterior.half_solve_transposed(r))
 
     def _prior_diagonal(self) -> Tensor:
         """The diagonal of the prior's curvature, kept positive where the prior is flat or not log-concave."""

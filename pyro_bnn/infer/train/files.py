@@ -101,11 +101,7 @@ class Replacement:
 
 
 def remove_left_overs(target: Path) -> None:
-    """
-    Removes the hidden folders that killed writers of a file have left.
-
-    :param target: the file.
-    """
+    """Removes the hidden folders that killed writers of a file have left."""
     for name in glob.glob(f"{glob.escape(str(target.parent / _prefix(target)))}*.tmp"):
         lock = _lock(name)
         if lock is None:
@@ -119,26 +115,19 @@ def remove_left_overs(target: Path) -> None:
 
 def reserve(path: Path, size: int) -> None:
     """
-    Takes room on the disk before a library writes that does not survive a full one.
+    Takes room on the disk for a file that may grow by ``size`` bytes, before a library writes that does not survive a full
+    one; what is not used is given back when the library cuts the file to its size.
 
-    :param path: an existing file.
-    :param size: bytes that it may grow by; what is not used is given back when the library cuts the file to its size.
     :raises OSError: if there is less.
     """
     try:
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size + size)
-    except AttributeError:  # not on every system
-        _require_space(path, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+    except (AttributeError, OSError) as error:  # not on every system
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        _require_space(path, size)
-
-
-def _require_space(path: Path, size: int) -> None:
-    if shutil.disk_usage(path.parent).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 class _Hashing:
@@ -162,10 +151,8 @@ class _Hashing:
 
 def atomic_save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
-    Writes tensors, numbers and strings, with a digest at the end, completely or not at all.
+    Writes tensors, numbers and strings, with a digest at the end, completely or not at all; the folder is created.
 
-    :param state: what :func:`torch.save` takes.
-    :param path: the file; its folder is created.
     :raises OSError: if it cannot be written; a file that was there before is unchanged.
     """
     with Replacement(path) as new, new.path.open("wb") as file:
@@ -181,16 +168,13 @@ def atomic_save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 def checked_load(path: str | os.PathLike[str], kind: str, keys: set[str]) -> dict[str, Any]:
     """
-    Reads what :func:`atomic_save` wrote; no code in the file is run.
+    Reads what :func:`atomic_save` wrote, with certain keys, tensors on the CPU; no code in the file is run.
 
-    :param path: the file.
-    :param str kind: what it should hold, for messages.
-    :param keys: the entries that it must have.
-    :return: what was saved, tensors on the CPU.
     :raises ValueError: naming the file, if it is damaged, of a later version, or something else.
     """
+    path = os.fspath(path)
     with open(path, "rb") as file:
-        sealed = _is_sealed(file, os.fspath(path))
+        sealed = _is_sealed(file, path)
         try:
             if not sealed and zipfile.ZipFile(file).testzip() is not None:  # all that older files have
                 raise ValueError
@@ -201,40 +185,38 @@ def checked_load(path: str | os.PathLike[str], kind: str, keys: set[str]) -> dic
     version = state.get("format") if isinstance(state, dict) else None
     if state is None or (not sealed and version != 1):
         raise ValueError(
-            f"{os.fspath(path)} cannot be read: it is damaged, cut short or no file of this package. "
+            f"{path} cannot be read: it is damaged, cut short or no file of this package. "
             "Restore it from a copy, or delete it."
         )
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(
-            f"{os.fspath(path)} was written by a later version of pyro_bnn (format {version}; this one reads up to "
+            f"{path} was written by a later version of pyro_bnn (format {version}; this one reads up to "
             f"{FORMAT}). Update pyro_bnn."
         )
     if not isinstance(version, int) or version < 1 or not keys <= state.keys():
-        raise ValueError(f"{os.fspath(path)} is no {kind} of pyro_bnn.")
+        raise ValueError(f"{path} is no {kind} of pyro_bnn.")
     return state
 
 
 def _is_sealed(file: IO[bytes], path: str) -> bool:
     """Checks the digest at the end of a file, if there is one, and goes back to the start."""
-    length = file.seek(0, os.SEEK_END) - len(MARK) - hashlib.sha256().digest_size
-    sealed = False
-    if length >= 0:
-        file.seek(length)
-        tail = file.read()
-        sealed = tail.startswith(MARK)
+    left = file.seek(0, os.SEEK_END) - len(MARK) - hashlib.sha256().digest_size
+    file.seek(max(left, 0))
+    tail = file.read()
     file.seek(0)
-    if sealed:
-        sha, left = hashlib.sha256(), length
-        while left and (data := file.read(min(left, 2**20))):
-            sha.update(data)
-            left -= len(data)
-        if sha.digest() != tail[len(MARK) :]:
-            raise ValueError(
-                f"{path} is damaged: its contents do not have the digest that was written with them. Restore it from "
-                "a copy, or delete it."
-            )
-        file.seek(0)
-    return sealed
+    if left < 0 or not tail.startswith(MARK):
+        return False
+    sha = hashlib.sha256()
+    while left and (data := file.read(min(left, 2**20))):
+        sha.update(data)
+        left -= len(data)
+    if sha.digest() != tail[len(MARK) :]:
+        raise ValueError(
+            f"{path} is damaged: its contents do not have the digest that was written with them. Restore it from "
+            "a copy, or delete it."
+        )
+    file.seek(0)
+    return True
 
 
 def _prefix(target: Path) -> str:

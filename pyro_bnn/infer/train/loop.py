@@ -9,41 +9,40 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_bnn.infer.initialize import initialize_guide, run_model
+from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture.elbo import default_elbo
-from pyro_bnn.infer.mixture.runs import rehearsal
-from pyro_bnn.infer.train.checkpoint import Checkpoint, loader_generators, random_state, set_random_state
-from pyro_bnn.infer.train.optimizer import ScaleLatents, make_optimizer, make_scheduler
+from pyro_bnn.infer.train.checkpoint import Checkpoint, resume, save_run
+from pyro_bnn.infer.train.failures import (
+    check_autocast,
+    check_batch,
+    check_scale,
+    explain,
+    is_finite,
+    note_step,
+)
+from pyro_bnn.infer.train.optimizer import make_optimizer, make_scheduler
 from pyro_bnn.infer.train.progress import shows_bars
-from pyro_bnn.infer.train.resume import describe_run, names_of, resume
+from pyro_bnn.infer.train.randomness import (
+    loader_generators,
+    random_state,
+    same_random_numbers,
+    set_random_state,
+)
 from pyro_bnn.infer.train.state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
-from pyro_bnn.model.data import Batch, as_batches, check_finite, coincidences
-from pyro_bnn.model.handlers import sample_sites, subsample_scale
+from pyro_bnn.infer.train.step import GradientStep, Tensors
+from pyro_bnn.model.data import Batch, as_batches, coincidences
 from pyro_bnn.model.local_latents import check_local_latents
 from pyro_bnn.model.networks import named_networks, unchanged_buffers
-from pyro_bnn.model.observations import check_run
 from pyro_bnn.model.parameters import local_parameters, named_parameters
-from pyro_bnn.ops.distributed import (
-    all_reduce_mean,
-    any_process,
-    broadcast,
-    rank,
-    share_random_state,
-    share_statistics,
-    world_size,
-)
+from pyro_bnn.ops.distributed import any_process, rank, share_random_state, world_size
 from pyro_bnn.ops.options import require_count, require_number
-
-#: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
-SNAPSHOT_EVERY = 50
 
 
 def fit(
@@ -136,92 +135,75 @@ def fit(
         require_number("kl_scale", kl_scale, least=0)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
-    run = _Run(model, guide, data, default_elbo(guide) if elbo is None else elbo, kl_scale, autocast)
-    run.optimizer = make_optimizer(optim, run.tensors)
-    run.scheduler = make_scheduler(scheduler, run.optimizer)
-    run.clip_grad_norm = clip_grad_norm
+    run = Run(model, guide, data, default_elbo(guide) if elbo is None else elbo)
+    step = run.prepare(optim, scheduler)
+    step.clip_grad_norm, step.kl_scale, step.autocast = clip_grad_norm, kl_scale, autocast
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     run.checkpoint = checkpoint
-    return run.run(num_epochs, num_steps, progress_bar)
+    run.num_epochs, run.num_steps = num_epochs, num_steps
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    return run.train(progress_bar)
 
 
-class _Run:
-    """The state of one run of :func:`fit`."""
+class Run:
+    """One run of :func:`fit`: where it is, and what it needs to go on."""
 
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    clip_grad_norm: float | None
+    descent: GradientStep
     callbacks: list[Callback]
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint | None = None
     settings: dict[str, Any]
+    num_epochs: int | None = None
+    num_steps: int | None = None
 
-    def __init__(
-        self, model: Any, guide: Any, data: Any, elbo: Any, kl_scale: Any, autocast: torch.dtype | None
-    ) -> None:
+    def __init__(self, model: Any, guide: Any, data: Any, elbo: Any) -> None:
         self.model, self.guide, self.elbo = model, guide, elbo
-        self.kl_scale, self.autocast = kl_scale, autocast
         self.step = self.epoch = self.batches_done = 0
         self.losses: list[float] = []
         self.elapsed = 0.0
+        self.stop_reason = ""
+        self.callbacks = []
         self.generators = loader_generators(data)
         self.batches = as_batches(data)
-        self.shuffled = not self.batches.is_single  # a pass over one batch draws no random number
+        self.sampler: Any = getattr(data, "sampler", None)
         self.resume_random: dict[str, Any] | None = None
-        states = random_state(self.generators)
-        first = self.batches.first
-        set_random_state(states, self.generators)  # looking at the first batch leaves the shuffling as it was
-        self.first = first
+        with same_random_numbers(
+            self.generators
+        ):  # looking at the first batch leaves the shuffling as it was
+            first = self.batches.first
         with local_parameters(), unchanged_buffers() as called:
             initialize_guide(model, guide, first)
-            self.parameters = named_parameters(model, guide, *first)
+            parameters = named_parameters(model, guide, *first)
             check_local_latents(model, guide, self.first_batches)
-        self.checked = {coincidences(first)}
-        self.networks = named_networks(model, guide, called)
-        if not self.parameters:
+        self.checked: set[Any] | None = {coincidences(first)}
+        if not parameters:
             raise ValueError("fit: neither the model nor the guide has a trainable parameter.")
-        self.tensors = list(self.parameters.values())
-        self.device = self.tensors[0].device
-        self.loss_fn = elbo(model, guide)
-        self.world = world_size()
-        if self.world > 1:
-            self.check_scale(first)
-            broadcast([*self.tensors, *self.buffers().values()])
+        self.tensors = Tensors(parameters, named_networks(model, guide, called))
+        if world_size() > 1:
+            check_scale(model, first)
+            self.tensors.share()
             share_random_state()
-        self.sampler: Any = getattr(data, "sampler", None)
-        self.snapshot = self.candidate = self.copy_parameters()
+
+    def prepare(self, optim: Any, scheduler: Any = None) -> GradientStep:
+        """The step of the run, by an optimiser and perhaps a scheduler."""
+        loss_fn, optimizer = self.elbo(self.model, self.guide), make_optimizer(optim, self.tensors.trained)
+        self.descent = GradientStep(self.tensors, self.elbo, loss_fn, optimizer)
+        self.descent.scheduler = make_scheduler(scheduler, optimizer)
+        return self.descent
 
     def first_batches(self) -> list[Batch]:
         """The first batch, and the second one if there is one and it can be read again."""
         if self.batches.is_stream:
-            return [self.first]
-        states = random_state(self.generators)
-        batches = list(islice(self.batches, 2))
-        set_random_state(states, self.generators)
-        return batches
-
-    def check_scale(self, batch: Batch) -> None:
-        """In several processes each sees a part of the data, which only a plate of the full size can tell."""
-        args, kwargs = batch
-        with poutine.block(), local_parameters(), torch.no_grad(), unchanged_buffers():
-            sites = sample_sites(poutine.trace(self.model).get_trace(*args, **kwargs))
-        for name, site in sites.items():
-            if site["is_observed"] and site["cond_indep_stack"] and subsample_scale(site) == 1:
-                raise ValueError(
-                    f"fit in {world_size()} processes: site {name!r} is not in a plate of the full data. Write "
-                    "pyro.plate('data', N, subsample_size=len(x)) with the size N of all data, of which every process "
-                    "passes its own part."
-                )
-
-    # ------------------------------------------------------------------ state
-
-    def copy_parameters(self) -> list[Tensor]:
-        """Copies of the parameters and the running statistics."""
-        return [t.detach().clone() for t in (*self.tensors, *self.statistics())]
+            return [self.batches.first]
+        with same_random_numbers(self.generators):
+            return list(islice(self.batches, 2))
 
     def result(self, stop_reason: str) -> FitResult:
+        """What the run has come to."""
         return FitResult(torch.tensor(self.losses, dtype=torch.float64), self.step, stop_reason, self.elapsed)
 
     def state(self) -> FitState:
+        """What callbacks see."""
         return FitState(
             self.step,
             self.epoch,
@@ -230,57 +212,74 @@ class _Run:
             self.model,
             self.guide,
             self.elbo,
-            self.loss_fn,
-            self.optimizer,
-            self.parameters,
-            self.kl_scale,
+            self.descent.loss_fn,
+            self.descent.optimizer,
+            self.tensors.parameters,
+            self.descent.kl_scale,
         )
-
-    def buffers(self) -> dict[str, Tensor]:
-        """What else the modules hold: persistent buffers, such as running statistics, and parameters that are not trained."""
-        found = {}
-        trained = {id(p) for p in self.tensors}
-        for prefix, part in self.networks.items():
-            for name, value in part.state_dict(keep_vars=True).items():
-                full = f"{prefix}.{name}"
-                is_own = prefix in ("model", "guide") or id(value) not in trained
-                if isinstance(value, Tensor) and full not in self.parameters and is_own:
-                    found[full] = value
-        return found
-
-    def statistics(self) -> list[Tensor]:
-        """The buffers alone; a module may have put others in their place since the last step."""
-        return [b for b in self.buffers().values() if not isinstance(b, torch.nn.Parameter)]
-
-    def save(self) -> None:
-        """Writes a checkpoint; of several processes the first one does."""
-        assert self.checkpoint is not None
-        if rank() > 0:
-            return
-        random = random_state(self.generators)
-        state = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batches_done": self.batches_done,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "elapsed": self.elapsed,
-            "tensors": {n: p.detach() for n, p in (self.parameters | self.buffers()).items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "elbo_step": getattr(self.elbo, "step", None),
-            "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
-            "callback_names": names_of(self.callbacks),
-            "settings": self.settings,
-            "random": random,
-            "epoch_random": self.epoch_random if self.shuffled else random,
-        }
-        self.checkpoint.save(state, self.step)
 
     # ------------------------------------------------------------------ loop
 
+    def train(self, progress_bar: bool) -> FitResult:
+        """Takes steps until something stops the run."""
+        shown = progress_bar and rank() == 0 and shows_bars()
+        bar = tqdm(
+            total=self.num_steps,
+            initial=self.step,
+            disable=not shown,
+            desc="fit",
+            unit="step",
+            dynamic_ncols=True,
+        )
+        with bar, self.surroundings() as interrupted:
+            start = time.perf_counter() - self.elapsed
+            check_autocast(self.descent, self.step, self.batches.first, self.generators)
+            self.stop_reason = self.limit_reached()
+            for batch in self.stream():
+                self.check(batch)
+                self.take_step(batch)
+                self.elapsed = time.perf_counter() - start
+                if bar.update():  # it is drawn ten times a second at most
+                    self.show(bar)
+                self.stop_reason = self.after_step(interrupted)
+                if self.checkpoint is not None and (self.stop_reason or self.checkpoint.is_due(self.step)):
+                    save_run(self, self.checkpoint)
+                if self.stop_reason:
+                    break
+            for callback in self.callbacks:
+                if hasattr(callback, "finish"):
+                    callback.finish(self.state())
+            self.show(bar)
+        return self.result(self.stop_reason)
+
+    @contextmanager
+    def surroundings(self) -> Iterator[Callable[[], bool]]:
+        """Parameters of this run alone, validation until it is switched off, Ctrl-C after a step, errors with a note."""
+        with ExitStack() as stack:
+            for context in (
+                local_parameters(),
+                note_step(lambda: self.step),
+                warnings.catch_warnings(),
+                pyro.validation_enabled(True),
+            ):
+                stack.enter_context(context)
+            warnings.filterwarnings("ignore", "Encountered NaN")  # reported with the site
+            yield stack.enter_context(deferred_interrupt())
+
+    def stream(self) -> Iterator[Batch]:
+        """The batches of all epochs, until something stops the run."""
+        while not self.stop_reason:
+            yield from self.pass_over_data()
+            self.epoch += 1
+            self.end_checks()  # every batch has been seen
+            self.stop_reason = self.limit_reached()
+            if self.stop_reason and self.checkpoint is not None:
+                self.epoch_random, self.batches_done = random_state(self.generators), 0
+                save_run(self, self.checkpoint)
+
     def pass_over_data(self) -> Iterator[Batch]:
         """One epoch; the first after a resumption skips the batches that the interrupted run has seen."""
-        if self.checkpoint is not None and self.shuffled:
+        if self.checkpoint is not None and not self.batches.is_single:
             self.epoch_random = random_state(self.generators)
         if hasattr(self.sampler, "set_epoch"):  # DistributedSampler
             self.sampler.set_epoch(self.epoch)
@@ -296,228 +295,66 @@ class _Run:
             self.batches_done += 1
             yield batch
 
-    def run(self, num_epochs: int | None, num_steps: int | None, progress_bar: bool) -> FitResult:
-        if self.checkpoint is not None:
-            self.settings = describe_run(self)
-            resume(self)
-        del self.first
-        start = time.perf_counter() - self.elapsed
-        bar = tqdm(
-            total=num_steps,
-            initial=self.step,
-            disable=not (progress_bar and rank() == 0 and shows_bars()),
-            desc="fit",
-            unit="step",
-            dynamic_ncols=True,
-        )
-        with ExitStack() as stack:
-            stack.enter_context(bar)
-            stack.enter_context(local_parameters())
-            stack.enter_context(self.note_step())
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", "Encountered NaN")  # reported with the site below
-            interrupted = stack.enter_context(deferred_interrupt())
-            validation = stack.enter_context(ExitStack())
-            validation.enter_context(pyro.validation_enabled(True))
-            checked = False
-            first, shown, stop_reason = True, 0.0, self.limit_reached(num_epochs, num_steps)
-            while not stop_reason:
-                for batch in self.pass_over_data():
-                    if not checked and (form := coincidences(batch)) not in self.checked:
-                        self.checked.add(form)
-                        self.check_observations(batch)
-                    if first and self.autocast is not None:
-                        self.check_autocast(batch)
-                    self.take_step(batch)
-                    first = False
-                    if not checked and self.batches.is_single:
-                        validation.enter_context(pyro.validation_enabled(False))
-                        checked = True
-                    now = time.perf_counter()
-                    self.elapsed = now - start
-                    if now - shown > 0.2:
-                        self.show(bar)
-                        shown = now
-                    stop_reason = self.run_callbacks()
-                    if interrupted():
-                        stop_reason = "interrupted"
-                    if any_process(bool(stop_reason)):  # all processes stop at the same step
-                        stop_reason = stop_reason or "stopped by another process"
-                    if num_steps is not None and self.step >= num_steps:
-                        stop_reason = stop_reason or "num_steps"
-                    if self.checkpoint is not None and (stop_reason or self.checkpoint.is_due(self.step)):
-                        self.save()
-                    if stop_reason:
-                        break
-                else:
-                    self.epoch += 1
-                    if not checked:  # every batch has been
-                        validation.enter_context(pyro.validation_enabled(False))
-                        checked = True
-                    stop_reason = self.limit_reached(num_epochs, num_steps)
-                    if self.checkpoint is not None and stop_reason:
-                        self.epoch_random, self.batches_done = random_state(self.generators), 0
-                        self.save()
-            for callback in self.callbacks:
-                if hasattr(callback, "finish"):
-                    callback.finish(self.state())
-            self.show(bar)
-        return self.result(stop_reason)
-
-    @contextmanager
-    def note_step(self) -> Iterator[None]:
-        """Adds to an error of the model, the loader or a callback where the run was."""
-        try:
-            yield
-        except NonFiniteLossError:
-            raise
-        except Exception as error:
-            error.add_note(f"fit stopped after {self.step} steps; the parameters are those of that step.")
-            raise
-
-    def limit_reached(self, num_epochs: int | None, num_steps: int | None) -> str:
-        if num_epochs is not None and self.epoch >= num_epochs:
+    def limit_reached(self) -> str:
+        """Which of the two limits has been reached, if one has."""
+        if self.num_epochs is not None and self.epoch >= self.num_epochs:
             return "num_epochs"
-        return "num_steps" if num_steps is not None and self.step >= num_steps else ""
+        return "num_steps" if self.num_steps is not None and self.step >= self.num_steps else ""
 
-    def run_callbacks(self) -> str:
-        if not self.callbacks:
-            return ""
+    def after_step(self, interrupted: Callable[[], bool]) -> str:
+        """Why the run stops after this step, if it does; every callback runs."""
         state = self.state()
-        stopping = [callback for callback in self.callbacks if callback(state)]  # every callback runs
-        return getattr(stopping[0], "stop_reason", "callback") if stopping else ""
+        stopping = [callback for callback in self.callbacks if callback(state)]
+        reason = getattr(stopping[0], "stop_reason", "callback") if stopping else ""
+        if interrupted():
+            reason = "interrupted"
+        if any_process(bool(reason)):  # all processes stop at the same step
+            reason = reason or "stopped by another process"
+        return reason or ("num_steps" if self.step == self.num_steps else "")
 
-    def show(self, bar: Any) -> None:
-        """Updates the progress bar."""
-        if bar.disable:
-            return
-        bar.n = self.step
-        parts = {name: f"{value:.4g}" for name, value in getattr(self.elbo, "parts", {}).items()}
-        loss = f"{self.losses[-1]:.4g}" if self.losses else "-"
-        bar.set_postfix(loss=loss, epoch=self.epoch, **parts)
+    def show(self, bar: tqdm) -> None:
+        """Draws the loss, and its parts where the bound reports them."""
+        values = {"loss": self.losses[-1] if self.losses else "-", "epoch": self.epoch}
+        values |= getattr(self.elbo, "parts", {})
+        bar.set_postfix({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()})
 
     # ------------------------------------------------------------------ one step
 
-    def loss(self, batch: Batch) -> Tensor:
-        args, kwargs = batch
-        with ExitStack() as stack:
-            if self.kl_scale is not None:
-                scale = self.kl_scale(self.step) if callable(self.kl_scale) else self.kl_scale
-                require_number(f"kl_scale at step {self.step}", scale, least=0)
-                stack.enter_context(ScaleLatents(scale))
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.autocast))
-            return self.loss_fn(*args, **kwargs)
+    def check(self, batch: Batch) -> None:
+        """Checks the observations of a batch whose tensors coincide in another way than those before."""
+        if self.checked is not None and (form := coincidences(batch)) not in self.checked:
+            self.checked.add(form)
+            check_batch(self.model, batch)
 
-    def check_autocast(self, batch: Batch) -> None:
-        """Compares the loss in low precision with the same draw in full precision."""
-        if self.autocast == torch.float16:
-            raise ValueError(
-                "autocast=torch.float16: its gradients underflow without a scaled loss; use torch.bfloat16."
-            )
-        if not any(p.dtype == torch.float32 for p in self.tensors):
-            raise ValueError(
-                f"autocast={self.autocast}: no parameter is float32, and autocast leaves other types as they are. "
-                "Convert model, guide and data by .float(), or leave autocast out."
-            )
-        state = random_state(self.generators)
-        step = getattr(self.elbo, "step", None)
-        with torch.no_grad(), unchanged_buffers():
-            low = float(self.loss(batch))
-            set_random_state(state, self.generators)
-            low_precision, self.autocast = self.autocast, None
-            full = float(self.loss(batch))
-            self.autocast = low_precision
-            set_random_state(state, self.generators)
-        if step is not None:
-            self.elbo.step = step
-        if not abs(low - full) <= 0.02 * abs(full) + 1e-3:
-            raise ValueError(
-                f"autocast={low_precision}: the loss of the first batch is {low:.6g} in low and {full:.6g} in full "
-                "precision. This model needs full precision; leave autocast out."
-            )
-
-    def check_observations(self, batch: Batch) -> None:
-        """Runs the model alone, and raises if the observations of a batch do not fit it."""
-        with local_parameters(), rehearsal(self.model), pyro.validation_enabled(True), torch.no_grad():
-            check_run(sample_sites(run_model(self.model, batch)), batch)
+    def end_checks(self) -> None:
+        """Switches validation off, once all that can be seen has been."""
+        if self.checked is not None:
+            pyro.enable_validation(False)
+            self.checked = None
 
     def take_step(self, batch: Batch) -> None:
-        if self.step % SNAPSHOT_EVERY == 0:
-            self.candidate = self.copy_parameters()
+        """Takes one step, or goes back to the last good state and raises."""
         rng_state = torch.get_rng_state()
         cause: Exception | None = None
         try:
-            loss = self.loss(batch)
-            shown = loss.detach()
-            if self.world > 1:
-                shown = shown.clone()
-                all_reduce_mean([shown])
-            value = float(shown)
+            loss, value = self.descent.evaluate(batch, self.step)
         except (ValueError, RuntimeError) as error:
-            if all(_finite(p) for p in self.tensors):
-                self.check_observations(batch)  # says more of what is wrong with them
+            if all(map(is_finite, self.tensors.trained)):
+                check_batch(self.model, batch)  # says more of what is wrong with them
                 raise
             value, cause = math.nan, error
         if not math.isfinite(value):
-            reason = self.explain(batch, rng_state, value)
-            with torch.no_grad():
-                torch._foreach_copy_([*self.tensors, *self.statistics()], self.snapshot)
-            raise NonFiniteLossError(reason, self.result(reason)) from cause
-        self.snapshot = self.candidate
-        for p in self.tensors:  # what zero_grad does, without the records for a profiler
-            p.grad = None
-        loss.backward()
-        if self.world > 1:
-            for p in self.tensors:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_reduce_mean([p.grad for p in self.tensors if p.grad is not None])
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.tensors, self.clip_grad_norm)
-        self.optimizer.step()
-        if self.world > 1:
-            share_statistics(self.statistics())
-        if self.scheduler is not None:
-            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            self.scheduler.step(*((value,) if plateau else ()))
+            self.give_up(batch, rng_state, value, cause)
+        self.descent.descend(loss, value)
         self.step += 1
         self.losses.append(value)
+        if self.batches.is_single:
+            self.end_checks()
 
-    def explain(self, batch: Batch, rng_state: Tensor, value: float) -> str:
-        """Names what is not finite: an argument, parameters, or the sites whose density is not."""
-        head = f"fit: the loss is {value} at step {self.step + 1}"
-        tail = (
-            "The parameters are back in their last good state. A smaller learning rate, gradient clipping or "
-            "scaled inputs usually help."
-        )
-        try:
-            check_finite(batch)
-        except ValueError as error:
-            return f"{head}: {error}"
-        args, kwargs = batch
-        bad_parameters = [n for n, p in self.parameters.items() if not _finite(p)]
-        causes = [f"parameters {bad_parameters} are not finite"] if bad_parameters else []
+    def give_up(self, batch: Batch, rng_state: Tensor, value: float, cause: Exception | None) -> NoReturn:
+        """Raises, with what is not finite in the draws of the last step."""
         torch.set_rng_state(rng_state)
-        sites: list[str] = []
-        try:
-            with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-                guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-                replayed = poutine.replay(self.model, trace=guide_trace)
-                for trace in (guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)):
-                    trace.compute_log_prob()
-                    sites += [
-                        name
-                        for name, site in sample_sites(trace).items()
-                        if name not in sites and not (_finite(site["value"]) and _finite(site["log_prob"]))
-                    ]
-        except (ValueError, RuntimeError) as error:
-            causes.append(f"running model and guide again fails with {error}")
-        if sites:
-            causes.append(f"site {sites[0]!r} has a value or log density that is not finite")
-            if sites[1:]:
-                causes.append(f"so have {sites[1:]}")
-        return f"{head}: {'; '.join(causes) or 'no single site shows it'}. {tail}"
-
-
-def _finite(value: Any) -> bool:
-    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+        what = explain(self.model, self.guide, self.tensors.parameters, batch)
+        reason = f"fit: the loss is {value} at step {self.step + 1}: {what}"
+        self.tensors.go_back()
+        raise NonFiniteLossError(reason, self.result(reason)) from cause

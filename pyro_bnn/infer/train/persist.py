@@ -4,9 +4,7 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -22,46 +20,30 @@ from pyro_bnn.model.networks import model_tensors
 from pyro_bnn.model.observations import stand_in_data
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.prototype import detach_prototypes
+from pyro_bnn.ops.notice import warn_user
 
 #: Attributes of guides that say what their parameters and buffers mean.
 SETTINGS = (
-    "structure",
-    "curvature",
-    "sites",
-    "subnetwork",
-    "num_components",
-    "component",
-    "rest",
-    "scale_mode",
-    "noise",
+    "structure", "curvature", "sites", "subnetwork", "num_components", "component", "rest", "scale_mode", "noise",
     "remainder",
-)
+)  # fmt: skip
 
 
 def batch_of(example: dict[str, Any], device: torch.device) -> Batch:
-    """
-    A batch of zeros in the shapes of an example; integers are the smallest of those that were there.
-
-    :param example: what :func:`~pyro_bnn.infer.initialize.example_of` returned.
-    :param device: where to put the tensors.
-    :return: ``(args, kwargs)``.
-    """
-    found = [(key, _value_of(kind, value, dtype, device)) for key, kind, value, dtype in example["arguments"]]
-    return tuple(v for k, v in found if isinstance(k, int)), {
-        k: v for k, v in found if not isinstance(k, int)
-    }
+    """A batch of zeros in the shapes of an example; integers are the smallest of those that were there."""
+    found = [(key, _value_of(device, *rest)) for key, *rest in example["arguments"]]
+    args = tuple(value for key, value in found if isinstance(key, int))
+    return args, {key: value for key, value in found if not isinstance(key, int)}
 
 
-def _value_of(kind: str, value: Any, dtype: str, device: torch.device) -> Any:
-    if kind == "tensor":
-        return torch.zeros(value, dtype=getattr(torch, dtype), device=device)
-    if kind == "integers":
-        shape, least = value
-        return torch.full(shape, least, dtype=getattr(torch, dtype), device=device)
+def _value_of(device: torch.device, kind: str, value: Any, dtype: str) -> Any:
     if kind == "value":
         return value
-    items = [(key, _value_of(of, item, item_dtype, device)) for key, of, item, item_dtype in value]
-    return dict(items) if kind == "dict" else {"list": list, "tuple": tuple}[kind](v for _, v in items)
+    if kind in ("tensor", "integers"):
+        shape, least = (value, 0) if kind == "tensor" else value
+        return torch.full(shape, least, dtype=getattr(torch, dtype), device=device)
+    items = {key: _value_of(device, *rest) for key, *rest in value}
+    return items if kind == "dict" else {"list": list, "tuple": tuple}[kind](items.values())
 
 
 def save_guide(
@@ -94,26 +76,22 @@ def save_guide(
     example = getattr(guide, EXAMPLE, None) if data is None else None
     if example is None and batch is not None:
         example = example_of(batch)
-    tensors = None
-    if batch is not None:
-        tensors = _tensors(guide, model, batch, None if data is not None else _latents(guide))
-    elif _model_of(guide, model) is not None:
+    if batch is None and _model_of(guide, model) is not None:
         raise ValueError(
             "save_guide: the guide does not remember the data that it was initialised on, and the networks of its model "
             "are found by running it: pass data."
         )
-    atomic_save(
-        {
-            "guide": type(guide).__name__,
-            "settings": _settings(guide),
-            "state": {name: value for name, value in guide.state_dict().items() if isinstance(value, Tensor)},
-            "example": example,
-            "network": None
-            if tensors is None
-            else {name: t.detach() if network else digest(t) for name, t in tensors.items()},
-        },
-        path,
-    )
+    tensors = _tensors(guide, model, batch, None if data is not None else _latents(guide))
+    if tensors is not None:
+        tensors = {name: t.detach() if network else digest(t) for name, t in tensors.items()}
+    saved = {
+        "guide": type(guide).__name__,
+        "settings": _settings(guide),
+        "state": {name: value for name, value in guide.state_dict().items() if isinstance(value, Tensor)},
+        "example": example,
+        "network": tensors,
+    }
+    atomic_save(saved, path)
 
 
 def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, model: Any = None) -> Any:
@@ -173,12 +151,7 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, mo
 
 
 def digest(tensor: Tensor) -> str:
-    """
-    Tells tensors apart by their bits, shapes and types.
-
-    :param tensor: any tensor.
-    :return: a short text.
-    """
+    """A short text that tells tensors apart by their bits, shapes and types."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     sha.update(flat.view(torch.uint8).numpy().data)
@@ -220,9 +193,9 @@ def _model_of(guide: Any, model: Any) -> Any:
         return None
 
 
-def _tensors(guide: Any, model: Any, batch: Batch, latents: Any) -> dict[str, Tensor] | None:
+def _tensors(guide: Any, model: Any, batch: Batch | None, latents: Any) -> dict[str, Any] | None:
     model = _model_of(guide, model)
-    if model is None:
+    if model is None or batch is None:
         return None
     try:
         return model_tensors(model, guide, batch, latents)
@@ -235,18 +208,20 @@ def _tensors(guide: Any, model: Any, batch: Batch, latents: Any) -> dict[str, Te
 
 def _settings(guide: torch.nn.Module) -> dict[str, Any]:
     """The settings of a guide and of its parts, by name."""
-    found = {}
-    for prefix, part in guide.named_modules():
-        if hasattr(part, "prototype_trace"):
-            for name in SETTINGS:
-                value = getattr(part, name, None)
-                if isinstance(value, Mapping):
-                    value = [f"{key}: {kind}" for key, kind in sorted(value.items())]
-                if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-                    value = ", ".join(value)
-                if isinstance(value, (str, int)):
-                    found[f"{prefix}.{name}".lstrip(".")] = value
-    return found
+    parts = [(prefix, part) for prefix, part in guide.named_modules() if hasattr(part, "prototype_trace")]
+    found = {
+        f"{prefix}.{name}".lstrip("."): _plain(getattr(part, name, None))
+        for prefix, part in parts
+        for name in SETTINGS
+    }
+    return {name: value for name, value in found.items() if isinstance(value, (str, int))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        value = [f"{key}: {kind}" for key, kind in sorted(value.items())]
+    is_texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+    return ", ".join(value) if is_texts else value
 
 
 def _check_class(guide: Any, saved: dict[str, Any], path: str) -> None:
@@ -274,19 +249,15 @@ def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> 
         batch = batch_of(saved["example"], torch.device("cpu"))
     else:
         raise ValueError(f"{path} does not say what data the guide was initialised on; pass data.")
-    with ExitStack() as stack:
-        # zeros need not be observations that the model could make
-        values = pyro.validation_enabled(False) if data is not None else stand_in_data()
-        for context in (local_parameters(), torch.enable_grad(), values):
-            stack.enter_context(context)
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(evaluation_mode(guide))  # zeros must not enter the statistics of a network
+    # zeros need not be observations that the model could make
+    values = pyro.validation_enabled(False) if data is not None else stand_in_data()
+    quiet = evaluation_mode(guide)  # zeros must not enter the statistics of a network
+    with local_parameters(), torch.enable_grad(), values, torch.random.fork_rng(), quiet:
         try:
             getattr(guide, "initialize", guide)(*batch[0], **batch[1])
         except Exception as error:
-            origin = (
-                "data" if data is not None else f"zeros in the shapes that {path} holds; pass data instead"
-            )
+            zeros = f"zeros in the shapes that {path} holds; pass data instead"
+            origin = "data" if data is not None else zeros
             error.add_note(f"load_guide initialised the guide of {path} on {origin}.")
             raise
     detach_prototypes(guide)
@@ -297,17 +268,14 @@ def _load_network(
     guide: Any, model: Any, saved: dict[str, Any] | None, path: str, batch: Batch | None
 ) -> None:
     """Copies the tensors of the networks, or compares their digests."""
-    own = _tensors(guide, model, batch, _latents(guide)) if batch is not None else None
+    own = _tensors(guide, model, batch, _latents(guide)) or {}
     if saved is None:
         if own:
-            warnings.warn(
+            warn_user(
                 f"{path} does not hold the networks of the model ({_first(own)}), on which predictions depend: load "
-                "them from where they were saved, then save the guide again.",
-                UserWarning,
-                stacklevel=3,
+                "them from where they were saved, then save the guide again."
             )
         return
-    own = own or {}
     odd = [n for n in saved.keys() | own.keys() if n not in saved or n not in own]
     odd += [n for n in saved.keys() & own.keys() if not _fits(saved[n], own[n])]
     if odd:

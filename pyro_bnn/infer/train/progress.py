@@ -9,9 +9,5 @@ from tqdm.notebook import tqdm_notebook
 
 
 def shows_bars() -> bool:
-    """
-    Tells whether somebody watches; a file would be filled with carriage returns.
-
-    :return: whether the process writes to a terminal or a notebook.
-    """
+    """Whether the process writes to a terminal or a notebook; a file would be filled with carriage returns."""
     return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()

@@ -118,11 +118,7 @@ Callback = Callable[[FitState], bool | None]
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """
-    Turns the first Ctrl-C into a flag, so that a step is never cut in half; the second one interrupts.
-
-    :return: a context manager that yields a function telling whether Ctrl-C was pressed.
-    """
+    """Turns the first Ctrl-C into a flag that can be asked for, so that no step is cut in half; the second interrupts."""
     pressed = False
 
     def handler(signum: int, frame: FrameType | None) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.mixture.elbo import Mixture_ELBO
-from pyro_bnn.infer.predict.predictive import evaluation_mode, posterior_predictive
+from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.infer.train.optimizer import ScaleLatents
 from pyro_bnn.infer.train.state import FitState
 from pyro_bnn.model.data import Batches
+from pyro_bnn.model.evaluation import evaluation_mode
 
 
 class ConvergenceTest:
@@ -94,10 +95,7 @@ class ConvergenceTest:
         return self.check(losses[(number - 1) * self.window : number * self.window], number)
 
     def __call__(self, state: FitState) -> bool:
-        """
-        :param state: the state of the run.
-        :return: whether to stop.
-        """
+        """Whether to stop."""
         if state.step % self.window or state.step // self.window < self.patience:
             return False
         last = state.step // self.window
@@ -201,33 +199,17 @@ class EarlyStopping:
         self.best: dict[str, Tensor] = {}
 
     def evaluate(self, state: FitState) -> float:
-        """
-        The value of the metric now, with random numbers that do not depend on the step.
-
-        :param state: the state of the run.
-        :return: the value; smaller is better.
-        """
+        """The value of the metric now, with random numbers that do not depend on the step; smaller is better."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             if self.metric == "elbo":
-                value = self.held_out_loss(state)
-            else:
-                found = posterior_predictive(
-                    state.model, state.guide, self.data, num_samples=self.num_samples
-                )
-                likelihoods = [
-                    site.log_likelihood for site in found.values() if site.log_likelihood is not None
-                ]
-                value = -sum(float((torch.logsumexp(v, 0) - math.log(len(v))).mean()) for v in likelihoods)
-        return value
+                return self.held_out_loss(state)
+            found = posterior_predictive(state.model, state.guide, self.data, num_samples=self.num_samples)
+            densities = [v for v in (site.log_likelihood for site in found.values()) if v is not None]
+            return -sum(float((torch.logsumexp(v, 0) - math.log(len(v))).mean()) for v in densities)
 
     def held_out_loss(self, state: FitState) -> float:
-        """
-        The loss on the data held out, at the end of every schedule.
-
-        :param state: the state of the run.
-        :return: the mean over ``num_samples`` evaluations.
-        """
+        """The loss on the data held out, at the end of every schedule: the mean over ``num_samples`` evaluations."""
         elbo, total = state.elbo, 0.0
         own = elbo.kl_scale if isinstance(elbo, Mixture_ELBO) else None
         try:
@@ -243,10 +225,7 @@ class EarlyStopping:
         return total / self.num_samples
 
     def __call__(self, state: FitState) -> bool:
-        """
-        :param state: the state of the run.
-        :return: whether to stop.
-        """
+        """Whether to stop."""
         if state.step % self.every:
             return False
         if not self.history:
@@ -263,13 +242,11 @@ class EarlyStopping:
         """
         Checks that the data held out have their observations.
 
-        :param state: the state of the run.
         :raises ValueError: naming the site that was drawn, or that has another shape.
         """
         for batch in Batches(self.data):
-            validation = pyro.validation_enabled(
-                True
-            )  # the first pass over the training data switches it off
+            # the first pass over the training data switches it off
+            validation = pyro.validation_enabled(True)
             with poutine.block(), torch.random.fork_rng(), evaluation_mode(state.model), validation:
                 trace = run_model(state.model, batch)
             try:
@@ -278,39 +255,24 @@ class EarlyStopping:
                 raise ValueError(f"EarlyStopping, data held out: {error}") from None
 
     def finish(self, state: FitState) -> None:
-        """
-        Puts the best parameters back.
-
-        :param state: the state at the end of the run.
-        """
+        """Puts the best parameters back, at the end of the run."""
         if self.restore and self.best:
             with torch.no_grad():
                 for name, value in self.best.items():
                     state.parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """
-        What a checkpoint needs to continue.
-
-        :return: the history and the best parameters.
-        """
+        """What a checkpoint needs to continue: the history and the best parameters."""
         return {"history": self.history, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Continues from a checkpoint.
-
-        :param state: what :meth:`state_dict` returned.
-        """
+        """Continues from what :meth:`state_dict` returned."""
         self.history, self.best = state["history"], state["best"]
 
 
 def final_scale(schedule: Any) -> float:
     """
-    The factor of the KL at the end of a schedule.
-
-    :param schedule: a number, a schedule, or ``None`` for no factor.
-    :return: the number itself; for a schedule its attribute ``final``, or 1.
+    The factor of the KL at the end of a schedule: a number itself, its attribute ``final``, or 1.
 
     Example::
 

@@ -1,0 +1,108 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hessian-free Laplace computation says about its own accuracy."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.ops.notice import warn_user
+
+
+class HFLWarning(UserWarning):
+    """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
+
+
+@dataclass(kw_only=True)
+class Diagnostics:
+    """The part of :class:`~pyro_bnn.infer.hfl.HFLResult` that judges the rest."""
+
+    method: str
+    curvature: str
+    variances: Tensor
+    antisymmetry: float
+    newton_decrement: float
+    smallest_curvature: float
+    residual: float
+    agreement: float | None = None
+    epsilon: float | None = None
+    proximal: float = 0.0
+    captured: float | None = None
+    captured_error: float | None = None
+    iterations: int = 0
+    products: int = 0
+    gradient_evaluations: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def gradient_equivalents(self) -> int:
+        """The cost in gradients of the loss, a curvature-vector product counted as two."""
+        return self.gradient_evaluations + 2 * self.products
+
+    def rows(self) -> dict[str, str]:
+        """The diagnostics by name, for printing."""
+        rows = {
+            "Newton decrement of the point estimate": f"{self.newton_decrement:.2g} sd",
+            "smallest curvature met": f"{self.smallest_curvature:.3g}",
+            "residual of the solves": f"{self.residual:.2g}",
+            "antisymmetry of the responses": f"{self.antisymmetry:.2g} sd",
+        }
+        if self.epsilon is not None:
+            rows["epsilon"] = f"{self.epsilon:.2g} sd"
+        if self.agreement is not None:
+            rows["difference from epsilon / 3"] = f"{self.agreement:.2g}"
+        if self.proximal:
+            rows["proximal delta (biases variances down)"] = f"{self.proximal:.3g}"
+        if self.captured is not None:
+            rows["captured variance"] = f"{self.captured:.4f} +- {self.captured_error:.4f}"
+        return rows
+
+    def warn(self, *, tolerance: float, largest_curvature: float, map_tolerance: float) -> None:
+        """Warns of all that makes the result inaccurate, and notes it."""
+        dtype = self.variances.dtype
+        for text in (
+            *self._of_the_point(largest_curvature, map_tolerance, dtype),
+            *self._of_the_method(tolerance),
+        ):
+            warn_user(text, HFLWarning)
+            self.warnings.append(text)
+
+    def _of_the_point(
+        self, largest_curvature: float, map_tolerance: float, dtype: torch.dtype
+    ) -> Iterator[str]:
+        if not self.newton_decrement <= map_tolerance:
+            yield (
+                f"the point estimate is {self.newton_decrement:.3g} posterior standard deviations away from the minimum "
+                "(Newton decrement). Variances are those of the Laplace approximation at the point it is at: train longer "
+                "or call guide.polish(data) first"
+            )
+        if torch.finfo(dtype).eps * largest_curvature > 1e-2 * self.smallest_curvature:
+            yield (
+                f"curvatures range from {self.smallest_curvature:.2g} to {largest_curvature:.2g}, more than "
+                f"{str(dtype).removeprefix('torch.')} resolves to 1 %: use float64"
+            )
+
+    def _of_the_method(self, tolerance: float) -> Iterator[str]:
+        if self.method in ("cg", "probe"):
+            if self.residual > 10 * tolerance:
+                yield (
+                    f"the solves stopped at a relative residual of {self.residual:.2g}, not {tolerance:.2g}: variances are "
+                    "lower bounds. Use a preconditioner, a larger max_iter, or float64"
+                )
+        elif self.residual > (0.02 if self.method == "paired" else 0.1):
+            yield (
+                f"the perturbed minimisations stopped {self.residual:.2g} epsilon short of their minima, so that variances "
+                "may be wrong by as large a fraction: use method='cg', float64, a preconditioner, or more epochs"
+            )
+        if self.agreement is not None and self.agreement > 0.01:
+            yield (
+                f"variances at epsilon and epsilon / 3 differ by {self.agreement:.2g}: epsilon is too large for the basin of "
+                "the point estimate, or too small for the precision. Use method='cg', or float64"
+            )
+        if self.antisymmetry > 0.05:
+            yield (
+                f"the responses are antisymmetric by {self.antisymmetry:.2g} standard deviations, which at a minimum they "
+                "cannot be: covariances are inaccurate"
+            )

@@ -1,0 +1,12 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""The limit of vanishing perturbations: :math:`P d_j = g_j` by block conjugate gradients."""
+
+from pyro_bnn.infer.hfl.task import Found, Task
+
+
+def cg(task: Task) -> Found:
+    """One linear solve per functional."""
+    J = task.functionals.gradients
+    decrement, D = task.solve(J)
+    return Found.from_responses(J, D, D @ J.mT, newton_decrement=decrement, residual=task.solver.residual)

@@ -1,0 +1,156 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""One step of training: the loss of a batch, its gradients over all processes, the new parameters."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn.infer.train.optimizer import ScaleLatents
+from pyro_bnn.infer.train.randomness import same_random_numbers
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.networks import unchanged_buffers
+from pyro_bnn.ops.distributed import all_reduce_mean, broadcast, share_statistics, world_size
+from pyro_bnn.ops.options import require_number
+
+#: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
+SNAPSHOT_EVERY = 50
+
+
+@dataclass
+class Tensors:
+    """
+    What training changes: parameters by name, and the buffers of the networks that hold them.
+
+    The state to which a failed run goes back is that before the last finite loss, or up to 50 steps earlier.
+    """
+
+    parameters: dict[str, Tensor]
+    networks: dict[str, nn.Module]
+    good: list[Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.trained = list(self.parameters.values())
+        self.device = self.trained[0].device
+        self.restart()
+
+    def held(self) -> dict[str, Tensor]:
+        """What else the modules hold: persistent buffers (running statistics), and parameters that are not trained."""
+        trained = {id(p) for p in self.trained}
+        return {
+            name: value
+            for prefix, name, value in self._states()
+            if name not in self.parameters and (prefix in ("model", "guide") or id(value) not in trained)
+        }
+
+    def _states(self) -> Iterator[tuple[str, str, Tensor]]:
+        for prefix, part in self.networks.items():
+            for name, value in part.state_dict(keep_vars=True).items():
+                if isinstance(value, Tensor):
+                    yield prefix, f"{prefix}.{name}", value
+
+    def statistics(self) -> list[Tensor]:
+        """The buffers alone; a module may have put others in their place since the last step."""
+        return [b for b in self.held().values() if not isinstance(b, nn.Parameter)]
+
+    def all(self) -> dict[str, Tensor]:
+        """Everything by name."""
+        return self.parameters | self.held()
+
+    def copies(self) -> list[Tensor]:
+        """Copies of the parameters and the running statistics."""
+        return [t.detach().clone() for t in (*self.trained, *self.statistics())]
+
+    def restart(self) -> None:
+        """Takes the present state for a good one."""
+        self.good = self.candidate = self.copies()
+
+    def propose(self) -> None:
+        """Takes the present state for a good one if the next loss is finite."""
+        self.candidate = self.copies()
+
+    def confirm(self) -> None:
+        """Says that the loss at the proposed state is finite."""
+        self.good = self.candidate
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Restores the last good state."""
+        torch._foreach_copy_([*self.trained, *self.statistics()], self.good)
+
+    def share(self) -> None:
+        """Gives all processes the tensors of the first one."""
+        broadcast(list(self.all().values()))
+
+
+@dataclass
+class GradientStep:
+    """
+    A step of :func:`~pyro_bnn.infer.fit`: what is checked is what trains.
+
+    :param elbo: the bound.
+    :param loss_fn: the bound as a function of the arguments of the model.
+    """
+
+    tensors: Tensors
+    elbo: Any
+    loss_fn: Callable[..., Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any = None
+    clip_grad_norm: float | None = None
+    kl_scale: float | Callable[[int], float] | None = None
+    autocast: torch.dtype | None = None
+
+    def loss(self, batch: Batch, number: int) -> Tensor:
+        """The loss of a batch after ``number`` steps."""
+        args, kwargs = batch
+        with ExitStack() as stack:
+            if self.kl_scale is not None:
+                scale = self.kl_scale(number) if callable(self.kl_scale) else self.kl_scale
+                require_number(f"kl_scale at step {number}", scale, least=0)
+                stack.enter_context(ScaleLatents(scale))
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.tensors.device.type, dtype=self.autocast))
+            return self.loss_fn(*args, **kwargs)
+
+    def rehearse(self, batch: Batch, number: int, generators: Sequence[torch.Generator]) -> float:
+        """The loss of a batch; random numbers, statistics and the bound's own count of steps stay where they were."""
+        count = getattr(self.elbo, "step", None)
+        with same_random_numbers(generators), unchanged_buffers():
+            value = float(self.loss(batch, number).detach())
+        if count is not None:
+            self.elbo.step = count
+        return value
+
+    def evaluate(self, batch: Batch, number: int) -> tuple[Tensor, float]:
+        """The loss of a batch with its graph, and its mean over processes."""
+        if number % SNAPSHOT_EVERY == 0:
+            self.tensors.propose()
+        loss = self.loss(batch, number)
+        shown = loss.detach().clone() if world_size() > 1 else loss.detach()
+        all_reduce_mean([shown])
+        return loss, float(shown)
+
+    def descend(self, loss: Tensor, value: float) -> None:
+        """Takes a step down a finite loss, whose mean over processes is ``value``."""
+        self.tensors.confirm()
+        trained = self.tensors.trained
+        for p in trained:  # what zero_grad does, without the records for a profiler
+            p.grad = None
+        loss.backward()
+        if world_size() > 1:
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            all_reduce_mean([p.grad for p in trained if p.grad is not None])
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(trained, self.clip_grad_norm)
+        self.optimizer.step()
+        if world_size() > 1:
+            share_statistics(self.tensors.statistics())
+        if self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*((value,) if plateau else ()))
