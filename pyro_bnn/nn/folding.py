@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.sites import SiteModule, describe_module, loop_of_samples, module_path
+from pyro_bnn.nn.sites import SiteModule, describe_module, module_path
 from pyro_bnn.nn.structure import map_structure, tensors_of
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
@@ -50,6 +50,31 @@ def rows_per_example(present: bool) -> Iterator[None]:
         yield
     finally:
         _ROWS.reset(token)
+
+
+class _Loop:
+    """Whether a network is running its samples one after the other."""
+
+    running = False
+
+
+_LOOP: ContextVar[_Loop | None] = ContextVar("sample_loops", default=None)
+
+
+@contextmanager
+def sample_loops(allowed: bool) -> Iterator[None]:
+    """Within this context networks may run their samples one after the other, as nobody collects what they do, or not."""
+    token = _LOOP.set(_Loop() if allowed else None)
+    try:
+        yield
+    finally:
+        _LOOP.reset(token)
+
+
+def runs_samples_alone() -> bool:
+    """Whether a network is running its samples one after the other."""
+    loop = _LOOP.get()
+    return loop is not None and loop.running
 
 
 class Folding:
@@ -196,20 +221,16 @@ class Folding:
         costs = [layer._costs for layer in self.layers if layer._costs is not None]
         pays = sum(built for built, _ in costs) < self.batch_size * sum(passed for _, passed in costs)
         rows = any(value.shape[1] > 1 for value in self._varying.values())
-        return pays and not rows and not module.training and loop_of_samples() is not None
+        return pays and not rows and not module.training and _LOOP.get() is not None
 
     def _start_loop(self) -> None:
         """Builds the parameters of layers for all samples."""
-        loop: Any = loop_of_samples()
-        loop.running = True
         for layer in self.layers:
             if layer._costs is not None:
                 built = layer._built()
-                loop.plain_bytes += sum(
-                    v[0].numel() * v.element_size() for v in built.values() if v is not None
-                )
                 self._built[id(layer)] = {n: [None] if v is None else v.unbind(0) for n, v in built.items()}
-        self.num_samples = 1
+        loop: Any = _LOOP.get()
+        loop.running, self.num_samples = True, 1
         self._choose(0)
 
     def _choose(self, sample: int) -> None:
@@ -235,9 +256,8 @@ class Folding:
                     output = module.forward(*args, **kwargs)
                 leaves.append(list(tensors_of(output)))
         finally:
-            loop = loop_of_samples()
-            if loop is not None:
-                loop.running = False
+            loop: Any = _LOOP.get()
+            loop.running = False
         joined = iter([self._join(values) for values in zip(*leaves, strict=True)])
         return map_structure(output, lambda _: next(joined))
 

@@ -78,48 +78,6 @@ def once_per_call(
     return value
 
 
-class SilentSites:
-    """
-    What layers do in a run.
-
-    :ivar seen: by site, the prior of every site that layers read.
-    :ivar parameters: whether folded networks may run their samples one after the other, as nobody collects what they do.
-    :ivar running: whether one does.
-    :ivar plain_bytes: what every sample of such networks took in memory that stays until the last has run.
-    """
-
-    def __init__(self, values: Any = None, priors: Any = None, parameters: bool = False) -> None:
-        self.seen: dict[str, Any] = {}
-        self.taken: set[str] = set()
-        self.parameters, self.running, self.plain_bytes = parameters, False, 0
-
-
-_SILENT: ContextVar[SilentSites | None] = ContextVar("silent_sites", default=None)
-
-
-@contextmanager
-def silent_sites(values: Any = None, priors: Any = None, parameters: bool = False) -> Iterator[SilentSites]:
-    """Within this context it is noted what layers do, see :class:`SilentSites`."""
-    silent = SilentSites(values, priors, parameters)
-    token = _SILENT.set(silent)
-    try:
-        yield silent
-    finally:
-        _SILENT.reset(token)
-
-
-def loop_of_samples() -> SilentSites | None:
-    """Where a network notes that it runs its samples one after the other; ``None`` if it must not."""
-    silent = _SILENT.get()
-    return silent if silent is not None and silent.parameters else None
-
-
-def runs_plain() -> bool:
-    """Whether a network is running its samples one after the other."""
-    loop = loop_of_samples()
-    return loop is not None and loop.running
-
-
 _READERS: ContextVar[dict[str, str] | None] = ContextVar("readers", default=None)
 
 
