@@ -9,7 +9,7 @@ the rows of all samples in their first dimension (:class:`Folding`), and layers 
 run once per sample on its part of the rows (:mod:`pyro_bnn.nn.per_sample`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -41,10 +41,7 @@ def split_batch() -> Iterator[None]:
 
 @contextmanager
 def rows_per_example(present: bool) -> Iterator[None]:
-    """
-    Within this context the last batch dimension of a site is, or is not, one value per example where it has the size of
-    the batch.
-    """
+    """Within this context a site whose last batch dimension has the size of the batch has, or has not, a value per example."""
     token = _ROWS.set(present)
     try:
         yield
@@ -439,27 +436,3 @@ def fold_(net: Any) -> Any:
             )
         Folding(net)
     return net
-
-
-def apply_factor(x: Tensor, factor: Tensor, post: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """
-    Combines activations ``(F * B, ..., d, *post)`` with factors ``(d,)``, ``(F, 1, d)`` or ``(F, B, d)`` in a folded call.
-
-    :raises ValueError: if the rows of ``x`` are no multiple of the samples.
-    """
-    tail = (1,) * post
-    if factor.dim() == 1:
-        return combine(x, factor.view(-1, *tail))
-    F, P, d = factor.shape
-    rows = x.shape[0]
-    if rows % (F * P):
-        raise ValueError(
-            f"activations of shape {tuple(x.shape)} have {rows} rows, which {F} samples times {P} examples do not "
-            "divide: the network must keep the batch in the first dimension."
-        )
-    if P > 1 and rows > F * P:  # several rows per example, e.g. tokens flattened into the batch
-        factor = factor.repeat_interleave(rows // (F * P), dim=1)
-        P = factor.shape[1]
-    middle = (1,) * (x.dim() - 2 - post)
-    y = combine(x.reshape(F, rows // F, *x.shape[1:]), factor.view(F, P, *middle, d, *tail))
-    return y.view(rows, *y.shape[2:])

@@ -167,12 +167,7 @@ class SiteModule(_PyroModule):
         self._redirects = {**self._redirects, name: (owner, key)}
 
     def read(self, name: str) -> Any:
-        """
-        Reads an attribute as the layer itself does: a parameter, or the value of a site.
-
-        :param str name: its name.
-        :return: its value.
-        """
+        """Reads an attribute as the layer itself does: a parameter, or the value of a site."""
         if name in self._sites:
             return self._read_site(name, self._sites[name])
         if name in self._redirects:
@@ -206,9 +201,6 @@ class SiteModule(_PyroModule):
         shapes = {name: value.shape for name, value in self._own_parameters().items()}
         shapes |= {name: spec.init.shape for name, spec in self._sites.items() if spec.init is not None}
         return shapes | {name: owner._shapes()[key] for name, (owner, key) in self._redirects.items()}
-
-    def _site_names(self) -> list[str]:
-        return list(self._sites)
 
     @contextmanager
     def _replacing(self, values: Mapping[str, Any]) -> Iterator[None]:
