@@ -92,6 +92,10 @@ class LowRankSum(CurvatureSum):
         self._earlier: list[Tensor] = []
 
     @override
+    def add(self, examples: Any, cotangents: Iterable[Tensor]) -> None:
+        """Nothing: rows are read in passes of their own."""
+
+    @override
     def resume(self, parts: Sequence[Part]) -> None:
         for part in parts:
             assert isinstance(part, LowRankPart)

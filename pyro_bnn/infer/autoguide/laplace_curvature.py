@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The curvature of a Laplace approximation: what is random, what is summed over the data, how much memory that takes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,12 +20,11 @@ from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.definite import TOLERANCE, blame, describe, expected_error, require_resolved
 from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart
 from pyro_bnn.curvature.diagonal import DiagonalPart
-from pyro_bnn.curvature.fisher_checks import require_fixed_values, require_scores
 from pyro_bnn.curvature.kronecker import KroneckerSum
 from pyro_bnn.curvature.linear_maps import Sharing
 from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
-from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
+from pyro_bnn.curvature.prior import PriorCurvature
 from pyro_bnn.curvature.selection import largest
 from pyro_bnn.curvature.stream import ExampleStream, count_examples, random_subset
 from pyro_bnn.curvature.uses import LinearUse
@@ -36,7 +35,6 @@ from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
 from pyro_bnn.ops.jacobian import LinearMap, hvp_operator, wide
 from pyro_bnn.ops.memory import available_bytes, readable, require_memory
-from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import CurvatureWarning, warn_user
 
 #: Structures whose sums have a fixed size.
@@ -159,36 +157,19 @@ class LaplaceCurvature:
 
         def rows(reserve: Reserve) -> Iterator[Tensor]:
             stream = self.stream()
-            chunks = self._checked(stream, stream.run(data) if subset is None else subset.run(stream))
+            chunks = stream.run(data) if subset is None else subset.run(stream)
             cotangents = self._cotangents(torch.Generator().manual_seed(seed))
             return curvature_rows(chunks, cotangents, self.index, reserve, subset.weight if subset else 1.0)
 
         return LowRankSum(self.index, latent, rows=rows, **options)
 
-    def _checked(self, stream: ExampleStream, chunks: Iterable[Any]) -> Iterator[Any]:
-        """Chunks, each with observations that do not depend on latents."""
-        for trace, sites in chunks:
-            require_fixed_values(self.packed, trace, stream.latent)
-            yield trace, sites
-
     def _cotangents(self, generator: torch.Generator | None) -> Callable[[Any], Any]:
         return lambda site: site.cotangents(self.curvature, num_samples=self.num_samples, generator=generator)
 
     def _accumulate(self, total: CurvatureSum, data: Any, generator: torch.Generator | None) -> Accumulated:
-        if self.curvature != "hessian" and not isinstance(total, LowRankSum):
-            return accumulate_examples(total, self.stream(), data, self._cotangents(generator))
-        value, gradient = value_and_gradient(
-            lambda latent: self.packed.losses(latent, data, require_finite=True), self.loc
-        )
-        latent = self.loc.detach().clone().requires_grad_(True)
-        trace = self.packed.trace(latent, as_batches(data).first)
-        if self.curvature != "hessian":
-            require_scores(self.packed, trace, latent)
-        prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)
-        log_prior = self.packed.log_prior(latent, trace).detach()
-        if not isinstance(total, LowRankSum):
-            accumulate_operators(total, self._exact(), data)
-        return Accumulated(prior, log_prior, -value - log_prior, gradient - prior.gradient)
+        if self.curvature == "hessian":
+            return accumulate_operators(total, self._exact(), data)
+        return accumulate_examples(total, self.stream(), data, self._cotangents(generator))
 
     def _exact(self) -> CurvatureAccumulator:
         return CurvatureAccumulator(self.packed, self.loc, "hessian", chunk_size=self.chunk_size)
