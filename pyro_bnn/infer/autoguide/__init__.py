@@ -3,6 +3,7 @@
 
 """Automatic guides."""
 
+from pyro_bnn.curvature.mode import UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.hfl import AutoHessianFreeLaplace
 from pyro_bnn.infer.autoguide.initialization import (
     dropout_scale,
@@ -12,9 +13,9 @@ from pyro_bnn.infer.autoguide.initialization import (
 )
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
-from pyro_bnn.infer.autoguide.linearized import MAPReport, PointEstimateWarning, UnconvergedMAPWarning
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
+from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
 
 __all__ = [
     "AutoHessianFreeLaplace",

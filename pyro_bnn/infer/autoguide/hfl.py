@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
 from pyro_bnn.distributions.factor_normal import FactorNormal
-from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
+from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
+from pyro_bnn.infer.autoguide.point_estimate import MAPReport
 from pyro_bnn.infer.hfl.api import Method, solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
@@ -142,7 +143,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         self.map_report = MAPReport(
             float(value), float(gradient.norm()), result.newton_decrement, result.smallest_curvature
         )
-        self._warn_unconverged(map_tolerance)
+        self.map_report.warn_beyond(map_tolerance)
         return self
 
     def add_targets(self, data: Any, targets: Any, **options: Any) -> Self:

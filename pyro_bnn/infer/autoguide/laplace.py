@@ -22,7 +22,8 @@ from pyro_bnn.curvature.selection import Selection, select
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.autoguide.laplace_curvature import LaplaceCurvature
-from pyro_bnn.infer.autoguide.linearized import LinearizedGuide, MAPReport
+from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
+from pyro_bnn.infer.autoguide.point_estimate import MAPReport
 from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
 from pyro_bnn.model.arguments import as_data
@@ -251,7 +252,7 @@ class AutoLaplace(LinearizedGuide):
             # the prior of this call counts in neither value nor gradient
             value = value + prior_value - self.log_joint
             gradient = gradient - prior.gradient + self.gradient
-        self._report(posterior, parts, value, gradient)
+        self.map_report = self._report(posterior, parts, value, gradient)
         self.part_store.set(parts)
         self._covered = coverage.covered
         self.gradient = gradient
@@ -260,10 +261,10 @@ class AutoLaplace(LinearizedGuide):
         self.prior_gradient = prior.gradient
         self.tau = None
         self._posterior = posterior
+        if map_tolerance is None:
+            map_tolerance = 0.1 if self.curvature == "hessian" else 1.0
         if not coverage.is_partial:  # the gradient of some of the data is not zero at the point estimate
-            self._warn_unconverged(
-                map_tolerance if map_tolerance is not None else (0.1 if self.curvature == "hessian" else 1.0)
-            )
+            self.map_report.warn_beyond(map_tolerance)
         return self
 
     def curvature_parts(
@@ -307,13 +308,16 @@ class AutoLaplace(LinearizedGuide):
         self.part_store.set([])
         return super().to_point_estimate()
 
-    def _report(self, posterior: PrecisionNormal, parts: list[Part], value: Tensor, gradient: Tensor) -> None:
+    def _report(
+        self, posterior: PrecisionNormal, parts: list[Part], value: Tensor, gradient: Tensor
+    ) -> MAPReport:
         random = torch.zeros_like(gradient)
         index = torch.cat([part.index for part in parts])
         random[index] = gradient[index]
         decrement = posterior.half_solve_transposed(random).norm()
-        smallest = float(posterior.smallest_precision)
-        self.map_report = MAPReport(float(value), float(random.norm()), float(decrement), smallest)
+        return MAPReport(
+            float(value), float(random.norm()), float(decrement), float(posterior.smallest_precision)
+        )
 
     @override
     def _make_posterior(self) -> PrecisionNormal | None:

@@ -3,7 +3,6 @@
 """A point estimate that becomes a Gaussian, and predicts through the linearised model."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
 
@@ -15,8 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from typing_extensions import override
 
-from pyro_bnn.curvature.mode import DENSE_LIMIT as DENSE_LIMIT
-from pyro_bnn.curvature.mode import UnconvergedMAPWarning, find_mode
+from pyro_bnn.curvature.mode import find_mode
 from pyro_bnn.curvature.output_covariances import (
     SiteCovariances,
     event_covariance,
@@ -26,6 +24,7 @@ from pyro_bnn.curvature.output_covariances import (
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
+from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
 from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
@@ -33,28 +32,6 @@ from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
-
-
-class PointEstimateWarning(UserWarning):
-    """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
-
-
-@dataclass
-class MAPReport:
-    r"""
-    How well converged a point estimate is.
-
-    :ivar loss: :math:`L(\hat u)`, the negative log joint density in unconstrained space.
-    :ivar gradient_norm: :math:`|\nabla L|`.
-    :ivar newton_decrement: :math:`\sqrt{g^\top P^{-1} g}`: the length of the Newton step in posterior standard
-        deviations. Zero at the MAP.
-    :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P.
-    """
-
-    loss: float
-    gradient_norm: float
-    newton_decrement: float
-    smallest_curvature: float
 
 
 def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
@@ -303,17 +280,6 @@ class LinearizedGuide(PackedGuide):
         """
         losses = partial(self.packed.losses, data=data, require_finite=True)
         return value_and_gradient(losses, self.loc)
-
-    def _warn_unconverged(self, limit: float) -> None:
-        report = self.map_report
-        assert report is not None
-        if not report.newton_decrement <= limit:
-            warn_user(
-                f"the point estimate is {report.newton_decrement:.3g} posterior standard deviations away from the "
-                f"minimum (Newton decrement; gradient norm {report.gradient_norm:.3g}). The approximation describes "
-                "the point it is at: train longer or call guide.polish(data) first.",
-                UnconvergedMAPWarning,
-            )
 
     # ------------------------------------------------------------------ predictions
 

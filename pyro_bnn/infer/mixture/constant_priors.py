@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -42,8 +41,13 @@ class ConstantPriors:
         """Whether guide and priors are still those that this object was made for."""
         return self.sites is guide.sites and all(priors.get(n) is p for n, p in self.priors.items())
 
-    def evaluate(self, guide: AutoMixture) -> tuple[Tensor | float, Tensor | float]:
-        """The divergence, averaged over components, and the log prior of the point estimates, likewise."""
+    def evaluate(
+        self, guide: AutoMixture, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """
+        The divergence, averaged over components, and the log prior of the point estimates, likewise; ``values`` are those
+        of the sites that components share.
+        """
         K = guide.num_components
         kl: Tensor | float = 0.0
         log_prior: Tensor | float = 0.0
@@ -58,8 +62,8 @@ class ConstantPriors:
                 kl = kl + divergence(at, columns(all_scale, spans), loc, scale) / K
         for site in self._points:
             base = unwrap(self.priors[site.name])
-            value = attrgetter(site.name)(guide.points)
-            log_prior = log_prior + _log_density(value, _scalar(base.loc), _scalar(base.scale))
+            density = _log_density(values[site.name], _scalar(base.loc), _scalar(base.scale))
+            log_prior = log_prior + density
         return kl, log_prior
 
     def _flat(self, site: LatentSite) -> tuple[Tensor, Tensor]:

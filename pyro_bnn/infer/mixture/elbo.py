@@ -365,7 +365,7 @@ class Mixture_ELBO(_Elbo):
         priors = plain_layers(sites)
         if not constant.is_current(step.guide, priors):
             constant = decision.constant = ConstantPriors(step.guide, priors)
-        terms.add(*constant.evaluate(step.guide))
+        terms.add(*constant.evaluate(step.guide, run.values))
         terms.collect(sites, run.guide_sites(without=constant.priors))
         return terms, run
 

@@ -163,11 +163,11 @@ class JointRun:
         step = self.step
         if not step.direct:
             return {name: node for name, node in self._nodes.items() if name not in without}
-        nodes = {}
+        nodes: dict[str, Site] = {}
+        if all(site.name in without for site in step.guide.sites):
+            return nodes
         blocks: list[Any] = [(site, value, None) for site, value in step.guide.point_values()]
-        if not {site.name for site in step.guide._mixed} <= set(without):
-            blocks += step.guide._blocks()
-        for site, loc, scale in blocks:
+        for site, loc, scale in [*blocks, *step.guide._blocks()]:
             if site.name in without:
                 continue
             value = self.values[site.name]

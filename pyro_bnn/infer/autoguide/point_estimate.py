@@ -1,0 +1,40 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of a point estimate: how well it has converged, and that its draws are all the same."""
+
+from dataclasses import dataclass
+
+from pyro_bnn.curvature.mode import UnconvergedMAPWarning
+from pyro_bnn.ops.notice import warn_user
+
+
+class PointEstimateWarning(UserWarning):
+    """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
+
+
+@dataclass
+class MAPReport:
+    r"""
+    How well converged a point estimate is.
+
+    :ivar loss: :math:`L(\hat u)`, the negative log joint density in unconstrained space.
+    :ivar gradient_norm: :math:`|\nabla L|`.
+    :ivar newton_decrement: :math:`\sqrt{g^\top P^{-1} g}`: the length of the Newton step in posterior standard
+        deviations. Zero at the MAP.
+    :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P.
+    """
+
+    loss: float
+    gradient_norm: float
+    newton_decrement: float
+    smallest_curvature: float
+
+    def warn_beyond(self, limit: float) -> None:
+        """Warns if the Newton decrement is larger than a limit."""
+        if not self.newton_decrement <= limit:
+            warn_user(
+                f"the point estimate is {self.newton_decrement:.3g} posterior standard deviations away from the "
+                f"minimum (Newton decrement; gradient norm {self.gradient_norm:.3g}). The approximation describes "
+                "the point it is at: train longer or call guide.polish(data) first.",
+                UnconvergedMAPWarning,
+            )
