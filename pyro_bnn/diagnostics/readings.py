@@ -100,7 +100,7 @@ def _joined_values(join: Join, parts: list[Found], deterministic: Sequence[str])
     """Values along the rows where they have them, once where they are the same in all batches; others are left out."""
     found, values = {}, _by_site([part.values for part in parts])
     left_out = {name for name in deterministic if len(values.get(name, ())) < len(parts)}
-    for name in values.keys() - left_out:
+    for name in [name for name in values if name not in left_out]:
         own = values[name]
         axis = join.axis(name) if len(own) > 1 else None
         if axis is not None:
