@@ -430,6 +430,11 @@ def test_written_out_attention_takes_masks(batch_first, extra, need_weights):
         net(query, key, key, is_causal=True)
 
 
+def test_priors_of_output_projections():
+    net = rank1_(nn.MultiheadAttention(4, 2), prior={"r_out": dist.Normal(1.0, 0.3)})
+    assert set(values_of(net, (torch.zeros(3, B, 4),) * 3, ())) == {"r_out", "in_proj_bias", "out_proj_bias"}
+
+
 def test_split_batches_with_noise_per_example():
     plain = nn.LSTM(4, 5, batch_first=True)
     net = rank1_(copy.deepcopy(plain))
