@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.curvature.capture import Capture
@@ -61,12 +62,32 @@ def _names(model: PackedModel, selection: Any) -> list[str]:
 def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
     """
     The mask of the weights of the last linear map that the model applies, and of the offsets and scales that follow it. Where the
-    last latents that are used are factors of a rank-1 layer, all the latents of that layer.
+    last latents that are used are factors of a rank-1 layer, all the latents of that layer. Raises :exc:`ValueError` if some
+    parameter of an observation depends on other linear maps only.
     """
     leaf = latent.detach().clone().requires_grad_(True)
     with Capture(leaf) as capture:
         trace = model.trace(leaf, batch)
-    mask = torch.zeros_like(latent, dtype=torch.bool)
+    mask = _last_layer(model, trace, capture)
+    linear, generator = torch.zeros_like(mask), torch.Generator().manual_seed(0)
+    for use in capture.uses:
+        if isinstance(use, LinearUse):
+            linear[use.index.reshape(-1)] = True
+    for site in model.site_outputs(trace):
+        for name, output in zip(site.names, site.outputs.split(site.sizes, -1), strict=True):
+            noise = torch.randn(output.shape, generator=generator).to(output)
+            (slope,) = torch.autograd.grad(output, leaf, noise, retain_graph=True, materialize_grads=True)
+            if bool(slope[linear].any()) and not bool(slope[mask].any()):
+                raise ValueError(
+                    f"sites='last_layer': the parameter {name!r} of site {site.name!r} does not depend on the last linear map "
+                    f"that the model applies, {_sites_in(model, mask)}, and would have no epistemic variance: name the layers "
+                    "of all heads instead, as in sites=['head1.*', 'head2.*']."
+                )
+    return mask
+
+
+def _last_layer(model: PackedModel, trace: Trace, capture: Capture) -> Tensor:
+    mask = torch.zeros_like(capture.latent, dtype=torch.bool)
     uses, sites = capture.uses, model.space.slices
     if uses:
         last = int(uses[-1].index.reshape(-1)[0])
@@ -84,6 +105,11 @@ def last_layer(model: PackedModel, latent: Tensor, batch: Batch) -> Tensor:
         if use is uses[places[-1]] or isinstance(use, ElementwiseUse):
             mask[use.index.reshape(-1)] = True
     return mask
+
+
+def _sites_in(model: PackedModel, mask: Tensor) -> list[str]:
+    """The sites of the entries of a mask."""
+    return [name for name, where in model.space.slices.items() if bool(mask[where].any())]
 
 
 def largest(values: Tensor, size: int, within: Tensor | None) -> Tensor:

@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.guard import CheckedJacobian, Suspects, checked_jacobian
 from pyro_bnn.curvature.jacobian import Layouts
+from pyro_bnn.model.coverage import Repeats
 from pyro_bnn.model.data import Batch, as_batches, iter_batches, leaves
 from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.memory import require_memory
@@ -57,9 +57,7 @@ class SiteExamples:
     value: Tensor | None
 
     def arrange(self, x: Tensor) -> Tensor:
-        """
-        From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next.
-        """
+        """From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next."""
         jac, shape = self.jacobian, self.site.outputs.shape[:-1]
         lead = x.dim() - len(shape) - 1
         if jac.dim >= 0:
@@ -130,13 +128,8 @@ class SiteExamples:
 
 class ExampleStream:
     """
-    Runs a model over data and yields its example-wise Jacobians.
-
-    :param model: the packed model.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param active: which entries are of interest, bool, shape ``(p,)``.
-    :param budget: how many floats one chunk may keep; larger batches are split where the model allows it.
-    :param differentiable: see :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`.
+    Runs a model over data and yields its example-wise Jacobians at the packed vector, shape ``(p,)``, in ``active`` entries, bool,
+    shape ``(p,)``. Batches are split, where the model allows it, into chunks that keep at most ``budget`` floats.
     """
 
     def __init__(

@@ -4,11 +4,7 @@
 """ArviZ export, metrics and plots."""
 
 from pyro_bnn.diagnostics import metrics, plots
-from pyro_bnn.diagnostics.arviz import (
-    datatree_to_inference_data,
-    to_datatree,
-    to_inference_data,
-)
+from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, to_inference_data
 from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table

@@ -13,8 +13,8 @@ from pyro_bnn.diagnostics.export import Exporter, Groups, Wanted
 from pyro_bnn.diagnostics.labels import Labels
 from pyro_bnn.diagnostics.storage import TreeWriter
 from pyro_bnn.infer.predict.draws import Posterior
-from pyro_bnn.infer.predict.predictive import evaluation_mode
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.memory import readable
 

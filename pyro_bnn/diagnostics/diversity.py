@@ -170,7 +170,9 @@ def _observed(prediction: PosteriorPredictive, site: str | None) -> str:
 def _observed_part(found: SitePrediction) -> SitePrediction:
     """A prediction without its masked entries, whose dimensions are flattened if there are any."""
     given = {name: getattr(found, name) for name in ("mean", "variance", "log_likelihood")}
-    kept = {n: None if value is None else observed_only(value, found.mask, 1) for n, value in given.items()}
+    kept: dict[str, Any] = {
+        n: None if value is None else observed_only(value, found.mask, 1) for n, value in given.items()
+    }
     return replace(found, samples=None, **kept)
 
 
@@ -216,8 +218,8 @@ def _guide_kl(guide: AutoMixture) -> Tensor | None:
     joint = guide._low_rank()
     if joint is not None:
         parts = (joint.loc, joint.cov_factor, joint.cov_diag)
-        p, q = (LowRankMultivariateNormal(*(t.unsqueeze(dim) for t in parts)) for dim in (1, 0))
-        pairs.append(kl_divergence(p, q))
+        first, second = (LowRankMultivariateNormal(*(t.unsqueeze(dim) for t in parts)) for dim in (1, 0))
+        pairs.append(kl_divergence(first, second))
     return torch.stack(pairs).sum(0) if pairs else None
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from pyro_bnn._version import __version__
 from pyro_bnn.diagnostics.chains import Chains
 from pyro_bnn.diagnostics.labels import Labels, Variables, numbered
-from pyro_bnn.diagnostics.readings import SiteReadings, SiteValues
+from pyro_bnn.diagnostics.readings import SiteValues, read_sites
 from pyro_bnn.infer.predict.draws import Draws
 from pyro_bnn.infer.predict.pieces import Pieces
-from pyro_bnn.infer.predict.predictive import predict_by_guide, predicts_itself, site_dims, value_dims
 from pyro_bnn.infer.predict.runs import MAX_MEMORY, ModelRunner
+from pyro_bnn.infer.predict.sites import site_dims, value_dims
 from pyro_bnn.model.data import Batch, Path, as_batches, leaves
 from pyro_bnn.model.handlers import deterministic_names, is_deterministic, observed_names, sample_sites
 from pyro_bnn.nn.packed import packed_sites
@@ -191,7 +191,7 @@ class Exporter:
         if self.data is not None:
             runner = ModelRunner(self.model, draws)
             runner.look(self.batch)
-            sites = runner.prototype or {}
+            sites = runner.structure.sites
         dims = {name: numbered(name, value.dim() - 1) for name, value in draws.items()}
         for name, site in sites.items():
             latent = name in draws or not is_deterministic(site)
@@ -244,20 +244,11 @@ class Exporter:
             max_memory=wanted.max_memory, draws=draws, redraw=True,
             runner=None if self.pieces is None else self.pieces.runner,
         )  # fmt: skip
-        linearized = predicts_itself(posterior, self.batch)
-        readings = SiteReadings(self.deterministic, wanted.predictions and not linearized)
-        for batch in pieces:
-            readings.read(pieces, batch)
-            if linearized:
-                readings.replace(predict_by_guide(posterior, pieces.runner, batch)[0], wanted.predictions)
-        if not readings.observed and (readings.missing or not readings.has_factors):
-            raise ValueError(
-                "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
-            )
-        found = readings.joined(pieces.join)
+        found = read_sites(pieces, self.deterministic, samples=wanted.predictions)
+        structure = pieces.runner.structure
         # sites of some batches only, which the first does not show
-        new, prototype = found.log_likelihood.keys() - self.labels.dims.keys(), pieces.runner.prototype or {}
-        self.labels.name_sites({n: site_dims(prototype[n], pieces.runner.ndims[n]) for n in new})
+        new = found.log_likelihood.keys() - self.labels.dims.keys()
+        self.labels.name_sites({n: site_dims(structure.sites[n], structure.ndims[n]) for n in new})
         self.masks, self.missing = found.masks, found.missing
         self.names = [n for n in self.names if n not in self.deterministic or n in found.values]
         self.deterministic = [n for n in self.deterministic if n in found.values]

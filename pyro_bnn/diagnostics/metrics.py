@@ -192,11 +192,7 @@ def _interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
 
 
 def calibration_curve(
-    samples: Any,
-    observed: Any = None,
-    levels: Sequence[float] = LEVELS,
-    *,
-    site: str | None = None,
+    samples: Any, observed: Any = None, levels: Sequence[float] = LEVELS, *, site: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Nominal against empirical coverage of central intervals.
@@ -290,12 +286,7 @@ def brier(probs: Any, labels: Any = None, *, site: str | None = None, kind: Kind
 
 
 def ece(
-    probs: Any,
-    labels: Any = None,
-    num_bins: int = 15,
-    *,
-    site: str | None = None,
-    kind: Kind | None = None,
+    probs: Any, labels: Any = None, num_bins: int = 15, *, site: str | None = None, kind: Kind | None = None
 ) -> float:
     r"""
     Expected calibration error: the mean distance of confidence and accuracy over ``num_bins`` bins of equal

@@ -16,13 +16,6 @@ def as_data(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     """
     Reads the data out of a call ``method(data)`` or ``method(*args, **kwargs)`` with the arguments of the model.
 
-    :param model: the model.
-    :param args: positional arguments: one object is data in any form, several are arguments of the model.
-    :param kwargs: keyword arguments that are no options of the method.
-    :param method: its name, for messages.
-    :return: one batch or an iterable of batches.
-    :raises TypeError: if the arguments are not those of the model, or could be read in two ways.
-
     Example::
 
         >>> def model(x, y=None, scale=1.0): ...
@@ -70,11 +63,7 @@ def _bind(
 
 
 def is_container(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """
-    :param args: positional arguments of a call.
-    :param kwargs: its keyword arguments.
-    :return: whether they are one object that could be data as well as an argument of the model.
-    """
+    """Whether the arguments of a call are one object that could be data as well as an argument of the model."""
     return (
         len(args) == 1
         and not kwargs
@@ -85,8 +74,7 @@ def is_container(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def arguments_of(data: Any) -> Batch:
     """
-    :param data: ``(args, kwargs)``, one batch or an iterable of batches.
-    :return: the arguments of the model that it stands for, or that its first batch holds.
+    The arguments of the model that ``(args, kwargs)``, one batch, or the first of several batches stand for.
 
     Example::
 

@@ -4,7 +4,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ def map_leaves(tree: Any, fn: Callable[[Path, Any], Any], path: Path = (), *, ev
     if not changed:
         return tree
     if isinstance(tree, Mapping):
+        if not isinstance(tree, MutableMapping):
+            return {**tree, **changed}
         out: Any = copy.copy(tree)  # keeps the type: a dict, or what tokenizers return
         for key, value in changed.items():
             out[key] = value
@@ -182,7 +184,8 @@ def check_finite(batch: Batch) -> None:
         if bad:
             raise ValueError(
                 f"{argument_name(path)} of the model holds {bad} non-finite entries (shape {tuple(value.shape)}): "
-                "remove them, or mask the observations with poutine.mask."
+                "remove them, or replace them by numbers (torch.nan_to_num) and pass the model what is missing as an argument, "
+                "for poutine.mask."
             )
 
 
@@ -201,12 +204,8 @@ def structure(value: Any) -> Any:
 
 def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
     """
-    What may decide how a model handles its arguments: their nesting, and which of their sizes agree. Other sizes in the
-    same places are the same structure.
-
-    :param value: arguments.
-    :param known: sizes that were met before.
-    :return: a hashable description.
+    What may decide how a model handles its arguments, hashable: their nesting, and which of their sizes agree. Other sizes in
+    the same places are the same structure; ``known`` are those that were met before.
     """
     known = {} if known is None else known
     if isinstance(value, Tensor) and is_dense(value):
@@ -221,13 +220,7 @@ def coincidences(value: Any, known: dict[int, int] | None = None) -> Any:
 
 
 def check_structure(first: Any, other: Any, number: int, path: Path = ()) -> None:
-    """
-    :param first: the :func:`structure` of the first batch.
-    :param other: that of a later batch.
-    :param number: which one it is, for the message.
-    :param path: where the two were found.
-    :raises ValueError: naming the argument in which they differ.
-    """
+    """Raises, naming the argument, if the :func:`structure` of a batch with this number differs from that of the first."""
     if first == other:
         return
     if isinstance(first, dict) and isinstance(other, dict):
@@ -264,18 +257,18 @@ class Batches:
 
     def __init__(self, data: Any) -> None:
         self.is_single = is_single_batch(data)
-        self._source = data
+        self.is_stream = not self.is_single and isinstance(data, Iterator)
+        self._source: Iterable[Any] = (data,) if self.is_single else data
+        self._change: Callable[[Tensor], Tensor] = lambda x: x.clone() if x.is_inference() else x
         self._first: Batch | None = None
         self._structure: Any = None
-        self.is_stream = not self.is_single and isinstance(data, Iterator)
         self._is_used = False
 
     @property
     def first(self) -> Batch:
         """The first batch; the pass over an iterator still begins with it."""
         if self._first is None:
-            source = iter((self._source,)) if self.is_single else iter(self._source)
-            for item in source:
+            for item in self._source:
                 self._first = self._ready(item, 0)
                 return self._first
             raise ValueError(
@@ -285,27 +278,30 @@ class Batches:
         return self._first
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.is_single:
-            yield self.first
-            return
+        if self.is_stream and self._is_used:
+            raise ValueError(
+                "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "
+                "a list of batches or a loader."
+            )
+        self._is_used = True
         number = 0
-        if self.is_stream:
-            if self._is_used:
-                raise ValueError(
-                    "data is an iterator, which can be run through once only, and a second pass is needed: pass tensors, "
-                    "a list of batches or a loader."
-                )
-            self._is_used = True
+        if self.is_single or self.is_stream:
             yield self.first
             number = 1
-        for item in self._source:
+        for item in () if self.is_single else self._source:
             batch = self._ready(item, number)
-            if self._first is None:
-                self._first = batch
+            self._first = self._first or batch
             yield batch
             number += 1
         if not number:
             self.first  # noqa: B018 (raises)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Batches":
+        """The same data with every tensor changed by a function."""
+        found = copy.copy(self)
+        found._first = None if self._first is None else map_tensors(self._first, fn)
+        found._structure, found._change = None, fn
+        return found
 
     def _ready(self, item: Any, number: int) -> Batch:
         batch = as_batch(item)
@@ -315,23 +311,16 @@ class Batches:
             if self._structure is None:
                 self._structure = found
             check_structure(self._structure, found, number)
-        return map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
+        return map_tensors(batch, self._change)
 
 
 def as_batches(data: Any) -> Batches:
-    """
-    :param data: see :class:`Batches`, or such an object, which is returned as it is.
-    :return: the data, read.
-    """
+    """The data, read; a :class:`Batches` is returned as it is."""
     return data if isinstance(data, Batches) else Batches(data)
 
 
 def repeatable_batches(data: Any) -> Batches:
-    """
-    :param data: see :class:`Batches`.
-    :return: the data, read.
-    :raises ValueError: if they are an iterator, which can be run through once only.
-    """
+    """The data, read; refused if they are an iterator, which can be run through once only."""
     batches = as_batches(data)
     if batches.is_stream:
         raise ValueError(
@@ -342,10 +331,5 @@ def repeatable_batches(data: Any) -> Batches:
 
 
 def iter_batches(data: Any) -> Iterator[Batch]:
-    """
-    Iterates over ``data`` as arguments of the model; see :class:`Batches`.
-
-    :param data: data in any of the forms that :class:`Batches` takes.
-    :return: an iterator over ``(args, kwargs)``.
-    """
+    """Iterates over data as arguments ``(args, kwargs)`` of the model; see :class:`Batches`."""
     return iter(as_batches(data))

@@ -26,11 +26,9 @@ _DIRECTIONS = 3
 
 
 def mismatch(phi: Callable[[float], float], slope: float, eps: float) -> float:
-    r"""
-    :param phi: a function of one number.
-    :param slope: its alleged slope at zero.
-    :param eps: the relative precision of its values.
-    :return: the relative error of the slope, zero where it is not certain.
+    """
+    The relative error of the alleged slope of a function at zero, zero where it is not certain; ``eps`` is the relative
+    precision of its values.
     """
     step = eps ** (1 / 3)
     up, down = phi(step), phi(-step)
@@ -68,23 +66,12 @@ class _Embeddings(TorchFunctionMode):
 
 def _by_frequency(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a look-up has that option, by name or in its place."""
-    place = (
-        {"embedding": 5, "embedding_bag": 5}
-        if func.__module__ == "torch.nn.functional"
-        else {"embedding": 3, "embedding_bag": 3}
-    )
-    at = place[func.__name__]
+    at = 5 if func.__module__ == "torch.nn.functional" else 3
     return bool(kwargs.get("scale_grad_by_freq", len(args) > at and args[at]))
 
 
 class Probe:
-    """
-    A random combination of a model's log densities on one batch.
-
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
-    :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    """
+    """A random combination of a model's log densities on one batch, near a packed vector of shape ``(p,)``."""
 
     def __init__(self, model: Any, latent: Tensor, batch: Batch) -> None:
         self.model, self.latent, self.batch = model, latent.detach(), batch
@@ -93,17 +80,11 @@ class Probe:
         self._noise: dict[str, Tensor] = {}
 
     def random(self, like: Tensor) -> Tensor:
-        """
-        :param like: a tensor.
-        :return: Gaussian noise of its shape, type and device.
-        """
+        """Gaussian noise of the shape, type and device of a tensor."""
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
 
     def value(self, u: Tensor) -> Tensor:
-        """
-        :param u: a packed vector.
-        :return: the combination there, a scalar.
-        """
+        """The combination at a packed vector, a scalar."""
         with torch.random.fork_rng(devices=()):
             trace = self.model.trace(u, self.batch)
         total = torch.zeros((), dtype=torch.float64, device=u.device)
@@ -117,11 +98,7 @@ class Probe:
 
     @torch.enable_grad()
     def gradient(self, u: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """
-        :param u: a packed vector.
-        :param create_graph: whether it can be differentiated again.
-        :return: the vector as a leaf, and the gradient there.
-        """
+        """A packed vector as a leaf, and the gradient there, which can be differentiated again with ``create_graph``."""
         leaf = u.detach().clone().requires_grad_(True)
         value = self.value(leaf)
         if not value.requires_grad:
@@ -130,18 +107,12 @@ class Probe:
         return leaf, found
 
     def directions(self) -> Iterator[Tensor]:
-        """
-        :return: random directions, steps in proportion to the latents' sizes.
-        """
+        """Random directions, steps in proportion to the latents' sizes."""
         while True:
             yield self.random(self.latent) * (1 + self.latent.abs()) * len(self.latent) ** -0.5
 
     def slopes(self, direction: Tensor, gradient: Tensor) -> float:
-        """
-        :param direction: shape ``(p,)``.
-        :param gradient: autograd's.
-        :return: the relative error of its product with the direction, see :func:`mismatch`.
-        """
+        """The relative error of autograd's gradient along a direction ``(p,)``, see :func:`mismatch`."""
 
         @torch.enable_grad()  # some models take derivatives themselves
         def phi(t: float) -> float:
@@ -149,15 +120,17 @@ class Probe:
 
         return mismatch(phi, float(gradient.double() @ direction.double()), self.eps)
 
+    def differs_in(self, part: slice, gradient: Tensor) -> bool:
+        """Whether autograd's gradient is wrong in a part of the packed vector."""
+        only = torch.zeros_like(self.latent)
+        only[part] = next(self.directions())[part]
+        return self.slopes(only, gradient) > 0
+
 
 def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     """
-    Warns where the gradient of the likelihood is not its derivative.
-
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
-    :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    :raises ValueError: for embeddings with ``scale_grad_by_freq``, and where the gradient is not finite.
+    Warns where the gradient of the likelihood at a packed vector ``(p,)`` is not its derivative; refuses embeddings with
+    ``scale_grad_by_freq``, and gradients that are not finite.
     """
     if wide(latent) is not latent:  # half precision does not resolve it
         return
@@ -172,14 +145,10 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
     found += [probe.slopes(next(directions), gradient) for _ in range(_DIRECTIONS - 1)]
     if not all(found):
         return
-    names = []
-    for name, part in model.space.slices.items():
-        only = torch.zeros_like(probe.latent)
-        only[part] = next(directions)[part]
-        if probe.slopes(only, gradient):
-            names.append(name)
+    names = [name for name, part in model.space.slices.items() if probe.differs_in(part, gradient)]
+    sites = f" in {', '.join(map(repr, names))}" if names else ""
     warn_user(
-        f"autograd's gradient of the likelihood{_of(names)} differs by {100 * max(found):.3g} % from the "
+        f"autograd's gradient of the likelihood{sites} differs by {100 * max(found):.3g} % from the "
         "function's derivative, by finite differences: something on the way detaches a part of it (as padding_idx does with a "
         "row of a table), changes gradients in a hook, or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
         "of the function.",
@@ -188,14 +157,7 @@ def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
 
 
 def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
-    """
-    Warns where second derivatives of the likelihood are not derivatives of its gradient.
-
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
-    :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    :raises ValueError: where second derivatives are not finite.
-    """
+    """Warns where second derivatives of the likelihood at a packed vector ``(p,)`` are not derivatives of its gradient, raises if not finite."""
     if wide(latent) is not latent:
         return
     probe = Probe(model, latent, batch)
@@ -238,8 +200,3 @@ def require_finite(
             f"{int(bad.sum())} of {len(bad)} entries of the {what} of the log density, those of {', '.join(map(repr, names))}, "
             f"are not finite at the point estimate, where the density is: a root or norm at zero has no finite slope. {advice}"
         )
-
-
-def _of(names: list[str]) -> str:
-    """The sites whose derivatives differ, as words of a sentence."""
-    return f" in {', '.join(map(repr, names))}" if names else ""

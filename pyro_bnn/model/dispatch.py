@@ -30,7 +30,6 @@ class Watch(TorchDispatchMode):
     """
     Watches the operations of a run.
 
-    :param sources: tensors. What is computed from them is kept until the end, so that no memory is used twice.
     :ivar int total: the sizes of the tensors that operations allocate, in bytes: an upper bound of the peak memory. Networks
         that run their draws one after the other do not count: what they take does not grow with the draws.
     :ivar str where: the first line that turns a value which depends on the sources into a number or a truth value of Python,

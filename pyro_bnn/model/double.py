@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.model.data import iter_batches, map_tensors
+from pyro_bnn.model.data import Batches, as_batches
 from pyro_bnn.model.parameters import local_parameters
 
 
@@ -18,8 +18,6 @@ def double_precision(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """
     A context in which the floating-point parameters and buffers of modules, and torch's default, are float64. The
     tensors that were there before are put back at the end, also when an exception strikes.
-
-    :param modules: modules, whose submodules are converted too.
 
     Example::
 
@@ -47,13 +45,6 @@ def double_precision(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
                 tensor.data = data
 
 
-def doubled(data: Any) -> Iterator[Any]:
-    """
-    Batches in double precision.
-
-    :param data: one batch or an iterable of batches.
-    :return: an iterator over batches.
-    """
-    for batch in iter_batches(data):
-        args, kwargs = map_tensors(batch, lambda x: x.double() if x.is_floating_point() else x)
-        yield kwargs if kwargs else args
+def doubled(data: Any) -> Batches:
+    """Batches in double precision."""
+    return as_batches(data).map(lambda x: x.double() if x.is_floating_point() else x)

@@ -10,27 +10,34 @@ import torch
 
 
 @contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any = None) -> Iterator[list[torch.nn.Module]]:
     """
-    Within this context the modules that a model calls are in evaluation mode (dropout off, batch statistics fixed).
-
-    :param model: a module, or a function that calls modules.
+    Within this context a model, if it is a module, and the modules that are called are in evaluation mode (dropout off,
+    batch statistics fixed). It lists those that are called, each once.
     """
+    seen: set[int] = set()
+    found: list[torch.nn.Module] = []
     changed: list[torch.nn.Module] = []
 
-    def evaluate(module: torch.nn.Module, _: Any = None) -> None:
+    def evaluate(module: torch.nn.Module) -> None:
         if module.training:
             parts = [part for part in module.modules() if part.training]
             changed.extend(parts)
             for part in parts:
                 part.training = False
 
+    def note(module: torch.nn.Module, _: Any) -> None:
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append(module)
+        evaluate(module)
+
     if isinstance(model, torch.nn.Module):
         evaluate(model)
     # a function does not tell what it calls
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(evaluate)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        yield
+        yield found
     finally:
         handle.remove()
         for part in changed:

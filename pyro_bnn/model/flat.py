@@ -16,15 +16,12 @@ from pyro_bnn.model.handlers import Site, base_distribution
 
 
 def is_flat(site: Site) -> bool:
-    """Tells whether a site's prior is an :class:`~pyro.distributions.ImproperUniform`."""
+    """Whether a site's prior is an :class:`~pyro.distributions.ImproperUniform`."""
     return isinstance(base_distribution(site["fn"]), dist.ImproperUniform)
 
 
 def center(site: Site) -> Tensor:
-    """
-    :param site: a sample site.
-    :return: the value of the site at zero in unconstrained space.
-    """
+    """The value of a sample site at zero in unconstrained space."""
     transform = biject_to(site["fn"].support)
     return transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
 

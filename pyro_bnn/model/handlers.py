@@ -2,16 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Effect handlers and readings of traces that the guides and exporters share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_bnn.model.data import Batch
 from pyro_bnn.ops.families import was_given
 
 #: A node of a trace, or a message of Pyro's effect handlers: a dictionary whose keys depend on its type.
@@ -27,8 +29,6 @@ class SubstituteMessenger(Messenger):
     Unlike :func:`pyro.poutine.condition` the sites stay latent, and unlike :func:`pyro.poutine.replay`
     no trace is needed and observed sites and subsample indices may be set as well. No random number is
     drawn at a site that has a value, so a substituted model can be differentiated by :mod:`torch.func`.
-
-    :param values: the value of each site, by name; names that the model does not sample are ignored.
 
     Example::
 
@@ -53,9 +53,6 @@ class RowsMessenger(Messenger):
     """
     Gives subsampled plates the first rows, however many the model asks for: a prediction takes what the arguments hold,
     whatever number of rows the plate stands for.
-
-    :param int shift: added to the positions, round the plate.
-    :param bool more: only where the model asks for more rows than there are, as for a larger set of test data.
     """
 
     def __init__(self, shift: int = 0, *, more: bool = False) -> None:
@@ -64,7 +61,7 @@ class RowsMessenger(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         fn = msg["fn"]
-        if isinstance(fn, _Subsample) and msg["value"] is None:
+        if site_is_subsample(msg) and msg["value"] is None:
             size = fn.size if fn.subsample_size is None else fn.subsample_size
             if self.more and size <= fn.size:
                 return
@@ -77,7 +74,6 @@ class CollectMessenger(SubstituteMessenger):
     Gives sample sites fixed values and keeps what the model says at each site: what a trace of a replayed model holds,
     without the copies that a trace makes.
 
-    :param values: the value of each site, by name.
     :ivar sites: the sample sites by name, subsample sites left out.
     """
 
@@ -86,47 +82,49 @@ class CollectMessenger(SubstituteMessenger):
         self.sites: dict[str, Site] = {}
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if not isinstance(msg["fn"], _Subsample):
+        if not site_is_subsample(msg):
             self.sites[msg["name"]] = msg
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """
-    The sample sites of a trace by name, without subsample sites.
-
-    :param trace: a trace of a model or a guide.
-    :return: trace nodes in the order of the trace.
-    """
+    """The sample sites of a trace by name, without subsample sites."""
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not isinstance(site["fn"], _Subsample)
+        if site["type"] == "sample" and not site_is_subsample(site)
     }
+
+
+def run_model(
+    model: Callable[..., Any], batch: Batch, values: Mapping[str, Any] | None = None, *, shift: int = 0
+) -> dict[str, Site]:
+    """The sample sites of a run of a model, given values of some; its subsampled plates take the first rows, or shifted ones."""
+    args, kwargs = batch
+    with RowsMessenger(shift):
+        return sample_sites(
+            poutine.trace(SubstituteMessenger(values or {})(model)).get_trace(*args, **kwargs)
+        )
 
 
 def is_deterministic(site: Site) -> bool:
     """
-    Tells whether a trace node was made by :func:`pyro.deterministic`, or by a reparametrisation, which puts an observed
-    Delta without weight in the place of the latent site.
+    Whether a trace node was made by :func:`pyro.deterministic`, or by a reparametrisation, which puts an observed Delta
+    without weight in the place of the latent site.
     """
     if site["infer"].get("_deterministic", False):
         return True
-    fn = site["fn"]
-    weightless = isinstance(fn, dist.MaskedDistribution) and fn._mask is False
-    return bool(site["is_observed"]) and weightless and isinstance(base_distribution(fn), dist.Delta)
+    base, mask, _ = unwrap(site["fn"])
+    return bool(site["is_observed"]) and mask is False and isinstance(base, dist.Delta)
 
 
 def is_factor(site: Site) -> bool:
-    """Tells whether a trace node was made by :func:`pyro.factor`."""
+    """Whether a trace node was made by :func:`pyro.factor`."""
     return isinstance(site["fn"], dist.Unit)
 
 
 def deterministic_names(sites: Mapping[str, Site]) -> list[str]:
     """
     The names of deterministic sites, without those that :func:`pyro.sample` with ``obs_mask`` makes, whose values hold data.
-
-    :param sites: the sample sites of a run of a model.
-    :return: names in the order of the run.
     """
     return [
         name
@@ -136,44 +134,18 @@ def deterministic_names(sites: Mapping[str, Site]) -> list[str]:
 
 
 def observed_names(trace: Trace) -> list[str]:
-    """
-    The names of the observed sites: those with data, without factors, deterministic or subsample sites.
-
-    :param trace: a trace of a model that was called with its observations.
-    :return: names in the order of the trace.
-    """
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not isinstance(site["fn"], _Subsample)
-        and not is_deterministic(site)
-        and not is_factor(site)
-    ]
+    """The names of the observed sites: those with data, without factors, deterministic or subsample sites."""
+    sites = sample_sites(trace).items()
+    return [n for n, s in sites if s["is_observed"] and not is_deterministic(s) and not is_factor(s)]
 
 
 def latent_names(trace: Trace) -> list[str]:
-    """
-    The names of the latent sample sites, without subsample sites.
-
-    :param trace: a trace of a model.
-    :return: names in the order of the trace.
-    """
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
-    ]
+    """The names of the latent sample sites, without subsample sites."""
+    return [name for name, site in sample_sites(trace).items() if not site["is_observed"]]
 
 
 def subsample_scale(site: Site) -> float:
-    r"""
-    The factor :math:`\prod N/B` by which subsampled plates scale the log density of a site.
-
-    :param site: a trace node.
-    :return: the factor; 1 where no plate is subsampled.
-    """
+    r"""The factor :math:`\prod N/B` by which subsampled plates scale the log density of a site."""
     scale = 1.0
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.size:
@@ -183,11 +155,8 @@ def subsample_scale(site: Site) -> float:
 
 def log_prob_of(site: Site) -> Tensor:
     """
-    What the distribution of a site says of its value.
-
-    :param site: a trace node whose value is set.
-    :return: a tensor of the batch shape of the site.
-    :raises ValueError: naming the site, if the value does not have a type that the distribution takes.
+    What the distribution of a site says of its value, shape of the batch; raises, naming the site, for values of a type that
+    it does not take.
     """
     try:
         log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
@@ -206,11 +175,8 @@ def log_prob_of(site: Site) -> Tensor:
 
 def unscaled_log_prob(site: Site) -> Tensor:
     """
-    The pointwise log density of a site, without the factor of subsampled plates or
+    The pointwise log density of a site, shape of the batch, without the factor of subsampled plates or
     :func:`pyro.poutine.scale`; masked entries are zero.
-
-    :param site: a trace node whose value is set.
-    :return: a tensor of the batch shape of the site.
     """
     log_prob = log_prob_of(site)
     mask = site["mask"]
@@ -221,11 +187,8 @@ def unscaled_log_prob(site: Site) -> Tensor:
 
 def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
     """
-    Removes ``Independent`` and mask wrappers.
-
-    :param d: the distribution of a site.
-    :return: the base distribution, the product of the masks (broadcastable to its batch shape), and the number
-        of batch dimensions of the base that ``Independent`` counted as event dimensions.
+    A distribution without ``Independent`` and mask wrappers, the product of the masks (broadcastable to its batch shape), and
+    the number of its batch dimensions that ``Independent`` counted as event dimensions.
     """
     masks: list[tuple[Tensor | bool, int]] = []
     event_dim = 0
@@ -233,7 +196,7 @@ def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
         if isinstance(d, torch.distributions.Independent):
             event_dim += d.reinterpreted_batch_ndims
         else:
-            masks.append((d._mask, event_dim))
+            masks.append((d._mask, event_dim))  # Pyro shows a mask nowhere else
         d = d.base_dist
     mask: Tensor | bool = True
     for inner, outside in masks:
@@ -244,11 +207,7 @@ def unwrap(d: Any) -> tuple[Any, Tensor | bool, int]:
 
 
 def masked_like(fn: Any, other: Any) -> Any:
-    """
-    :param fn: a distribution.
-    :param other: another of the same batch and event shape.
-    :return: ``fn`` under the masks of ``other``, of which it has none of its own.
-    """
+    """A distribution without masks under those of another of the same batch and event shape."""
     mask = unwrap(other)[1]
     if mask is True:
         return fn
@@ -259,11 +218,8 @@ def masked_like(fn: Any, other: Any) -> Any:
 
 def mask_of(site: Site) -> Tensor | None:
     """
-    Which elements of a site count: the masks of its distribution and of :func:`poutine.mask`.
-
-    :param site: a trace node.
-    :return: bool, the batch shape of the site, or with its event shape where a mask lies inside of the event dimensions;
-        ``None`` if the site has no mask.
+    Which elements of a site count by the masks of its distribution and of :func:`poutine.mask`: bool, the batch shape of the
+    site, or with its event shape where a mask lies inside of the event dimensions; ``None`` if the site has no mask.
     """
     fn, own = site["fn"], False
     inside = False  # whether elements of an event are masked one by one
@@ -281,20 +237,12 @@ def mask_of(site: Site) -> Tensor | None:
 
 
 def base_distribution(fn: Any) -> Any:
-    """
-    A distribution without the wrappers that change its shape or mask it.
-
-    :param fn: a distribution.
-    :return: the innermost base distribution of :class:`Independent` and :class:`MaskedDistribution`.
-    """
+    """A distribution without the wrappers that change its shape or mask it."""
     return unwrap(fn)[0]
 
 
 def class_probabilities(base: Any) -> Tensor:
-    """
-    :param base: a Categorical distribution.
-    :return: its probabilities, shape ``batch_shape + (C,)``.
-    """
+    """The probabilities of a Categorical distribution, shape ``batch_shape + (C,)``."""
     if not was_given(base, "probs"):
         # its logits are normalised; the softmax that it would take normalises again, at twenty times the cost
         base.probs = base.logits.exp()
@@ -303,11 +251,8 @@ def class_probabilities(base: Any) -> Tensor:
 
 def categorical_draw(fn: Any) -> Tensor | None:
     """
-    A draw from a Categorical distribution by inversion of its distribution function: one random number per draw, where
-    its own method takes one per class.
-
-    :param fn: a distribution, with or without wrappers.
-    :return: labels of the batch and event shape of ``fn``; ``None`` for other families.
+    Labels from a Categorical distribution, wrapped or not, by inversion of its distribution function: one random number per
+    draw, where its own method takes one per class; ``None`` for other families.
     """
     base = base_distribution(fn)
     if type(base) not in (dist.Categorical, torch.distributions.Categorical):
@@ -319,25 +264,15 @@ def categorical_draw(fn: Any) -> Tensor | None:
 
 
 def observation_draw(site: Site) -> Tensor:
-    """
-    A draw of an observed site.
-
-    :param site: a sample site.
-    :return: shape of the batch and event shape of its distribution.
-    """
+    """A draw of an observed site, the batch and event shape of its distribution."""
     value = categorical_draw(site["fn"])
     return site["fn"].sample() if value is None else value
 
 
 def check_broadcast(name: str, shape: torch.Size, ndim: int, what: str) -> None:
     """
-    Checks that a model whose latents have a leading dimension did not let it grow into others.
-
-    :param name: an observed site.
-    :param shape: the batch shape that it has.
-    :param int ndim: the largest number of dimensions that it may have.
-    :param what: what the leading dimension holds.
-    :raises ValueError: if there are more.
+    Raises if a model whose latents have a leading dimension, of ``what``, let the batch shape of an observed site grow into
+    more than ``ndim`` dimensions.
     """
     if len(shape) > ndim:
         raise ValueError(

@@ -20,9 +20,6 @@ class Join:
     A site in the data plate is joined along the plate's dimension, and its densities are summed; a site outside counts once
     where it is the same in every batch. The data plate is the one whose size differs between batches or from its full size;
     if neither does, the one that follows when the model runs on fewer rows.
-
-    :param callable find: finds rows in the first batch; see :func:`~pyro_bnn.model.plates.find_rows`. Called at most once,
-        and only where the batches do not tell.
     """
 
     def __init__(self, find: Callable[[], list[Rows]]) -> None:
@@ -35,12 +32,7 @@ class Join:
         self.num_batches = 0
 
     def add(self, sites: Mapping[str, Site], ndims: Mapping[str, int] | None = None) -> None:
-        """
-        Notes the structure of a batch.
-
-        :param sites: the sites of a run.
-        :param ndims: the numbers of batch dimensions in a run under one draw, where this one has more.
-        """
+        """Notes the sites of a batch; ``ndims`` are the numbers of batch dimensions under one draw, where this run has more."""
         self.num_batches += 1
         self.sizes.append({})
         for name, site in sites.items():
@@ -97,10 +89,7 @@ class Join:
         self.known = rows
 
     def axis(self, name: str) -> int | None:
-        """
-        :param name: a site.
-        :return: the dimension of the rows in one value of it, from the left; ``None`` outside the data plate.
-        """
+        """The dimension of the rows in one value of a site, from the left; ``None`` outside the data plate."""
         if self.known is not None:
             return self.known.axes.get(name)
         if self.num_batches == 1:
@@ -136,14 +125,8 @@ class Join:
 
     def cat(self, name: str, values: list[Tensor], lead: int = 1, *, random: bool = False) -> Tensor:
         """
-        Joins the values of a site.
-
-        :param name: a site.
-        :param values: one tensor per batch, shape ``lead dims + value shape + rest``.
-        :param lead: the number of dimensions left of the value's own.
-        :param random: whether they are draws, of which the first are as good as others outside the data plate.
-        :return: the whole.
-        :raises ValueError: if a site outside the data plate differs between batches.
+        Joins the values of a site, per batch ``lead dims + value shape + rest``. Of draws (``random``) the first are as good as
+        others outside the data plate; other values must be the same there.
         """
         if len(values) == 1:
             return values[0]
@@ -177,13 +160,10 @@ class Join:
         return self.cat(name, terms, lead)
 
     def total(self, name: str, terms: list[Tensor]) -> Any:
-        r"""
+        """
         The log density of a site in the joint density of all the data: the sum over batches, and the factor
-        :math:`N / n` where the plate stands for more rows N than the n that were seen.
-
-        :param name: a site.
-        :param terms: for each batch its log density, summed, with scale, mask and the factors of subsampled plates.
-        :return: a tensor of the shape of a term.
+        :math:`N / n` where the plate stands for more rows N than the n that were seen. The terms are summed within the batches,
+        with scale, mask and the factors of subsampled plates.
         """
         axis = self.subsampled(name) if self.num_batches == 1 else self.axis(name)
         if axis is None:

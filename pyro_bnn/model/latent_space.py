@@ -55,10 +55,7 @@ class LatentSpace:
         self.dim = start
 
     def is_constrained(self, name: str) -> bool:
-        """
-        :param name: a site.
-        :return: whether its support is not all of real space.
-        """
+        """Whether the support of a site is not all of real space."""
         transform = biject_to(self._supports[name])
         while isinstance(transform, IndependentTransform):
             transform = transform.base_transform
@@ -97,12 +94,14 @@ class LatentSpace:
         r"""
         :math:`\log|\det \partial \theta/\partial u|`, summed over all sites.
 
-        :param latent: one packed vector, shape ``(p,)``.
-        :return: a scalar.
+        :param latent: packed vectors, shape ``sample_shape + (p,)``.
+        :return: shape ``sample_shape``.
         """
-        total = latent.new_zeros(())
+        sample_shape = latent.shape[:-1]
+        total = latent.new_zeros(sample_shape)
         for name, shape in self._shapes.items():
             transform = biject_to(self._supports[name])
-            unconstrained = latent[self.slices[name]].reshape(shape)
-            total = total + transform.log_abs_det_jacobian(unconstrained, transform(unconstrained)).sum()
+            unconstrained = latent[..., self.slices[name]].reshape(sample_shape + shape)
+            terms = transform.log_abs_det_jacobian(unconstrained, transform(unconstrained))
+            total = total + terms.reshape(sample_shape + (-1,)).sum(-1)
         return total

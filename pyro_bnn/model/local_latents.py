@@ -10,36 +10,24 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
 from pyro.infer.autoguide.structured import AutoStructured
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 
 from pyro_bnn.model.data import Batch, differing_places
-from pyro_bnn.model.handlers import (
-    RowsMessenger,
-    Site,
-    SubstituteMessenger,
-    is_deterministic,
-    sample_sites,
-    unscaled_log_prob,
-)
+from pyro_bnn.model.handlers import Site, is_deterministic, run_model
 from pyro_bnn.model.parameters import local_parameters
-from pyro_bnn.model.plates import FAILURES, Sites, close, find_rows, plates_of
+from pyro_bnn.model.plates import FAILURES, Sites, find_rows, plates_of, says_same
 
 
 def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable[[], list[Batch]]) -> None:
     """
-    The values of Pyro's autoguides belong to positions in a plate. Where batches are parts of the data, the same positions
-    are other rows in each of them.
-
-    :param model: a Pyro model.
-    :param guide: its guide, initialised; those of other packages may well do with parts of the data.
-    :param batches: returns the first batch, and the second if there is one.
-    :raises ValueError: naming a latent site that has a value per row, where the batches are parts of the data.
+    Raises where a latent site has a value per row and the batches are parts of the data. The values of Pyro's autoguides belong
+    to positions in a plate; the same positions are other rows in each part.
     """
     owners = {name: part for part in _parts(guide) for name in _latents_in_plates(part)}
     if not owners:
         return
     first, *others = batches()
-    sites = _run(model, first, 0)
+    sites = _run(model, first)
     owners = {name: part for name, part in owners.items() if name in sites and _is_in_plate(sites[name])}
     shifted: Sites | None = None
     for name, part in owners.items():
@@ -51,7 +39,7 @@ def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable
         ):  # they take the parameters of the rows that the plate chose
             values = {n: s["value"] for n, s in sites.items() if not s["is_observed"]}
             shifted = shifted or _run(model, first, 1, values)
-            if _differ(sites, shifted):
+            if _takes_rows(sites, shifted):
                 continue
         raise _refusal(
             part,
@@ -66,15 +54,9 @@ def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable
 def local_names(
     model: Callable[..., Any], first: Batch, second: Batch, names: Collection[str]
 ) -> Iterator[str]:
-    """
-    :param model: a Pyro model.
-    :param first: a batch.
-    :param second: another one, which tells what changes from batch to batch.
-    :param names: latent sites in plates.
-    :return: those of them that have a value per row of a batch.
-    """
+    """Those of some latent sites in plates that have a value per row of a batch, given a second one, which tells what changes."""
     places = differing_places(first, second)
-    for rows in find_rows(lambda tree: _run(model, tree[:2], 0), (*first, {}), places):
+    for rows in find_rows(lambda tree: _run(model, tree[:2]), (*first, {}), places):
         yield from (name for name in names if name in rows.axes)
 
 
@@ -102,15 +84,12 @@ def _latents_in_plates(guide: Any) -> list[str]:
 
 
 def _is_in_plate(site: Site) -> bool:
-    is_latent = (
-        site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
-    )
-    return is_latent and any(frame.vectorized for frame in site["cond_indep_stack"])
+    sampled = site["type"] == "sample" and not site_is_subsample(site)
+    return sampled and not site["is_observed"] and any(frame.vectorized for frame in site["cond_indep_stack"])
 
 
 @torch.enable_grad()  # some models take derivatives themselves
-def _run(model: Callable[..., Any], batch: Any, shift: int, values: Any = None) -> Sites:
-    args, kwargs = batch
+def _run(model: Callable[..., Any], batch: Batch, shift: int = 0, values: Any = None) -> Sites:
     with (
         local_parameters(),
         poutine.block(),
@@ -118,19 +97,13 @@ def _run(model: Callable[..., Any], batch: Any, shift: int, values: Any = None) 
         pyro.validation_enabled(False),
     ):
         torch.manual_seed(0)  # latents outside the rows are the same in every run
-        with RowsMessenger(shift), SubstituteMessenger(values or {}):
-            return sample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+        return run_model(model, batch, values, shift=shift)
 
 
-def _differ(sites: Sites, shifted: Sites) -> bool:
+def _takes_rows(sites: Sites, shifted: Sites) -> bool:
     """Whether the model takes those rows of its arguments that the plate chose."""
-    for name, site in sites.items():
-        if site["is_observed"] and not is_deterministic(site):
-            try:
-                other = shifted[name]
-                same = close(site["value"], other["value"])
-                if not same or not close(unscaled_log_prob(site), unscaled_log_prob(other)):
-                    return True
-            except (KeyError, *FAILURES):
-                return True
-    return False
+    observed = {name: s for name, s in sites.items() if s["is_observed"] and not is_deterministic(s)}
+    try:
+        return not all(says_same(site, shifted[name]) for name, site in observed.items())
+    except (KeyError, *FAILURES):
+        return True

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_bnn.model.data import Batch
-from pyro_bnn.model.packed import called_modules
-from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.model.evaluation import evaluation_mode
+from pyro_bnn.model.parameters import local_parameters, statement_leaves
 
 
 @contextmanager
@@ -22,8 +22,6 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
     """
     A context that lists the modules whose forward methods run within it, and puts their buffers (running statistics)
     back at its end.
-
-    :return: the list, complete at the end.
     """
     found: list[nn.Module] = []
     seen: set[int] = set()
@@ -50,22 +48,15 @@ def unchanged_buffers() -> Iterator[list[nn.Module]]:
 
 
 def outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """
-    Those of some modules that are part of no other.
-
-    :param modules: modules in the order of their first calls.
-    :return: some of them, in this order.
-    """
+    """Those of some modules, in the order of their first calls, that are part of no other."""
     parts = {id(part) for module in modules for part in module.modules() if part is not module}
     return [module for module in modules if id(module) not in parts]
 
 
 def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
     """
-    The parameters and persistent buffers of the networks among some modules.
-
-    :param modules: modules in the order of their first calls.
-    :return: live tensors by class, number and name, such as ``"Sequential[0].1.running_mean"``; each appears once.
+    The parameters and persistent buffers of the networks among some modules: live tensors, each once, by class, number and
+    name such as ``"Sequential[0].1.running_mean"``.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -79,12 +70,8 @@ def tensors_of(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 def named_networks(model: Any, guide: Any, called: Sequence[nn.Module]) -> dict[str, nn.Module]:
     """
-    Model and guide, where they are modules, and the networks that they call without holding them as parts.
-
-    :param model: a Pyro model.
-    :param guide: its guide.
-    :param called: the modules that run when they run.
-    :return: modules by name: ``"model"``, ``"guide"``, ``"Sequential[0]"``.
+    Model and guide, where they are modules, and the networks among the modules called that are no parts of them, by name:
+    ``"model"``, ``"guide"``, ``"Sequential[0]"``.
     """
     found = {n: m for n, m in (("model", model), ("guide", guide)) if isinstance(m, nn.Module)}
     held = {id(part) for module in found.values() for part in module.modules()}
@@ -94,17 +81,12 @@ def named_networks(model: Any, guide: Any, called: Sequence[nn.Module]) -> dict[
 
 def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> dict[str, Tensor]:
     """
-    The tensors that predictions depend on beside the guide's own: those of the networks that model and guide call, and
-    those of their :func:`pyro.param` statements.
-
-    :param model: a Pyro model.
-    :param guide: its guide.
-    :param batch: arguments of both, with observations.
-    :param latents: a trace with values of the latent sites, for a guide that holds all that it draws from; by default the
-        guide runs too.
-    :return: live, unconstrained tensors by name.
+    The tensors that predictions depend on beside the guide's own, live and unconstrained by name: those of the networks that
+    model and guide call, and those of their :func:`pyro.param` statements. The guide runs too unless ``latents`` is given, a
+    trace with values of the latent sites.
     """
     args, kwargs = batch
+    traces = []
     with ExitStack() as stack:
         for context in (
             local_parameters(),
@@ -114,24 +96,16 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
         ):
             stack.enter_context(context)
         stack.enter_context(torch.random.fork_rng())
-        called = stack.enter_context(called_modules())
-        nodes: dict[str, Any] = {}
+        called = stack.enter_context(evaluation_mode())
         if latents is None:
             latents = poutine.trace(guide).get_trace(*args, **kwargs)
-            nodes.update(latents.nodes)
+            traces.append(latents)
         replayed = poutine.replay(model, trace=latents)
-        nodes.update(poutine.trace(replayed, param_only=True).get_trace(*args, **kwargs).nodes)
+        traces.append(poutine.trace(replayed, param_only=True).get_trace(*args, **kwargs))
     own = list(guide.modules()) if isinstance(guide, nn.Module) else []
     parts = {id(module) for module in own}
     found = tensors_of([module for module in called if id(module) not in parts])
-    held = {
-        id(value)
-        for value in (*found.values(), *(p for module in own for p in module.parameters(recurse=False)))
-    }
-    for name, site in nodes.items():
-        if site["type"] == "param" and isinstance(site["value"], Tensor):
-            value: Any = site["value"]
-            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if leaf.is_leaf and id(leaf) not in held:
-                found[f"param {name!r}"] = leaf
-    return found
+    held = {id(value) for value in found.values()}
+    held |= {id(value) for module in own for value in module.parameters(recurse=False)}
+    leaves = {name: leaf for trace in traces for name, leaf in statement_leaves(trace)}
+    return found | {f"param {name!r}": leaf for name, leaf in leaves.items() if id(leaf) not in held}

@@ -19,14 +19,7 @@ from pyro_bnn.ops.families import of_family
 
 
 def check_shape(name: str, site: Site) -> None:
-    """
-    Checks that an observation has the shape of its distribution.
-
-    :param name: the observed site.
-    :param site: its node in a trace.
-    :raises TypeError: if it is no tensor.
-    :raises ValueError: naming the site, the shape found and the shape expected.
-    """
+    """Raises, naming the site, if an observation is no tensor or does not have the shape of its distribution."""
     if not isinstance(site["value"], Tensor):
         kind = type(site["value"])
         raise TypeError(
@@ -54,10 +47,6 @@ def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
     """
     Checks the shapes of all observations: none is compared with another's, and none of the arguments of the model counts
     more than once. What the model itself observes (a residual of zero, say) may broadcast.
-
-    :param sites: the sample sites of a run under one draw.
-    :param batch: the arguments of the model.
-    :raises ValueError: naming the site, the shape found and the shape expected.
     """
     given = {(leaf.data_ptr(), leaf.shape) for leaf in leaves(batch).values() if isinstance(leaf, Tensor)}
     for name, site in sites.items():
@@ -75,12 +64,8 @@ def check_values(sites: Mapping[str, Site], batch: Batch) -> None:
 
 def check_run(sites: Mapping[str, Site], batch: Batch, validated: Collection[str] | None = None) -> None:
     """
-    Checks everything about the observations of a run: what :func:`check_values` and :func:`check_labels` do.
-
-    :param sites: the sample sites of a run under one draw.
-    :param batch: the arguments of the model.
-    :param validated: the sites whose support is looked at; by default those made with validation on.
-    :raises ValueError: naming the site, what was found and what was expected.
+    What :func:`check_values` and :func:`check_labels` say of a run; ``validated`` are the sites whose support is looked at, by
+    default those made with validation on.
     """
     check_values(sites, batch)
     for name, site in sites.items():
@@ -109,13 +94,7 @@ def is_stand_in() -> bool:
 
 
 def validated_names(sites: Mapping[str, Site], names: Collection[str]) -> set[str]:
-    """
-    The sites whose support is looked at.
-
-    :param sites: the sites of a run.
-    :param names: some of them.
-    :return: those that the user has not made with validation off.
-    """
+    """Those of some sites whose support is looked at: the user has not made them with validation off."""
     outside = _VALIDATED.get()
     return {name for name in names if (is_validated(sites[name]) if outside is None else outside)}
 
@@ -127,13 +106,8 @@ def is_validated(site: Site) -> bool:
 
 def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     """
-    Checks that observations have a type that their distribution takes and lie in its support, where they are not
-    masked. With validation switched off (``validate_args=False``) the support is not looked at.
-
-    :param name: the observed site.
-    :param site: its node in a trace.
-    :param validated: whether to look at the support; by default as the distribution was made.
-    :raises ValueError: naming the site, what was found and what was expected.
+    Raises, naming the site, if observations do not have a type that their distribution takes, or lie outside of its support
+    where they are not masked. With validation switched off (``validate_args=False``) the support is not looked at.
     """
     value = site["value"]
     base, mask, event_dim = unwrap(site["fn"])

@@ -15,20 +15,19 @@ factor N/B of subsampled plates, so that batches add up; the rest is the prior.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import pyro
 import torch
-import torch.distributions as td
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_bnn.model.coverage import Coverage, is_likelihood, unobserved
+from pyro_bnn.model.coverage import Coverage, Repeats, is_likelihood, unobserved
 from pyro_bnn.model.data import Batch, Batches, as_batches, leaves, map_tensors
 from pyro_bnn.model.derivatives import check_gradient, check_hessian
 from pyro_bnn.model.handlers import (
@@ -41,145 +40,15 @@ from pyro_bnn.model.handlers import (
     sample_sites,
     subsample_scale,
     unscaled_log_prob,
-    unwrap,
 )
 from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.local_latents import local_names
 from pyro_bnn.model.observations import check_run, validated_names
+from pyro_bnn.model.outputs import SiteOutputs, depends_on, site_outputs
 from pyro_bnn.model.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
 from pyro_bnn.model.reach import require_reach
-from pyro_bnn.model.repeats import Repeats
 from pyro_bnn.ops.distributed import rank
-from pyro_bnn.ops.fisher import FisherRule, MonteCarloFisher, fisher_rule, score
-from pyro_bnn.ops.graph import graph_nodes
 from pyro_bnn.ops.jacobian import wide
-
-
-@dataclass
-class SiteOutputs:
-    r"""
-    The parameters :math:`\phi` of one observed site as a function of the packed latent vector.
-
-    :ivar str name: the observed site.
-    :ivar base: its distribution without ``Independent`` and masks; batch shape ``shape``.
-    :ivar rule: the Fisher rule of ``base``.
-    :ivar names: the parameters that depend on the latents, e.g. ``("loc",)``.
-    :ivar outputs: those parameters, shape ``shape + (C,)``, with an autograd graph.
-    :ivar weight: factor of each element's information (``poutine.scale``, 0 where masked), shape ``shape``.
-    :ivar int event_dim: how many rightmost dimensions of ``shape`` are event dimensions of the site.
-    """
-
-    name: str
-    base: td.Distribution
-    rule: FisherRule
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    outputs: Tensor
-    weight: Tensor
-    event_dim: int
-
-    @property
-    def information(self) -> Tensor:
-        """Weighted Fisher information in the active parameters, shape ``shape + (C, C)``, detached."""
-        with torch.no_grad():
-            block = self.rule.block(self.base, self.names)
-            return block * self.weight[..., None, None]
-
-    def differentiable_information(self) -> Tensor:
-        """
-        :return: the same as :attr:`information`, with the graph to the parameters of the model.
-        """
-        return self.rule.block(self.base, self.names) * self.weight[..., None, None]
-
-    @property
-    def root(self) -> Tensor:
-        """A factor R of the weighted information, ``R @ R.mT``, shape ``shape + (C, K)``, detached."""
-        with torch.no_grad():
-            root = self.rule.root(self.base, self.names)
-            return root * self.weight.sqrt()[..., None, None]
-
-    def differentiable_root(self) -> Tensor:
-        r"""
-        A factor whose square is :attr:`information` to first order in the parameters of the model: from
-        :math:`F = R R^\top`, :math:`R + \tfrac12 (F - \bar F) R^{+\top}` with everything but F held fixed.
-
-        :return: shape ``shape + (C, K)``, with the graph to the parameters of the model.
-        """
-        root, information = self.root, self.differentiable_information()
-        if not information.requires_grad:
-            return root
-        inverse = torch.linalg.pinv(root, rtol=1e3 * torch.finfo(root.dtype).eps)
-        return root + 0.5 * (information - information.detach()) @ inverse.mT
-
-    def scores(self, value: Tensor) -> Tensor:
-        """
-        The weighted gradient of the log density in the active parameters, zero where the site is masked.
-
-        :param value: observations, shape ``shape + event shape`` of ``base``, or one that broadcasts.
-        :return: shape ``shape + (C,)``, detached.
-        """
-        value = value.expand(self.base.batch_shape + self.base.event_shape)
-        # as in the model's run, where values may be what the user allows
-        with pyro.validation_enabled(False):
-            found = score(self.rule, self.base, self.names, value)
-        return torch.where(self.weight[..., None] > 0, found * self.weight[..., None], 0.0)
-
-    def build(self, outputs: Tensor) -> td.Distribution:
-        """
-        The site's distribution at other parameters.
-
-        :param outputs: shape ``sample_shape + shape + (C,)``.
-        :return: a distribution of batch shape ``sample_shape + site batch shape``.
-        """
-        parts = dict(zip(self.names, outputs.split(self.sizes, -1), strict=True))
-        shape = outputs.shape[:-1]
-        d = self.rule.build(self.base, parts) if parts else self.base.expand(shape)
-        return td.Independent(d, self.event_dim) if self.event_dim else d
-
-
-def depends_on(value: Tensor, latent: Tensor) -> bool:
-    """
-    Tells whether a tensor was computed from another, by its autograd graph; parameters of the model that require
-    gradients do not count.
-
-    :param value: any tensor.
-    :param latent: a tensor that requires a gradient.
-    :return: whether there is a path.
-    """
-    if value is latent:
-        return True
-    return any(
-        node is latent.grad_fn or getattr(node, "variable", None) is latent for node in graph_nodes(value)
-    )
-
-
-@contextmanager
-def called_modules() -> Iterator[list[torch.nn.Module]]:
-    """
-    A context that lists the modules whose forward methods run within it, each once, and in which they run in
-    evaluation mode.
-
-    :return: the list, complete at the end.
-    """
-    found: list[torch.nn.Module] = []
-    training: list[torch.nn.Module] = []
-    seen: set[int] = set()
-
-    def note(module: torch.nn.Module, *_: Any) -> None:
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append(module)
-            if module.training:
-                training.append(module)
-                module.training = False
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()
-        for module in training:
-            module.training = True
 
 
 class _Latents(SubstituteMessenger):
@@ -203,6 +72,9 @@ class _Latents(SubstituteMessenger):
 class PackedModel:
     """
     A view of a Pyro model as a function of its packed, unconstrained latent vector.
+
+    In all methods ``latent`` is a packed vector, shape ``(p,)``; ``batch`` the arguments ``(args, kwargs)`` of the model;
+    ``data`` one batch or an iterable of batches, with observations; ``trace`` what :meth:`trace` returned.
 
     :param callable model: a Pyro model.
     :param Trace prototype: a trace of the model with its observations; it fixes the latent sites, their
@@ -242,12 +114,8 @@ class PackedModel:
 
     def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
         """
-        Runs the model at given latents.
-
-        :param latent: a packed vector of shape ``(p,)``.
-        :param batch: arguments of the model.
-        :param frozen: values of further sites, e.g. subsample indices.
-        :return: the trace; validation is off so that the run can be differentiated many times.
+        Runs the model at given latents, and given values of further sites such as subsample indices. Validation is off, so
+        that the run can be differentiated many times.
         """
         # tensors made in inference mode cannot take part in a graph
         args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
@@ -271,14 +139,11 @@ class PackedModel:
         Runs the model batch by batch. Terms of the likelihood outside the plate of the data that are the same in every
         batch count with the first one only.
 
-        :param latent: a packed vector of shape ``(p,)``.
-        :param data: one batch or an iterable of batches.
-        :return: an iterator over traces.
         :raises ValueError: if the batches do not cover a plate of the model once.
         """
         batches = as_batches(data)
         coverage = self.coverage(batches)
-        repeats = None if batches.is_single else self.repeats(latent, data)
+        repeats = None if batches.is_single else self.repeats(latent, batches)
         for batch in batches:
             trace = self.trace(latent, batch)
             coverage.add(trace)
@@ -288,22 +153,14 @@ class PackedModel:
         coverage.check()
 
     def coverage(self, batches: Batches) -> Coverage:
-        """
-        :param batches: the data.
-        :return: checks that they are all of the data, and that all of them have the same prior.
-        """
-        self.last_coverage = Coverage(
-            self.observed, () if batches.is_single else self._latents, self._covered_before
-        )
+        """Checks that batches are all of the data, and that all of them have the same prior."""
+        latents = () if batches.is_single else self._latents
+        self.last_coverage = Coverage(self.observed, latents, self._covered_before)
         return self.last_coverage
 
     @contextmanager
     def continuing(self, covered: dict[str, int] | None) -> Iterator[None]:
-        """
-        A context in which data are added to earlier ones.
-
-        :param covered: how much of each plate these covered; ``None`` for data that are all there is.
-        """
+        """Adds data to earlier ones, which covered so much of each plate; ``None`` for data that are all there is."""
         self._covered_before = covered
         try:
             yield
@@ -311,51 +168,27 @@ class PackedModel:
             self._covered_before = None
 
     def leave_out(self, trace: Trace, names: frozenset[str]) -> None:
-        """
-        :param trace: a trace that :meth:`trace` made.
-        :param names: sites of its likelihood that do not count, because they count with another trace.
-        """
+        """Sites of the likelihood of a trace do not count, because they count with another trace."""
         self._counted[trace] = names
 
     def counted(self, trace: Trace) -> list[str]:
-        """
-        :param trace: a trace that :meth:`trace` made.
-        :return: the observed sites that count with it.
-        """
+        """The observed sites that count with a trace, with or without observations: some may be there in some batches only."""
         left_out = self._counted.get(trace, frozenset())
-        return [name for name in self._observed_in(trace) if name not in left_out]
-
-    def _observed_in(self, trace: Trace) -> list[str]:
-        """The observed sites of a run, with or without observations: some may be there in some batches only."""
-        known = [name for name in self.observed if name in trace.nodes]
-        return known + [name for name in observed_names(trace) if name not in self.observed]
+        names = dict.fromkeys([*(n for n in self.observed if n in trace.nodes), *observed_names(trace)])
+        return [name for name in names if name not in left_out]
 
     def repeats(self, latent: Tensor, data: Any) -> Repeats:
-        """
-        :param latent: a packed vector of shape ``(p,)``.
-        :param data: an iterable of batches.
-        :return: tells which terms of the likelihood a batch repeats.
-        """
-        other = moved_from(latent)
-        return Repeats(
-            lambda: self.rows(latent, as_batches(data).first), lambda batch: self.trace(other, batch)
-        )
+        """Tells which terms of the likelihood a batch repeats."""
+        other, batches = moved_from(latent), as_batches(data)
+        return Repeats(lambda: self.rows(latent, batches.first), lambda batch: self.trace(other, batch))
 
     def likelihood_names(self, trace: Trace) -> list[str]:
-        """
-        :param trace: a trace of the model.
-        :return: the names of observed sites and factors.
-        """
-        return [name for name, site in sample_sites(trace).items() if is_likelihood(site)]
+        """The names of observed sites and factors."""
+        return [name for name, site in trace.nodes.items() if is_likelihood(site)]
 
     @torch.enable_grad()
     def rows(self, latent: Tensor, batch: Batch, number: int | None = None) -> list[Rows]:
-        """
-        :param latent: a packed vector of shape ``(p,)``.
-        :param batch: arguments of the model.
-        :param number: how many findings suffice; ``None`` for one per plate.
-        :return: see :func:`~pyro_bnn.model.plates.find_rows`.
-        """
+        """So many findings of :func:`~pyro_bnn.model.plates.find_rows`; by default one per plate."""
         here = leaves(batch)
         form = tuple((path, len(dims_of(leaf))) for path, leaf in here.items())
         known = self._rows.get(form)
@@ -375,88 +208,34 @@ class PackedModel:
 
     def log_likelihood(self, trace: Trace, *, require_finite: bool = True) -> Tensor:
         """
-        The log density of observed sites and factors in a trace, without the scale of subsampled plates.
+        The log density of observed sites and factors in a trace, without the scale of subsampled plates; a scalar.
 
-        :param trace: a trace made with observations.
         :param require_finite: whether to raise where the density is not finite; the trial points of an optimiser may be
             far out. Whether the observations fit is for :meth:`check_observations` to say, once per trace.
-        :return: a scalar.
         :raises ValueError: if an observed site of the prototype has no observation in this trace.
         """
         self._require_observed(trace)
         total: Tensor | float = 0.0
-        site: Site
         left_out = self._counted.get(trace, frozenset())
-        for name, site in trace.nodes.items():
-            if is_likelihood(site) and name not in left_out:
-                scale = site["scale"] / subsample_scale(site)
-                term = (wide(unscaled_log_prob(site)) * scale).sum(dtype=torch.float64)  # of many terms
-                if require_finite and not torch.isfinite(term.detach()):
-                    raise ValueError(
-                        f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
-                        "values outside the support of its distribution."
-                    )
-                total = total + term
+        for name in self.likelihood_names(trace):
+            if name in left_out:
+                continue
+            site: Site = trace.nodes[name]
+            scale = site["scale"] / subsample_scale(site)
+            term = (wide(unscaled_log_prob(site)) * scale).sum(dtype=torch.float64)  # of many terms
+            if require_finite and not torch.isfinite(term.detach()):
+                raise ValueError(
+                    f"the log likelihood of site {name!r} is {term.item()}: check its data for NaN and for "
+                    "values outside the support of its distribution."
+                )
+            total = total + term
         return torch.as_tensor(total)
-
-    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> None:
-        """
-        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
-        warns where its derivatives are not those of the function.
-
-        :param latent: a packed vector of shape ``(p,)``.
-        :param data: one batch or an iterable of batches, with observations; up to 64 examples of the first are used
-            where the model treats them separately, all of them where it does not.
-        :param hessian: whether second derivatives are looked at, too.
-        :raises ValueError: if the log likelihoods differ by more than rounding errors.
-        """
-        batches = as_batches(data)
-        batch = batches.first
-        self._check_local_latents(latent, batches)
-        found = self.rows(latent, batch, 1)
-        if found and found[0].separate:
-            batch = found[0].take((*batch, {}), slice(0, 64))[:2]
-        first, second = self._two_values(latent, batch)
-        if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
-            raise ValueError(
-                f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
-                "Sites that poutine.block hides are drawn anew in every run: condition them on values first, as in "
-                "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
-                "random layers do the same."
-            )
-        require_reach(self, latent, batch)
-        check_gradient(self, latent, batch)
-        if hessian:
-            check_hessian(self, latent, batch)
-
-    @torch.enable_grad()
-    def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:
-        """A latent with a value per row of a batch would have those of other rows in the next."""
-        if batches.is_single or batches.is_stream:
-            return
-        nodes = self.trace(latent.detach(), batches.first).nodes
-        inside = [name for name in self._latents if name in nodes and plates_of(nodes[name])]
-        first, *others = islice(batches, 2) if inside else (batches.first,)
-        for name in local_names(self.model, first, others[0], inside) if others else ():
-            raise ValueError(
-                f"latent site {name!r} has a value per row of a batch, and the vector of latents holds those of one batch: "
-                "pass all the data in one batch."
-            )
-
-    @torch.enable_grad()  # some models take derivatives themselves
-    def _two_values(self, latent: Tensor, batch: Batch) -> tuple[float, float]:
-        first, second = (
-            self.log_likelihood(self.trace(latent, batch), require_finite=False).detach() for _ in range(2)
-        )
-        return float(first), float(second)
 
     def log_prior(self, latent: Tensor, trace: Trace) -> Tensor:
         r"""
-        The log density of the latent sites at a packed vector, in unconstrained space.
+        The log density of the latent sites in unconstrained space,
+        :math:`\log p(\theta(u)) + \log|\det\partial\theta/\partial u|`, a scalar.
 
-        :param latent: the packed vector, shape ``(p,)``.
-        :param trace: the trace that :meth:`trace` made at it.
-        :return: :math:`\log p(\theta(u)) + \log|\det\partial\theta/\partial u|`, a scalar.
         :raises ValueError: if a latent site lies in a subsampled plate.
         """
         total = self.space.log_abs_det_jacobian(latent).double()
@@ -472,12 +251,9 @@ class PackedModel:
 
     def losses(self, latent: Tensor, data: Any, *, require_finite: bool = False) -> Iterator[Tensor]:
         """
-        The terms of :math:`L`: one negative log likelihood per batch, the first with the negative log prior.
+        The terms of :math:`L(u)`: one negative log likelihood per batch, the first with the negative log prior.
 
-        :param latent: a packed vector of shape ``(p,)``.
-        :param data: one batch or an iterable of batches.
         :param require_finite: whether to check the observations, and see :meth:`log_likelihood`.
-        :return: an iterator over scalars whose sum is :math:`L(u)`.
         """
         for i, trace in enumerate(self.traces(latent, data)):
             if require_finite:
@@ -490,107 +266,95 @@ class PackedModel:
 
     def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
         """
-        The distribution parameters of the observed sites, as differentiable functions of the latents.
+        The distribution parameters of the observed sites, as differentiable functions of the latents, which require a
+        gradient; observations are not needed.
 
-        :param latent: a packed vector of shape ``(p,)`` that requires a gradient.
-        :param batch: arguments of the model, with or without observations.
-        :return: one :class:`SiteOutputs` per observed site with parameters that depend on the latents.
         :raises KeyError: if the distribution of a site has no registered Fisher information.
         """
         with sdpa_kernel(SDPBackend.MATH):  # callers may differentiate twice
             return self.site_outputs(self.trace(latent, batch))
 
     def site_outputs(self, trace: Trace) -> list[SiteOutputs]:
-        """
-        The same as :meth:`outputs`, from a trace that exists already.
-
-        :param trace: a trace that :meth:`trace` made.
-        :return: one :class:`SiteOutputs` per observed site.
-        """
+        """The same as :meth:`outputs`, from a trace that exists already."""
         latent = self._latent_of[trace]
-        return [self._site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
+        return [site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
+
+    @torch.enable_grad()  # some models take derivatives themselves
+    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> None:
+        """
+        Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
+        warns where its derivatives, with ``hessian`` also the second ones, are not those of the function. Up to 64 examples
+        of the first batch are used where the model treats them separately, all of them where it does not.
+
+        :raises ValueError: if the log likelihoods differ by more than rounding errors.
+        """
+        batches = as_batches(data)
+        batch = batches.first
+        self._check_local_latents(latent, batches)
+        found = self.rows(latent, batch, 1)
+        if found and found[0].separate:
+            batch = found[0].take((*batch, {}), slice(0, 64))[:2]
+        runs = [self.trace(latent, batch) for _ in range(2)]
+        first, second = (float(self.log_likelihood(trace, require_finite=False).detach()) for trace in runs)
+        if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
+            raise ValueError(
+                f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
+                "Sites that poutine.block hides are drawn anew in every run: condition them on values first, as in "
+                "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
+                "random layers do the same."
+            )
+        require_reach(self, latent, batch)
+        check_gradient(self, latent, batch)
+        if hessian:
+            check_hessian(self, latent, batch)
+
+    def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:
+        """A latent with a value per row of a batch would have those of other rows in the next."""
+        if batches.is_single or batches.is_stream:
+            return
+        nodes = self.trace(latent.detach(), batches.first).nodes
+        inside = [name for name in self._latents if name in nodes and plates_of(nodes[name])]
+        first, *others = islice(batches, 2) if inside else (batches.first,)
+        for name in local_names(self.model, first, others[0], inside) if others else ():
+            raise ValueError(
+                f"latent site {name!r} has a value per row of a batch, and the vector of latents holds those of one batch: "
+                "pass all the data in one batch."
+            )
 
     def check_factors(self, trace: Trace) -> None:
         """
-        :param trace: a trace of the model.
-        :raises ValueError: if a :func:`pyro.factor` depends on the latents; it has no Fisher information.
+        Raises if a :func:`pyro.factor` depends on the latents; it has no Fisher information.
+
+        :raises ValueError: naming the site.
         """
-        factors = {
-            n: s
-            for n, s in trace.nodes.items()
-            if s["type"] == "sample" and is_likelihood(s) and is_factor(s)
-        }
+        factors = [name for name in self.likelihood_names(trace) if is_factor(trace.nodes[name])]
         if not factors:
             return
         latent = self._latent_of[trace]
-        given = trace.nodes["_INPUT"]
-        moved = self.trace(moved_from(latent), (given["args"], given["kwargs"])).nodes
-        for name, site in factors.items():
-            term = unscaled_log_prob(site)
-            if depends_on(term, latent) or not (
-                name in moved and close(term, unscaled_log_prob(moved[name]))
+        moved = self.trace(moved_from(latent), batch_of(trace)).nodes
+        for name in factors:
+            term = unscaled_log_prob(trace.nodes[name])
+            if (
+                depends_on(term, latent)
+                or name not in moved
+                or not close(term, unscaled_log_prob(moved[name]))
             ):
                 raise ValueError(
                     f"site {name!r} is a pyro.factor of latent sites, which has no Fisher information: use curvature='hessian'."
                 )
 
-    def _site_outputs(self, name: str, site: Site, latent: Tensor) -> SiteOutputs:
-        base, mask, event_dim = unwrap(site["fn"])
-        try:
-            rule = fisher_rule(base)
-        except KeyError as error:
-            raise KeyError(f"observed site {name!r}: {error.args[0]}") from None
-        everything = rule.parameters(base)
-        if any(wide(v) is not v for v in everything.values()):  # a network in half precision
-            base = rule.build(base, {k: wide(v) for k, v in everything.items()})
-            everything = rule.parameters(base)
-        parameters = {k: v for k, v in everything.items() if depends_on(v, latent)}
-        if isinstance(rule, MonteCarloFisher):
-            rest = rule.build(base, {k: v.detach() for k, v in everything.items()})
-            if depends_on(rest.log_prob(site["value"].detach()), latent):
-                raise ValueError(
-                    f"observed site {name!r}: {type(base).__name__} depends on latents through more than its parameters "
-                    f"{', '.join(everything)}, e.g. through a transform: use curvature='hessian', or register a "
-                    "FisherRule with pyro_bnn.ops.fisher.register_fisher."
-                )
-        shape = base.batch_shape
-        outputs = [v.expand(shape + v.shape[-1:]) for v in parameters.values()]
-        like = next(iter(everything.values()))
-        weight = torch.full(shape, 1.0, dtype=like.dtype, device=like.device)
-        for factor in (site["scale"] / subsample_scale(site), mask, site["mask"]):
-            if isinstance(factor, Tensor) and factor.dim() and factor is not mask:
-                factor = factor.reshape(factor.shape + (1,) * event_dim)
-            if factor is not None:
-                weight = weight * factor
-        return SiteOutputs(
-            name=name,
-            base=base,
-            rule=rule,
-            names=tuple(parameters),
-            sizes=tuple(v.shape[-1] for v in outputs),
-            outputs=torch.cat(outputs, -1) if outputs else like.new_zeros(shape + (0,)),
-            weight=weight,
-            event_dim=event_dim,
-        )
-
     def check_observations(self, trace: Trace) -> None:
         """
-        :param trace: a trace that :meth:`trace` made with observations.
+        Checks the observations of a trace.
+
         :raises ValueError: naming the site whose observations are missing or do not fit its distribution.
         """
         self._require_observed(trace)
-        given = trace.nodes["_INPUT"]
-        check_run(sample_sites(trace), (given["args"], given["kwargs"]), self.validated)
+        check_run(sample_sites(trace), batch_of(trace), self.validated)
 
     @torch.enable_grad()  # some models take derivatives themselves
     def check_data(self, latent: Tensor, data: Any) -> None:
-        """
-        Checks the observations of all batches by a run of each, for computations that start with trial points.
-
-        :param latent: a packed vector of shape ``(p,)``.
-        :param data: one batch or an iterable of batches, with observations.
-        :raises ValueError: see :meth:`check_observations`.
-        """
+        """Checks the observations of all batches by a run of each, for computations that start with trial points."""
         for batch in as_batches(data):
             self.check_observations(self.trace(latent.detach(), batch))
 
@@ -602,11 +366,14 @@ class PackedModel:
             raise unobserved(self.observed[0])
 
 
+def batch_of(trace: Trace) -> Batch:
+    """The arguments of the model in a trace."""
+    given = trace.nodes["_INPUT"]
+    return given["args"], given["kwargs"]
+
+
 def moved_from(latent: Tensor) -> Tensor:
-    """
-    :param latent: a packed vector of shape ``(p,)``.
-    :return: another one, always the same, that differs in every entry.
-    """
+    """Another packed vector, always the same, that differs in every entry."""
     latent = latent.detach()
     generator = torch.Generator(device=latent.device).manual_seed(0)
     noise = torch.randn(latent.shape, dtype=latent.dtype, device=latent.device, generator=generator)

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 
@@ -59,18 +60,21 @@ def _plain(state: Any) -> Any:
     return {key: {name: state[key][name] for name in names} for key in ("params", "constraints")}
 
 
+def statement_leaves(trace: Trace) -> Iterator[tuple[str, Tensor]]:
+    """The unconstrained leaf tensors of the :func:`pyro.param` statements in a trace, by the name of the statement."""
+    for name, site in trace.nodes.items():
+        value: Any = site["value"] if site["type"] == "param" else None
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if isinstance(leaf, Tensor) and leaf.is_leaf:
+            yield name, leaf
+
+
 def named_parameters(
     model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Tensor]:
     """
-    The trainable leaf tensors of a model and a guide: those of the modules, and those that
+    The trainable leaf tensors of a model and a guide by a unique name, each once: those of the modules, and those that
     :func:`pyro.param` statements reach when both run once.
-
-    :param callable model: a Pyro model.
-    :param callable guide: its guide, with all parameters created.
-    :param args: positional arguments of both.
-    :param kwargs: keyword arguments of both.
-    :return: unconstrained leaf tensors by a unique name; each tensor appears once.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -89,10 +93,6 @@ def named_parameters(
     with poutine.block(), poutine.trace(param_only=True) as capture:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         poutine.replay(model, trace=guide_trace)(*args, **kwargs)
-    for name, site in capture.trace.nodes.items():
-        if site["type"] == "param" and site["value"] is not None:
-            value = site["value"]
-            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if leaf is not None and leaf.is_leaf:
-                add(f"param.{name}", leaf)
+    for name, leaf in statement_leaves(capture.trace):
+        add(f"param.{name}", leaf)
     return found

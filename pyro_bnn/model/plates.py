@@ -116,11 +116,7 @@ class Rows:
         return not self.reason
 
     def take(self, tree: Any, index: Tensor | slice) -> Any:
-        """
-        :param tree: ``(args, kwargs)`` or ``(args, kwargs, draws)`` as the rows were found in.
-        :param index: positions of rows, or a slice.
-        :return: the same with those rows only.
-        """
+        """``(args, kwargs)`` or ``(args, kwargs, draws)`` with some rows only, given by positions or a slice."""
 
         def cut(path: Path, leaf: Any) -> Any:
             return take_rows(leaf, self.cuts[path], index) if path in self.cuts else leaf
@@ -141,10 +137,6 @@ def find_rows(
 
     :param run: runs the model on ``(args, kwargs, draws)`` and returns its sites; it must be a function of them.
     :param tree: ``(args, kwargs, draws)``, the draws by site with the site's own shape.
-    :param changing: the places of tensors that certainly have the rows, if some are known: no way leaves these whole, and
-        others are cut only where the model does not run otherwise.
-    :return: an iterator over what was found, for each set of plates the first way with separate rows; over the ways without
-        only if there is none with them.
     """
     found: dict[frozenset[str], Rows] = {}
     given = leaves(tree)
@@ -232,39 +224,49 @@ def _coupling(more: Sites, fewer: Sites, axes: Mapping[str, int], plates: set[st
     if more.keys() != fewer.keys():
         return f"the sites {sorted(more.keys() ^ fewer.keys())} are there for some numbers of rows only"
     for name, site in more.items():
-        other = fewer[name]
         axis = axes.get(name)
-        value, terms = site["value"], None
-        if is_deterministic(site):
-            pairs = [(value, other["value"])]
-        else:
-            if axis is not None and axis >= len(site["fn"].batch_shape):
-                return (
-                    f"the rows are a dimension of the event of site {name!r}: they have one density together"
-                )
-            value = value.expand(site_shape(site))
-            chosen = value if axis is None else value.index_select(axis, kept.to(value.device))
-            terms = unscaled_log_prob(site)
-            pairs = [(terms, unscaled_log_prob({**other, "value": chosen}))]
-            if site["is_observed"]:
-                pairs.append((value, other["value"].expand(site_shape(other))))
-        for whole, part in pairs:
-            if axis is not None:
-                whole = whole.index_select(axis, kept.to(whole.device))
-            if not close(whole, part):
-                what = f"plate {', '.join(map(repr, sorted(plates)))}" if plates else "the data"
-                return f"site {name!r} depends on which rows of {what} run together"
+        if axis is not None and not is_deterministic(site) and axis >= len(site["fn"].batch_shape):
+            return f"the rows are a dimension of the event of site {name!r}: they have one density together"
+        if not says_same(site, fewer[name], axis, kept):
+            what = f"plate {', '.join(map(repr, sorted(plates)))}" if plates else "the data"
+            return f"site {name!r} depends on which rows of {what} run together"
     return ""
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by rounding only."""
+def says_same(
+    site: Site, other: Site, axis: int | None = None, rows: Tensor | None = None, at: Tensor | None = None
+) -> bool:
+    """
+    Whether two runs say the same at a site: its density at the values of the first, and what is observed. Compared are
+    some rows along ``axis``, counted from the left in one value, and those of the second run at some places; all by default.
+    """
+
+    def pick(value: Tensor, index: Tensor | None) -> Tensor:
+        return value if axis is None or index is None else value.index_select(axis, index.to(value.device))
+
+    if is_deterministic(site):
+        return close(pick(site["value"], rows), pick(other["value"], at))
+    value, theirs = (x["value"].expand(site_shape(x)) for x in (site, other))
+    given = pick(value, rows)
+    if axis is not None and at is not None:
+        given = theirs.clone().index_copy_(axis, at.to(given.device), given)
+    if site["is_observed"] and at is None and not close(given, theirs):
+        return False
+    terms = pick(unscaled_log_prob({**other, "value": given}), at)
+    return close(pick(unscaled_log_prob(site), rows), terms)
+
+
+def close(a: Tensor, b: Tensor, *, tolerance: float | None = None, floor: float = 0.0) -> bool:
+    """
+    Whether two tensors differ by rounding only: relative to the largest finite entry of the first, or a floor if that is less,
+    by 1000 units in the last place, or a given tolerance.
+    """
     a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return bool(torch.equal(a, b))
     finite = a.isfinite()
-    scale = float(a[finite].abs().max()) if finite.any() else 0.0
-    tolerance = 1e3 * torch.finfo(a.dtype).eps * max(scale, torch.finfo(a.dtype).tiny)
-    return bool(torch.allclose(a, b.to(a.dtype), rtol=0, atol=tolerance, equal_nan=True))
+    scale = max(float(a[finite].abs().max()) if finite.any() else 0.0, floor, torch.finfo(a.dtype).tiny)
+    relative = 1e3 * torch.finfo(a.dtype).eps if tolerance is None else tolerance
+    return bool(torch.allclose(a, b.to(a.dtype), rtol=0, atol=relative * scale, equal_nan=True))

@@ -10,31 +10,22 @@ from torch import Tensor
 
 
 def detached(fn: Any) -> Any:
-    """
-    :param fn: a distribution.
-    :return: the same, or a copy whose parameters have no graph.
-    """
-    changed = {}
+    """A distribution without graphs in its parameters: the same, or a copy."""
+    result = fn
     for name, value in vars(fn).items():
+        new = value
         if isinstance(value, Tensor) and value.requires_grad:
-            changed[name] = value.detach()
+            new = value.detach()
         elif isinstance(value, torch.distributions.Distribution):
-            inner = detached(value)
-            if inner is not value:
-                changed[name] = inner
-    if not changed:
-        return fn
-    result = copy.copy(fn)
-    vars(result).update(changed)
+            new = detached(value)
+        if new is not value:
+            result = copy.copy(fn) if result is fn else result
+            setattr(result, name, new)
     return result
 
 
 def detach_prototypes(guide: Any) -> None:
-    """
-    Frees the graphs of the prototype traces of a guide and its parts.
-
-    :param guide: any guide.
-    """
+    """Frees the graphs of the prototype traces of a guide and its parts."""
     for part in guide if isinstance(guide, torch.nn.ModuleList) else ():
         detach_prototypes(part)
     trace = getattr(guide, "prototype_trace", None)

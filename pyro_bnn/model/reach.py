@@ -10,7 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.model.data import Batch
-from pyro_bnn.model.handlers import Site, is_deterministic, sample_sites
+from pyro_bnn.model.handlers import is_deterministic, sample_sites
 
 _CAUSES = (
     "Something on the way cuts the graph (detach(), .data, .item(), numpy, torch.no_grad(), integer indices), or the "
@@ -19,11 +19,7 @@ _CAUSES = (
 
 
 def unreached(value: Tensor, leaves: dict[str, Tensor]) -> list[str]:
-    """
-    :param value: a scalar.
-    :param leaves: tensors that require gradients, by name.
-    :return: the names of those from which no path leads to ``value``.
-    """
+    """The names of those tensors from which no path leads to a scalar."""
     if not value.requires_grad:
         return list(leaves)
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
@@ -40,14 +36,7 @@ def nothing_reached(names: Sequence[str]) -> ValueError:
 
 @torch.enable_grad()
 def require_reach(model: Any, latent: Tensor, batch: Batch) -> None:
-    """
-    Raises if no latent site reaches the likelihood, or if one moves it without a gradient.
-
-    :param model: a :class:`~pyro_bnn.model.packed.PackedModel`.
-    :param latent: a packed vector of shape ``(p,)``.
-    :param batch: arguments of the model, with observations.
-    :raises ValueError: naming the sites.
-    """
+    """Raises if no latent site, of the packed vector ``(p,)``, reaches the likelihood, or if one moves it without a gradient."""
     latent = latent.detach()
     leaves = {name: v.detach().clone().requires_grad_(True) for name, v in model.space.unpack(latent).items()}
     value = model.log_likelihood(model.trace(latent, batch, leaves), require_finite=False)
@@ -76,22 +65,12 @@ def _moves(model: Any, latent: Tensor, batch: Batch, name: str, before: float) -
 
 
 def check_reached(trace: Trace, leaves: dict[str, Tensor]) -> None:
-    """
-    Raises if the likelihood of a trace reaches none of its latent sites.
-
-    :param trace: a trace of a model.
-    :param leaves: the values of the latent sites in it, which require gradients.
-    :raises ValueError: naming the sites.
-    """
+    """Raises if the likelihood of a trace reaches none of its latent sites."""
     terms = [
         site for site in sample_sites(trace).values() if site["is_observed"] and not is_deterministic(site)
     ]
     if not leaves or not terms:
         return
-    value = sum((_density(site) for site in terms), torch.zeros(()))
+    value = sum((site["fn"].log_prob(site["value"]).sum() for site in terms), torch.zeros(()))
     if len(unreached(value, leaves)) == len(leaves):
         raise nothing_reached(list(leaves))
-
-
-def _density(site: Site) -> Tensor:
-    return site["fn"].log_prob(site["value"]).sum()

@@ -71,8 +71,8 @@ class Folding:
     A forward that reduces over its batch (a mean over examples, statistics of the batch) reduces over the examples of
     all samples, as shared batch normalisation does on purpose.
 
-    In predictions with activations larger than the weights, the forward runs for one sample after the other: then
-    building a sample's weights costs less than scaling its activations, and the caches see those of one sample.
+    In predictions with activations larger than the weights, the forward runs for one sample after the other, whose
+    weights are built beforehand: that costs less than scaling activations, and the caches see those of one sample.
 
     :param root: the network; calls of it are folded.
     :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
@@ -91,7 +91,9 @@ class Folding:
         self._sample_shape = torch.Size()
         self._values: dict[tuple[int, str], Tensor] = {}
         self._varying: dict[tuple[int, str], Tensor] = {}  # the values that differ between samples
-        self._looping = 0  # the number of samples that run one after the other
+        # by layer its parameters with the samples in front, while these run one after the other, and the present one
+        self._built: dict[int, dict[str, Tensor | None]] = {}
+        self._sample = 0
         # dimensions of the batch in arguments, -1 for none, as far as calls have told them
         self._known_dims: dict[tuple[int | str, int], int] = {}
         for module in root.modules():  # one folding: a part that was folded by itself is now folded as a part
@@ -130,16 +132,19 @@ class Folding:
             if self.batch_size == 0:
                 raise ValueError(f"the network was called with an empty batch, shape {tuple(first.shape)}.")
         self._draw()
-        self.split = self.active and _SPLIT.get()
+        if not self.active:
+            return None
+        self.split = _SPLIT.get()
         if self.split:
             self._split()
-        elif self.active and not isinstance(first, PackedSequence) and self._loop_pays(module):
-            self._looping, self.num_samples = self.num_samples, 1
-            self._choose(0)
-        elif self.active and not (self._first is not None and len(args) == 1 and not kwargs):
-            repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
-            return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
-        return None
+            return None
+        if not isinstance(first, PackedSequence) and self._loop_pays(module):
+            self._start_loop()
+            return None
+        if self._first is not None and len(args) == 1 and not kwargs:
+            return None  # the first layer repeats its input itself
+        repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
+        return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
 
     def _split(self) -> None:
         """Gives every sample its part of the batch; a value per example is then that of the examples that it sees."""
@@ -164,7 +169,7 @@ class Folding:
             drawn += [(layer, name, layer.read(name)) for name in (*layer._sites, *packed)]
         shapes = [value.shape[: value.dim() - layer._event_dim(name)] for layer, name, value in drawn]
         self.active = any(shapes)
-        self._values, self._varying, self._looping = {}, {}, 0
+        self._values, self._varying, self._built = {}, {}, {}
         if not self.active:  # one sample: the layers read their sites themselves
             self._sample_shape, self.num_samples = torch.Size(), 1
             return
@@ -188,39 +193,55 @@ class Folding:
 
     def _loop_pays(self, module: nn.Module) -> bool:
         """Whether weights cost less than activations, by what layers saw in an earlier call, and nobody objects."""
-        loop = loop_of_samples()
         costs = [layer._costs for layer in self.layers if layer._costs is not None]
         pays = sum(built for built, _ in costs) < self.batch_size * sum(passed for _, passed in costs)
-        if loop is None or module.training or not pays:
-            return False
+        rows = any(value.shape[1] > 1 for value in self._varying.values())
+        return pays and not rows and not module.training and loop_of_samples() is not None
+
+    def _start_loop(self) -> None:
+        """Builds the parameters of layers for all samples."""
+        self._built = {id(layer): layer._built() for layer in self.layers if layer._costs is not None}
+        built = [value for values in self._built.values() for value in values.values() if value is not None]
+        loop: Any = loop_of_samples()
         loop.running = True
-        return True
+        loop.plain_bytes += sum(value[0].numel() * value.element_size() for value in built)
+        self.num_samples = 1
+        self._choose(0)
 
     def _choose(self, sample: int) -> None:
+        self._sample = sample
         self._values |= {key: value[sample : sample + 1] for key, value in self._varying.items()}
+
+    def built(self, layer: SiteModule) -> dict[str, Tensor | None] | None:
+        """The parameters of a layer for the present sample, if samples run one after the other."""
+        values = self._built.get(id(layer))
+        if values is None:
+            return None
+        return {n: v if v is None else v[self._sample if len(v) > 1 else 0] for n, v in values.items()}
 
     def _finish_loop(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The samples after the first, and the outputs of all of them with the sample dimensions in front."""
-        leaves: list[list[Tensor]] = []
+        leaves = []
         try:
-            for sample in range(0 if output is None else self._looping):  # None: the forward failed
+            for sample in range(
+                0 if output is None else self._sample_shape.numel()
+            ):  # None: the forward failed
                 if sample:
                     self._choose(sample)
                     output = module.forward(*args, **kwargs)
-                leaves.append([])
-                map_structure(output, leaves[-1].append)
+                leaves.append(list(tensors_of(output)))
         finally:
             loop = loop_of_samples()
             if loop is not None:
                 loop.running = False
-        joined = map(self._join, zip(*leaves, strict=True))
+        joined = iter([self._join(values) for values in zip(*leaves, strict=True)])
         return map_structure(output, lambda _: next(joined))
 
-    def _join(self, values: tuple[Tensor, ...]) -> Tensor:
+    def _join(self, values: Sequence[Any]) -> Tensor:
         constant = self.batch_size not in values[0].shape[:2]
         if constant and all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0]
-        return torch.stack(values).view(*self._sample_shape, *values[0].shape)
+        return torch.stack(list(values)).view(*self._sample_shape, *values[0].shape)
 
     # ------------------------------------------------------------------ arguments and outputs
 
@@ -322,12 +343,12 @@ class Folding:
         if not self.active:
             return None
         try:
-            if self._looping:
+            if self._built:
                 return self._finish_loop(module, args, kwargs, output)
             return None if self.split else map_structure(output, self._unfold)
         finally:
             self.active = False
-            self._values, self._varying = {}, {}
+            self._values, self._varying, self._built = {}, {}, {}
 
     def _unfold(self, value: Tensor) -> Tensor:
         rows = self.num_samples * self.batch_size

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.nn.priors import map_distribution, unwrap
-from pyro_bnn.nn.sites import SITE_KEY, SiteModule, is_called, module_path, once_per_call
+from pyro_bnn.nn.sites import (
+    SITE_KEY,
+    SiteModule,
+    is_called,
+    module_path,
+    once_per_call,
+    refuse_recomputation,
+)
 from pyro_bnn.ops.families import of_family
 
 
@@ -56,6 +63,7 @@ class PackedSite:
         :param str full: full name of the parameter.
         :return: a view of the flat draw, shape ``(*batch, *parameter_shape)``.
         """
+        refuse_recomputation(self._root, full)
         if not is_called(self._root):
             return self.unpack(self.prior.sample())[full]
         infer: Any = {SITE_KEY: {"role": "weight", "init": self.init}}

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank-1 layers: a shared weight and random vectors that scale its inputs and outputs."""
 
+import math
 import operator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -202,6 +203,9 @@ class Rank1Mixin(SiteModule):
         self._check_input(x)
         if not self._is_folded():
             return self._map(x, *self._values_of_group(), *args)
+        built = self._folding.built(self)
+        if built is not None:
+            return self._plain(x, *args, **built)
         if self._axis == 1 and x.dim() - self._post >= 3:
             # sequence-first activations: bring the batch to the front
             return self._folded(x.transpose(0, 1), *args).transpose(0, 1)
@@ -213,13 +217,25 @@ class Rank1Mixin(SiteModule):
         weight = self._value(self._weights[suffix])
         return weight, value, self._factor("r" + suffix), self._factor("s" + suffix)
 
+    def _built(self) -> dict[str, Tensor | None]:
+        """What makes the torch layer compute the same, with the samples, or one for all of them, in front."""
+        weight, bias, r, s = self._values_of_group()
+        weight = self._scaled_weight(weight, r, s)
+        return {
+            "weight": weight if weight.dim() > self._weight_dim else weight[None],
+            "bias": bias if bias is None else bias.view(-1, bias.shape[-1]),
+        }
+
     def _folded(self, x: Tensor, *args: Any) -> Any:
         folding = self._folding
         weight, bias, r, s = self._values_of_group()
         shared = folding.is_shared_input(self, x)
         examples = folding.batch_size * (1 if shared else folding.num_samples)
-        built = 0 if self._mode == "materialise" else 3 * weight.shape[-self._weight_dim :].numel()
         if self._costs is None:
+            built = {"materialise": 0.0, "scale": math.inf}.get(
+                self._mode, 3.0 * weight.shape[-self._weight_dim :].numel()
+            )
+            built = math.inf if self._form == "additive" else built
             self._costs = built, self._activations(x) / examples
         if not shared:
             x = folding.whole(x) if x.dim() > self._post + 1 else x

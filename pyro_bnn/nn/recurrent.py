@@ -119,15 +119,15 @@ class _Rank1Recurrent(RecurrentMixin, _Rank1Cell):
         zeros = x.new_zeros(*shape, self.proj_size or self.hidden_size)
         state = self._states(hx, zeros, x.new_zeros(*shape, self.hidden_size))
 
-        def affine(layer: int, direction: int) -> Affine:
-            maps = self._affine_of(f"_l{layer}{'_reverse' if direction else ''}")
-            return lambda x, part: (
-                maps(x.transpose(0, 1), part).transpose(0, 1) if x.dim() > 2 else maps(x, part)
-            )
+        def affine(suffix: str) -> Affine:
+            of = self._affine_of(suffix)
+            return lambda x, part: of(x.transpose(0, 1), part).transpose(0, 1) if x.dim() > 2 else of(x, part)
 
+        sides = ("", "_reverse")[:directions]
+        maps = [affine(f"_l{layer}{side}") for layer in range(self.num_layers) for side in sides]
         output, state = unrolled(
-            self._kind, x, state, affine, layers=self.num_layers, directions=directions,
-            projects=bool(self.proj_size), lengths=lengths, dropout=self.dropout if self.training else 0.0,
+            self._kind, x, state, maps, directions, projects=bool(self.proj_size), lengths=lengths,
+            dropout=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return output, state if self._kind == "lstm" else state[0]
 

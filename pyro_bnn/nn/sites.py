@@ -85,6 +85,7 @@ class SilentSites:
     :ivar seen: by site, the prior of every site that layers read.
     :ivar parameters: whether folded networks may run their samples one after the other, as nobody collects what they do.
     :ivar running: whether one does.
+    :ivar plain_bytes: what every sample of such networks took in memory that stays until the last has run.
     """
 
     def __init__(self, values: Any = None, priors: Any = None, parameters: bool = False) -> None:
@@ -144,6 +145,17 @@ def _reader(layer: nn.Module) -> str:
     return "the model"
 
 
+def refuse_recomputation(module: nn.Module, name: str) -> None:
+    """Raises where a site is read in a backward pass, in which :mod:`torch.utils.checkpoint` runs layers again."""
+    # nothing public says whether a backward pass is running
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{name!r} of {describe_module(module, module_path(module))} is random, and the backward pass runs its layer again, "
+            "where it would be another draw: torch.utils.checkpoint around layers with priors is not supported. Leave them "
+            "out of it."
+        )
+
+
 class SiteModule(_PyroModule):
     """
     A :class:`~pyro.nn.PyroModule` whose random attributes carry a :class:`SiteSpec`.
@@ -167,7 +179,7 @@ class SiteModule(_PyroModule):
     _axis: int | None = None
     #: whether the first layer of a chain may repeat its input over the samples itself
     takes_shared_input = False
-    #: elements of the weights of a sample and of the activations of an example, as far as a folded call has told them
+    #: what building the weight of a sample and passing the activations of an example cost, once a folded call has told
     _costs: tuple[float, float] | None = None
 
     def __reduce__(self) -> Any:
@@ -264,6 +276,7 @@ class SiteModule(_PyroModule):
         return self._read_from_outside(name)
 
     def _read_site(self, name: str, spec: SiteSpec) -> Any:
+        refuse_recomputation(self, name)
         if not is_called(self):
             if am_i_wrapped():
                 raise ValueError(

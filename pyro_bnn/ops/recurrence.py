@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recurrences of torch's LSTM, GRU and RNN written out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,9 @@ def unrolled(
     kind: str,
     x: Tensor,
     state: State,
-    affine: Callable[[int, int], Affine],
-    *,
-    layers: int,
+    maps: Sequence[Affine],
     directions: int,
+    *,
     projects: bool = False,
     lengths: Tensor | None = None,
     dropout: float = 0.0,
@@ -55,36 +54,36 @@ def unrolled(
 
     :param x: shape ``(T, N, inputs)``.
     :param state: shapes ``(layers * directions, N, units)``.
-    :param affine: the maps of a layer and direction.
+    :param maps: of every layer and direction.
+    :param projects: whether states of an LSTM are projected.
     :param lengths: of the sequences if they differ, shape ``(N,)``.
     :param dropout: probability of dropping an output of a layer but the last.
     :return: the outputs, shape ``(T, N, directions * units)``, and the final state.
     """
     finals: list[State] = []
-    for layer in range(layers):
+    for at in range(0, len(maps), directions):
+        if dropout and at:
+            x = F.dropout(x, dropout)
         sides = []
-        for direction in range(directions):
-            maps = affine(layer, direction)
-            start = tuple(part[len(finals)] for part in state)
-            steps = _reversed(x, lengths) if direction else x
-            output, final = _scan(kind, maps(steps, "ih"), start, maps, projects, lengths)
-            sides.append(_reversed(output, lengths) if direction else output)
+        for back, affine in enumerate(maps[at : at + directions]):
+            start = tuple(part[at + back] for part in state)
+            inputs = affine(_reversed(x, lengths) if back else x, "ih")
+            output, final = _scan(kind, inputs, start, affine, projects, lengths)
+            sides.append(_reversed(output, lengths) if back else output)
             finals.append(final)
         x = torch.cat(sides, -1)
-        if dropout and layer < layers - 1:
-            x = F.dropout(x, dropout)
     return x, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
 
 def _scan(
-    kind: str, inputs: Tensor, state: State, maps: Affine, projects: bool, lengths: Tensor | None
+    kind: str, inputs: Tensor, state: State, affine: Affine, projects: bool, lengths: Tensor | None
 ) -> tuple[Tensor, State]:
     """One layer in one direction."""
     outputs = []
     for t, from_input in enumerate(inputs.unbind(0)):
-        new = recurrent_step(kind, from_input, maps(state[0], "hh"), state)
+        new = recurrent_step(kind, from_input, affine(state[0], "hh"), state)
         if projects:
-            new = (maps(new[0], "hr"), *new[1:])
+            new = (affine(new[0], "hr"), *new[1:])
         if lengths is not None:  # a sequence that has ended keeps its state
             going = (t < lengths).unsqueeze(-1)
             new = tuple(torch.where(going, a, b) for a, b in zip(new, state, strict=True))

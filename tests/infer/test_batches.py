@@ -439,7 +439,7 @@ def test_labels_of_a_type_that_the_distribution_does_not_take() -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("label", dist.Bernoulli(logits=(x * w).sum(-1)), obs=y)
 
-    with pytest.raises(ValueError, match=r"Site 'label': the labels of a Bernoulli are .* found torch.int64"):
+    with pytest.raises(ValueError, match=r"ite 'label': .*Bernoulli .*torch.int64"):
         posterior_predictive(model, {"w": torch.randn(S, 3)}, (X, (Y > 0).long()))
 
 
@@ -546,3 +546,17 @@ def test_as_many_rows_as_draws_that_are_compared() -> None:
     for rows in (1, 2, 3, 5):
         x, w = torch.randn(rows), torch.randn(9)
         assert_close(posterior_predictive(model, {"w": w}, (x,)).mean, w[:, None] * x)
+
+
+def test_changed_data_are_all_of_the_data() -> None:
+    """Also where they can be run through once, and the first batch was looked at before."""
+    parts = [torch.full((2,), float(i)) for i in range(3)]
+    for source in (parts[0], [(part,) for part in parts], iter([(part,) for part in parts])):
+        batches = Batches(source)
+        expected = batches.first[0][0]
+        changed = batches.map(lambda x: x + 10)
+        assert changed.is_single == batches.is_single
+        assert_close(changed.first[0][0], expected + 10)
+        values = [args[0] for args, _ in changed]
+        assert_close(torch.stack(values), torch.stack(parts[: len(values)]) + 10)
+        assert len(values) == (1 if batches.is_single else 3)

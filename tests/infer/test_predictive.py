@@ -146,6 +146,40 @@ def test_wrong_broadcast_is_detected() -> None:
     assert_close(found.mean, weights @ x.T + weights.mean(-1, keepdim=True), rtol=1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 4e-4), (torch.float64, 1e-8)])
+def test_a_slight_mixing_of_draws_is_no_rounding(dtype: torch.dtype, part: float) -> None:
+    """Beside copies of itself a draw shows how large rounding is, which is far less."""
+    x, y = torch.linspace(-1, 1, 7, dtype=dtype), torch.full((7,), 2.0, dtype=dtype)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x * weight + part * weight.mean(), 1.0), obs=y)
+
+    weights = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=dtype)
+    found = posterior_predictive(model, {"weight": weights}, (x, y))
+    assert not found.vectorized
+    assert_close(found.mean, weights[:, None] * (x + part), rtol=1e-6)
+
+
+def test_rounding_that_a_network_magnifies_is_no_mixing() -> None:
+    """Means of large terms that cancel: products of one and of several draws round differently, by more than the last places."""
+    torch.manual_seed(0)
+    x = 200 * torch.randn(20, 512, dtype=torch.float32)
+    weights = torch.randn(512, dtype=torch.float32) + 5e-6 * torch.randn(5, 512, dtype=torch.float32)
+
+    def model(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        prior = dist.Normal(torch.zeros(512, dtype=torch.float32), 1.0).to_event(1)
+        weight = pyro.sample("weight", prior)
+        mean = weight @ x.T
+        mean = mean.squeeze(-2) if mean.dim() > 1 else mean
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(mean, 1.0), obs=y)
+
+    y = x @ weights[0] + torch.randn(20, dtype=torch.float32)
+    assert posterior_predictive(model, {"weight": weights}, (x, y)).vectorized
+
+
 @pytest.mark.parametrize("how", ["batch_size", "loader", "max_memory"])
 def test_pieces_equal_the_whole(how: str) -> None:
     x, y = linear_data(23)

@@ -225,10 +225,13 @@ class ComponentParameters(_Guide):
             one that of the examples for draws per example.
         """
         values: dict[str, Tensor] = {}
+        if not self._mixed:
+            return values
         particles = (num_particles,) if num_particles > 1 else ()
+        all_loc = self._present(self.loc)
+        all_scale = self._present(self._full_scale()) if self._groups else all_loc
         for per_example, sites, spans in self._groups:
-            loc = columns(self._present(self.loc), spans)
-            scale = columns(self._present(self._full_scale()), spans)
+            loc, scale = columns(all_loc, spans), columns(all_scale, spans)
             rows: tuple[int, ...] = ()
             if per_example:
                 rows = (num_rows(self._row_sources if nesting else (), args, kwargs),)
@@ -239,10 +242,11 @@ class ComponentParameters(_Guide):
                 lead = self._layout(site, nesting, len(loc))
                 lead = (*particles, *lead[: len(lead) - len(rows)], *rows) if lead else lead
                 values[site.name] = site.transform(piece.view((*lead, *site.raw_shape)))
-        for site, loc, scale in self._blocks() if len(values) < len(self._mixed) else ():
-            if scale is None:
-                value = site.transform(loc.view((*self._layout(site, nesting, len(loc)), *site.raw_shape)))
-                values[site.name] = value.expand((*particles, *value.shape)) if particles else value
+        masses = self._mixed[self._num_scaled :]
+        pieces = all_loc.split([site.size for site in self._mixed], -1)[self._num_scaled :]
+        for site, piece in zip(masses, pieces, strict=True):
+            value = site.transform(piece.view((*self._layout(site, nesting, len(all_loc)), *site.raw_shape)))
+            values[site.name] = value.expand((*particles, *value.shape)) if particles else value
         return values
 
     def component_distributions(self) -> dict[str, Any]:

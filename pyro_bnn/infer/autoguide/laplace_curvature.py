@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The curvature of a Laplace approximation: what is random, what is summed over the data, how much memory that takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.definite import TOLERANCE, blame, describe, expected_error, require_resolved
 from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart
 from pyro_bnn.curvature.diagonal import DiagonalPart
-from pyro_bnn.curvature.fisher_checks import require_scores
+from pyro_bnn.curvature.fisher_checks import require_fixed_values, require_scores
 from pyro_bnn.curvature.kronecker import KroneckerSum
 from pyro_bnn.curvature.linear_maps import Sharing
 from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
@@ -159,11 +159,17 @@ class LaplaceCurvature:
 
         def rows(reserve: Reserve) -> Iterator[Tensor]:
             stream = self.stream()
-            chunks = stream.run(data) if subset is None else subset.run(stream)
+            chunks = self._checked(stream, stream.run(data) if subset is None else subset.run(stream))
             cotangents = self._cotangents(torch.Generator().manual_seed(seed))
             return curvature_rows(chunks, cotangents, self.index, reserve, subset.weight if subset else 1.0)
 
         return LowRankSum(self.index, latent, rows=rows, **options)
+
+    def _checked(self, stream: ExampleStream, chunks: Iterable[Any]) -> Iterator[Any]:
+        """Chunks, each with observations that do not depend on latents."""
+        for trace, sites in chunks:
+            require_fixed_values(self.packed, trace, stream.latent)
+            yield trace, sites
 
     def _cotangents(self, generator: torch.Generator | None) -> Callable[[Any], Any]:
         return lambda site: site.cotangents(self.curvature, num_samples=self.num_samples, generator=generator)

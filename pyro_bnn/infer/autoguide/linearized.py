@@ -87,8 +87,7 @@ class LinearizedGuide(PackedGuide):
     has_density = True
     #: what is taken for the curvature of the likelihood
     curvature: str = "hessian"
-    #: options that the representation shows
-    _shown: tuple[str, ...] = ()
+    _shown: tuple[str, ...] = ()  # options that the representation shows
 
     loc: Tensor
 
@@ -462,5 +461,4 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches; observations are not needed.
         :return: an iterator over :meth:`linearized_outputs`.
         """
-        for args, kwargs in iter_batches(data):
-            yield self.linearized_outputs(*args, **kwargs)
+        return (self.linearized_outputs(*args, **kwargs) for args, kwargs in iter_batches(data))

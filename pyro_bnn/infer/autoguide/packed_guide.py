@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.model.data import Batch
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
-from pyro_bnn.model.packed import PackedModel, SiteOutputs, called_modules
+from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.model.prototype import detach_prototypes
 
 
@@ -55,12 +56,12 @@ class PackedGuide(AutoContinuous):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(), called_modules() as modules:
+        with poutine.block(), evaluation_mode() as modules:
             trace = run_model(self.model, (args, kwargs))
         check_observations(trace, (args, kwargs))
         check_latents(trace, self, continuous=True)
         values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
-        with SubstituteMessenger(values), called_modules():
+        with SubstituteMessenger(values), evaluation_mode():
             super()._setup_prototype(*args, **kwargs)
         detach_prototypes(self)
         self._start(trace, modules, (args, kwargs))

@@ -20,7 +20,7 @@ from pyro_bnn.infer.predict.runs import NO_FUNCTION
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.handlers import Site, check_broadcast, is_deterministic, log_prob_of, sample_sites
 from pyro_bnn.model.observations import check_values
-from pyro_bnn.model.plates import FAILURES, first_line
+from pyro_bnn.model.plates import FAILURES, close, first_line
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
 
@@ -244,11 +244,8 @@ def is_close(found: Tensor, expected: Tensor, *, half: bool = False) -> bool:
     Whether densities differ by rounding only, which is not the same in products of other sizes; ``half`` says that a
     part of the run was in half precision.
     """
-    finite = expected.isfinite()
-    scale = 1.0 + (float(expected[finite].abs().max()) if finite.any() else 0.0)
     tolerance = 4e-3 if half else 1e-7 if expected.dtype == torch.float64 else 1e-4
-    close = (found - expected).abs() <= tolerance * scale
-    return bool(torch.where(finite, close, (found == expected) | (found.isnan() & expected.isnan())).all())
+    return close(expected, found, tolerance=tolerance, floor=1.0)
 
 
 def _check_rows(

@@ -47,13 +47,15 @@ class ConstantPriors:
         K = guide.num_components
         kl: Tensor | float = 0.0
         log_prior: Tensor | float = 0.0
+        all_loc: Any = guide.loc if self._groups else None
+        all_scale: Any = guide._full_scale() if any(divergence for divergence, *_ in self._groups) else None
         for divergence, sites, spans in self._groups:
-            at = columns(guide.loc, spans)
+            at = columns(all_loc, spans)
             loc, scale = (torch.cat(moments) for moments in zip(*map(self._flat, sites), strict=True))
             if divergence is None:
                 log_prior = log_prior + _log_density(at, loc, scale) / K
             else:
-                kl = kl + divergence(at, columns(guide._full_scale(), spans), loc, scale) / K
+                kl = kl + divergence(at, columns(all_scale, spans), loc, scale) / K
         for site in self._points:
             base = unwrap(self.priors[site.name])
             value = attrgetter(site.name)(guide.points)
@@ -62,7 +64,9 @@ class ConstantPriors:
 
     def _flat(self, site: LatentSite) -> tuple[Tensor, Tensor]:
         base = unwrap(self.priors[site.name])
-        return base.loc.expand(site.shape).reshape(-1), base.scale.expand(site.shape).reshape(-1)
+        full = (t if t.shape == site.shape else t.expand(site.shape) for t in (base.loc, base.scale))
+        loc, scale = (t if t.dim() == 1 else t.reshape(-1) for t in full)
+        return loc, scale
 
 
 def _scalar(t: Tensor) -> Tensor:

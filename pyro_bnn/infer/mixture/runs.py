@@ -165,7 +165,9 @@ class JointRun:
             return {name: node for name, node in self._nodes.items() if name not in without}
         nodes = {}
         blocks: list[Any] = [(site, value, None) for site, value in step.guide.point_values()]
-        for site, loc, scale in [*blocks, *step.guide._blocks()]:
+        if not {site.name for site in step.guide._mixed} <= set(without):
+            blocks += step.guide._blocks()
+        for site, loc, scale in blocks:
             if site.name in without:
                 continue
             value = self.values[site.name]

@@ -4,6 +4,8 @@
 
 import math
 
+from typing_extensions import override
+
 
 class LinearAnnealing:
     r"""
@@ -46,11 +48,8 @@ class CosineAnnealing(LinearAnnealing):
         0.5
     """
 
+    @override
     def __call__(self, step: int) -> float:
-        """
-        :param int step: the number of the step, from 0.
-        :return: the factor.
-        """
         return self.final * 0.5 * (1 - math.cos(math.pi * min(1.0, (step + 1) / self.num_steps)))
 
 
@@ -74,11 +73,8 @@ class CyclicalAnnealing(LinearAnnealing):
         super().__init__(num_steps, final)
         self.num_cycles = num_cycles
 
+    @override
     def __call__(self, step: int) -> float:
-        """
-        :param int step: the number of the step, from 0.
-        :return: the factor.
-        """
         if step >= self.num_steps:
             return self.final
         length = self.num_steps / self.num_cycles

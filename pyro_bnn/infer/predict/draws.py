@@ -10,11 +10,11 @@ import pyro.poutine as poutine
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_bnn.model.arguments import arguments_of
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.handlers import SubstituteMessenger, sample_sites
+from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.memory import require_memory
 from pyro_bnn.ops.options import require_count
@@ -83,13 +83,7 @@ def _require_memory_for(guide: Any, num_samples: int) -> None:
 
 
 def component_draws(guide: Any, num_samples: int) -> Draws:
-    """
-    Draws from each component of a mixture guide.
-
-    :param guide: an initialised guide with ``num_components`` and a ``sample_posterior`` that takes ``by_component``.
-    :param int num_samples: the number of draws n of each component.
-    :return: by site, a tensor of shape ``(K, n) + site shape``.
-    """
+    """So many draws from each component of an initialised mixture guide: by site, shape ``(K, n) + site shape``."""
     with local_parameters():
         return dict(guide.sample_posterior((guide.num_components, num_samples), by_component=True))
 
@@ -109,14 +103,7 @@ def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:
 
 @torch.no_grad()
 def draws_given(guide: Any, known: Draws, batch: Batch) -> Draws:
-    """
-    Draws of the other sites of a guide given some of them.
-
-    :param guide: a guide that samples its sites by Pyro's statements.
-    :param known: draws of some of its sites, each of shape ``(S,) + site shape``.
-    :param batch: arguments of the guide.
-    :return: draws of all sites.
-    """
+    """Draws ``(S,) + site shape`` of all sites of a guide that samples them by Pyro's statements, given those of some."""
     with local_parameters(), poutine.block():
         return _loop_draws(guide, len(next(iter(known.values()))), batch, known)
 
@@ -129,15 +116,9 @@ def _loop_draws(
     rows = []
     for index in range(num_samples):
         values = {name: value[index] for name, value in (known or {}).items()}
-        trace = poutine.trace(SubstituteMessenger(values)(guide)).get_trace(*args, **kwargs)
-        sites = sample_sites(trace)
-        rows.append(
-            {
-                name: site["value"]
-                for name, site in sites.items()
-                if not (site["is_observed"] or site["infer"].get("is_auxiliary"))
-            }
-        )
+        sites = sample_sites(poutine.trace(SubstituteMessenger(values)(guide)).get_trace(*args, **kwargs))
+        latent = {n: s for n, s in sites.items() if not s["is_observed"]}
+        rows.append({n: s["value"] for n, s in latent.items() if not s["infer"].get("is_auxiliary")})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -149,23 +130,14 @@ def _autoguide_draws(guide: AutoGuide, num_samples: int, batch: Batch) -> Draws 
     sites = {n: s for n, s in prototype.nodes.items() if s.get("type") == "sample" and not s["is_observed"]}
     frames = [frame for site in sites.values() for frame in site["cond_indep_stack"]]
     nesting = max((-frame.dim for frame in frames if frame.vectorized), default=0)
-    values: Mapping[str, Tensor]
     try:
         if isinstance(guide, AutoContinuous):
-            latent = guide.get_posterior(*args, **kwargs).sample((num_samples,) + (1,) * nesting)
-            values = {
-                site["name"]: biject_to(site["fn"].support)(unconstrained)
-                for site, unconstrained in guide._unpack_latent(latent)
-            }
-        else:
-            with pyro.plate("_draws", num_samples, dim=-1 - nesting):
-                values = guide(*args, **kwargs)
+            return LatentSpace(prototype).unpack(guide.get_posterior(*args, **kwargs).sample((num_samples,)))
+        with pyro.plate("_draws", num_samples, dim=-1 - nesting):
+            values: Mapping[str, Tensor] = guide(*args, **kwargs)
         if set(values) != set(sites):
             return None
-        draws = {}
-        for name, site in sites.items():
-            # fails, and so falls back to the loop, where a value did not broadcast
-            draws[name] = values[name].reshape(num_samples, *site["value"].shape)
-        return draws
+        # fails, and so falls back to the loop, where a value did not broadcast
+        return {n: values[n].reshape(num_samples, *site["value"].shape) for n, site in sites.items()}
     except (RuntimeError, ValueError, KeyError, NotImplementedError):
         return None

@@ -3,7 +3,7 @@
 """Moments of predictions: the aleatoric and the epistemic part of their uncertainty."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
-from pyro_bnn.infer.predict.predictive import SitePrediction, join_sites, predict_batches
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
+from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, BySite, SitePrediction, join_sites
+from pyro_bnn.infer.predict.stream import predictions
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -97,24 +101,12 @@ def site_moments(prediction: SitePrediction) -> SiteMoments:
     )
 
 
-class PredictiveMoments(Mapping[str, SiteMoments]):
+class PredictiveMoments(BySite[SiteMoments]):
     """
     What :func:`predictive_moments` returns: a mapping from observed sites to :class:`SiteMoments`.
 
     :param sites: the moments by site.
     """
-
-    def __init__(self, sites: dict[str, SiteMoments]) -> None:
-        self.sites = sites
-
-    def __getitem__(self, name: str) -> SiteMoments:
-        return self.sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
 
     def to_dataset(self) -> "xr.Dataset":
         """
@@ -125,14 +117,8 @@ class PredictiveMoments(Mapping[str, SiteMoments]):
         """
         import xarray as xr
 
-        variables = {}
-        for name, site in self.sites.items():
-            for field in ("mean", "aleatoric", "epistemic", "log_density", "observed"):
-                value = getattr(site, field)
-                if value is not None:
-                    dims = [*site.dims, f"{name}_class"][: value.dim()]
-                    variables[f"{name}_{field}"] = (tuple(dims), value.cpu().numpy())
-        return xr.Dataset(variables)
+        fields = ("mean", "aleatoric", "epistemic", "log_density", "observed")
+        return xr.Dataset(self._arrays({f"_{name}": name for name in fields}, draws=False))
 
 
 def _binary_entropy(p: Tensor) -> Tensor:
@@ -179,9 +165,5 @@ def predictive_moments(
         model, posterior, data, num_samples=num_samples, batch_size=batch_size, vectorize=vectorize,
         max_memory=max_memory, draws=draws,
     )  # fmt: skip
-    parts = [{n: site_moments(site) for n, site in sites.items()} for sites in predict_batches(pieces)]
-    return PredictiveMoments(join_sites(pieces.join, parts, FIELDS))
-
-
-#: For each field, the number of dimensions left of the site's own.
-FIELDS = {"mean": 0, "aleatoric": 0, "epistemic": 0, "log_density": 0, "observed": 0, "mask": 0}
+    parts = [{n: site_moments(site) for n, site in found.sites.items()} for found in predictions(pieces)]
+    return PredictiveMoments(join_sites(pieces.join, parts, MOMENT_FIELDS))

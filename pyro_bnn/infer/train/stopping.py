@@ -14,10 +14,11 @@ from torch import Tensor
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.mixture.elbo import Mixture_ELBO
-from pyro_bnn.infer.predict.predictive import evaluation_mode, posterior_predictive
+from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.infer.train.optimizer import ScaleLatents
 from pyro_bnn.infer.train.state import FitState
 from pyro_bnn.model.data import Batches
+from pyro_bnn.model.evaluation import evaluation_mode
 
 
 class ConvergenceTest:

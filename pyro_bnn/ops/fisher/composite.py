@@ -86,7 +86,7 @@ class TransformedFisher(CompositeFisher):
     """
 
     def __init__(self) -> None:
-        super().__init__(lambda d: {"base": d.base_dist}, _transformed, _arguments)
+        super().__init__(_attributes("base_dist"), _transformed, _arguments)
 
     @override
     def block(self, d: td.TransformedDistribution, names: Sequence[str]) -> Tensor:  # type: ignore[override]
@@ -153,59 +153,47 @@ def _mixture_parts(d: td.MixtureSameFamily) -> dict[str, Distribution]:
     return {"mixture": mixture, "component": d.component_distribution}
 
 
+def _diagonal_parts(d: dist.MixtureOfDiagNormals) -> dict[str, Distribution]:
+    mixture = td.Categorical(logits=d.component_logits, validate_args=False)
+    component = dist.Normal(d.locs, d.coord_scale, validate_args=False).to_event(1)
+    return {"mixture": mixture, "component": component}
+
+
+def _mixture(d: Any, parts: Mapping[str, Any], own: Mapping[str, Tensor]) -> Distribution:
+    # also of Gaussians with diagonal covariances, whose own class cannot draw in batches
+    return dist.MixtureSameFamily(parts["mixture"], parts["component"], validate_args=False)
+
+
 def _gate_logits(d: dist.ZeroInflatedDistribution) -> dict[str, Tensor]:
     # of a gate given as a probability the property would be clamped
     logits = d.gate_logits if was_given(d, "gate_logits") else torch.logit(d.gate)
     return {"gate_logits": logits.unsqueeze(-1)}
 
 
-def _masked_mixture(
-    d: dist.MaskedMixture, parts: Mapping[str, Any], own: Mapping[str, Tensor]
-) -> Distribution:
+def _zero_inflated(d: Any, parts: Mapping[str, Any], own: Mapping[str, Tensor]) -> Distribution:
+    gate = own["gate_logits"].squeeze(-1)
+    return dist.ZeroInflatedDistribution(parts["base"], gate_logits=gate, validate_args=False)
+
+
+def _folded(d: Any, parts: Mapping[str, Any], own: Mapping[str, Tensor]) -> Distribution:
+    return dist.FoldedDistribution(parts["base"], validate_args=False)
+
+
+def _masked(d: dist.MaskedMixture, parts: Mapping[str, Any], own: Mapping[str, Tensor]) -> Distribution:
     mask: Any = d.mask
     zero, one = parts["component0"], parts["component1"]
     return dist.MaskedMixture(mask.expand(zero.batch_shape), zero, one.expand(zero.batch_shape))
 
 
+def _attributes(*names: str) -> Callable[[Any], dict[str, Distribution]]:
+    """Parts that are attributes, as they are named there but for ``_dist``."""
+    return lambda d: {name.removesuffix("_dist"): getattr(d, name) for name in names}
+
+
+_base = _attributes("base_dist")
 add_rule(TransformedFisher(), td.TransformedDistribution, dist.TransformedDistribution, subclasses=False)
-add_rule(
-    CompositeFisher(
-        _mixture_parts,
-        lambda d, parts, own: td.MixtureSameFamily(parts["mixture"], parts["component"], validate_args=False),
-    ),
-    td.MixtureSameFamily,
-)
-add_rule(
-    CompositeFisher(
-        lambda d: {"base": d.base_dist},
-        lambda d, parts, own: dist.ZeroInflatedDistribution(
-            parts["base"], gate_logits=own["gate_logits"].squeeze(-1), validate_args=False
-        ),
-        _gate_logits,
-    ),
-    dist.ZeroInflatedDistribution,
-)
-add_rule(
-    CompositeFisher(
-        lambda d: {
-            "mixture": td.Categorical(logits=d.component_logits, validate_args=False),
-            "component": dist.Normal(d.locs, d.coord_scale, validate_args=False).to_event(1),
-        },
-        # its own class cannot draw in batches
-        lambda d, parts, own: dist.MixtureSameFamily(
-            parts["mixture"], parts["component"], validate_args=False
-        ),
-    ),
-    dist.MixtureOfDiagNormals,
-)
-add_rule(
-    CompositeFisher(
-        lambda d: {"base": d.base_dist},
-        lambda d, parts, own: dist.FoldedDistribution(parts["base"], validate_args=False),
-    ),
-    dist.FoldedDistribution,
-)
-add_rule(
-    CompositeFisher(lambda d: {"component0": d.component0, "component1": d.component1}, _masked_mixture),
-    dist.MaskedMixture,
-)
+add_rule(CompositeFisher(_mixture_parts, _mixture), td.MixtureSameFamily)
+add_rule(CompositeFisher(_diagonal_parts, _mixture), dist.MixtureOfDiagNormals)
+add_rule(CompositeFisher(_base, _zero_inflated, _gate_logits), dist.ZeroInflatedDistribution)
+add_rule(CompositeFisher(_base, _folded), dist.FoldedDistribution)
+add_rule(CompositeFisher(_attributes("component0", "component1"), _masked), dist.MaskedMixture)

@@ -102,8 +102,7 @@ class FisherRule:
 
 
 def register_fisher(
-    *families: type[Distribution],
-    subclasses: bool = True,
+    *families: type[Distribution], subclasses: bool = True
 ) -> Callable[[type[FisherRule]], type[FisherRule]]:
     """
     Class decorator that registers a :class:`FisherRule` for families of distributions and their subclasses.

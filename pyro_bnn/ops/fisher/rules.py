@@ -74,10 +74,10 @@ class ArgumentsRule(FisherRule):
         cells = [torch.as_tensor(e, dtype=like.dtype, device=like.device) for e in entries]
         cells = [cell.expand(d.batch_shape) for cell in cells]
         C = len(names)
-        if len(cells) == C:
+        if len(cells) == C > 1:
             return torch.diag_embed(torch.stack(cells, -1))
-        rows = [[cells[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(C)] for i in range(C)]
-        return torch.stack([torch.stack(row, -1) for row in rows], -2)
+        whole = [cells[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for i in range(C) for j in range(C)]
+        return torch.stack(whole, -1).unflatten(-1, (C, C))
 
     @override
     def root(self, d: Distribution, names: Sequence[str]) -> Tensor:
