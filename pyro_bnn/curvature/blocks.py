@@ -37,11 +37,10 @@ class LinearBlock:
     def with_offset(self, offset: "DenseBlock | None") -> tuple[Tensor, Tensor]:
         """Positions and inputs; an offset of the outputs counts as the weight of one more input, which is 1."""
         index, x = self.index, self.inputs()
-        if offset is None:
-            return index, x
-        return torch.cat([index, offset.index.unsqueeze(-1)], 1), torch.cat(
-            [x, torch.ones_like(x[..., :1])], -1
-        )
+        if offset is not None:
+            index = torch.cat([index, offset.index.unsqueeze(-1)], 1)
+            x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+        return index, x
 
     @cached_property
     def present(self) -> list[Tensor | None]:

@@ -558,3 +558,21 @@ def test_full_disk(tmp_path: Path) -> None:
             atomic_save({"a": torch.zeros(4000)}, tmp_path / "guide")
         assert (tmp_path / "guide").read_bytes() == before
         assert list(tmp_path.iterdir()) == [tmp_path / "guide"]
+
+
+@pytest.mark.parametrize("structure", get_args(Structure))
+def test_curvatures_of_earlier_files_load(structure: Structure) -> None:
+    """The parts were the buffers of one module before they were modules: ``0_dense_index`` for ``0_dense.index``."""
+    x, y = linear_data()
+    guide = AutoLaplace(linear_model, structure=structure).initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    state = guide.state_dict()
+    parts = [name for name in state if name.startswith("part_store.")]
+    earlier = {f"part_store.{n[11:].replace('.', '_')}" if n in parts else n: v for n, v in state.items()}
+    assert parts
+    assert not set(parts) & set(earlier)
+    other = AutoLaplace(linear_model, structure=structure).initialize(x, y)
+    other.load_state_dict(earlier)
+    assert list(other.state_dict()) == list(state)
+    assert torch.equal(other.posterior.variance, guide.posterior.variance)
+    assert torch.equal(other.log_evidence(), guide.log_evidence())
