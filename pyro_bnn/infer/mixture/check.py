@@ -34,13 +34,8 @@ class ComponentLoopWarning(UserWarning):
 
 def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
     """
-    Runs guide and model under one draw of the first component, as plainly as can be.
-
-    :param step: the evaluation.
-    :return: the trace of the guide, by plain site of a layer its prior there, and by layer, who reads its parameters in
-        its place.
-    :raises ValueError: if the guide does not cover the model, or a model that gets split batches has sites outside of
-        networks that differ between components.
+    Runs guide and model under one draw of the first component, as plainly as can be: the trace of the guide, by plain site
+    of a layer its prior there, and by layer, who reads its parameters in its place.
     """
     with rehearsal(step.model), note_readers() as readers:
         guide_trace = step.guide_trace(0)
@@ -97,12 +92,8 @@ def difference(step: Step, run: JointRun, alone: Trace, readers: Mapping[str, st
     """
     Compares one run of all components with runs of the first and the last one, under the same values: the densities of
     all sites of the model, per entry.
-
-    :param step: the evaluation.
-    :param run: how the components run together.
-    :param alone: a trace of the guide under one draw of one component.
-    :param readers: by layer, who reads its parameters in its place.
-    :return: what differs; empty if nothing does.
+    Says what differs; ``alone`` is a trace of the guide under one draw of one component, ``readers`` are those who read
+    parameters of a layer in its place.
     """
     own = sample_sites(alone)
     with rehearsal(step.model), torch.enable_grad():
