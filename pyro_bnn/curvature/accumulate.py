@@ -81,9 +81,10 @@ class CurvatureAccumulator:
         total = CurvatureSum([kind.zero(index, self.latent.detach())])
         if self.curvature == "ggn":
             stream = ExampleStream(self.model, self.latent)
-            prior = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn")).prior
+            found = accumulate_examples(total, stream, data, lambda site: site.cotangents("ggn"))
         else:
-            prior = accumulate_operators(total, self, data)
+            found = accumulate_operators(total, self, data)
+        prior = found.prior
         (part,) = total.parts(prior.matrix if kind is DensePart else prior.diagonal)
         return part
 
@@ -180,34 +181,37 @@ def accumulate_examples(
         require_fixed_values(model, trace, latent)
         if found is None:
             require_scores(model, trace, latent)
-            found = _empty(model, latent, prior_curvature(model, latent, trace), trace)
+            found = _start(model, latent, trace)
         found.log_likelihood += log_likelihood
         for site in sites:
             found.gradient -= site.jacobian.gradient
             total.add(site, cotangents(site))
+    return _over_processes(found, total)
+
+
+def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator, data: Any) -> Accumulated:
+    """Adds the exact Hessian of the negative log likelihood over data to a sum."""
+    latent, chunk_size = accumulator.latent, accumulator.chunk_size
+    found: Accumulated | None = None
+    for trace, value in accumulator.likelihood_terms(data):
+        if found is None:
+            found = _start(accumulator.model, latent, trace, chunk_size)
+        found.log_likelihood -= value.detach()
+        if value.requires_grad:
+            found.gradient += torch.autograd.grad(value, latent, retain_graph=True, materialize_grads=True)[0]
+            total.add_operator(hvp_operator(value, latent), chunk_size)
+    return _over_processes(found, total)
+
+
+def _start(model: PackedModel, latent: Tensor, trace: Trace, chunk_size: int = 256) -> Accumulated:
+    """What the first trace tells of the prior, before the likelihood is summed."""
+    prior = prior_curvature(model, latent, trace, chunk_size=chunk_size)
+    zero, gradient = latent.new_zeros((), dtype=torch.float64), torch.zeros_like(wide(latent.detach()))
+    return Accumulated(prior, model.log_prior(latent, trace).detach(), zero, gradient)
+
+
+def _over_processes(found: Accumulated | None, total: CurvatureSum) -> Accumulated:
     assert found is not None
     if world_size() > 1:
         all_reduce_sum([*total.tensors(), found.log_likelihood, found.gradient])
     return found
-
-
-def _empty(model: PackedModel, latent: Tensor, prior: PriorCurvature, trace: Trace) -> Accumulated:
-    """What one run of the model tells of the prior, before the likelihood is summed."""
-    zero = latent.new_zeros((), dtype=torch.float64)
-    gradient = torch.zeros_like(wide(latent.detach()))
-    return Accumulated(prior, model.log_prior(latent, trace).detach(), zero, gradient)
-
-
-def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator, data: Any) -> PriorCurvature:
-    """Adds the exact Hessian of the negative log likelihood over data to a sum, and returns the curvature of the prior."""
-    prior = None
-    model, latent, chunk_size = accumulator.model, accumulator.latent, accumulator.chunk_size
-    for trace, negative_log_likelihood in accumulator.likelihood_terms(data):
-        if prior is None:
-            prior = prior_curvature(model, latent, trace, chunk_size=chunk_size)
-        if negative_log_likelihood.requires_grad:
-            total.add_operator(hvp_operator(negative_log_likelihood, latent), chunk_size)
-    assert prior is not None
-    if world_size() > 1:
-        all_reduce_sum(total.tensors())
-    return prior

@@ -13,43 +13,33 @@ differentiated in another way.
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from pyro_bnn.curvature import operations
 from pyro_bnn.curvature.patches import ChannelRows, OutputPatches, PatchInputs, sizes
 from pyro_bnn.curvature.uses import ElementwiseUse, LinearUse, Output, Use
 from pyro_bnn.ops.jacobian import wide
-from pyro_bnn.ops.recurrence import Affine, unrolled
+from pyro_bnn.ops.recurrence import unrolled
 
 
 class Capture(TorchFunctionMode):
     """
-    A context in which the uses of a vector's entries are recorded.
+    A context in which the uses of the entries of a vector, shape ``(p,)``, that requires a gradient are recorded; all uses, or
+    those of ``active`` entries, bool, shape ``(p,)``. Recorded inputs keep their graph if ``differentiable``.
 
-    :param latent: the vector, shape ``(p,)``, requiring a gradient.
-    :param active: which entries are of interest, bool, shape ``(p,)``; all by default.
-    :param differentiable: whether the recorded inputs keep their graph.
     :ivar uses: the recorded :class:`~pyro_bnn.curvature.uses.Use` objects.
     :ivar outputs: the places that the gradients are to be taken in, one or several uses each.
     :ivar generic: entries that were used in a way that is not recognised, bool, shape ``(p,)``.
-    :ivar roots: the tensors that the function cut from the vector before all else, as places in the graph with the
-        positions of their entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
+    :ivar roots: what the function cut from the vector before all else, as places in the graph with the positions of their
+        entries: all uses of active entries lie behind them. ``None`` if the vector itself was used.
     :ivar seen: the nodes of the autograd graph that made the outputs of uses.
-
-    Example::
-
-        >>> latent = torch.arange(6.0, requires_grad=True)
-        >>> with Capture(latent) as capture:
-        ...     y = F.linear(torch.ones(5, 2), latent[:4].reshape(2, 2)) + latent[4:]
-        >>> [type(use).__name__ for use in capture.uses], bool(capture.generic.any())
-        (['LinearUse', 'ElementwiseUse'], False)
     """
 
     def __init__(self, latent: Tensor, active: Tensor | None = None, *, differentiable: bool = False) -> None:
@@ -58,9 +48,8 @@ class Capture(TorchFunctionMode):
         self.active = active
         self.differentiable = differentiable
         self.generic = torch.zeros(p, dtype=torch.bool, device=latent.device)
-        self._lost: list[
-            Tensor
-        ] = []  # more such entries; inside of a torch.func transform nothing may be written
+        #: more such entries; inside of a torch.func transform nothing may be written
+        self._lost: list[Tensor] = []
         self.uses: list[Use] = []
         self.outputs: list[Output] = []
         self.roots: list[tuple[Output, Tensor]] | None = []
@@ -177,7 +166,7 @@ class Capture(TorchFunctionMode):
             if result is not NotImplemented:
                 return result, False
         result = func(*args, **kwargs)
-        if any(isinstance(r, Tensor) and r.requires_grad for r in _leaves(result)):
+        if any(isinstance(r, Tensor) and r.requires_grad for r in operations.leaves(result)):
             self._give_up(indices)
         return result, False
 
@@ -195,7 +184,7 @@ class Capture(TorchFunctionMode):
 
     def _note_roots(self, result: Any, moved: bool) -> None:
         """Keeps what was cut from the vector itself."""
-        for value in _leaves(result):
+        for value in operations.leaves(result):
             if not (isinstance(value, Tensor) and value.requires_grad) or self.roots is None:
                 continue
             index = self._index(value)
@@ -233,7 +222,7 @@ class Capture(TorchFunctionMode):
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
         if name == "__get__":
             moved = getattr(self._index(args[0]), operations.name_of(func))
-        for value, index in zip(_leaves(result), _leaves(moved), strict=True):
+        for value, index in zip(operations.leaves(result), operations.leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)
         return True
@@ -250,7 +239,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(input, weight, bias)
         if w is not None:
-            self._record(y, LinearUse(w, self._kept(input), _same))
+            self._record(y, LinearUse(w, self._kept(input), operations.same))
         return self._record_offset(y, bias, 0)
 
     def _do_addmm(
@@ -267,21 +256,21 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         y = func(a, b)
         if ib is not None:
-            ib = _matrix(ib)
+            ib = operations.matrix(ib)
             if ib.dim() == 1:
-                return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), _unsqueeze))
+                return self._record(y, LinearUse(ib.unsqueeze(0), self._kept(a), operations.unsqueeze))
             if ib.dim() != 2 or a.dim() == 1:
                 return NotImplemented
             x = self._kept(a).expand(y.shape[:-1] + a.shape[-1:])
-            return self._record(y, LinearUse(ib.mT, x, _same))
+            return self._record(y, LinearUse(ib.mT, x, operations.same))
         assert ia is not None
-        ia = _matrix(ia)
+        ia = operations.matrix(ia)
         if ia.dim() > 2 or b.dim() < 2:
             return NotImplemented
         if ia.dim() == 1:
-            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, _unsqueeze))
+            return self._record(y, LinearUse(ia.unsqueeze(0), self._kept(b).mT, operations.unsqueeze))
         x = self._kept(b).mT.expand(y.shape[:-2] + (y.shape[-1], b.shape[-2]))
-        return self._record(y, LinearUse(ia, x, _transpose))
+        return self._record(y, LinearUse(ia, x, operations.transpose))
 
     def _do_convolution(
         self, name: str, func: Any, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1,
@@ -337,7 +326,7 @@ class Capture(TorchFunctionMode):
         x = wide(F.one_hot(indices, weight.shape[0]).to(y.dtype))
         if padding_idx >= 0:
             x[..., padding_idx] = 0.0
-        return self._record(y, LinearUse(index.mT, x, _same))
+        return self._record(y, LinearUse(index.mT, x, operations.same))
 
     # ------------------------------------------------------------------ elementwise
 
@@ -418,7 +407,7 @@ class Capture(TorchFunctionMode):
             return NotImplemented
         directions = 2 if bidirectional else 1
         step = len(params) // (num_layers * directions)
-        maps = [_affine(params[i : i + step], has_biases) for i in range(0, len(params), step)]
+        maps = [operations.gates(params[i : i + step], has_biases) for i in range(0, len(params), step)]
         x = input.transpose(0, 1) if batch_first else input
         with self:
             y, final = unrolled(
@@ -430,13 +419,6 @@ class Capture(TorchFunctionMode):
                 projects=step > 2 + 2 * has_biases,
             )
         return (y.transpose(0, 1) if batch_first else y, *final)
-
-
-def _affine(params: Sequence[Tensor], has_biases: bool) -> Affine:
-    """The maps by the parameters of one layer and direction of a recurrence."""
-    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
-    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
-    return lambda x, part: F.linear(x, weights[part], biases.get(part))
 
 
 def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -451,25 +433,3 @@ def _call(handler: Callable[..., Any], name: str, func: Any, args: Any, kwargs: 
 _SIGNATURES = {
     name: inspect.signature(value) for name, value in vars(Capture).items() if name.startswith("_do_")
 }
-
-
-def _leaves(result: Any) -> Sequence[Any]:
-    # flattening one tensor would cost more than most functions of it
-    return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
-
-
-def _matrix(index: Tensor) -> Tensor:
-    """A batch of one matrix as that matrix."""
-    return index.reshape(index.shape[-2:]) if index.dim() > 2 and index.shape[:-2].numel() == 1 else index
-
-
-def _same(g: Tensor) -> Tensor:
-    return g
-
-
-def _unsqueeze(g: Tensor) -> Tensor:
-    return g.unsqueeze(-1)
-
-
-def _transpose(g: Tensor) -> Tensor:
-    return g.mT

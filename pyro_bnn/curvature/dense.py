@@ -174,7 +174,7 @@ class DensePart(Part):
         found = self._maps.get(key)
         if found is None or not torch.equal(found[0], index):
             self._settle(key)
-            found = self._maps[key] = (index, MapBlock(*index.shape, self.curvature))
+            found = self._maps[key] = (index, MapBlock(index.shape[0], index.shape[1], self.curvature))
         return found[1]
 
     def _settle(self, key: Any) -> None:

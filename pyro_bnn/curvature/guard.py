@@ -96,7 +96,7 @@ def checked_jacobian(
     mistaken = torch.zeros_like(capture.generic) if layouts is None else layouts.mistaken
     generator = torch.Generator().manual_seed(0) if layouts is None else layouts.generator
     attempts = [None] if layouts is None else [layouts, None]
-    options = {"event_dim": event_dim, "differentiable": differentiable}
+    options: Any = {"event_dim": event_dim, "differentiable": differentiable}
     failed: list[Suspects] = []
     while True:
         attempt = attempts.pop(0) if attempts else None
@@ -175,9 +175,9 @@ def _compared(
     expected = wide(torch.zeros_like(jacobian.latent.detach()))
     for (_, index), g in zip(roots, in_roots, strict=True):
         expected.index_add_(0, index.reshape(-1), g.reshape(-1).to(expected.dtype))
-    wrong = _unseen(jacobian, roots, expected)
+    wrong, eps = _unseen(jacobian, roots, expected), _precision(jacobian)
     for block in jacobian.blocks:
-        if not _agrees(block, gradients, chosen, expected, _precision(jacobian), generator):
+        if not _agrees(block, gradients, chosen, expected, eps, generator):
             wrong[block.index.reshape(-1)] = True
     return (wrong if bool(wrong.any()) else None), expected, gradients
 
@@ -188,7 +188,7 @@ def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) 
     index = others.nonzero().squeeze(-1)
     if not len(index) or not uses:
         return None
-    placed = [_in_memory_order(use.placed_rows(gradients[use.slot], jacobian.B)) for use in uses]
+    placed = [use.placed_rows(gradients[use.slot], jacobian.B).unsqueeze(-1) for use in uses]
     # uses of one output mostly share their rows
     rows = {(r.data_ptr(), r.shape, r.stride()): r for r in placed}
     sizes = [torch.linalg.vector_norm(r, dim=tuple(range(1, r.dim()))) for r in rows.values()]
@@ -201,16 +201,6 @@ def _misplaced(jacobian: ExampleJacobian, gradients: Gradients, others: Tensor) 
         if r.numel() and not bool(r.abs().max() <= share * gradients[use.slot].abs().max()):
             wrong[use.index.reshape(-1)] = True
     return wrong if bool(wrong.any()) else None
-
-
-def _in_memory_order(rows: Tensor) -> Tensor:
-    """The same with its dimensions after the first in the order of memory, as one where they lie there without gaps."""
-    if rows.dim() == 1:
-        return rows.unsqueeze(-1)
-    order = sorted(range(1, rows.dim()), key=rows.stride, reverse=True)
-    rows = rows.permute(0, *order)
-    dense = all(rows.stride(d) == rows.stride(d + 1) * rows.shape[d + 1] for d in range(1, rows.dim() - 1))
-    return rows.flatten(1) if dense else rows
 
 
 def _unseen(jacobian: ExampleJacobian, roots: Roots, expected: Tensor) -> Tensor:

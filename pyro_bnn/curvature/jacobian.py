@@ -41,21 +41,14 @@ class Layouts:
 
 class ExampleJacobian:
     """
-    The Jacobian of a captured function, example by example.
+    The Jacobian of a captured function, example by example, from its ``outputs``, shape ``(*shape, C)``, with their graph, whose
+    last ``event_dim`` dimensions of ``shape`` hold no examples. ``layouts`` of an earlier batch save two backward passes; uses of
+    ``generic`` entries, bool, shape ``(p,)``, are not trusted. If ``differentiable``, as the capture must then be, gradients
+    and inputs keep their graph.
 
-    :param capture: the capture in which the function ran, not yet finished.
-    :param latent: the vector, shape ``(p,)``.
-    :param outputs: the function's value, shape ``(*shape, C)``, with its graph.
-    :param layouts: what :attr:`layouts` was for an earlier batch of the same function, to save two backward passes.
-    :param generic: further entries whose uses are not to be trusted, bool, shape ``(p,)``.
-    :param event_dim: how many of the last dimensions of ``shape`` hold no examples.
-    :param differentiable: whether gradients and inputs keep their graph, so that functions of the Jacobian can be
-        differentiated in the function's other parameters; the capture must then be differentiable too.
-    :ivar Capture capture: what was recorded for these outputs.
-    :ivar Tensor flat: the outputs, shape ``(B, M)``.
-    :ivar int B: the number of examples.
-    :ivar int M: outputs per example.
-    :ivar int dim: the dimension of ``shape`` that runs over examples; -1 if everything counts as one example.
+    :ivar capture: what was recorded for these outputs.
+    :ivar flat: the outputs, shape ``(B, M)``: B examples with M outputs each.
+    :ivar dim: the dimension of ``shape`` that runs over examples; -1 if everything counts as one example.
     :ivar blocks: the structured part.
     :ivar offsets: by the id of a linear block with one row per example, the block of an offset of the same output.
     :ivar generic: positions of all other active entries that the outputs may depend on, shape ``(q,)``.

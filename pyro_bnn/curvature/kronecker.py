@@ -183,10 +183,6 @@ class KroneckerSum(CurvatureSum):
     r"""
     Kronecker factors for the weights of linear maps, and for all other entries a dense block for each elementwise
     use (scales, offsets) and one for what enters in any other way; blocks larger than ``DENSE_LIMIT`` are diagonal.
-
-    :param index: the entries, shape ``(q,)``.
-    :param latent: the packed vector, shape ``(p,)``, for its dtype and device.
-    :param sharing: see :data:`~pyro_bnn.curvature.linear_maps.Sharing`.
     """
 
     def __init__(self, index: Tensor, latent: Tensor, sharing: Sharing = "expand") -> None:

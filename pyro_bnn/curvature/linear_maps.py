@@ -227,9 +227,7 @@ class MapBlock:
                 strip.addmm_(weights, products.flatten(1))
 
     def matrix(self) -> Tensor:
-        """
-        :return: shape ``(out, in, out, in)``.
-        """
+        """:return: shape ``(out, in, out, in)``."""
         inner = self.strips[0].new_empty(self.pairs.shape[1], self.into, self.into)
         for i, strip in zip(self.starts, self.strips, strict=True):
             rows = slice(i, min(i + self.WIDTH, self.into))

@@ -62,17 +62,9 @@ def curvature_rows(
 
 class LowRankSum(CurvatureSum):
     r"""
-    A curvature :math:`R^\top R`, or one given by products, reduced to low rank relative to the prior.
-
-    :param index: the entries, shape ``(q,)``.
-    :param latent: the packed vector, shape ``(p,)``, for its dtype and device.
-    :param method: ``"low_rank"``, ``"nystrom"`` or ``"function_space"``.
-    :param rank: how many eigenpairs or features.
-    :param rows: yields R in chunks; ``None`` if ``operator`` is given.
-    :param operator: products with the curvature on the entries, from ``(S, q)`` to ``(S, q)``.
-    :param num_examples: how many examples ``rows`` comes from, if that is known.
-    :param generator: source of random numbers.
-    :param memory_limit: bytes that may be used.
+    A curvature :math:`R^\top R`, whose ``rows`` R come in chunks from ``num_examples`` if that is known, or one given by products
+    (``operator``, from ``(S, q)`` to ``(S, q)``), on entries ``index``, shape ``(q,)``, reduced to ``rank`` eigenpairs or features
+    relative to the prior.
     """
 
     def __init__(
@@ -98,6 +90,10 @@ class LowRankSum(CurvatureSum):
         self._generator = generator
         self._limit = memory_limit
         self._earlier: list[Tensor] = []
+
+    @override
+    def add(self, examples: Any, cotangents: Iterable[Tensor]) -> None:
+        """Nothing: rows are read in passes of their own."""
 
     @override
     def resume(self, parts: Sequence[Part]) -> None:

@@ -3,9 +3,15 @@
 """What functions of torch do to the entries of their arguments, by name."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_bnn.ops.recurrence import Affine
 
 #: Functions that only move entries: they act on the positions as they act on the values.
 MOVES = frozenset(
@@ -72,3 +78,36 @@ def without_dispatch(func: types.FunctionType) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
+
+
+def leaves(result: Any) -> Sequence[Any]:
+    """The values in a result."""
+    # flattening one tensor would cost more than most functions of it
+    return (result,) if isinstance(result, Tensor) else tree_flatten(result)[0]
+
+
+def gates(params: Sequence[Tensor], has_biases: bool) -> Affine:
+    """The maps by the parameters of one layer and direction of a recurrence."""
+    weights = {"ih": params[0], "hh": params[1], "hr": params[-1]}
+    biases = {"ih": params[2], "hh": params[3]} if has_biases else {}
+    return lambda x, part: F.linear(x, weights[part], biases.get(part))
+
+
+def matrix(index: Tensor) -> Tensor:
+    """A batch of one matrix as that matrix."""
+    return index.reshape(index.shape[-2:]) if index.dim() > 2 and index.shape[:-2].numel() == 1 else index
+
+
+def same(g: Tensor) -> Tensor:
+    """Rows of a gradient as they are."""
+    return g
+
+
+def unsqueeze(g: Tensor) -> Tensor:
+    """Rows of a gradient in one output."""
+    return g.unsqueeze(-1)
+
+
+def transpose(g: Tensor) -> Tensor:
+    """Rows of a gradient that are its columns."""
+    return g.mT

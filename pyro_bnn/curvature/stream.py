@@ -57,9 +57,7 @@ class SiteExamples:
     value: Tensor | None
 
     def arrange(self, x: Tensor) -> Tensor:
-        """
-        From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next.
-        """
+        """From shape ``(*sample, *site.shape, C)`` to ``(*sample, B, R, C)``: examples first, the elements of each next."""
         jac, shape = self.jacobian, self.site.outputs.shape[:-1]
         lead = x.dim() - len(shape) - 1
         if jac.dim >= 0:
@@ -130,13 +128,8 @@ class SiteExamples:
 
 class ExampleStream:
     """
-    Runs a model over data and yields its example-wise Jacobians.
-
-    :param model: the packed model.
-    :param latent: the packed vector, shape ``(p,)``.
-    :param active: which entries are of interest, bool, shape ``(p,)``.
-    :param budget: how many floats one chunk may keep; larger batches are split where the model allows it.
-    :param differentiable: see :class:`~pyro_bnn.curvature.jacobian.ExampleJacobian`.
+    Runs a model over data and yields its example-wise Jacobians at the packed vector, shape ``(p,)``, in ``active`` entries, bool,
+    shape ``(p,)``. Batches are split, where the model allows it, into chunks that keep at most ``budget`` floats.
     """
 
     def __init__(

@@ -61,12 +61,8 @@ class Layout:
 
 class Use:
     """
-    One use of entries of the vector.
-
-    :ivar index: their positions.
-    :ivar slot: number of the output in which the gradient is taken.
-    :ivar function: name of the function that the program called.
-    :ivar layout: where the examples are, found by :func:`find_layout`.
+    One use of entries of the vector at positions ``index``: the gradient is taken in the output number ``slot`` of a
+    ``function`` that the program called, where :func:`find_layout` finds the examples.
     """
 
     layout: Layout | None = None
@@ -77,9 +73,7 @@ class Use:
         self.index = index
 
     def batch_rows(self, g: Tensor) -> tuple[Tensor, int]:
-        """
-        The gradient in the output in the form whose leading dimensions may hold the examples, and how many do.
-        """
+        """The gradient in the output in the form whose leading dimensions may hold the examples, and how many do."""
         raise NotImplementedError
 
     def allows(self, dim: int, dims: int) -> bool:
@@ -98,11 +92,8 @@ class Use:
 
 class LinearUse(Use):
     """
-    Entries that are the weight of a linear map.
-
-    :ivar index: shape ``(out, in)``.
-    :ivar x: inputs of the map, shape ``(*batch, in)``, or a function that forms them.
-    :ivar rows: turns the gradient in the output tensor into shape ``(*batch, out)``.
+    Entries, at positions of shape ``(out, in)``, that are the weight of a linear map of ``x``, shape ``(*batch, in)`` or a
+    function that forms it; ``rows`` turns the gradient in the output tensor into shape ``(*batch, out)``.
     """
 
     def __init__(
@@ -183,11 +174,8 @@ class LinearUse(Use):
 
 class ElementwiseUse(Use):
     """
-    Entries that scale a tensor (``x`` given) or are added to one.
-
-    :ivar index: positions, in a shape that broadcasts to that of the output.
-    :ivar x: the tensor that is scaled, broadcastable to the output's shape, or ``None``.
-    :ivar sign: 1, or -1 where the entries are subtracted.
+    Entries, at positions that broadcast to the shape of the output, that scale a tensor (``x`` given) or are added to one,
+    or subtracted (``sign`` -1).
     """
 
     def __init__(self, index: Tensor, x: Tensor | None = None, sign: float = 1.0) -> None:

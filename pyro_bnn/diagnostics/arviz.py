@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyro_bnn.diagnostics.export import Exporter, Groups, Wanted
+from pyro_bnn.diagnostics.export import Contents, Exporter
 from pyro_bnn.diagnostics.labels import Labels
 from pyro_bnn.diagnostics.storage import TreeWriter
 from pyro_bnn.infer.predict.draws import Posterior
@@ -114,7 +114,7 @@ def to_datatree(
     """
     import xarray as xr
 
-    wanted = Wanted(
+    contents = Contents(
         var_names=var_names,
         weights=weights,
         thin=thin,
@@ -124,37 +124,26 @@ def to_datatree(
         batch_size=batch_size,
         vectorize=vectorize,
         max_memory=max_memory,
+        attrs=attrs or {},
     )
     with evaluation_mode(model), local_parameters():
-        exporter = Exporter(model, posterior, data, wanted, num_samples, num_chains, Labels(coords, dims))
+        exporter = Exporter(model, posterior, data, contents, num_samples, num_chains, Labels(coords, dims))
         if path is not None and block_size is None:
             block_size = _fitting_block(exporter, max_block_memory)
 
-        def described(groups: Groups) -> Groups:
-            common = exporter.attributes() | dict(attrs or {})
-            sampled = {"sample_dims": ["chain", "draw"]}
-            return {
-                name: group.assign_attrs(common | (sampled if "draw" in group.dims else {}))
-                for name, group in groups.items()
-                if group.data_vars
-            }
-
-        blocks = exporter.blocks(block_size)
+        blocks = map(exporter.described, exporter.blocks(block_size))
         if path is not None:
             with TreeWriter(path) as writer:
                 for groups in blocks:
-                    writer.append_all(described(groups))
-                writer.append_all(described(exporter.rest))
-                writer.set_attrs(exporter.attributes() | dict(attrs or {}))
+                    writer.append_all(groups)
+                writer.append_all(exporter.described(exporter.rest))
+                writer.set_attrs(exporter.attributes())
             return writer.open()
-        parts = list(blocks)
-    whole = (
-        {name: xr.concat([part[name] for part in parts], "draw") for name in parts[0]}
-        if len(parts) > 1
-        else parts[0]
-    )
-    tree = xr.DataTree.from_dict(described(whole | exporter.rest))
-    tree.attrs.update(exporter.attributes() | dict(attrs or {}))
+        first, *others = blocks
+    if others:
+        first = {name: xr.concat([first[name], *(part[name] for part in others)], "draw") for name in first}
+    tree = xr.DataTree.from_dict(first | exporter.described(exporter.rest))
+    tree.attrs.update(exporter.attributes())
     return tree
 
 

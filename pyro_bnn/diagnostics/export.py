@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ Groups = dict[str, "xr.Dataset"]
 
 
 @dataclass
-class Wanted:
+class Contents:
     """What a tree shall hold, and how the model is run; see :func:`~pyro_bnn.diagnostics.to_datatree`."""
 
     var_names: Sequence[str] | None = None
@@ -53,6 +53,7 @@ class Wanted:
     vectorize: bool | None = None
     max_memory: float = MAX_MEMORY
     unpack: bool = True
+    attrs: Mapping[str, Any] = field(default_factory=dict)
 
     def select(self, draws: Draws, deterministic: Sequence[str]) -> list[str]:
         """The latent and deterministic sites to export."""
@@ -98,7 +99,7 @@ class Exporter:
     :param model: a Pyro model.
     :param posterior: see :func:`~pyro_bnn.diagnostics.to_datatree`.
     :param data: see :func:`~pyro_bnn.diagnostics.to_datatree`.
-    :param wanted: what the tree shall hold.
+    :param contents: what the tree shall hold.
     :param num_samples: the number of draws in all chains together.
     :param num_chains: chains in a mapping of draws.
     :param labels: the names of dims.
@@ -113,7 +114,7 @@ class Exporter:
         model: Callable[..., Any],
         posterior: Any,
         data: Any,
-        wanted: Wanted,
+        contents: Contents,
         num_samples: int | None = None,
         num_chains: int = 1,
         labels: Labels | None = None,
@@ -122,15 +123,15 @@ class Exporter:
             raise ValueError(
                 "data is an iterator, which can be run through once only; pass tensors, a list or a loader."
             )
-        if wanted.thin < 1:
-            raise ValueError(f"thin must be at least 1, not {wanted.thin}.")
-        self.model, self.wanted = model, wanted
+        if contents.thin < 1:
+            raise ValueError(f"thin must be at least 1, not {contents.thin}.")
+        self.model, self.contents = model, contents
         self.data = None if data is None else as_batches(data)
         #: The arguments that show the structure of the model; none without data.
         self.batch: Batch = ((), {}) if self.data is None else self.data.first
         self.chains = Chains(posterior, num_samples, num_chains, self.batch)
         self.labels = labels or Labels(None, None)
-        self.packed = packed_sites(model) if wanted.unpack else {}
+        self.packed = packed_sites(model) if contents.unpack else {}
         self.pieces: Pieces | None = None
         self.observed: xr.Dataset | None = None
         self.rest: Groups = {}
@@ -154,7 +155,7 @@ class Exporter:
                     if name not in draws:
                         value, fixed = site["value"], is_deterministic(site)
                         terms = 0 if fixed else math.prod(site["fn"].batch_shape)
-                        predicted = (self.wanted.predictions or fixed) * value.numel()
+                        predicted = (self.contents.predictions or fixed) * value.numel()
                         total += (terms + predicted) * value.element_size()
         return int(chains * total)
 
@@ -175,7 +176,7 @@ class Exporter:
             start += shape[1]
             yield {"posterior": self.posterior(block, named)} | groups
         self.rest = self.data_rest(densities) if self.data is not None else {}
-        if self.wanted.prior_samples:
+        if self.contents.prior_samples:
             self.rest |= self.prior_groups()
         warmup, stats = self.chains.warmup()
         if warmup:
@@ -204,7 +205,7 @@ class Exporter:
         arguments = dict(_inputs(self.model, self.batch).values())
         self.labels.check(arguments, self.data is not None)
         deterministic = deterministic_names(sites)
-        self.names = self.wanted.select(named, deterministic)
+        self.names = self.contents.select(named, deterministic)
         self.left_out = sorted({*named, *deterministic} - set(self.names))
         self.deterministic = [name for name in deterministic if name in self.names]
 
@@ -221,7 +222,7 @@ class Exporter:
 
     def posterior(self, block: Block, values: Draws) -> "xr.Dataset":
         """Every ``thin``-th draw of the sites to export."""
-        thin = self.wanted.thin
+        thin = self.contents.thin
         skip = -block.start % thin
         kept = {name: block.chained(values[name])[:, skip::thin] for name in self.names}
         return _numbered_draws(self.labels.dataset(self.labels.of(kept)), block.start + skip, thin)
@@ -238,13 +239,13 @@ class Exporter:
 
     def read(self, draws: Draws) -> SiteValues:
         """Runs the model over the data under some draws."""
-        wanted, posterior = self.wanted, self.chains.posterior
+        contents, posterior = self.contents, self.chains.posterior
         self.pieces = pieces = Pieces(
-            self.model, posterior, self.data, batch_size=wanted.batch_size, vectorize=wanted.vectorize,
-            max_memory=wanted.max_memory, draws=draws, redraw=True,
+            self.model, posterior, self.data, batch_size=contents.batch_size, vectorize=contents.vectorize,
+            max_memory=contents.max_memory, draws=draws, redraw=True,
             runner=None if self.pieces is None else self.pieces.runner,
         )  # fmt: skip
-        found = read_sites(pieces, self.deterministic, samples=wanted.predictions)
+        found = read_sites(pieces, self.deterministic, samples=contents.predictions)
         structure = pieces.runner.structure
         # sites of some batches only, which the first does not show
         new = found.log_likelihood.keys() - self.labels.dims.keys()
@@ -299,7 +300,7 @@ class Exporter:
     def constants(self) -> "xr.Dataset":
         """The inputs: given ones, or the tensors of a single batch that are not observations; and which observations count."""
         assert self.data is not None
-        given, variables = self.wanted.constant_data, {}
+        given, variables = self.contents.constant_data, {}
         if given is not None:
             values = {name: torch.as_tensor(np.asarray(value)) for name, value in given.items()}
             variables = {name: (value, numbered(name, value.dim())) for name, value in values.items()}
@@ -341,7 +342,7 @@ class Exporter:
         rows: list[dict[str, Tensor]] = []
         with poutine.block():
             observed = observed_names(poutine.trace(self.model).get_trace(*args, **kwargs))
-            for _ in range(self.wanted.prior_samples):
+            for _ in range(self.contents.prior_samples):
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(*args, **kwargs)
                 rows.append(
                     {
@@ -356,8 +357,8 @@ class Exporter:
         return {group: self.labels.dataset(self.labels.of(stacked, names)) for group, names in groups.items()}
 
     def attributes(self) -> dict[str, Any]:
-        """The attributes of ArviZ's schema, and the sites that are left out."""
-        return {
+        """The attributes of ArviZ's schema, the sites that are left out, and the user's own attributes."""
+        found = {
             "created_at": datetime.now(UTC).isoformat(),
             "creation_library": "pyro_bnn",
             "creation_library_version": __version__,
@@ -366,6 +367,16 @@ class Exporter:
             "inference_library_version": pyro.__version__,
             "posterior_class": self.chains.kind,
             "left_out": self.left_out or "",
+        }
+        return found | dict(self.contents.attrs)
+
+    def described(self, groups: Groups) -> Groups:
+        """Groups with their attributes; empty ones are left out."""
+        common, sampled = self.attributes(), {"sample_dims": ["chain", "draw"]}
+        return {
+            name: group.assign_attrs(common | (sampled if "draw" in group.dims else {}))
+            for name, group in groups.items()
+            if group.data_vars
         }
 
 

@@ -14,7 +14,7 @@ from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
 
 from pyro_bnn.diagnostics.axes import new_axes
-from pyro_bnn.diagnostics.export import Exporter, Wanted
+from pyro_bnn.diagnostics.export import Contents, Exporter
 from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.nuts import nuts
@@ -42,9 +42,9 @@ def log_weights(
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
     """
-    wanted = Wanted(weights=True, predictions=False, unpack=False)
+    contents = Contents(weights=True, predictions=False, unpack=False)
     with torch.no_grad(), evaluation_mode(model), local_parameters():
-        exporter = Exporter(model, guide, data, wanted, num_samples)
+        exporter = Exporter(model, guide, data, contents, num_samples)
         (groups,) = exporter.blocks()
     stats = exporter.rest["sample_stats"]
     if exporter.missing:

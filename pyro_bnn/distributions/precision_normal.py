@@ -81,12 +81,10 @@ class PrecisionNormal(TorchDistribution):
 
     def condition_number(self, *, to_prior: bool = False) -> float:
         """
-        An estimate of the condition number of P, in units of the scales of its coordinates: for a dense matrix the largest
-        ratio of a variance's reciprocal given all earlier coordinates to that given nothing, for the other structures that of
-        the eigenvalues relative to the prior.
-
-        :param to_prior: for low rank, the ratio to the prior itself, of which a posterior variance is a difference.
-        :return: at least 1.
+        An estimate of the condition number of P, at least 1, in units of the scales of its coordinates: for a dense matrix the
+        largest ratio of a variance's reciprocal given all earlier coordinates to that given nothing, for the other structures
+        that of the eigenvalues relative to the prior; for low rank, if ``to_prior``, the ratio to the prior itself, of which a
+        posterior variance is a difference.
         """
         return 1.0
 
@@ -135,23 +133,16 @@ class PrecisionNormal(TorchDistribution):
 
     def partial_form(self, rows: Tensor, places: Tensor) -> Tensor | None:
         """
-        Covariances of functionals of some coordinates only, where these are independent of all others.
-
-        :param rows: the functionals, shape ``(..., C, q)``.
-        :param places: the coordinates, shape ``(q,)``.
-        :return: shape ``(..., C, C)``, or ``None`` where they are not.
+        :meth:`quadratic_form` of functionals, shape ``(..., C, q)``, of the coordinates ``places``, shape ``(q,)``, alone;
+        ``None`` where these are not independent of all others.
         """
         return None
 
     def map_covariance(self, g: Sequence[Tensor], x: Tensor, places: Tensor, alone: bool) -> Tensor | None:
         r"""
-        Covariances of functionals of a linear map's weight, whose gradient is :math:`\sum_t g_t x_t^\top`, without it.
-
-        :param g: gradients in the map's outputs, K of shape ``(B, T, out)``.
-        :param x: its inputs, shape ``(B, T, in)``.
-        :param places: the coordinates of the weight, shape ``(out, in)``.
-        :param alone: whether the functionals depend on none of the others.
-        :return: shape ``(B, K, K)``, or ``None`` where the weight's gradients have to be formed.
+        Covariances, shape ``(B, K, K)``, of functionals of a linear map's weight, which has the coordinates ``places``, shape
+        ``(out, in)``, by their gradients :math:`\sum_t g_t x_t^\top`: K of shape ``(B, T, out)`` in the map's outputs, and inputs
+        ``(B, T, in)``. They depend on no other coordinate if ``alone``. ``None`` where the weight's gradients have to be formed.
         """
         return None
 

@@ -11,6 +11,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_bnn.model.arguments import arguments_of, is_container
@@ -129,11 +130,7 @@ class _Leaves(Messenger):
         self.others: list[str] = []
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if (
-            msg["is_observed"]
-            or not isinstance(msg["value"], Tensor)
-            or type(msg["fn"]).__name__ == "_Subsample"
-        ):
+        if msg["is_observed"] or not isinstance(msg["value"], Tensor) or site_is_subsample(msg):
             return
         if not msg["value"].is_floating_point():
             self.others.append(msg["name"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.nn.sites import runs_plain
+from pyro_bnn.nn.folding import runs_samples_alone
 
 #: Code that may look at values without deciding by them: checks of arguments, for example.
 _LIBRARIES = tuple(
@@ -56,7 +56,7 @@ class Watch(TorchDispatchMode):
         derived = not held.isdisjoint(self._derived)
         if derived and func in _NUMBERS and not self.where:
             self.where = _place()
-        counts = not runs_plain()
+        counts = not runs_samples_alone()
         for tensor in _tensors(out):
             self.half = self.half or tensor.dtype in _HALF
             storage = tensor.untyped_storage()

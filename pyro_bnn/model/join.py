@@ -103,11 +103,8 @@ class Join:
         names = self.names or (self.rows.plates if plates and self.rows is not None else frozenset())
         found = [i for i, plate in plates.items() if plate.name in names]
         if len(found) > 1:
-            runs = self.plates[name]
-            shown, found = (
-                found,
-                [i for i in found if any(p[i].size < p[i].full_size for p in runs if i in p)],
-            )
+            shown, runs = found, self.plates[name]
+            found = [i for i in shown if any(p[i].size < p[i].full_size for p in runs if i in p)]
             if len(found) != 1:
                 raise ValueError(
                     f"site {name!r} is in the plates {[plates[i].name for i in shown]}, and the batches are parts of each of them or of "

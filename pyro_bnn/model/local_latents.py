@@ -34,9 +34,8 @@ def check_local_latents(model: Callable[..., Any], guide: Any, batches: Callable
         parts = [plate for plate in plates_of(sites[name]).values() if plate.size < plate.full_size]
         if not parts:
             continue
-        if isinstance(
-            part, (AutoNormal, AutoDelta)
-        ):  # they take the parameters of the rows that the plate chose
+        # these take the parameters of the rows that the plate chose
+        if isinstance(part, (AutoNormal, AutoDelta)):
             values = {n: s["value"] for n, s in sites.items() if not s["is_observed"]}
             shifted = shifted or _run(model, first, 1, values)
             if _takes_rows(sites, shifted):

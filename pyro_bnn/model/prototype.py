@@ -11,18 +11,16 @@ from torch import Tensor
 
 def detached(fn: Any) -> Any:
     """A distribution without graphs in its parameters: the same, or a copy."""
-    changed = {}
+    result = fn
     for name, value in vars(fn).items():
+        new = value
         if isinstance(value, Tensor) and value.requires_grad:
-            changed[name] = value.detach()
+            new = value.detach()
         elif isinstance(value, torch.distributions.Distribution):
-            inner = detached(value)
-            if inner is not value:
-                changed[name] = inner
-    if not changed:
-        return fn
-    result = copy.copy(fn)
-    vars(result).update(changed)
+            new = detached(value)
+        if new is not value:
+            result = copy.copy(fn) if result is fn else result
+            setattr(result, name, new)
     return result
 
 

@@ -19,7 +19,8 @@ from pyro_bnn.nn.folding import fold_
 from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
 from pyro_bnn.nn.packed import unpack_site
 from pyro_bnn.nn.priors import FanInNormal
-from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options
+from pyro_bnn.nn.rank1 import Rank1Linear
+from pyro_bnn.nn.rank1_options import Rank1Options
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import init_to_trained
 

@@ -28,6 +28,8 @@ class _OverridableProjection(SiteModule, _OutProjection):
 class AttentionMixin(PerSampleMixin):
     """Attention that holds the parameters of its output projection, and where it has its batch."""
 
+    out_proj: Any
+
     @override
     def _prepare(self) -> None:
         out = self.out_proj

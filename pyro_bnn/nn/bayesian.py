@@ -160,4 +160,4 @@ class BayesianLinear(BayesianMixin, _Linear):
 
     def extra_repr(self) -> str:
         """The constructor's arguments and the names of the random attributes."""
-        return f"{self.in_features}, {self.out_features}, sites={self._site_names()}"
+        return f"{self.in_features}, {self.out_features}, sites={list(self._sites)}"

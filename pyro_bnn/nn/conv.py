@@ -47,12 +47,16 @@ class _Rank1Conv(Rank1Mixin):
             )
 
     def _column_factor(self, s: Tensor) -> Tensor:
+        if self.groups == 1:
+            return s.unsqueeze(-2)
         per_group = s.unflatten(-1, (self.groups, -1))
         return per_group.repeat_interleave(self.out_channels // self.groups, -2)
 
 
 class _Rank1ConvTranspose(_Rank1Conv):
     def _row_factor(self, r: Tensor) -> Tensor:
+        if self.groups == 1:
+            return r.unsqueeze(-2)
         per_group = r.unflatten(-1, (self.groups, -1))
         return per_group.repeat_interleave(self.in_channels // self.groups, -2)
 

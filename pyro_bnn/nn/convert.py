@@ -27,7 +27,8 @@ from pyro_bnn.nn.folding import Folding
 from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
 from pyro_bnn.nn.packed import PackedSite
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
-from pyro_bnn.nn.rank1 import Rank1Linear, Rank1Options, check_rank1_keys
+from pyro_bnn.nn.rank1 import Rank1Linear
+from pyro_bnn.nn.rank1_options import Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.sites import SiteModule, describe_module
 from pyro_bnn.nn.subclassed import subclass_layer
@@ -198,14 +199,14 @@ class _Ties:
 
 
 class _FrozenParameters:
-    """
-    Keeps parameters frozen: Pyro's parameter store, which registers them when a network first runs, unfreezes them. Those
-    that are trained when the network is called stay so.
-    """
+    """Keeps parameters frozen that are so when a network is called: Pyro's parameter store, which it enters, unfreezes them."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, net: nn.Module) -> None:
+        self.parameters = [p for p in net.parameters() if not p.requires_grad]
         self.frozen: list[nn.Parameter] = []
+        if self.parameters:
+            net.register_forward_pre_hook(self.before)
+            net.register_forward_hook(self.after, always_call=True)
 
     def before(self, module: nn.Module, args: Any) -> None:
         """The hook before the forward."""
@@ -246,11 +247,7 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
             module.use_nested_tensor = False
     if fold:
         Folding(net, batch_dim)
-    frozen = [p for p in net.parameters() if not p.requires_grad]
-    if frozen:
-        keeper = _FrozenParameters(frozen)
-        net.register_forward_pre_hook(keeper.before)
-        net.register_forward_hook(keeper.after, always_call=True)
+    _FrozenParameters(net)
 
 
 def _subclassed(table: Mapping[type, type]) -> Callable[[nn.Module], type | None]:

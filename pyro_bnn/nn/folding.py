@@ -9,7 +9,7 @@ the rows of all samples in their first dimension (:class:`Folding`), and layers 
 run once per sample on its part of the rows (:mod:`pyro_bnn.nn.per_sample`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import count
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pyro_bnn.nn.sites import SiteModule, describe_module, loop_of_samples, module_path
+from pyro_bnn.nn.sites import SiteModule, describe_module, module_path
 from pyro_bnn.nn.structure import map_structure, tensors_of
 
 _SPLIT: ContextVar[bool] = ContextVar("split_batch", default=False)
@@ -41,15 +41,37 @@ def split_batch() -> Iterator[None]:
 
 @contextmanager
 def rows_per_example(present: bool) -> Iterator[None]:
-    """
-    Within this context the last batch dimension of a site is, or is not, one value per example where it has the size of
-    the batch.
-    """
+    """Within this context a site whose last batch dimension has the size of the batch has, or has not, a value per example."""
     token = _ROWS.set(present)
     try:
         yield
     finally:
         _ROWS.reset(token)
+
+
+class _Loop:
+    """Whether a network is running its samples one after the other."""
+
+    running = False
+
+
+_LOOP: ContextVar[_Loop | None] = ContextVar("sample_loops", default=None)
+
+
+@contextmanager
+def sample_loops(allowed: bool) -> Iterator[None]:
+    """Within this context networks may run their samples one after the other, as nobody collects what they do, or not."""
+    token = _LOOP.set(_Loop() if allowed else None)
+    try:
+        yield
+    finally:
+        _LOOP.reset(token)
+
+
+def runs_samples_alone() -> bool:
+    """Whether a network is running its samples one after the other."""
+    loop = _LOOP.get()
+    return loop is not None and loop.running
 
 
 class Folding:
@@ -71,8 +93,8 @@ class Folding:
     A forward that reduces over its batch (a mean over examples, statistics of the batch) reduces over the examples of
     all samples, as shared batch normalisation does on purpose.
 
-    In predictions with activations larger than the weights, the forward runs for one sample after the other: then
-    building a sample's weights costs less than scaling its activations, and the caches see those of one sample.
+    In predictions with activations larger than the weights, the forward runs for one sample after the other, whose
+    weights are built beforehand: that costs less than scaling activations, and the caches see those of one sample.
 
     :param root: the network; calls of it are folded.
     :param int batch_dim: 0 or 1, the batch dimension of the arguments, e.g. 1 for ``(time, batch, features)``.
@@ -91,7 +113,9 @@ class Folding:
         self._sample_shape = torch.Size()
         self._values: dict[tuple[int, str], Tensor] = {}
         self._varying: dict[tuple[int, str], Tensor] = {}  # the values that differ between samples
-        self._looping = 0  # the number of samples that run one after the other
+        # by layer its parameters with the samples in front, while these run one after the other, and the present one
+        self._built: dict[int, dict[str, Sequence[Any]]] = {}
+        self._sample = 0
         # dimensions of the batch in arguments, -1 for none, as far as calls have told them
         self._known_dims: dict[tuple[int | str, int], int] = {}
         for module in root.modules():  # one folding: a part that was folded by itself is now folded as a part
@@ -130,16 +154,19 @@ class Folding:
             if self.batch_size == 0:
                 raise ValueError(f"the network was called with an empty batch, shape {tuple(first.shape)}.")
         self._draw()
-        self.split = self.active and _SPLIT.get()
+        if not self.active:
+            return None
+        self.split = _SPLIT.get()
         if self.split:
             self._split()
-        elif self.active and not isinstance(first, PackedSequence) and self._loop_pays(module):
-            self._looping, self.num_samples = self.num_samples, 1
-            self._choose(0)
-        elif self.active and not (self._first is not None and len(args) == 1 and not kwargs):
-            repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
-            return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
-        return None
+            return None
+        if not isinstance(first, PackedSequence) and self._loop_pays(module):
+            self._start_loop()
+            return None
+        if self._first is not None and len(args) == 1 and not kwargs:
+            return None  # the first layer repeats its input itself
+        repeated = tuple(self._repeat_argument(i, value) for i, value in enumerate(args))
+        return repeated, {key: self._repeat_argument(key, value) for key, value in kwargs.items()}
 
     def _split(self) -> None:
         """Gives every sample its part of the batch; a value per example is then that of the examples that it sees."""
@@ -164,7 +191,7 @@ class Folding:
             drawn += [(layer, name, layer.read(name)) for name in (*layer._sites, *packed)]
         shapes = [value.shape[: value.dim() - layer._event_dim(name)] for layer, name, value in drawn]
         self.active = any(shapes)
-        self._values, self._varying, self._looping = {}, {}, 0
+        self._values, self._varying, self._built = {}, {}, {}
         if not self.active:  # one sample: the layers read their sites themselves
             self._sample_shape, self.num_samples = torch.Size(), 1
             return
@@ -188,39 +215,54 @@ class Folding:
 
     def _loop_pays(self, module: nn.Module) -> bool:
         """Whether weights cost less than activations, by what layers saw in an earlier call, and nobody objects."""
-        loop = loop_of_samples()
         costs = [layer._costs for layer in self.layers if layer._costs is not None]
         pays = sum(built for built, _ in costs) < self.batch_size * sum(passed for _, passed in costs)
-        if loop is None or module.training or not pays:
-            return False
-        loop.running = True
-        return True
+        rows = any(value.shape[1] > 1 for value in self._varying.values())
+        return pays and not rows and not module.training and _LOOP.get() is not None
+
+    def _start_loop(self) -> None:
+        """Builds the parameters of layers for all samples."""
+        for layer in self.layers:
+            if layer._costs is not None:
+                built = layer._built()
+                self._built[id(layer)] = {n: [None] if v is None else v.unbind(0) for n, v in built.items()}
+        loop: Any = _LOOP.get()
+        loop.running, self.num_samples = True, 1
+        self._choose(0)
 
     def _choose(self, sample: int) -> None:
+        self._sample = sample
         self._values |= {key: value[sample : sample + 1] for key, value in self._varying.items()}
+
+    def built(self, layer: SiteModule) -> dict[str, Any] | None:
+        """The parameters of a layer for the present sample, if samples run one after the other."""
+        values = self._built.get(id(layer))
+        if values is None:
+            return None
+        return {n: v[self._sample if len(v) > 1 else 0] for n, v in values.items()}
 
     def _finish_loop(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The samples after the first, and the outputs of all of them with the sample dimensions in front."""
-        leaves: list[list[Tensor]] = []
+        leaves = []
         try:
-            for sample in range(0 if output is None else self._looping):  # None: the forward failed
+            for sample in range(
+                0 if output is None else self._sample_shape.numel()
+            ):  # None: the forward failed
                 if sample:
                     self._choose(sample)
                     output = module.forward(*args, **kwargs)
-                leaves.append([])
-                map_structure(output, leaves[-1].append)
+                leaves.append(list(tensors_of(output)))
         finally:
-            loop = loop_of_samples()
-            if loop is not None:
-                loop.running = False
-        joined = map(self._join, zip(*leaves, strict=True))
+            loop: Any = _LOOP.get()
+            loop.running = False
+        joined = iter([self._join(values) for values in zip(*leaves, strict=True)])
         return map_structure(output, lambda _: next(joined))
 
-    def _join(self, values: tuple[Tensor, ...]) -> Tensor:
+    def _join(self, values: Sequence[Any]) -> Tensor:
         constant = self.batch_size not in values[0].shape[:2]
         if constant and all(torch.equal(value, values[0]) for value in values[1:]):
             return values[0]
-        return torch.stack(values).view(*self._sample_shape, *values[0].shape)
+        return torch.stack(list(values)).view(*self._sample_shape, *values[0].shape)
 
     # ------------------------------------------------------------------ arguments and outputs
 
@@ -322,12 +364,12 @@ class Folding:
         if not self.active:
             return None
         try:
-            if self._looping:
+            if self._built:
                 return self._finish_loop(module, args, kwargs, output)
             return None if self.split else map_structure(output, self._unfold)
         finally:
             self.active = False
-            self._values, self._varying = {}, {}
+            self._values, self._varying, self._built = {}, {}, {}
 
     def _unfold(self, value: Tensor) -> Tensor:
         rows = self.num_samples * self.batch_size
@@ -394,27 +436,3 @@ def fold_(net: Any) -> Any:
             )
         Folding(net)
     return net
-
-
-def apply_factor(x: Tensor, factor: Tensor, post: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """
-    Combines activations ``(F * B, ..., d, *post)`` with factors ``(d,)``, ``(F, 1, d)`` or ``(F, B, d)`` in a folded call.
-
-    :raises ValueError: if the rows of ``x`` are no multiple of the samples.
-    """
-    tail = (1,) * post
-    if factor.dim() == 1:
-        return combine(x, factor.view(-1, *tail))
-    F, P, d = factor.shape
-    rows = x.shape[0]
-    if rows % (F * P):
-        raise ValueError(
-            f"activations of shape {tuple(x.shape)} have {rows} rows, which {F} samples times {P} examples do not "
-            "divide: the network must keep the batch in the first dimension."
-        )
-    if P > 1 and rows > F * P:  # several rows per example, e.g. tokens flattened into the batch
-        factor = factor.repeat_interleave(rows // (F * P), dim=1)
-        P = factor.shape[1]
-    middle = (1,) * (x.dim() - 2 - post)
-    y = combine(x.reshape(F, rows // F, *x.shape[1:]), factor.view(F, P, *middle, d, *tail))
-    return y.view(rows, *y.shape[2:])

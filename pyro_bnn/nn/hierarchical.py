@@ -47,15 +47,7 @@ class ScalePrior:
         self.loc = float(loc)
 
     def for_site(self, layer: Any, name: str, shape: torch.Size, like: Tensor) -> "ScalePrior":
-        """
-        The prior of one site.
-
-        :param layer: the layer that owns the site.
-        :param str name: name of the attribute.
-        :param shape: shape of the site.
-        :param like: a tensor of the device and type to use.
-        :return: a copy that knows its shape.
-        """
+        """The prior of one site of a layer, a copy that knows its shape, on the device and of the type of ``like``."""
         new = copy.copy(self)
         new._shape = torch.Size(shape)
         return new
@@ -65,13 +57,7 @@ class ScalePrior:
     _shape = torch.Size()
 
     def make_prior(self, layer: Any, name: str) -> Any:
-        """
-        The prior in the present call of the layer.
-
-        :param layer: the layer that owns the site.
-        :param str name: name of the attribute.
-        :return: a distribution whose event shape is that of the site.
-        """
+        """The prior in the present call of the layer, a distribution whose event shape is that of the site."""
         scale = self._scale(layer, name)
         ndim = len(self._shape)
         if not self.per_element:
@@ -241,13 +227,7 @@ class ClosedFormPrior(ScalePrior):
         return _ClosedFormNormal(prior.base_dist.loc, prior.base_dist.scale, self).to_event(len(self._shape))
 
     def divergence(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """
-        The divergence with the optimal variance.
-
-        :param mean: means of the guide, shape ``(*batch, *shape)``.
-        :param variance: its variances.
-        :return: shape ``batch``.
-        """
+        """The divergence with the optimal variance from means and variances of shape ``(*batch, *shape)``; shape ``batch``."""
         ndim = len(self._shape)
         second = (variance + (mean - self.loc).square()).flatten(-ndim).sum(-1)
         n = self._shape.numel()
@@ -273,11 +253,6 @@ class _ClosedFormNormal(dist.Normal):
 
 
 def closed_form_source(prior: Any) -> ClosedFormPrior | None:
-    """
-    The closed-form prior behind the distribution of a model site.
-
-    :param prior: the distribution.
-    :return: the prior, or ``None`` for every other distribution.
-    """
+    """The closed-form prior behind the distribution of a model site; ``None`` for every other distribution."""
     base = unwrap(prior)
     return base.source if isinstance(base, _ClosedFormNormal) else None

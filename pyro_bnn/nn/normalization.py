@@ -45,10 +45,7 @@ class ComponentBatchNormMixin(SiteModule):
             self._redirect_site("component", first, "component")
 
     def forward(self, x: Tensor) -> Tensor:
-        """
-        :param x: as for the torch layer.
-        :return: as for the torch layer.
-        """
+        """Takes and returns what the torch layer does."""
         self._check_input_dim(x)
         index = self._value("component").reshape(-1)  # one component per sample
         S = len(index)

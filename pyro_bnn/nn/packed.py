@@ -26,18 +26,14 @@ class PackedSite:
     r"""
     One flat site :math:`w \sim N(\mu, \operatorname{diag} \sigma^2)` that holds all weights of a network; the
     layers read views of it. Pyro's cost per sample site dominates the training of small networks, and here there
-    is a single one, named ``"packed"``.
-
-    :param root: the converted network.
-    :param layers: names and converted layers; their sites move into the flat one.
-    :raises ValueError: if a prior is not Normal.
+    is a single one, named ``"packed"``. The sites of the layers, which come with their names, move into it.
     """
 
     def __init__(self, root: Any, layers: list[tuple[str, SiteModule]]) -> None:
         self.layout: dict[str, torch.Size] = {}
         locs, scales, inits = [], [], []
         for path, layer in layers:
-            for key in layer._site_names():
+            for key in layer._sites:
                 spec = layer._sites[key]
                 full = f"{path}.{key}" if path else key
                 base = unwrap(spec.prior)
@@ -57,12 +53,7 @@ class PackedSite:
         layers[0][1]._owned_packed = self  # this layer moves the prior along with itself
 
     def read(self, full: str) -> Tensor:
-        """
-        The value of one parameter; the flat site is sampled once per call of the network.
-
-        :param str full: full name of the parameter.
-        :return: a view of the flat draw, shape ``(*batch, *parameter_shape)``.
-        """
+        """The value of a parameter by its full name, a view of the flat draw, which is sampled once per call of the network."""
         refuse_recomputation(self._root, full)
         if not is_called(self._root):
             return self.unpack(self.prior.sample())[full]
@@ -75,12 +66,7 @@ class PackedSite:
         return self.layout
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
-        """
-        Splits draws of the flat site into named tensors.
-
-        :param value: draws, shape ``(*batch, P)``.
-        :return: views by parameter name, each of shape ``(*batch, *parameter_shape)``.
-        """
+        """Splits draws ``(*batch, P)`` into views ``(*batch, *parameter_shape)`` by parameter name."""
         parts = value.split([shape.numel() for shape in self.layout.values()], dim=-1)
         return {
             name: part.unflatten(-1, shape)
@@ -94,18 +80,7 @@ class PackedSite:
 
 
 def packed_sites(model: Any) -> dict[str, PackedSite]:
-    """
-    The flat sites of a model.
-
-    :param model: a model; one that is no module has none that could be found.
-    :return: by name of the site.
-
-    Example::
-
-        >>> from pyro_bnn.nn import bayesian_
-        >>> packed_sites(bayesian_(torch.nn.Linear(3, 2), packed=True))["packed"].layout
-        {'weight': torch.Size([2, 3]), 'bias': torch.Size([2])}
-    """
+    """The flat sites of a model by name; one that is no module has none that could be found."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     found = [m._owned_packed for m in modules if isinstance(m, SiteModule) and m._owned_packed is not None]
     return {".".join(filter(None, [module_path(packed._root), "packed"])): packed for packed in found}

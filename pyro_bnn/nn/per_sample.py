@@ -56,11 +56,7 @@ class PerSampleMixin(SiteModule):
             return self._torch_layer.forward(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        :param args: as for the torch layer.
-        :param kwargs: as for the torch layer.
-        :return: as for the torch layer.
-        """
+        """Takes and returns what the torch layer does."""
         parameters = self._sample_parameters()
         varying = {n for n, v in parameters.items() if v is not None and v.dim() > self._event_dim(n)}
         if not varying:
@@ -126,7 +122,7 @@ class BayesianPerSampleMixin(PerSampleMixin, BayesianMixin):
 
     def extra_repr(self) -> str:
         """The names of the random attributes."""
-        return f"sites={self._site_names()}"
+        return f"sites={list(self._sites)}"
 
 
 class Rank1Weights(PerSampleMixin, Rank1Mixin):

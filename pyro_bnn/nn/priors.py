@@ -56,10 +56,7 @@ class FanInNormal:
 
 
 def unwrap(fn: Any) -> Any:
-    """
-    :param fn: a distribution.
-    :return: the same without :class:`~torch.distributions.Independent`.
-    """
+    """A distribution without :class:`~torch.distributions.Independent`."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
     return fn
@@ -147,13 +144,7 @@ def _checked(prior: Any, name: str) -> Any:
 
 
 def matching_key(prior: Mapping[str, Any], name: str) -> str | None:
-    """
-    The key of a mapping that speaks of a parameter: its full name, or else the last part of it.
-
-    :param prior: a mapping from names to priors.
-    :param str name: full dotted name of a parameter.
-    :return: the key or ``None``.
-    """
+    """The key of a mapping that speaks of a parameter: its full name, or else the last part of it."""
     if name in prior:
         return name
     last = name.rpartition(".")[2]
@@ -161,15 +152,7 @@ def matching_key(prior: Mapping[str, Any], name: str) -> str | None:
 
 
 def check_keys(prior: Any, names: Iterable[str], argument: str = "prior") -> None:
-    """
-    Checks that every key of a mapping names at least one parameter, since a misspelt key would silently leave
-    a parameter without its prior.
-
-    :param prior: a prior in any form; only mappings are checked.
-    :param names: full names of the parameters there are.
-    :param str argument: name of the argument, for the error message.
-    :raises ValueError: naming the keys that match nothing and the names there are.
-    """
+    """Refuses keys of a mapping that name no parameter, as a misspelt one would silently leave a parameter without its prior."""
     if not isinstance(prior, Mapping):
         return
     names = list(names)
@@ -183,14 +166,7 @@ def check_keys(prior: Any, names: Iterable[str], argument: str = "prior") -> Non
 
 
 def map_distribution(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """
-    A copy of a distribution in which every tensor is replaced by ``fn`` of it, so that priors follow
-    :meth:`torch.nn.Module.to`, :meth:`~torch.nn.Module.double` and the like.
-
-    :param value: a distribution, a transform, a tensor, or a list of those.
-    :param callable fn: a function of a tensor.
-    :return: the copy.
-    """
+    """A copy of a distribution with ``fn`` of every tensor, so that priors follow :meth:`torch.nn.Module.to` and the like."""
     if hasattr(value, "for_site"):
         if hasattr(value, "map"):
             value.map(fn)
@@ -214,17 +190,7 @@ def _map(value: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> An
 
 
 def place_prior(prior: Any, layer: Any, name: str, shape: Iterable[int], like: Tensor) -> Any:
-    """
-    Makes a resolved prior that of one site: on the device and of the floating-point type of a parameter.
-
-    :param prior: a distribution or a prior with a scale of its own
-        (:class:`~pyro_bnn.nn.hierarchical.ScalePrior`).
-    :param layer: the layer that owns the site.
-    :param str name: name of the attribute.
-    :param shape: shape of the site.
-    :param like: the parameter.
-    :return: the prior.
-    """
+    """Makes a resolved prior that of one site of a layer: on the device and of the floating-point type of a parameter."""
     if hasattr(prior, "for_site"):
         return prior.for_site(layer, name, torch.Size(shape), like)
     return map_distribution(

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rank-1 layers: a shared weight and random vectors that scale its inputs and outputs."""
 
+import math
 import operator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,70 +16,9 @@ from torch.nn.functional import linear
 from typing_extensions import override
 
 from pyro_bnn.nn.bayesian import broadcast_linear, linear_per_sample
-from pyro_bnn.nn.folding import apply_factor
-from pyro_bnn.nn.priors import check_keys, place_prior, resolve_prior, unwrap
+from pyro_bnn.nn.priors import place_prior, resolve_prior
+from pyro_bnn.nn.rank1_options import Rank1Options, check_rank1_keys, is_cauchy
 from pyro_bnn.nn.sites import SiteModule, is_called, module_path
-
-FORMS = ("multiplicative", "residual", "additive")
-
-
-@dataclass(frozen=True)
-class Rank1Options:
-    r"""
-    What all rank-1 layers have in common.
-
-    :param prior: prior of the factors in one of the three forms of
-        :func:`~pyro_bnn.nn.priors.resolve_prior`, with the names ``"r"`` and ``"s"`` (recurrent and attention layers
-        have several of each); a factor that a dictionary leaves out is absent. By default :math:`N(1, 0.1^2)`, and
-        :math:`N(0, 0.3^2)` for the residual and :math:`N(0, 0.1^2)` for the additive form. ``dist.Cauchy(1., 0.1)``
-        is the paper's other choice.
-    :param weight_prior: prior of the shared weight; ``None`` keeps it a parameter (to be regularised by weight
-        decay), a prior makes it a site, which mixtures estimate by MAP.
-    :param bias_prior: prior of the bias, :math:`N(0, 1)` by default. An empty dictionary keeps the bias a parameter
-        that all components share.
-    :param int rank: :math:`R`; more than 1 implies the residual form.
-    :param str form: ``"multiplicative"`` :math:`W \circ r s^\top`; ``"residual"``
-        :math:`W \circ (1 + \sum_{j=1}^R r_j s_j^\top)`; ``"additive"`` :math:`W (x + s) + r`.
-    :param float clip: factors are clipped to this distance from zero before they are applied (the divergence uses
-        the unclipped draw); by default 10 for Cauchy priors [1] and none else (``math.inf`` for none at all). Cauchy
-        components under another prior want a clip too.
-    :param str apply: ``"scale"`` multiplies activations by the factors, ``"materialise"`` builds the weight of every
-        sample, ``"auto"`` takes what touches less memory.
-    """
-
-    prior: Any = None
-    weight_prior: Any = None
-    bias_prior: Any = None
-    rank: int = 1
-    form: str | None = None
-    clip: float | None = None
-    apply: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be an integer of at least 1, found {self.rank!r}.")
-        if self.form not in (None, *FORMS):
-            raise ValueError(f"form must be one of {list(FORMS)}, found {self.form!r}.")
-        if self.rank > 1 and self.form not in (None, "residual"):
-            raise ValueError(f"rank={self.rank} needs form='residual', found {self.form!r}.")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive, found {self.clip!r}.")
-        if self.apply not in ("auto", "scale", "materialise"):
-            raise ValueError(f"apply must be 'auto', 'scale' or 'materialise', found {self.apply!r}.")
-
-    @property
-    def resolved_form(self) -> str:
-        """The form that the rank implies."""
-        return self.form or ("residual" if self.rank > 1 else "multiplicative")
-
-    def factor_prior(self) -> Any:
-        """The prior of the factors, or its default."""
-        if self.prior is not None:
-            return self.prior
-        loc, scale = {"multiplicative": (1.0, 0.1), "residual": (0.0, 0.3), "additive": (0.0, 0.1)}[
-            self.resolved_form
-        ]
-        return dist.Normal(torch.tensor(loc), torch.tensor(scale))
 
 
 class Rank1Mixin(SiteModule):
@@ -202,6 +143,9 @@ class Rank1Mixin(SiteModule):
         self._check_input(x)
         if not self._is_folded():
             return self._map(x, *self._values_of_group(), *args)
+        built = self._folding.built(self)
+        if built is not None:
+            return self._plain(x, *args, **built)
         if self._axis == 1 and x.dim() - self._post >= 3:
             # sequence-first activations: bring the batch to the front
             return self._folded(x.transpose(0, 1), *args).transpose(0, 1)
@@ -213,13 +157,25 @@ class Rank1Mixin(SiteModule):
         weight = self._value(self._weights[suffix])
         return weight, value, self._factor("r" + suffix), self._factor("s" + suffix)
 
+    def _built(self) -> dict[str, Tensor | None]:
+        """What makes the torch layer compute the same, with the samples, or one for all of them, in front."""
+        weight, bias, r, s = self._values_of_group()
+        weight = self._scaled_weight(weight, r, s)
+        return {
+            "weight": weight if weight.dim() > self._weight_dim else weight[None],
+            "bias": bias if bias is None else bias.view(-1, bias.shape[-1]),
+        }
+
     def _folded(self, x: Tensor, *args: Any) -> Any:
         folding = self._folding
         weight, bias, r, s = self._values_of_group()
         shared = folding.is_shared_input(self, x)
         examples = folding.batch_size * (1 if shared else folding.num_samples)
-        built = 0 if self._mode == "materialise" else 3 * weight.shape[-self._weight_dim :].numel()
         if self._costs is None:
+            built = {"materialise": 0.0, "scale": math.inf}.get(
+                self._mode, 3.0 * weight.shape[-self._weight_dim :].numel()
+            )
+            built = math.inf if self._form == "additive" else built
             self._costs = built, self._activations(x) / examples
         if not shared:
             x = folding.whole(x) if x.dim() > self._post + 1 else x
@@ -376,7 +332,7 @@ class Rank1Mixin(SiteModule):
             n: n if n in self._sites or n in self._own_parameters() else None for n in self._bias_names
         }
         with self._replacing(present):
-            return f"{super().extra_repr()}, sites={self._site_names()}"
+            return f"{super().extra_repr()}, sites={list(self._sites)}"
 
 
 class Rank1LinearMixin(Rank1Mixin):
@@ -450,16 +406,25 @@ class Rank1Linear(Rank1LinearMixin, _Linear):
         return x.numel() // self.in_features * (self.in_features + self.out_features)
 
 
-def is_cauchy(prior: Any) -> bool:
-    """Whether a distribution or hierarchical prior has Cauchy tails."""
-    if getattr(prior, "family", None) == "cauchy":
-        return True
-    return isinstance(unwrap(prior), (torch.distributions.Cauchy, torch.distributions.HalfCauchy))
+def apply_factor(x: Tensor, factor: Tensor, post: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """
+    Combines activations ``(F * B, ..., d, *post)`` with factors ``(d,)``, ``(F, 1, d)`` or ``(F, B, d)`` in a folded call.
 
-
-def check_rank1_keys(options: Rank1Options, names: list[str]) -> None:
-    """Holds the keys of the three priors of the options against the full names of the sites there are."""
-    last = {name: name.rpartition(".")[2] for name in names}
-    check_keys(options.prior, [n for n in names if last[n][0] in "rs"], "prior")
-    check_keys(options.weight_prior, [n for n in names if "weight" in last[n]], "weight_prior")
-    check_keys(options.bias_prior, [n for n in names if "bias" in last[n]], "bias_prior")
+    :raises ValueError: if the rows of ``x`` are no multiple of the samples.
+    """
+    tail = (1,) * post
+    if factor.dim() == 1:
+        return combine(x, factor.view(-1, *tail))
+    F, P, d = factor.shape
+    rows = x.shape[0]
+    if rows % (F * P):
+        raise ValueError(
+            f"activations of shape {tuple(x.shape)} have {rows} rows, which {F} samples times {P} examples do not "
+            "divide: the network must keep the batch in the first dimension."
+        )
+    if P > 1 and rows > F * P:  # several rows per example, e.g. tokens flattened into the batch
+        factor = factor.repeat_interleave(rows // (F * P), dim=1)
+        P = factor.shape[1]
+    middle = (1,) * (x.dim() - 2 - post)
+    y = combine(x.reshape(F, rows // F, *x.shape[1:]), factor.view(F, P, *middle, d, *tail))
+    return y.view(rows, *y.shape[2:])

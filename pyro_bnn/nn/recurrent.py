@@ -50,7 +50,7 @@ class _Rank1Cell(Rank1PerSampleMixin):
     @override
     def _groups(self) -> dict[str, tuple[str, int, int]]:
         shapes = self._shapes()
-        return {name.removeprefix("weight"): (name, *shapes[name]) for name in self._names("weight")}  # type: ignore[dict-item]
+        return {name.removeprefix("weight"): (name, *shapes[name]) for name in self._names("weight")}
 
     @override
     def _biases(self) -> list[str]:
@@ -73,11 +73,7 @@ class _Rank1Cell(Rank1PerSampleMixin):
         return hx if isinstance(hx, tuple) else (hx,)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """
-        :param input: as for the torch layer; packed sequences too.
-        :param hx: as for the torch layer.
-        :return: as for the torch layer.
-        """
+        """Takes and returns what the torch layer does; packed sequences too."""
         return self._written_out(input, hx) if self._needs_rows() else super().forward(input, hx)
 
     def _written_out(self, input: Any, hx: Any) -> Any:

@@ -78,47 +78,6 @@ def once_per_call(
     return value
 
 
-class SilentSites:
-    """
-    What layers do in a run.
-
-    :ivar seen: by site, the prior of every site that layers read.
-    :ivar parameters: whether folded networks may run their samples one after the other, as nobody collects what they do.
-    :ivar running: whether one does.
-    """
-
-    def __init__(self, values: Any = None, priors: Any = None, parameters: bool = False) -> None:
-        self.seen: dict[str, Any] = {}
-        self.taken: set[str] = set()
-        self.parameters, self.running, self.plain_bytes = parameters, False, 0
-
-
-_SILENT: ContextVar[SilentSites | None] = ContextVar("silent_sites", default=None)
-
-
-@contextmanager
-def silent_sites(values: Any = None, priors: Any = None, parameters: bool = False) -> Iterator[SilentSites]:
-    """Within this context it is noted what layers do, see :class:`SilentSites`."""
-    silent = SilentSites(values, priors, parameters)
-    token = _SILENT.set(silent)
-    try:
-        yield silent
-    finally:
-        _SILENT.reset(token)
-
-
-def loop_of_samples() -> SilentSites | None:
-    """Where a network notes that it runs its samples one after the other; ``None`` if it must not."""
-    silent = _SILENT.get()
-    return silent if silent is not None and silent.parameters else None
-
-
-def runs_plain() -> bool:
-    """Whether a network is running its samples one after the other."""
-    loop = loop_of_samples()
-    return loop is not None and loop.running
-
-
 _READERS: ContextVar[dict[str, str] | None] = ContextVar("readers", default=None)
 
 
@@ -178,7 +137,7 @@ class SiteModule(_PyroModule):
     _axis: int | None = None
     #: whether the first layer of a chain may repeat its input over the samples itself
     takes_shared_input = False
-    #: elements of the weights of a sample and of the activations of an example, as far as a folded call has told them
+    #: what building the weight of a sample and passing the activations of an example cost, once a folded call has told
     _costs: tuple[float, float] | None = None
 
     def __reduce__(self) -> Any:
@@ -208,12 +167,7 @@ class SiteModule(_PyroModule):
         self._redirects = {**self._redirects, name: (owner, key)}
 
     def read(self, name: str) -> Any:
-        """
-        Reads an attribute as the layer itself does: a parameter, or the value of a site.
-
-        :param str name: its name.
-        :return: its value.
-        """
+        """Reads an attribute as the layer itself does: a parameter, or the value of a site."""
         if name in self._sites:
             return self._read_site(name, self._sites[name])
         if name in self._redirects:
@@ -247,9 +201,6 @@ class SiteModule(_PyroModule):
         shapes = {name: value.shape for name, value in self._own_parameters().items()}
         shapes |= {name: spec.init.shape for name, spec in self._sites.items() if spec.init is not None}
         return shapes | {name: owner._shapes()[key] for name, (owner, key) in self._redirects.items()}
-
-    def _site_names(self) -> list[str]:
-        return list(self._sites)
 
     @contextmanager
     def _replacing(self, values: Mapping[str, Any]) -> Iterator[None]:

@@ -15,14 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 def map_structure(
     value: Any, fn: Callable[[Tensor], Any], packed: Callable[[PackedSequence], Any] | None = None
 ) -> Any:
-    """
-    Applies a function to the tensors in nested tuples, lists, dictionaries and dataclasses.
-
-    :param value: a tensor or a structure of tensors; other leaves are untouched.
-    :param callable fn: a function of a tensor.
-    :param callable packed: a function of a packed sequence; by default these are untouched too.
-    :return: the same structure.
-    """
+    """Applies functions to the tensors and packed sequences in nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, PackedSequence):
@@ -45,10 +38,7 @@ def map_structure(
 
 
 def tensors_of(value: Any) -> Iterator[Tensor | PackedSequence]:
-    """
-    :param value: a structure.
-    :return: its tensors and packed sequences, in order.
-    """
+    """The tensors and packed sequences of a structure, in order."""
     if isinstance(value, (Tensor, PackedSequence)):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -61,13 +51,7 @@ def tensors_of(value: Any) -> Iterator[Tensor | PackedSequence]:
 
 
 def repack(padded: Tensor, like: PackedSequence) -> PackedSequence:
-    """
-    Packs padded sequences in the order of another packed sequence.
-
-    :param padded: shape ``(N, T, d)``, the sequences in the order in which they were before they were packed.
-    :param like: a packed sequence of the same lengths.
-    :return: a packed sequence that differs from ``like`` in its data only.
-    """
+    """Packs padded sequences ``(N, T, d)``, in their order before packing, as another packed sequence of the same lengths."""
     if like.sorted_indices is not None:
         padded = padded.index_select(0, like.sorted_indices)
     steps = zip(padded.unbind(1), like.batch_sizes.tolist(), strict=False)

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from pyro_bnn.nn.per_sample import BayesianPerSampleMixin, Rank1Weights
-from pyro_bnn.nn.rank1 import Rank1Mixin, Rank1Options
+from pyro_bnn.nn.rank1 import Rank1Mixin
+from pyro_bnn.nn.rank1_options import Rank1Options
 from pyro_bnn.nn.sites import SiteModule, module_path
 
 

@@ -106,7 +106,7 @@ def test_blame_names_the_direction_of_lowest_curvature():
     assert blame(space(), [good], 6) == ""
     broken = DensePart(index=index, prior=torch.ones(6), curvature=torch.zeros(6, 6))
     broken.tensors["curvature"][5, 5] = torch.nan
-    assert "lowest along a direction of the sites ['c']" in blame(space(), [broken], 6)
+    assert blame(space(), [broken], 6) == ""  # what is not finite is said otherwise
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 64), (torch.float32, 8)])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bnn.curvature.parts import NotAMinimumError
-from pyro_bnn.infer import hfl, posterior_predictive
+from pyro_bnn.infer import NonFiniteLossError, fit, hfl, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.model.derivatives import mismatch
 from pyro_bnn.nn import bayesian_
@@ -288,3 +288,19 @@ def test_a_prediction_without_a_finite_derivative_is_refused(way: str) -> None:
     }
     with pytest.raises(ValueError, match="site 'obs': its parameters have no finite derivative"):
         ask[way]()
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_training_names_a_gradient_that_is_not_finite() -> None:
+    x, y = data()
+    x[3] = 0
+    with pytest.raises(
+        NonFiniteLossError, match=r"at step 2: parameters .* its gradient was not, although its loss was"
+    ):
+        fit(
+            regression(_distances),
+            AutoLaplace(regression(_distances)),
+            (x, y),
+            num_steps=3,
+            progress_bar=False,
+        )

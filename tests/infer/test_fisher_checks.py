@@ -89,6 +89,23 @@ def test_all_structures_refuse(structure: Any) -> None:
         guide.laplace_approximation(x, y)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_all_structures_refuse_in_a_later_batch(structure: Any) -> None:
+    def model(x: Tensor, y: Tensor, kind: Tensor) -> None:
+        w = weight()
+        with pyro.plate("data", len(x)):
+            if bool(kind):
+                pyro.sample("obs", dist.Normal(x.new_zeros(len(x)), 0.5), obs=y - x @ w)
+            else:
+                pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+    x, y = data()
+    batches = [(x[:4], y[:4], torch.tensor(0)), (x[4:], y[4:], torch.tensor(1))]
+    guide = AutoLaplace(model, structure=structure, rank=2).initialize(*batches[0])
+    with pytest.raises(ValueError, match="'obs': the observed value depends on latents"):
+        guide.laplace_approximation(batches, map_tolerance=1e9)
+
+
 def test_hfl_refuses() -> None:
     x, y = data()
     guide = AutoLaplace(residuals).initialize(x, y)

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions of converted networks: draws together, one at a time as the torch network, and in a loop."""
+"""Predictions of converted networks: draws together, one at a time inside the network, and in a loop."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +16,7 @@ from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.model.handlers import categorical_draw
 from pyro_bnn.nn import HierarchicalPrior, bayesian_, rank1_
+from pyro_bnn.nn.folding import Folding
 from tests.common import assert_close
 from tests.nn import architectures as arch
 
@@ -52,7 +53,7 @@ def classifier(net: Any, handler: Any = nullcontext) -> Any:
 
 @pytest.mark.parametrize("conversion", list(CONVERSIONS))
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_chunks_equal_the_loop(name: str, conversion: str) -> None:
+def test_chunks_equal_the_loop(name: str, conversion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, shape = NETWORKS[name]
     net = make()
     x, y = torch.randn(ROWS, *shape), torch.randint(3, (ROWS,))
@@ -63,23 +64,24 @@ def test_chunks_equal_the_loop(name: str, conversion: str) -> None:
     guide = AutoMixture(model, 3).initialize(x, y)
     draws = {n: v + 0.3 * torch.randn(v.shape) for n, v in guide.sample_posterior((7,)).items()}
     draws = {n: v.abs() + 0.1 if "scale" in n else v for n, v in draws.items()}
-    seen = []
-    last = list(net.modules())[-1]
-    last.register_forward_pre_hook(lambda module, args: seen.append(type(module)))
-    classes = [type(module) for module in net.modules()]
+    chosen: list[int] = []
+    choose = Folding._choose
+
+    def note(self: Folding, sample: int) -> None:
+        chosen.append(sample)
+        choose(self, sample)
+
+    monkeypatch.setattr(Folding, "_choose", note)
     loop = posterior_predictive(model, draws, (x, y), vectorize=False)
-    seen.clear()
+    assert not chosen
     one = posterior_predictive(model, draws, (x, y), max_memory=1.0)
-    restored = {cls for cls in seen if cls in (nn.Linear, nn.Conv2d)}
     many = posterior_predictive(model, draws, (x, y), max_memory=1e9)
     assert one.vectorized and many.vectorized  # noqa: PT018
     for found in (one, many):
         for field in ("mean", "variance", "log_likelihood"):
             assert_close(getattr(found, field), getattr(loop, field), rtol=1e-12, atol=1e-12)
-    # draws that run alone run through torch's layer, where the weight of a draw can be built
-    assert bool(restored) == (conversion not in ("additive", "full weights", "packed"))
-    assert classes == [type(module) for module in net.modules()]
-    assert not any({"weight", "bias"} & set(vars(module)) for module in net.modules())
+    # draws run through the network one by one where the weight of a draw can be built
+    assert (max(chosen, default=0) == 6) == (conversion not in ("additive", "full weights", "packed"))
 
 
 def test_handlers_of_the_model_hear_every_site() -> None:
@@ -119,7 +121,6 @@ def test_errors_leave_the_layers_as_they_were() -> None:
     model = classifier(net)
     x = torch.randn(ROWS, 4)
     guide = AutoMixture(model, 2).initialize(x, torch.zeros(ROWS).long())
-    classes = [type(module) for module in net.modules()]
     for fails in (True, False):
         Failing.calls = 0 if fails else 100
         args: Any = (model, guide.sample_posterior((9,)), (x,))
@@ -128,8 +129,8 @@ def test_errors_leave_the_layers_as_they_were() -> None:
                 posterior_predictive(*args, max_memory=1.0)
         else:
             posterior_predictive(*args, max_memory=1.0)
-        assert classes == [type(module) for module in net.modules()]
-        assert "weight" not in vars(net[0])
+        assert not net[0]._is_folded()
+        assert not net[0]._replaced
 
 
 def test_a_model_that_wants_all_examples_still_runs_at_once() -> None:

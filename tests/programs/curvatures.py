@@ -145,6 +145,18 @@ def vmap_over_rows() -> Case:
 
 
 @program
+def vmap_of_gradients() -> Case:
+    """The slope of a function of the rows, by transforms of torch.func."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> Any:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        slopes = torch.vmap(torch.func.grad(lambda row: torch.tanh(w @ row).sum()))(x)
+        return normal(slopes[:, 0], y)
+
+    return Case(model, (torch.randn(8, 2), torch.randn(8)), 1, (0, 0))
+
+
+@program
 def vmap_of_a_linear_layer() -> Case:
     def model(x: Tensor, y: Tensor | None = None) -> Any:
         w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))

@@ -20,12 +20,11 @@ from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.definite import TOLERANCE, blame, describe, expected_error, require_resolved
 from pyro_bnn.curvature.dense import DENSE_LIMIT, DensePart
 from pyro_bnn.curvature.diagonal import DiagonalPart
-from pyro_bnn.curvature.fisher_checks import require_scores
 from pyro_bnn.curvature.kronecker import KroneckerSum
 from pyro_bnn.curvature.linear_maps import Sharing
 from pyro_bnn.curvature.low_rank import LowRankSum, Reserve, curvature_rows
 from pyro_bnn.curvature.parts import CurvatureSum, NotAMinimumError, Part
-from pyro_bnn.curvature.prior import PriorCurvature, prior_curvature
+from pyro_bnn.curvature.prior import PriorCurvature
 from pyro_bnn.curvature.selection import largest
 from pyro_bnn.curvature.stream import ExampleStream, count_examples, random_subset
 from pyro_bnn.curvature.uses import LinearUse
@@ -36,7 +35,6 @@ from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
 from pyro_bnn.ops.jacobian import LinearMap, hvp_operator, wide
 from pyro_bnn.ops.memory import available_bytes, readable, require_memory
-from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import CurvatureWarning, warn_user
 
 #: Structures whose sums have a fixed size.
@@ -169,20 +167,9 @@ class LaplaceCurvature:
         return lambda site: site.cotangents(self.curvature, num_samples=self.num_samples, generator=generator)
 
     def _accumulate(self, total: CurvatureSum, data: Any, generator: torch.Generator | None) -> Accumulated:
-        if self.curvature != "hessian" and not isinstance(total, LowRankSum):
-            return accumulate_examples(total, self.stream(), data, self._cotangents(generator))
-        value, gradient = value_and_gradient(
-            lambda latent: self.packed.losses(latent, data, require_finite=True), self.loc
-        )
-        latent = self.loc.detach().clone().requires_grad_(True)
-        trace = self.packed.trace(latent, as_batches(data).first)
-        if self.curvature != "hessian":
-            require_scores(self.packed, trace, latent)
-        prior = prior_curvature(self.packed, latent, trace, chunk_size=self.chunk_size)
-        log_prior = self.packed.log_prior(latent, trace).detach()
-        if not isinstance(total, LowRankSum):
-            accumulate_operators(total, self._exact(), data)
-        return Accumulated(prior, log_prior, -value - log_prior, gradient - prior.gradient)
+        if self.curvature == "hessian":
+            return accumulate_operators(total, self._exact(), data)
+        return accumulate_examples(total, self.stream(), data, self._cotangents(generator))
 
     def _exact(self) -> CurvatureAccumulator:
         return CurvatureAccumulator(self.packed, self.loc, "hessian", chunk_size=self.chunk_size)

@@ -55,7 +55,7 @@ from pyro_bnn.model.plates import (
     site_shape,
     take_rows,
 )
-from pyro_bnn.nn.sites import silent_sites
+from pyro_bnn.nn.folding import sample_loops
 
 #: Bytes that the intermediate values of one run may take by default.
 MAX_MEMORY = 24 * 2**20
@@ -149,7 +149,7 @@ class ModelRunner:
         values = {name: self.structure.spread(name, value[index]) for name, value in self.draws.items()}
         nesting, size = self.structure.nesting, len(torch.arange(self.num_draws)[index])
         plate = pyro.plate("_draws", size, dim=-1 - nesting)
-        grad, loops = torch.set_grad_enabled(self.needs_grad), silent_sites(parameters=not self.collects)
+        grad, loops = torch.set_grad_enabled(self.needs_grad), sample_loops(not self.collects)
         with grad, RowsMessenger(), _Draws(), plate, _Reads(values) as reads, loops:
             self.model(*args, **kwargs)
         return self._detached(reads.sites)

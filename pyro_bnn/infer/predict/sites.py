@@ -128,12 +128,9 @@ def site_dims(site: Any, ndim: int) -> tuple[str, ...]:
     Names of the dims of one value of a site, with ``ndim`` batch dimensions in a single run: plates for the batch,
     ``<site>_dim_k`` elsewhere.
     """
-    plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+    plates = {ndim + frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
     size = ndim + len(site["fn"].event_shape)
-    return tuple(
-        plates.get(i - ndim, f"{site['name']}_dim_{i}") if i < ndim else f"{site['name']}_dim_{i}"
-        for i in range(size)
-    )
+    return tuple(plates.get(i, f"{site['name']}_dim_{i}") for i in range(size))
 
 
 def value_dims(site: Any) -> tuple[str, ...]:

@@ -93,7 +93,12 @@ def explain(
     except ValueError as error:
         return str(error)
     bad = [name for name, p in parameters.items() if not is_finite(p)]
-    causes = [f"parameters {bad} are not finite"] if bad else []
+    causes = []
+    if bad:
+        causes.append(
+            f"parameters {bad} are not finite after the last step: its gradient was not, although its loss was (the slope of a "
+            "root or norm at zero), or the step was too large"
+        )
     sites: list[str] = []
     try:
         for name in _sites_without_density(model, guide, batch):

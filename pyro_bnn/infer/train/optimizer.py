@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from pyro.optim import PyroLRScheduler, PyroOptim
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_bnn.model.handlers import Site
@@ -104,5 +104,5 @@ class ScaleLatents(Messenger):
         self.scale = scale
 
     def _pyro_sample(self, msg: Site) -> None:
-        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+        if not msg["is_observed"] and not site_is_subsample(msg):
             msg["scale"] = msg["scale"] * self.scale

@@ -80,7 +80,8 @@ class Tensors:
     @torch.no_grad()
     def go_back(self) -> None:
         """Restores the last good state."""
-        torch._foreach_copy_([*self.trained, *self.statistics()], self.good)
+        for tensor, value in zip([*self.trained, *self.statistics()], self.good, strict=True):
+            tensor.copy_(value)
 
     def share(self) -> None:
         """Gives all processes the tensors of the first one."""
