@@ -207,7 +207,7 @@ class AutoMixture(ComponentParameters):
         :return: whether a call is nothing but draws of the components of the named sites, which :meth:`draw` gives
             too.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks
+        hooks = self._forward_hooks or self._forward_pre_hooks  # which nothing public lists
         own = type(self).forward is AutoMixture.forward and self.create_plates is None
         return own and not hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
 

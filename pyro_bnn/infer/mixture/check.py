@@ -79,12 +79,17 @@ def require_function(step: Step, alone: Trace) -> None:
 
 
 def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any]) -> None:
-    """Refuses a latent site of the model that is not among those of the guide."""
+    """Refuses a latent site of the model that is not among those of the guide, and an observed one that is."""
     for name, site in model_sites.items():
         if not site["is_observed"] and name not in guide_sites:
             raise ValueError(
                 f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
                 "if it is latent, add a guide for it."
+            )
+        if site["is_observed"] and name in guide_sites:
+            raise ValueError(
+                f"site {name!r} is observed in this call of the model, but the guide draws it, which would replace its data: "
+                "initialize the guide with the data, or leave the data out."
             )
 
 
