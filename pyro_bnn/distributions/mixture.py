@@ -121,6 +121,24 @@ def mixture_quantile(
     return upper
 
 
+def marginal_quantile(components: Any, q: float, weights: Tensor | None = None) -> Tensor:
+    """
+    The quantile of a mixture over the first batch dimension, elementwise.
+
+    :param components: a location-scale distribution of batch shape ``(K,) + shape``.
+    :param float q: the level, between 0 and 1.
+    :param weights: shape ``(K,)``; equal if ``None``.
+    :return: shape ``shape``.
+    """
+    each = components.icdf(torch.full_like(components.loc, q))
+    if len(each) == 1:
+        return each[0]
+    if weights is None:
+        weights = each.new_full((len(each),), 1 / len(each))
+    weights = weights.reshape(-1, *[1] * (each.dim() - 1))
+    return mixture_quantile(lambda v: (weights * components.cdf(v)).sum(0), each.amin(0), each.amax(0), q)
+
+
 class EqualMixture(TorchDistribution):
     r"""
     :math:`p(y) = \frac1S\sum_s p_s(y)`, independently for each element of the remaining batch.

@@ -134,9 +134,7 @@ def _part_gradients(part: Part, loc: Tensor) -> dict[str, Tensor]:
         values, vectors = part.tensors["values"], part.tensors["vectors"]
         return {"root": vectors * (1 + values).rsqrt() / part.prior.sqrt().unsqueeze(-1)}
     names = [name for name in ("curvature", "outputs", "inputs") if name in part.tensors]
-    leaves: dict[str, Tensor] = {
-        name: part.tensors[name].detach().clone().requires_grad_(True) for name in names
-    }
+    leaves = {name: part.tensors[name].detach().clone().requires_grad_(True) for name in names}
     moved = type(part)(**dict(part.tensors, **leaves))
     gradients = torch.autograd.grad(
         moved.posterior(loc.detach()).log_det_precision, list(leaves.values()), materialize_grads=True
@@ -171,22 +169,28 @@ def _hessian_trace(posterior: PrecisionNormal, parts: list[Part], value: Tensor,
     if isinstance(parts[0], LowRankPart):
         roots = latent.new_zeros(parts[0].tensors["vectors"].shape[1], len(latent))
         roots[:, parts[0].index] = _part_gradients(parts[0], latent)["root"].mT
-        return _trace_along(value, latent, roots)
-    return _trace_along(value, latent, _roots(posterior, latent))
+    else:
+        roots = _roots(posterior, latent)
+    return _trace_along(_gradient(value, latent), latent, roots)
 
 
 def _roots(posterior: PrecisionNormal, latent: Tensor) -> Tensor:
     return posterior.half_solve(torch.eye(len(latent), dtype=latent.dtype, device=latent.device))
 
 
-def _trace_along(value: Tensor, latent: Tensor, roots: Tensor) -> Tensor:
-    r""":math:`\sum_i r_i^\top \nabla^2 \text{value}\, r_i`."""
+def _gradient(value: Tensor, latent: Tensor) -> Tensor | None:
+    """The gradient with its graph; ``None`` where it is constant."""
     if not value.requires_grad:
-        return latent.new_zeros(())
+        return None
     (gradient,) = torch.autograd.grad(value, latent, create_graph=True, materialize_grads=True)
-    if not gradient.requires_grad:
-        return latent.new_zeros(())
+    return gradient if gradient.requires_grad else None
+
+
+def _trace_along(gradient: Tensor | None, latent: Tensor, roots: Tensor) -> Tensor:
+    r""":math:`\sum_i r_i^\top H r_i` for the Jacobian H of a gradient."""
     total = latent.new_zeros(())
+    if gradient is None:
+        return total
     for some in roots.split(256):
         total = total + (vjp(gradient, latent, some, create_graph=True) * some).sum()
     return total
@@ -194,13 +198,11 @@ def _trace_along(value: Tensor, latent: Tensor, roots: Tensor) -> Tensor:
 
 def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> Tensor:
     r""":math:`\operatorname{tr}(P^{-1} \nabla^2 \text{value})` with P held fixed."""
-    if not value.requires_grad:
-        return latent.new_zeros(())
-    (gradient,) = torch.autograd.grad(value, latent, create_graph=True, materialize_grads=True)
-    if not gradient.requires_grad:
+    gradient = _gradient(value, latent)
+    if gradient is None:
         return latent.new_zeros(())
     if diagonal_of_diagonal(hvp_operator(value, latent), latent) is None:
-        return _trace_along(value, latent, _roots(posterior, latent))
+        return _trace_along(gradient, latent, _roots(posterior, latent))
     (diagonal,) = torch.autograd.grad(
         gradient, latent, torch.ones_like(latent), create_graph=True, materialize_grads=True
     )

@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI
+from pyro.optim import Adam
 from torch import nn
 
 from pyro_bnn.infer import Mixture_ELBO, fit
@@ -157,3 +159,22 @@ def test_model_that_does_not_broadcast_over_components_runs_them_one_by_one() ->
             ]
         ).mean()
         assert_close(loss.detach(), expected.detach(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("how", ["direct", "SVI"])
+def test_data_of_a_site_that_the_guide_draws_are_refused(how: str, K: int) -> None:
+    def model(y, z=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0), obs=z)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    y, z = torch.randn(5), torch.tensor(3.0)
+    guide = AutoMixture(model, K).initialize(y)
+    elbo = Mixture_ELBO()
+    run = elbo(model, guide) if how == "direct" else SVI(model, guide, Adam({"lr": 0.01}), elbo).step
+    with pytest.raises(
+        ValueError, match="site 'w' is observed in this call of the model, but the guide draws it"
+    ):
+        run(y, z)
+    run(y)

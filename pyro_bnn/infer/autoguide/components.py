@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_bnn.distributions.cauchy import TangentCauchy, tangent_noise_
-from pyro_bnn.distributions.mixture import mixture_quantile
+from pyro_bnn.distributions.mixture import marginal_quantile
 from pyro_bnn.nn.priors import unwrap
 
 #: Rows of at least this many numbers are drawn one after the other, each while it is in the processor's caches.
@@ -184,12 +184,7 @@ class LatentSite:
         if scale is None:
             index = max(0, min(len(loc) - 1, math.ceil(q * len(loc)) - 1))
             return self.transform(loc.sort(0).values[index])
-        base = self.family.unit(loc, scale)
-        each = base.icdf(torch.full_like(loc, q))
-        if len(loc) == 1:
-            return self.transform(each[0])
-        raw = mixture_quantile(lambda v: base.cdf(v).mean(0), each.amin(0), each.amax(0), q)
-        return self.transform(raw)
+        return self.transform(marginal_quantile(self.family.unit(loc, scale), q))
 
     def covers(self, prior: Any) -> bool:
         """Whether a prior is a constant of the family for which there are closed forms over many sites at once."""

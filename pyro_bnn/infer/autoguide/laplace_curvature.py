@@ -295,4 +295,6 @@ class LaplaceCurvature:
             few = rows[0].take((*batch, {}), slice(0, 2))[:2] if rows and rows[0].separate else batch
             self.packed.trace(latent, few)
         uses = [use for use in capture.uses if isinstance(use, LinearUse)]
-        return list({int(use.index.reshape(-1)[0]): use.index.shape[:2] for use in uses}.values())
+        return list(
+            {int(use.index.reshape(-1)[0]): (use.index.shape[0], use.index.shape[1]) for use in uses}.values()
+        )

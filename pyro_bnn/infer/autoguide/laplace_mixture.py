@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from pyro_bnn.curvature.accumulate import check_option
-from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, mixture_quantile
+from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, marginal_quantile
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
@@ -283,14 +283,11 @@ class AutoLaplaceMixture(PackedGuide):
         parts = self.posterior.components
         loc = torch.stack([part.loc for part in parts])
         scale = torch.stack([part.variance for part in parts]).clamp(min=torch.finfo(loc.dtype).tiny).sqrt()
-        marginals = td.Normal(loc, scale)
-        weights = self.log_weights.exp().unsqueeze(-1)
-        rows = []
-        for q in torch.as_tensor(quantiles).tolist():
-            each = marginals.icdf(torch.full_like(loc, q))
-            lower, upper = each.amin(0), each.amax(0)
-            rows.append(mixture_quantile(lambda v: (weights * marginals.cdf(v)).sum(0), lower, upper, q))
-        return self.packed.space.unpack(torch.stack(rows))
+        marginals, weights = td.Normal(loc, scale), self.log_weights.exp()
+        levels = torch.as_tensor(quantiles).tolist()
+        return self.packed.space.unpack(
+            torch.stack([marginal_quantile(marginals, q, weights) for q in levels])
+        )
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """

@@ -63,7 +63,7 @@ class LinearizedGuide(PackedGuide):
     #: whether the posterior has a density (low-rank Gaussians do not)
     has_density = True
     #: what is taken for the curvature of the likelihood
-    curvature: str = "hessian"
+    curvature: Any = "hessian"
     _shown: tuple[str, ...] = ()  # options that the representation shows
 
     loc: Tensor

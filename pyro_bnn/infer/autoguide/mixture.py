@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.distributions.mixture import SharedIndexMixture
 from pyro_bnn.infer.autoguide.component_parameters import ComponentParameters
@@ -206,7 +207,7 @@ class AutoMixture(ComponentParameters):
         :return: whether a call is nothing but draws of the components of the named sites, which :meth:`draw` gives
             too.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks
+        hooks = self._forward_hooks or self._forward_pre_hooks  # which nothing public lists
         own = type(self).forward is AutoMixture.forward and self.create_plates is None
         return own and not hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
 
@@ -232,12 +233,8 @@ class AutoMixture(ComponentParameters):
         finally:
             self._stratum, self._is_stratified, self._component = None, False, None
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """
-        :param args: arguments of the model.
-        :param kwargs: keyword arguments of the model.
-        :return: a dictionary from site names to values.
-        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)

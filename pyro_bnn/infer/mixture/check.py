@@ -34,13 +34,8 @@ class ComponentLoopWarning(UserWarning):
 
 def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
     """
-    Runs guide and model under one draw of the first component, as plainly as can be.
-
-    :param step: the evaluation.
-    :return: the trace of the guide, by plain site of a layer its prior there, and by layer, who reads its parameters in
-        its place.
-    :raises ValueError: if the guide does not cover the model, or a model that gets split batches has sites outside of
-        networks that differ between components.
+    Runs guide and model under one draw of the first component, as plainly as can be: the trace of the guide, by plain site
+    of a layer its prior there, and by layer, who reads its parameters in its place.
     """
     with rehearsal(step.model), note_readers() as readers:
         guide_trace = step.guide_trace(0)
@@ -84,12 +79,17 @@ def require_function(step: Step, alone: Trace) -> None:
 
 
 def check_latents(model_sites: Mapping[str, Site], guide_sites: Mapping[str, Any]) -> None:
-    """Refuses a latent site of the model that is not among those of the guide."""
+    """Refuses a latent site of the model that is not among those of the guide, and an observed one that is."""
     for name, site in model_sites.items():
         if not site["is_observed"] and name not in guide_sites:
             raise ValueError(
                 f"site {name!r} of the model is missing from the guide: if it is an observation, pass its data; "
                 "if it is latent, add a guide for it."
+            )
+        if site["is_observed"] and name in guide_sites:
+            raise ValueError(
+                f"site {name!r} is observed in this call of the model, but the guide draws it, which would replace its data: "
+                "initialize the guide with the data, or leave the data out."
             )
 
 
@@ -97,12 +97,8 @@ def difference(step: Step, run: JointRun, alone: Trace, readers: Mapping[str, st
     """
     Compares one run of all components with runs of the first and the last one, under the same values: the densities of
     all sites of the model, per entry.
-
-    :param step: the evaluation.
-    :param run: how the components run together.
-    :param alone: a trace of the guide under one draw of one component.
-    :param readers: by layer, who reads its parameters in its place.
-    :return: what differs; empty if nothing does.
+    Says what differs; ``alone`` is a trace of the guide under one draw of one component, ``readers`` are those who read
+    parameters of a layer in its place.
     """
     own = sample_sites(alone)
     with rehearsal(step.model), torch.enable_grad():

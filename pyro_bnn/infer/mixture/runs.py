@@ -201,7 +201,8 @@ def _site(fn: Any, value: Tensor, hint: Mapping[str, Any]) -> Site:
 def subsamples(trace: Trace) -> dict[str, Tensor]:
     """By plate, the rows that it took."""
     known = sample_sites(trace)
-    return {n: s["value"] for n, s in trace.nodes.items() if s["type"] == "sample" and n not in known}
+    nodes: dict[str, Site] = dict(trace.nodes.items())
+    return {n: s["value"] for n, s in nodes.items() if s["type"] == "sample" and n not in known}
 
 
 @contextmanager
