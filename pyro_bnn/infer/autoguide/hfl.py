@@ -71,6 +71,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
 
     _shown = ("method", "curvature", "remainder")
 
+    curvature: Curvature
     factor: Tensor | None
     gradients: Tensor | None
     displacements: Tensor | None
