@@ -97,11 +97,15 @@ def test_missing_derivatives_raise():
     power = 0.5  # infinite slope at zero
     guide = AutoLaplace(model, curvature="hessian").initialize(y)
     guide.loc.data.copy_(torch.tensor([0.0, 0.75]))
-    with pytest.raises(ValueError, match="1 of 2 entries of the gradient of the loss are not finite"):
+    with pytest.raises(
+        ValueError, match="1 of 2 entries of the gradient of the log density, those of 'a', are not finite"
+    ):
         hfl.variance(guide, (y,), functional=lambda z: z["a"][1])
     power = 1.5  # infinite curvature at zero
     for options in ({}, {"preconditioner": "nystrom"}, {"proximal": "auto"}, {"method": "central"}):
-        with pytest.raises(NotAMinimumError, match="products with the hessian are not finite"):
+        with pytest.raises(
+            ValueError, match="1 of 2 entries of the second derivative of the log density, those of 'a'"
+        ):
             hfl.variance(guide, (y,), functional=lambda z: z["a"], **options)
     # the Fisher information is finite there: a[0] has no slope, so its variance is the prior's
     ggn = hfl.variance(guide, (y,), functional=lambda z: z["a"], curvature="ggn")

@@ -72,6 +72,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
 
     _shown = ("method", "curvature", "remainder")
 
+    curvature: Curvature
     factor: Tensor | None
     gradients: Tensor | None
     displacements: Tensor | None
