@@ -237,28 +237,21 @@ class AutoLaplace(LinearizedGuide):
             if before is None:
                 self._select(data, generator)
             found, parts, posterior = self.at_mode.resolved(data, generator, before)
-            prior, prior_value = found.prior, found.log_prior
             if self.curvature == "hessian" and self.structure != "full":
                 index = self.at_mode.index
-                operator, scale = self.at_mode.joint_hessian(data, prior), posterior.variance[index].sqrt()
-                require_minimum(operator, scale, index, self.packed.space, len(self.loc))
+                scale = posterior.variance[index].sqrt()
+                hessian = self.at_mode.joint_hessian(data, found.prior)
+                require_minimum(hessian, scale, index, self.packed.space, len(self.loc))
             coverage = self.packed.last_coverage
         assert coverage is not None
-        value = -found.log_likelihood - prior_value
-        gradient = found.gradient + prior.gradient
-        if before is not None:
-            assert self.log_joint is not None
-            assert self.gradient is not None
-            # the prior of this call counts in neither value nor gradient
-            value = value + prior_value - self.log_joint
-            gradient = gradient - prior.gradient + self.gradient
+        value, gradient = self._joint(found, resumed=before is not None)
         self.map_report = self._report(posterior, parts, value, gradient)
         self.part_store.set(parts)
         self._covered = coverage.covered
         self.gradient = gradient
         self.log_joint = -value
-        self.log_prior = prior_value
-        self.prior_gradient = prior.gradient
+        self.log_prior = found.log_prior
+        self.prior_gradient = found.prior.gradient
         self.tau = None
         self._posterior = posterior
         if map_tolerance is None:
@@ -266,6 +259,15 @@ class AutoLaplace(LinearizedGuide):
         if not coverage.is_partial:  # the gradient of some of the data is not zero at the point estimate
             self.map_report.warn_beyond(map_tolerance)
         return self
+
+    def _joint(self, found: Accumulated, *, resumed: bool) -> tuple[Tensor, Tensor]:
+        """The negative log joint density and its gradient, with those of earlier data, whose prior counts, if resumed."""
+        value, gradient = -found.log_likelihood, found.gradient
+        if not resumed:
+            return value - found.log_prior, gradient + found.prior.gradient
+        assert self.log_joint is not None
+        assert self.gradient is not None
+        return value - self.log_joint, gradient + self.gradient
 
     def curvature_parts(
         self,

@@ -117,39 +117,38 @@ class LinearizedOutputs:
         :return: the distribution of the site.
         :raises ValueError: if the likelihood does not have this form.
         """
-        logits = self.names == ("logits",)
+        if method not in ("auto", "probit", "bridge", "monte_carlo"):
+            raise ValueError(
+                f"unknown method {method!r}, expected 'auto', 'probit', 'bridge' or 'monte_carlo'"
+            )
         if method == "auto":
             closed = self._closed_form()
             if closed is not None:
                 return closed
-            single = logits and self._is_classifier() and self.event_size == 1
-            method = "probit" if single else "monte_carlo"
+            method = "probit" if self._is_classifier() and self.event_size == 1 else "monte_carlo"
         if method == "monte_carlo":
             return EqualMixture(self.site.build(self.sample((num_samples,), generator=generator)))
-        if method in ("probit", "bridge") and self.event_size > 1:
+        self._require_labels(method)
+        return self.site.build(self._probit() if method == "probit" else self.bridge().mean.log())
+
+    def _require_labels(self, method: str) -> None:
+        """Refuses a likelihood that has no approximation by a method for single labels."""
+        if self.event_size > 1:
             raise ValueError(
                 f"method={method!r} gives the probabilities of each label by itself, but an observation of site "
                 f"{self.site.name!r} has {self.event_size} labels (to_event), which are correlated through the latents: use "
                 "method='monte_carlo', or declare them independent observations (a plate) in the model."
             )
-        if method == "bridge":
-            if not logits or self.mean.shape[-1] < 2:
-                raise ValueError(
-                    f"method='bridge' needs a Categorical likelihood, found {type(self.site.base)}"
-                )
-            return self.site.build(self.bridge().mean.log())
-        if method != "probit":
-            raise ValueError(
-                f"unknown method {method!r}, expected 'auto', 'probit', 'bridge' or 'monte_carlo'"
-            )
-        if not logits or not self._is_classifier():
-            raise ValueError(
-                f"method='probit' needs a Bernoulli or Categorical likelihood, found {type(self.site.base)}"
-            )
-        return self.site.build(self._probit())
+        bridge = method == "bridge"
+        fits = self.names == ("logits",) and self.mean.shape[-1] > 1 if bridge else self._is_classifier()
+        if not fits:
+            needed = "Categorical" if bridge else "Bernoulli or Categorical"
+            raise ValueError(f"method={method!r} needs a {needed} likelihood, found {type(self.site.base)}")
 
     def _is_classifier(self) -> bool:
-        return of_family(self.site.base, td.Bernoulli, td.Categorical, td.OneHotCategorical)
+        return self.names == ("logits",) and of_family(
+            self.site.base, td.Bernoulli, td.Categorical, td.OneHotCategorical
+        )
 
     def _noise(self) -> Tensor | None:
         """The covariance of each element's noise given its location, for Gaussian likelihoods in their location."""
