@@ -117,11 +117,6 @@ class AutoLaplaceMixture(PackedGuide):
     def packed(self) -> PackedModel:
         return self.components[0].packed
 
-    @property
-    def curvature(self) -> str:
-        """The curvature of the components."""
-        return self.components[0].curvature
-
     def can_linearize(self, batch: Batch) -> bool:
         """See :meth:`AutoLaplace.can_linearize`."""
         return self.components[0].can_linearize(batch)

@@ -94,7 +94,7 @@ def predicts_itself(posterior: Any, batch: Batch) -> bool:
     if not hasattr(posterior, "observed_distributions"):
         return False
     linearizes = getattr(posterior, "can_linearize", None)
-    return linearizes is None or getattr(posterior, "curvature", None) != "hessian" or linearizes(batch)
+    return linearizes is None or linearizes(batch)
 
 
 def predictions(pieces: Pieces, wanted: Wanted = Wanted()) -> Iterator[Found]:
