@@ -181,3 +181,17 @@ def test_bad_input():
         AutoLaplaceMixture.from_modes(model, normal, (x, y), (x, y))
     with pytest.raises(ValueError, match="1 points, but the guide has 2 components"):
         AutoLaplaceMixture(model, 2).initialize(x, y).set_modes([normal.sample_posterior()])
+
+
+def test_a_mixture_in_single_precision_loads(tmp_path):
+    def single(y=None):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2, dtype=torch.float32), 2.0).to_event(1))
+        pyro.sample("obs", dist.Normal(a.prod(), 0.1), obs=y)
+
+    y = torch.tensor(1.0, dtype=torch.float32)
+    guide = AutoLaplaceMixture(single, 2, weights="evidence").initialize(y)
+    guide.set_modes([{"a": torch.ones(2)}, {"a": -torch.ones(2)}]).laplace_approximation(y)
+    save_guide(guide, tmp_path / "guide.pt")
+    loaded = load_guide(AutoLaplaceMixture(single, 2, weights="evidence"), tmp_path / "guide.pt")
+    u = torch.tensor([0.9, 1.1], dtype=torch.float32)
+    assert_close(loaded.posterior.log_prob(u), guide.posterior.log_prob(u))

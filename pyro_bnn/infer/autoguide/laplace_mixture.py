@@ -74,7 +74,9 @@ class AutoLaplaceMixture(PackedGuide):
         self.components = nn.ModuleList(
             [AutoLaplace(model, init_loc_fn=init_loc_fn, **options) for _ in range(num_components)]
         )
-        self.register_buffer("log_weights", -torch.tensor(float(num_components)).log().expand(num_components))
+        self.register_buffer(
+            "log_weights", -torch.full((num_components,), num_components, dtype=torch.float64).log()
+        )
 
     @classmethod
     def from_modes(
@@ -110,7 +112,7 @@ class AutoLaplaceMixture(PackedGuide):
     def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
         for guide in self.components:  # each starts at a draw of its own
             guide.initialize(*batch[0], **batch[1])
-        self.log_weights = self.log_weights.to(self.components[0].loc)
+        self.log_weights = self.log_weights.to(self.components[0].loc.device)
 
     @property
     @override
