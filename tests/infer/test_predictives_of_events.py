@@ -218,28 +218,31 @@ def test_other_guides():
     )
 
 
+@pytest.mark.parametrize("family", [dist.Normal, dist.LogNormal])
 @pytest.mark.parametrize("filler", [0.0, 50.0])
-def test_validation_density_of_partly_masked_observations(filler):
-    """Against the marginal Gaussian of the observed elements."""
+def test_validation_density_of_partly_masked_observations(filler, family):
+    """Against the marginal Gaussian of the observed elements, or of their logarithms."""
     x, y = torch.randn(6, 4), torch.randn(6, 3)
     mask = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
-    y = torch.where(mask, y, filler)
+    logs = torch.where(mask, y, filler)
+    y = torch.where(mask, y.exp(), filler + 1) if family is dist.LogNormal else logs
 
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
         with pyro.plate("data", len(x)):
-            return pyro.sample("obs", dist.Normal(features(x, 3) @ w, NOISE).mask(mask).to_event(1), obs=y)
+            return pyro.sample("obs", family(features(x, 3) @ w, NOISE).mask(mask).to_event(1), obs=y)
 
     guide = fitted(model, x, y)
     J = features(x, 3)
     covariance = torch.linalg.inv(torch.eye(4) + J[mask].mT @ J[mask] / NOISE**2)
-    mean = J @ covariance @ J[mask].mT @ y[mask] / NOISE**2
+    mean = J @ covariance @ J[mask].mT @ logs[mask] / NOISE**2
     joint = J @ covariance @ J.mT + NOISE**2 * torch.eye(3)
     expected = sum(
         stats.multivariate_normal(m[k].numpy(), c[k][:, k].numpy()).logpdf(t[k].numpy())
-        for m, c, t, k in zip(mean, joint, y, mask, strict=True)
+        for m, c, t, k in zip(mean, joint, logs, mask, strict=True)
         if k.any()
     )
+    expected -= logs[mask].sum() if family is dist.LogNormal else 0.0
     outputs = guide.linearized_outputs(x, y)["obs"]
     assert_close(outputs.log_density(y).sum(), expected, rtol=1e-6)
     scores = guide.optimize_hyperparameters((x, y), method="validation", candidates=[1.0]).objective

@@ -120,6 +120,17 @@ def test_jacobian_equals_autograd(name):
     assert_close(jacobian.dense(jacobian.basis()).movedim(0, 1), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_use_that_shares_an_entry_with_what_is_not_recognised_is_given_up():
+    latent = torch.randn(6, requires_grad=True)
+    with Capture(latent) as capture:
+        y = (
+            F.linear(torch.randn(5, 3), latent[:3].view(1, 3)) * torch.special.i0e(latent[0])
+            + latent[3:].sum()
+        )
+    capture.finish(y)
+    assert capture.generic[:3].all()
+
+
 @pytest.mark.parametrize("width", [2, 8])
 def test_outputs_that_mix_examples(width):
     # few entries: by forward products; many: everything counts as one example

@@ -135,6 +135,12 @@ def test_the_count_of_a_negative_binomial_from_few_to_many_failures():
         assert_close(F, [[expected, r * probs], [r * probs, r * probs]], rtol=1e-9)
 
 
+def test_counts_too_large_for_the_series_are_refused():
+    d = dist.NegativeBinomial(torch.tensor([1e6]), probs=torch.tensor([0.13]))  # of mean 149,425
+    with pytest.raises(ValueError, match=r"NegativeBinomial.*mean of 149,425.*100,000"):
+        fisher_rule(d).information(d)
+
+
 @pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
 def test_build_inverts_parameters_and_roots_are_roots(name):
     d = {**CONTINUOUS, **DISCRETE}[name]()
@@ -147,6 +153,7 @@ def test_build_inverts_parameters_and_roots_are_roots(name):
         for k, v in parameters.items()
     }
     assert rule.build(d, stacked).batch_shape == (4,) + d.batch_shape
+    assert_close(rule.build(d, {}).log_prob(value), d.log_prob(value), rtol=1e-9, atol=1e-12)
     for names in ([*parameters], [*parameters][-1:]):
         R = rule.root(d, names)
         assert_close(R @ R.mT, rule.block(d, names), rtol=1e-9, atol=1e-12)

@@ -158,6 +158,7 @@ def binomial_information(d: td.Binomial) -> list[Tensor]:
     return [d.total_count * d.probs * (1 - d.probs)]
 
 
+#: Terms of the series of a count's information.
 _MAX_TERMS = 100_000
 
 
@@ -167,7 +168,13 @@ def count_information(d: td.NegativeBinomial) -> Tensor:
     total, tail = torch.zeros_like(r), torch.ones_like(r)
     mean, mass, j = float(d.mean.max()), tail, 0
     # beyond the mean the probabilities decrease geometrically; the tail itself ends at its rounding error
-    while (j <= mean or float(mass.max()) > torch.finfo(r.dtype).eps) and j < _MAX_TERMS:
+    while j <= mean or float(mass.max()) > torch.finfo(r.dtype).eps:
+        if max(j, mean) >= _MAX_TERMS:
+            raise ValueError(
+                f"NegativeBinomial with a mean of {mean:,.0f}: the series of its Fisher information has more than "
+                f"{_MAX_TERMS:,} terms. Use curvature='hessian', 'mc_fisher' or 'empirical_fisher', or a total_count that does "
+                "not depend on latents."
+            )
         mass = d.log_prob(torch.full_like(r, float(j))).exp()
         tail = (tail - mass).clamp(min=0)
         total = total + tail / (r + j).square()
