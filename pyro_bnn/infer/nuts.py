@@ -75,8 +75,7 @@ class RecordingNUTS(_Nuts):
         step_size = float(self.step_size)
         # Pyro keeps a running mean of acceptance rates, which its public logging() rounds
         before = self._mean_accept_prob
-        with torch.no_grad():
-            potential = float(self.potential_fn(params))
+        potential = float(self.potential_fn(params).detach())  # some models take derivatives themselves
         with _Moves() as moves:
             result = super().sample(params)
         count = len(self.records) + 1 - (0 if is_warmup else self._warmup_size)
