@@ -46,7 +46,7 @@ from pyro_bnn.model.local_latents import local_names
 from pyro_bnn.model.observations import check_run, validated_names
 from pyro_bnn.model.outputs import SiteOutputs, depends_on, site_outputs
 from pyro_bnn.model.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
-from pyro_bnn.model.reach import require_reach
+from pyro_bnn.model.reach import require_reach, site_leaves
 from pyro_bnn.ops.distributed import rank
 from pyro_bnn.ops.jacobian import wide
 
@@ -280,11 +280,11 @@ class PackedModel:
         return [site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
 
     @torch.enable_grad()  # some models take derivatives themselves
-    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> None:
+    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> Batch:
         """
         Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
         warns where its derivatives, with ``hessian`` also the second ones, are not those of the function. Up to 64 examples
-        of the first batch are used where the model treats them separately, all of them where it does not.
+        of the first batch are used, and returned, where the model treats them separately, all of them where it does not.
 
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
@@ -294,8 +294,10 @@ class PackedModel:
         found = self.rows(latent, batch, 1)
         if found and found[0].separate:
             batch = found[0].take((*batch, {}), slice(0, 64))[:2]
-        runs = [self.trace(latent, batch) for _ in range(2)]
-        first, second = (float(self.log_likelihood(trace, require_finite=False).detach()) for trace in runs)
+        leaves = site_leaves(self, latent)
+        value = self.log_likelihood(self.trace(latent, batch, leaves), require_finite=False)
+        other = self.log_likelihood(self.trace(latent, batch), require_finite=False)
+        first, second = float(value.detach()), float(other.detach())
         if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
             raise ValueError(
                 f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
@@ -303,10 +305,11 @@ class PackedModel:
                 "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
                 "random layers do the same."
             )
-        require_reach(self, latent, batch)
+        require_reach(self, latent, batch, leaves, value)
         check_gradient(self, latent, batch)
         if hessian:
             check_hessian(self, latent, batch)
+        return batch
 
     def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:
         """A latent with a value per row of a batch would have those of other rows in the next."""

@@ -34,12 +34,17 @@ def nothing_reached(names: Sequence[str]) -> ValueError:
     )
 
 
-@torch.enable_grad()
-def require_reach(model: Any, latent: Tensor, batch: Batch) -> None:
-    """Raises if no latent site, of the packed vector ``(p,)``, reaches the likelihood, or if one moves it without a gradient."""
-    latent = latent.detach()
-    leaves = {name: v.detach().clone().requires_grad_(True) for name, v in model.space.unpack(latent).items()}
-    value = model.log_likelihood(model.trace(latent, batch, leaves), require_finite=False)
+def site_leaves(model: Any, latent: Tensor) -> dict[str, Tensor]:
+    """The latent sites at a packed vector ``(p,)`` as tensors of their own, to differentiate in."""
+    sites = model.space.unpack(latent.detach())
+    return {name: value.detach().clone().requires_grad_(True) for name, value in sites.items()}
+
+
+def require_reach(model: Any, latent: Tensor, batch: Batch, leaves: dict[str, Tensor], value: Tensor) -> None:
+    """
+    Raises if no latent site reaches the likelihood ``value`` that a run on the :func:`site_leaves` gave, or if one moves it
+    without a gradient.
+    """
     names = unreached(value, leaves)
     if not names:
         return
@@ -55,7 +60,7 @@ def require_reach(model: Any, latent: Tensor, batch: Batch) -> None:
 
 def _moves(model: Any, latent: Tensor, batch: Batch, name: str, before: float) -> bool:
     """Whether another value of a site gives another likelihood."""
-    moved = latent.clone()
+    moved = latent.detach().clone()
     generator = torch.Generator(device=latent.device).manual_seed(0)
     part = moved[model.space.slices[name]]
     part += torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device)

@@ -27,7 +27,7 @@ from pyro_bnn.infer.autoguide.point_estimate import MAPReport
 from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
 from pyro_bnn.model.arguments import as_data
-from pyro_bnn.model.data import as_batches
+from pyro_bnn.model.data import Batch, as_batches
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
@@ -231,11 +231,11 @@ class AutoLaplace(LinearizedGuide):
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
         data = as_batches(as_data(self._plain[0], args, kwargs, "laplace_approximation"))
-        self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
+        few = self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         with self.packed.continuing(None if override else self._covered if before is not None else {}):
             if before is None:
-                self._select(data, generator)
+                self._select(data, few, generator)
             found, parts, posterior = self.at_mode.resolved(data, generator, before)
             if self.curvature == "hessian" and self.structure != "full":
                 index = self.at_mode.index
@@ -295,11 +295,9 @@ class AutoLaplace(LinearizedGuide):
         """
         return self.at_mode.empty_sum(dtype)
 
-    def _select(self, data: Any, generator: torch.Generator | None) -> None:
-        batch = as_batches(data).first
-        if self.sites is not None:  # a few examples show which layer is the last
-            batch = next(ExampleStream(self.packed, self.loc).chunks(batch))
-        self.active = select(self.packed, self.sites, self.loc.detach(), batch)
+    def _select(self, data: Any, few: Batch, generator: torch.Generator | None) -> None:
+        """Chooses the random latents; a few examples show which layer is the last."""
+        self.active = select(self.packed, self.sites, self.loc.detach(), few)
         if self.subnetwork is not None and self.subnetwork_size is not None:
             self.active = self.at_mode.subnetwork(self.subnetwork, self.subnetwork_size, data, generator)
 

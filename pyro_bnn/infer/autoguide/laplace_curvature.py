@@ -252,6 +252,9 @@ class LaplaceCurvature:
     def _require_memory(self, data: Any) -> None:
         """Raises before anything is allocated, and names the structures that would fit."""
         limit = available_bytes(self.loc.device) if self.memory_limit is None else self.memory_limit
+        dense = 5.0 * len(self.index) ** 2 * wide(self.loc.detach()).element_size()
+        if self.structure in ("full", "block", "kronecker", "diagonal") and dense <= limit:
+            return  # none of them takes more, and nobody needs to run the model to know
         sizes = self._memory(data)
         if sizes[self.structure] <= limit:
             return
