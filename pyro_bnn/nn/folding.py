@@ -55,6 +55,9 @@ class _Loop:
     running = False
 
 
+#: numbers that are read and written in the time that Python takes for one more run of a network
+_ONE_RUN = 2**17
+
 _LOOP: ContextVar[_Loop | None] = ContextVar("sample_loops", default=None)
 
 
@@ -216,7 +219,8 @@ class Folding:
     def _loop_pays(self, module: nn.Module) -> bool:
         """Whether weights cost less than activations, by what layers saw in an earlier call, and nobody objects."""
         costs = [layer._costs for layer in self.layers if layer._costs is not None]
-        pays = sum(built for built, _ in costs) < self.batch_size * sum(passed for _, passed in costs)
+        built, passed = (sum(cost) for cost in zip(*costs, strict=True)) if costs else (0.0, 0.0)
+        pays = built + _ONE_RUN < self.batch_size * passed
         rows = any(value.shape[1] > 1 for value in self._varying.values())
         return pays and not rows and not module.training and _LOOP.get() is not None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.model.handlers import categorical_draw
-from pyro_bnn.nn import HierarchicalPrior, bayesian_, rank1_
+from pyro_bnn.nn import HierarchicalPrior, bayesian_, folding, rank1_
 from pyro_bnn.nn.folding import Folding
 from tests.common import assert_close
 from tests.nn import architectures as arch
@@ -49,6 +49,12 @@ def classifier(net: Any, handler: Any = nullcontext) -> Any:
             return pyro.sample("obs", dist.Categorical(logits=hidden), obs=y)
 
     return model
+
+
+@pytest.fixture(autouse=True)
+def _loops_of_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks as small as these run their samples one by one here too, which otherwise large ones do."""
+    monkeypatch.setattr(folding, "_ONE_RUN", 0)
 
 
 @pytest.mark.parametrize("conversion", list(CONVERSIONS))
