@@ -438,6 +438,14 @@ def test_the_rank_of_probes_does_not_depend_on_their_scales():
     assert root.shape == (4, 4)
     assert_close(root @ root.mT * S * S[:, None], torch.linalg.inv(full), rtol=1e-7)
     assert inverse_root(A @ A.mT * S * S[:, None]).shape == (4, 3)
+
+
+def test_a_probe_that_finds_nothing_is_left_out():
+    A = torch.randn(3, 3)
+    gram = torch.zeros(4, 4)
+    gram[:3, :3] = A @ A.mT
+    root = inverse_root(gram)
+    assert_close(root @ root.mT, torch.linalg.pinv(gram, hermitian=True), rtol=1e-8, atol=1e-10)
     assert inverse_root(torch.zeros(2, 2)).shape[0] == 2
 
 
