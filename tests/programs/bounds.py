@@ -146,7 +146,10 @@ def one_step(facts: Facts) -> Pairs:
             )
             for n in facts.space.sites
         ]
-        yield f"component {k}", torch.cat(moved) / lr, expected[k], 1e-7  # type: ignore[misc]
+        # the step is the difference of two rounded parameters
+        size = max(float(values[n].abs().max()) for n in facts.space.sites)
+        rounding = 2 * torch.finfo(expected[k].dtype).eps * size / (lr * float(expected[k].abs().max()))
+        yield f"component {k}", torch.cat(moved) / lr, expected[k], max(1e-7, rounding)  # type: ignore[misc]
 
 
 @operation(
