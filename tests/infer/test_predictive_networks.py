@@ -59,7 +59,12 @@ def _loops_of_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("conversion", list(CONVERSIONS))
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_chunks_equal_the_loop(name: str, conversion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_chunks_equal_the_loop(
+    name: str, conversion: str, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not one_by_one:
+        monkeypatch.undo()  # as small a network runs them together otherwise
     make, shape = NETWORKS[name]
     net = make()
     x, y = torch.randn(ROWS, *shape), torch.randint(3, (ROWS,))
@@ -87,7 +92,8 @@ def test_chunks_equal_the_loop(name: str, conversion: str, monkeypatch: pytest.M
         for field in ("mean", "variance", "log_likelihood"):
             assert_close(getattr(found, field), getattr(loop, field), rtol=1e-12, atol=1e-12)
     # draws run through the network one by one where the weight of a draw can be built
-    assert (max(chosen, default=0) == 6) == (conversion not in ("additive", "full weights", "packed"))
+    can = conversion not in ("additive", "full weights", "packed")
+    assert (max(chosen, default=0) == 6) == (one_by_one and can)
 
 
 def test_handlers_of_the_model_hear_every_site() -> None:

@@ -300,7 +300,9 @@ class LinearizedGuide(PackedGuide):
 
         @cache
         def whole() -> list[SiteOutputs]:
-            nothing = lambda value: value.new_empty(0)  # noqa: E731
+            def nothing(value: Tensor) -> Tensor:
+                return value.new_empty(0)
+
             try:  # without keeping activations
                 with torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
                     return self.packed.outputs(stream.latent, batch)

@@ -249,7 +249,10 @@ def _check_rows(
 ) -> None:
     """Compares a run in which every example has its factors with runs in which all have those of one example."""
     mine = {name: _own_value(step, values[name], site, 0, 0) for name, site in own.items()}
-    run = lambda values: densities(sample_sites(step.model_trace(values | dict(frozen))))  # noqa: E731
+
+    def run(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return densities(sample_sites(step.model_trace(values | dict(frozen))))
+
     each = run(mine)
     factors = {
         site.name: site for mixture in step.mixtures for site in mixture.sites if site.role == "factor"
