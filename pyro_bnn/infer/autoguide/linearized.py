@@ -25,8 +25,8 @@ from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
-from pyro_bnn.model.arguments import as_data
-from pyro_bnn.model.data import Batch, as_batches, iter_batches
+from pyro_bnn.model.arguments import takes_data
+from pyro_bnn.model.data import Arguments, Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
@@ -230,6 +230,7 @@ class LinearizedGuide(PackedGuide):
 
     # ------------------------------------------------------------------ point estimate
 
+    @takes_data()
     @torch.inference_mode(False)
     @torch.enable_grad()
     def polish(
@@ -247,7 +248,8 @@ class LinearizedGuide(PackedGuide):
         three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
-            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
+            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)`` (see :mod:`pyro_bnn.model.arguments`);
+            every pass uses all of it.
         :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
         :param max_iter: largest number of L-BFGS iterations.
         :param bool float64: whether to search in double precision; parameters and buffers of the model's modules are
@@ -260,7 +262,7 @@ class LinearizedGuide(PackedGuide):
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        data = as_batches(as_data(self._plain[0], args, kwargs, "polish"))
+        data = as_batches(*args)
         if self.is_fitted:
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
@@ -271,18 +273,22 @@ class LinearizedGuide(PackedGuide):
         self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
         return self
 
-    def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
+    @takes_data()
+    def negative_log_joint(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         r"""
         :math:`L` and its gradient at the point estimate.
 
-        :param data: one batch or an iterable of batches, with observations.
+        :param args: data with observations, or the arguments of the model.
+        :param kwargs: keyword arguments of the model.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
+        (data,) = args
         losses = partial(self.packed.losses, data=data, require_finite=True)
         return value_and_gradient(losses, self.loc)
 
     # ------------------------------------------------------------------ predictions
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
@@ -296,7 +302,8 @@ class LinearizedGuide(PackedGuide):
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
+        (batch,) = args
+        posterior, stream = self.posterior, self._stream()
 
         @cache
         def whole() -> list[SiteOutputs]:
@@ -328,6 +335,7 @@ class LinearizedGuide(PackedGuide):
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
         return ExampleStream(self.packed, self.loc, budget=self.budget, differentiable=differentiable)
 
+    @takes_data(one_batch=True)
     def predictive(
         self,
         *args: Any,
@@ -348,7 +356,7 @@ class LinearizedGuide(PackedGuide):
         """
         return {
             name: outputs.distribution(method, num_samples=num_samples, generator=generator)
-            for name, outputs in self.linearized_outputs(*args, **kwargs).items()
+            for name, outputs in self.linearized_outputs(*args).items()
         }
 
     @override
@@ -401,6 +409,7 @@ class LinearizedGuide(PackedGuide):
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def joint_covariance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -412,10 +421,11 @@ class LinearizedGuide(PackedGuide):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, shape ``shape + (C,) + shape + (C,)``.
         """
+        (batch,) = args
         posterior: Any = self.posterior
         result = {}
         latent = self.loc.detach().clone().requires_grad_(True)
-        for site in self.packed.outputs(latent, (args, kwargs)):
+        for site in self.packed.outputs(latent, batch):
             shape = site.outputs.shape
             J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size))
             result[site.name] = posterior.quadratic_form(J).reshape(shape + shape)
@@ -428,4 +438,4 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches; observations are not needed.
         :return: an iterator over :meth:`linearized_outputs`.
         """
-        return (self.linearized_outputs(*args, **kwargs) for args, kwargs in iter_batches(data))
+        return (self.linearized_outputs(Arguments(*batch)) for batch in iter_batches(data))

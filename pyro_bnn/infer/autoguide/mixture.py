@@ -27,6 +27,7 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
+from pyro_bnn.infer.initialize import initialize_with
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.model.observations import check_labels
@@ -146,13 +147,13 @@ class AutoMixture(ComponentParameters):
         """
         Creates all parameters from one call of the model **with its observations**.
 
-        :param args: arguments of the model.
+        :param args: arguments of the model, or data, of which the first batch is taken (see :mod:`pyro_bnn.model.arguments`).
         :param kwargs: keyword arguments of the model.
         :return: the guide itself.
         :raises ValueError: if the model was called without observations, a family does not fit the support of
             a site, or a key of ``component`` names no site.
         """
-        self._setup_prototype(*args, **kwargs)
+        initialize_with(self, args, kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.model.arguments import argument_kinds, takes_data
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import init_flat
@@ -33,6 +34,7 @@ class PackedGuide(AutoContinuous):
         super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
         # self.model initialises every site anew in each run; in a tuple it is not registered as a submodule
         self._plain = (model,)
+        self.argument_kinds: dict[str, bool] = {}  # of the batch that the guide was initialised with
 
     @property
     def packed(self) -> PackedModel:
@@ -44,7 +46,8 @@ class PackedGuide(AutoContinuous):
         Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
         before the first step.
 
-        :param args: arguments of the model, **with observations**.
+        :param args: arguments of the model, **with observations**, or data, of which the first batch is taken (see
+            :mod:`pyro_bnn.model.arguments`).
         :param kwargs: keyword arguments of the model.
         :return: the guide itself.
         :raises ValueError: if the arguments are not finite or no site of the model is observed.
@@ -64,6 +67,7 @@ class PackedGuide(AutoContinuous):
         with SubstituteMessenger(values), evaluation_mode():
             super()._setup_prototype(*args, **kwargs)
         detach_prototypes(self)
+        self.argument_kinds = argument_kinds(self._plain[0], (args, kwargs))
         self._start(trace, modules, (args, kwargs))
 
     def _start(self, trace: Trace, modules: list[torch.nn.Module], batch: Batch) -> None:
@@ -80,6 +84,7 @@ class PackedGuide(AutoContinuous):
         """The same at draws."""
         raise NotImplementedError
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def observed_distributions(
@@ -93,9 +98,11 @@ class PackedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
         """
-        moved = self._linearized(self.packed.space.pack(draws), (args, kwargs))
+        (batch,) = args
+        moved = self._linearized(self.packed.space.pack(draws), batch)
         return {site.name: site.build(outputs) for site, outputs in moved}
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     def functional_samples(
         self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
@@ -110,5 +117,6 @@ class PackedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
-        moved = self._functions(torch.Size((num_samples,)), generator, (args, kwargs))
+        (batch,) = args
+        moved = self._functions(torch.Size((num_samples,)), generator, batch)
         return {site.name: outputs for site, outputs in moved}
