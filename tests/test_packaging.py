@@ -62,7 +62,9 @@ def test_importing_the_package_loads_no_library_of_a_single_function() -> None:
 
 
 def test_the_package_exports_what_the_tutorials_use_most() -> None:
-    nodes = [node for path in (ROOT / "tutorials").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    nodes = [
+        node for path in (ROOT / "tutorials").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     used = Counter(
         alias.name for node in imports if (node.module or "").startswith("pyro_bnn") for alias in node.names

@@ -202,12 +202,12 @@ def takes_data(
                 args, rest = args[:1], args[1:]
                 given |= dict(zip(after, rest, strict=False))
             if optional and not args and not kwargs:
-                return method(guide, *lead, **given)  # type: ignore[arg-type, call-arg]
+                return method(guide, *lead, **given)
             model, seen = getattr(guide, "model", guide), getattr(guide, "argument_kinds", None)
             data = as_data(model, args, kwargs, name, options=given.keys() - leading.keys(), seen=seen)
             if one_batch:
                 data = _one_batch(data, name)
-            return method(guide, *lead, data, **given)  # type: ignore[arg-type, call-arg]
+            return method(guide, *lead, data, **given)
 
         return call  # type: ignore[return-value]
 

@@ -28,6 +28,7 @@ from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
 from pyro_bnn.model.arguments import is_container, takes_data
 from pyro_bnn.model.data import Batch, as_batches
+from pyro_bnn.ops.described import span_of
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
@@ -319,6 +320,26 @@ class AutoLaplace(LinearizedGuide):
         return MAPReport(
             float(value), float(random.norm()), float(decrement), float(posterior.smallest_precision)
         )
+
+    @override
+    def _facts(self) -> dict[str, str]:
+        if not self.is_fitted:
+            return {}
+        found = {"log evidence": f"{float(self.log_evidence()):.6g} nats"}
+        if self.tau is not None:
+            found["multiplier of the prior precision"] = span_of(self.tau)
+        return found
+
+    @override
+    def _prior_scale(self) -> Tensor | None:
+        if not self.is_fitted:
+            return None
+        precision = torch.full_like(self.loc.detach(), torch.nan)
+        for part in self.part_store.get():
+            precision[part.index] = (part.prior if part.prior.dim() == 1 else part.prior.diagonal()).to(
+                precision
+            )
+        return (precision * (1.0 if self.tau is None else self.tau)).rsqrt()
 
     @override
     def _make_posterior(self) -> PrecisionNormal | None:

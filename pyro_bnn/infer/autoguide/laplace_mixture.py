@@ -17,6 +17,7 @@ from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, marginal_quantile
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
+from pyro_bnn.infer.autoguide.summary import GuideSummary, of_laplace_mixture
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.model.data import Arguments, Batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
@@ -167,6 +168,18 @@ class AutoLaplaceMixture(PackedGuide):
         """What the guide is: its components, weights, and that of a component."""
         first = repr(self.components[0])
         return f"{type(self).__name__}({self.num_components} x {first}, weights={self.weights!r})"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> GuideSummary:
+        """
+        What the guide holds.
+
+        :return: facts (weights, log evidence), and a table of the sites with their spreads within and between the modes in
+            unconstrained space; it prints itself.
+        """
+        return of_laplace_mixture(self)
 
     def laplace_approximation(self, *args: Any, map_tolerance: float = float("inf"), **options: Any) -> Self:
         """

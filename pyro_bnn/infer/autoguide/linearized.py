@@ -25,6 +25,7 @@ from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
+from pyro_bnn.infer.autoguide.summary import GuideSummary, of_linearized
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.model.data import Arguments, Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
@@ -112,6 +113,27 @@ class LinearizedGuide(PackedGuide):
             fitted = "Gaussian" if self.is_fitted else "point estimate, no laplace_approximation yet"
             state = f"{len(self.loc):,} latents, {fitted}"
         return f"{type(self).__name__}({', '.join([*options, state])})"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> GuideSummary:
+        """
+        What the guide holds.
+
+        :return: facts (structure, convergence of the point estimate, log evidence), and a table of the sites with their
+            shapes, locations and posterior standard deviations in unconstrained space, also relative to the prior's where
+            the guide knows them (1: the data say nothing); it prints itself.
+        """
+        return of_linearized(self, self._shown, facts=self._facts(), prior=self._prior_scale())
+
+    def _facts(self) -> dict[str, str]:
+        """What the summary says beside what all such guides have."""
+        return {}
+
+    def _prior_scale(self) -> Tensor | None:
+        """Standard deviations of the prior's Gaussian approximation, shape ``(p,)``, where they are known."""
+        return None
 
     # ------------------------------------------------------------------ posterior
 
