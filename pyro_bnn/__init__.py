@@ -29,6 +29,7 @@ from pyro_bnn.infer import (
 )
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.nn import FanInNormal, Rank1Linear, bayesian_, init_to_trained, rank1_
+from pyro_bnn.supervised import laplace
 
 __all__ = [
     "AutoHessianFreeLaplace",
@@ -46,6 +47,7 @@ __all__ = [
     "fit",
     "hfl",
     "init_to_trained",
+    "laplace",
     "load_guide",
     "metrics",
     "nuts",

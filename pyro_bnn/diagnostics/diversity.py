@@ -85,7 +85,7 @@ class DiversityReport(Described):
                 off = value[~torch.eye(K, dtype=torch.bool, device=value.device)]
                 rows[name] = f"mean {off.mean():.4g}, smallest {off.min():.4g}"
         if self.collapsed:
-            rows["collapsed"] = "the mixture predicts like a single one of its members"
+            rows["The members have collapsed: the mixture predicts like a single one of them."] = ""
         return f"{K} components on {self.num_observations} observations of {self.site!r}", rows
 
 
@@ -121,7 +121,7 @@ def diversity(
           NLL of the members     1.4189 to 1.4189, mean 1.4189
           NLL of the mixture     1.4189 (gain 0.0000)
           ...
-          collapsed              the mixture predicts like a single one of its members
+          The members have collapsed: the mixture predicts like a single one of them.
     """
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     mixture = _mixture(guide, parts)

@@ -37,9 +37,12 @@ def first_of(names: Iterable[str], most: int = 5) -> str:
 
 
 def as_text(title: str, rows: Mapping[str, str], most: int | None = MOST_LINES) -> str:
-    """The title and below it the rows, aligned; at most so many lines, the last of which says what is left out."""
-    width = max(map(len, rows), default=0)
-    lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+    """The title and below it the rows, aligned, notes without a value as they are; at most so many lines, the last of which says what is left out."""
+    width = max((len(name) for name, value in rows.items() if value), default=0)
+    lines = [
+        title,
+        *(f"  {name:<{width}}  {value}" if value else f"  {name}" for name, value in rows.items()),
+    ]
     if most is not None and len(lines) > most:
         lines = [*lines[: most - 1], f"  ... {len(lines) - most + 1} more: print() shows them"]
     return "\n".join(lines)

@@ -262,12 +262,6 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             )
 
     @override
-    def _facts(self) -> dict[str, str]:
-        if self.gradients is None:
-            return {}
-        return {"targets": f"{len(self.gradients)} outputs, at which the covariance is exact"}
-
-    @override
     def to_point_estimate(self) -> Self:
         self.result = None
         return super().to_point_estimate()

@@ -28,7 +28,6 @@ from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
 from pyro_bnn.model.arguments import is_container, takes_data
 from pyro_bnn.model.data import Batch, as_batches
-from pyro_bnn.ops.described import span_of
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
 LikelihoodCurvature = Literal["ggn", "mc_fisher", "empirical_fisher", "hessian"]
@@ -322,26 +321,6 @@ class AutoLaplace(LinearizedGuide):
         )
 
     @override
-    def _facts(self) -> dict[str, str]:
-        if not self.is_fitted:
-            return {}
-        found = {"log evidence": f"{float(self.log_evidence()):.6g} nats"}
-        if self.tau is not None:
-            found["multiplier of the prior precision"] = span_of(self.tau)
-        return found
-
-    @override
-    def _prior_scale(self) -> Tensor | None:
-        if not self.is_fitted:
-            return None
-        precision = torch.full_like(self.loc.detach(), torch.nan)
-        for part in self.part_store.get():
-            precision[part.index] = (part.prior if part.prior.dim() == 1 else part.prior.diagonal()).to(
-                precision
-            )
-        return (precision * (1.0 if self.tau is None else self.tau)).rsqrt()
-
-    @override
     def _make_posterior(self) -> PrecisionNormal | None:
         parts = self.part_store.get()
         return self.at_mode.gaussian(parts, self.tau) if parts else None
@@ -395,8 +374,7 @@ class AutoLaplace(LinearizedGuide):
         """
         if is_container(tau):
             raise TypeError(
-                f"log_evidence: tau is a {type(tau).__name__}, expected a tensor: multipliers of the prior precision come "
-                "first. Name data, log_evidence(data=(x, y)), or pass them after tau, log_evidence(None, x, y)."
+                f"log_evidence: tau is a {type(tau).__name__}, not a tensor. Name data, log_evidence(data=(x, y))."
             )
         self.posterior  # noqa: B018  raises before laplace_approximation
         if args and args[0] is not None:

@@ -17,7 +17,6 @@ from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, marginal_quantile
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
-from pyro_bnn.infer.autoguide.summary import GuideSummary, of_laplace_mixture
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
 from pyro_bnn.model.data import Arguments, Batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
@@ -53,6 +52,8 @@ class AutoLaplaceMixture(PackedGuide):
         >>> guide.sample_posterior((1000,))["a"].mean(0).abs() < 0.3
         tensor([True, True])
     """
+
+    _shown = ("num_components", "weights")
 
     log_weights: Tensor
     components: Any
@@ -168,18 +169,6 @@ class AutoLaplaceMixture(PackedGuide):
         """What the guide is: its components, weights, and that of a component."""
         first = repr(self.components[0])
         return f"{type(self).__name__}({self.num_components} x {first}, weights={self.weights!r})"
-
-    def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
-
-    def summary(self) -> GuideSummary:
-        """
-        What the guide holds.
-
-        :return: facts (weights, log evidence), and a table of the sites with their spreads within and between the modes in
-            unconstrained space; it prints itself.
-        """
-        return of_laplace_mixture(self)
 
     def laplace_approximation(self, *args: Any, map_tolerance: float = float("inf"), **options: Any) -> Self:
         """
@@ -322,9 +311,15 @@ class AutoLaplaceMixture(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        batch: Batch,
+        *,
+        differentiable: bool = False,
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
-        return self._moved(*self.posterior.rsample_with_index(shape, generator), batch)
+        latent, index = self.posterior.rsample_with_index(shape, generator)
+        return self._moved(latent.detach(), index, batch, differentiable=differentiable)
 
     @override
     def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
@@ -332,15 +327,17 @@ class AutoLaplaceMixture(PackedGuide):
         logits = self.posterior.component_log_prob(latent) + self.log_weights
         return self._moved(latent, td.Categorical(logits=logits).sample(), batch)
 
-    @torch.no_grad()
-    def _moved(self, latent: Tensor, index: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def _moved(
+        self, latent: Tensor, index: Tensor, batch: Batch, *, differentiable: bool = False
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The outputs at packed vectors, each through the model linearised around the mode that it belongs to."""
         sites: dict[str, SiteOutputs] = {}
         result: dict[str, Tensor] = {}
         for k, guide in enumerate(self.components):
             (mine,) = (index == k).nonzero(as_tuple=True)
             if len(mine):
-                for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), batch):
+                offsets = (latent[mine] - guide.loc).detach()
+                for site, outputs in guide.moved_outputs(offsets, batch, differentiable=differentiable):
                     sites.setdefault(site.name, site)
                     shape = latent.shape[:1] + outputs.shape[1:]
                     result.setdefault(site.name, outputs.new_zeros(shape))[mine] = outputs

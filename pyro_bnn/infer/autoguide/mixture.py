@@ -27,7 +27,7 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
-from pyro_bnn.infer.autoguide.summary import GuideSummary, of_mixture
+from pyro_bnn.infer.autoguide.summary import GuideSummary, summarize
 from pyro_bnn.infer.initialize import initialize_with
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
@@ -166,7 +166,7 @@ class AutoMixture(ComponentParameters):
             site  shape  latents  family  location  sd between  sd within
             z      (3,)        3  normal         1           0        0.5
         """
-        return of_mixture(self)
+        return summarize(self, ("num_components", "component"))
 
     # ------------------------------------------------------------------ life cycle
 

@@ -18,7 +18,18 @@ from pyro_bnn.distributions.mixture import EqualMixture
 from pyro_bnn.model.packed import SiteOutputs
 from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 from pyro_bnn.ops.families import of_family
-from pyro_bnn.ops.fisher import matrix_square_root
+from pyro_bnn.ops.square_root import symmetric_root
+
+
+def require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
+    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
+    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
+            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
+            "guide.sample_posterior."
+        )
 
 
 @dataclass(repr=False)
@@ -32,6 +43,7 @@ class LinearizedOutputs(Described):
     :ivar names: which parameters, in order, e.g. ``("loc",)`` or ``("loc", "log_scale")``.
     :ivar site: builds the site's distribution at given parameters.
     :ivar joint: :attr:`event_covariance`, or a function that computes it; only of sites with event dimensions.
+    :ivar differentiable: whether mean and covariance have their graph to the arguments of the model, and distributions keep it.
     """
 
     mean: Tensor
@@ -39,6 +51,7 @@ class LinearizedOutputs(Described):
     names: tuple[str, ...]
     site: SiteOutputs
     joint: Tensor | Callable[[], Tensor] | None = None
+    differentiable: bool = False
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:
@@ -85,7 +98,7 @@ class LinearizedOutputs(Described):
         :return: parameters drawn independently for each observation and jointly for the elements of its event dimensions,
             shape ``sample_shape + shape + (C,)``.
         """
-        root = matrix_square_root(self.event_covariance)
+        root = symmetric_root(self.event_covariance)
         noise = torch.randn(
             tuple(sample_shape) + root.shape[:-1],
             dtype=self.mean.dtype,
@@ -167,10 +180,12 @@ class LinearizedOutputs(Described):
         if self.names != ("loc",):
             return None
         if of_family(base, td.Normal, td.LogNormal):
-            return base.scale.detach().square()[..., None, None]
-        if of_family(base, td.MultivariateNormal, td.LowRankMultivariateNormal):
-            return base.covariance_matrix.detach()
-        return None
+            noise = base.scale.square()[..., None, None]
+        elif of_family(base, td.MultivariateNormal, td.LowRankMultivariateNormal):
+            noise = base.covariance_matrix
+        else:
+            return None
+        return noise if self.differentiable else noise.detach()
 
     def _closed_form(self) -> td.Distribution | None:
         """The exact predictive of the linearised model, for Gaussian likelihoods in their location."""

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guide holds, site by site."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.ops.described import Described, as_html, as_text, table_html, table_text
+from pyro_bnn.ops.described import Described, as_html, as_text, span_of, table_html, table_text
+
+Facts = dict[str, str]
+Rows = dict[str, dict[str, Any]]
 
 #: Sites that a representation shows at most; printing shows all.
 _MOST_SITES = 40
@@ -87,12 +90,6 @@ def _title(guide: Any, options: Sequence[str]) -> str:
     return f"{type(guide).__name__}: {chosen}" if chosen else type(guide).__name__
 
 
-def _not_initialised(guide: Any, options: Sequence[str]) -> GuideSummary:
-    return GuideSummary(
-        _title(guide, options), {"state": "not initialised: call guide.initialize(*args)"}, {}
-    )
-
-
 def _packed_sites(guide: Any) -> dict[str, tuple[slice, dict[str, Any]]]:
     """By site of the packed vector, its entries and its shape and size."""
     space = guide.packed.space
@@ -104,12 +101,32 @@ def _packed_sites(guide: Any) -> dict[str, tuple[slice, dict[str, Any]]]:
 
 
 @torch.no_grad()
-def of_linearized(
-    guide: Any, options: Sequence[str], *, facts: Mapping[str, str], prior: Tensor | None
-) -> GuideSummary:
-    """Of a point estimate or the Gaussian around it; ``prior`` are the prior's standard deviations, shape ``(p,)``."""
+def summarize(guide: Any, options: Sequence[str]) -> GuideSummary:
+    """The summary of a guide of this package; ``options`` are what its title names."""
     if guide.prototype_trace is None:
-        return _not_initialised(guide, options)
+        return GuideSummary(
+            _title(guide, options), {"state": "not initialised: call guide.initialize(*args)"}, {}
+        )
+    if hasattr(guide, "component_distributions"):
+        facts, sites = _of_mixture(guide)
+    else:
+        facts, sites = (_of_modes if hasattr(guide, "components") else _of_linearized)(guide)
+    return GuideSummary(_title(guide, options), facts, sites)
+
+
+def _prior_scale(guide: Any) -> Tensor | None:
+    """Standard deviations of the prior's Gaussian approximation, shape ``(p,)``, where a guide knows them."""
+    if not guide.is_fitted or not hasattr(guide, "part_store"):
+        return None
+    precision = torch.full_like(guide.loc, torch.nan)
+    for part in guide.part_store.get():
+        precision[part.index] = (part.prior if part.prior.dim() == 1 else part.prior.diagonal()).to(precision)
+    return (precision * (1.0 if guide.tau is None else guide.tau)).rsqrt()
+
+
+def _of_linearized(guide: Any) -> tuple[Facts, Rows]:
+    """Of a point estimate, or the Gaussian around it."""
+    prior = _prior_scale(guide)
     loc = guide.loc.detach()
     sd = guide.posterior.variance.clamp(min=0).sqrt() if guide.is_fitted else None
     active = getattr(guide, "active", None)
@@ -134,15 +151,18 @@ def of_linearized(
     if report is not None:
         found["Newton decrement"] = f"{report.newton_decrement:.3g} posterior standard deviations"
         found["smallest curvature"] = f"{report.smallest_curvature:.3g}"
-    return GuideSummary(_title(guide, options), found | dict(facts), sites)
+    if guide.is_fitted and hasattr(guide, "log_evidence"):
+        found["log evidence"] = f"{float(guide.log_evidence()):.6g} nats"
+        if guide.tau is not None:
+            found["multiplier of the prior precision"] = span_of(guide.tau)
+    if getattr(guide, "gradients", None) is not None:
+        found["targets"] = f"{len(guide.gradients)} outputs, at which the covariance is exact"
+    return found, sites
 
 
-@torch.no_grad()
-def of_laplace_mixture(guide: Any) -> GuideSummary:
+def _of_modes(guide: Any) -> tuple[Facts, Rows]:
     """Of a mixture of Laplace approximations: spreads within and between its modes."""
-    first, options = guide.components[0], ("num_components", "weights")
-    if first.prototype_trace is None:
-        return _not_initialised(guide, options)
+    first = guide.components[0]
     modes = torch.stack([part.loc.detach() for part in guide.components])
     sites = {}
     for name, (where, row) in _packed_sites(first).items():
@@ -163,7 +183,7 @@ def of_laplace_mixture(guide: Any) -> GuideSummary:
         facts["log evidence"] = f"{float(guide.log_evidence()):.6g} nats"
     else:
         facts["state"] = "point estimates: call guide.laplace_approximation(data)"
-    return GuideSummary(_title(guide, options), facts, sites)
+    return facts, sites
 
 
 def _between(rows: Tensor) -> float:
@@ -171,12 +191,8 @@ def _between(rows: Tensor) -> float:
     return _rms(rows - rows.mean(0))
 
 
-@torch.no_grad()
-def of_mixture(guide: Any) -> GuideSummary:
+def _of_mixture(guide: Any) -> tuple[Facts, Rows]:
     """Of a mixture whose components are drawn together."""
-    options = ("num_components", "component")
-    if guide.prototype_trace is None:
-        return _not_initialised(guide, options)
     low_rank = guide.low_rank_scales()
     parts = {site.name: (loc, low_rank.get(site.name, scale)) for site, loc, scale in guide._blocks()}
     points = {site.name: site.transform.inv(value) for site, value in guide.point_values()}
@@ -193,4 +209,4 @@ def of_mixture(guide: Any) -> GuideSummary:
     total = sum(p.numel() for p in guide.parameters())
     facts = {"latents": f"{sum(site.size for site in guide.sites):,} in {len(guide.sites)} sites"}
     facts |= {"parameters": f"{total:,}", "scales": guide.scale_mode, "noise": guide.noise}
-    return GuideSummary(_title(guide, options), facts, sites)
+    return facts, sites

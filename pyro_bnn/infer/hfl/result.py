@@ -70,7 +70,7 @@ class HFLResult(Diagnostics):
     def described(self) -> tuple[str, dict[str, str]]:
         m, p = self.mean.shape[0], self.displacements.shape[1]
         sd = self.variances.sqrt()
-        rows = {f"warning {i}" if i else "warning": text for i, text in enumerate(self.warnings)}
+        rows = {f"warning: {text}": "" for text in self.warnings}
         rows |= {
             "functionals": f"{m} of {p} latents",
             "standard deviations": f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none",
