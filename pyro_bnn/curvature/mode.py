@@ -36,7 +36,7 @@ def find_mode(
     max_iter: int,
     float64: bool,
     report: bool = True,
-) -> Tensor:
+) -> NewtonResult:
     """
     Minimises the negative log joint density by L-BFGS and Newton steps from ``start``, shape ``(p,)``, to a Newton decrement of
     ``tolerance``, in double precision if ``float64``, and says, if ``report``, where the search has not converged in the
@@ -66,7 +66,7 @@ def find_mode(
     )  # fmt: skip
     if report:
         _report(found, tolerance)
-    return found.point
+    return found
 
 
 def _terms(model: PackedModel, data: Any, float64: bool, latent: Tensor) -> Iterator[Tensor]:
