@@ -124,6 +124,7 @@ class ModelRunner:
         self.collects = False
         self.needs_grad = False  # whether the model differentiates something itself
         self._compared: set[Any] = set()  # kinds of batches on which joint and single runs were compared
+        self._inspected: Batch | None = None  # the batch that showed the structure
 
     @property
     def num_draws(self) -> int:
@@ -264,6 +265,7 @@ class ModelRunner:
                 raise
             self.needs_grad = True
             sites = self.single(batch, 0)
+        self._inspected = batch
         self.structure.note(sites)
         self._check_names()
 
@@ -310,9 +312,10 @@ class ModelRunner:
         """Finds out, for each kind of batches, whether the model broadcasts: one row may hide what several show."""
         if (key := coincidences(batch)) in self._compared:
             return
+        open_question = self.together.on if self._compared else self.together.on is not False
+        if open_question and self._inspected is not batch:  # as where parts of the data follow the whole
+            self._inspect(batch)
         if self._compared:
-            if self.together.on:
-                self._inspect(batch)
             check_values(self.single(batch, 0), batch)
         else:
             self._warn_missing(batch)
