@@ -91,7 +91,12 @@ class PackedGuide(AutoContinuous):
         raise NotImplementedError
 
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        batch: Batch,
+        *,
+        differentiable: bool = False,
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The same at draws."""
         raise NotImplementedError
@@ -114,7 +119,12 @@ class PackedGuide(AutoContinuous):
 
     @torch.inference_mode(False)
     def functional_samples(
-        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+        self,
+        num_samples: int,
+        *args: Any,
+        generator: torch.Generator | None = None,
+        differentiable: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """
         Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
@@ -122,9 +132,13 @@ class PackedGuide(AutoContinuous):
 
         :param int num_samples: S.
         :param args: arguments of the model; observations are not needed.
-        :param generator: source of random numbers; torch's default if ``None``.
+        :param generator: source of random numbers; torch's default if ``None``. One with the same seed gives the same functions
+            in every call.
+        :param bool differentiable: whether the outputs keep their graph to those tensors among the arguments that require a
+            gradient, and to parameters of the model; draws of the latents are constants.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
-        moved = self._functions(torch.Size((num_samples,)), generator, (args, kwargs))
+        shape = torch.Size((num_samples,))
+        moved = self._functions(shape, generator, (args, kwargs), differentiable=differentiable)
         return {site.name: outputs for site, outputs in moved}
