@@ -121,6 +121,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         for name in ("factor", "gradients", "displacements", "covariance", "basis", "remainder_precision"):
             self.register_buffer(name, None)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def laplace_approximation(
         self, data: Any, targets: Any, *, map_tolerance: float = 0.1, **options: Any
     ) -> Self:
@@ -147,6 +149,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         self.map_report.warn_beyond(map_tolerance)
         return self
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def add_targets(self, data: Any, targets: Any, **options: Any) -> Self:
         """
         Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact. With

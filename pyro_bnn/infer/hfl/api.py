@@ -38,6 +38,8 @@ METHODS: dict[str, Callable[[Task], Found]] = {
 }
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def solve(
     guide: Any,
     data: Any,
