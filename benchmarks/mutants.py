@@ -3,39 +3,37 @@
 """
 Mutation score of the mathematics: small random changes of the source, one at a time, and whether a fast test fails.
 
-    python benchmarks/mutants.py [--count N] [--seed S] [--out FILE.json] [--smoke]
+    python benchmarks/mutants.py [--count N] [--seed S] [--only PATH] [--out FILE.json] [--smoke]
 
 A line is drawn uniformly among those that can be changed in ``TARGETS``, then one of its changes: operators and
 comparisons swapped, constants moved, signs flipped, terms and statements dropped, sums and means exchanged,
-transposes, detachments and roots dropped, branches exchanged. Changed are copies of the files in a temporary directory.
+transposes, detachments and roots dropped, branches exchanged. The working tree is copied to a temporary directory; the
+tests are collected there once, and each mutant is tried in a fork of that process (``mutants_suite.py``).
 The tests of a mutant are those of the fast suite that execute its line, cheapest first, up to the first failure and
 at most ``--budget`` seconds of them: what survives that is reported as survived. A line that no test executes survives.
-Which test executes which line is measured once (needs ``coverage``) and kept in ``--cache``, by the contents of files.
+Which test executes which line is measured once (needs ``coverage``) and kept in ``--cache``, by file of tests; a change of
+the package makes a measurement less precise, not wrong. ``--fresh`` measures everything again.
 
 Mutants that cannot be told from the original are listed, each with the reason, in ``mutants_equivalent.json``; they
 are passed over. A mutant that runs into the time limit counts as killed and is reported by itself.
 """
 
 import argparse
-import ast
-import hashlib
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mutants_changes import Mutant, draw
+from mutants_suite import Outcomes, Session, Suite, collect, in_fork, measure, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
@@ -70,226 +68,14 @@ PRELOAD = (
 )  # fmt: skip
 
 
-class Chosen:
-    """A pytest plugin that keeps the wanted tests, in the given order, and notes the first failure."""
-
-    def __init__(self, order: dict[str, float] | None) -> None:
-        self.order, self.failed, self.ran = order, "", 0
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.order is not None:
-            kept = [item for item in items if item.nodeid in self.order]
-            items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.ran += report.when == "call"
-        if report.failed and not self.failed:
-            self.failed = report.nodeid
-
-
-class Recorder:
-    """A pytest plugin that says to coverage which test runs, and notes times and outcomes."""
-
-    def __init__(self, coverage: Any) -> None:
-        self.coverage = coverage
-        self.seconds: dict[str, float] = {}
-        self.passed: set[str] = set()
-        self.failed: set[str] = set()
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.coverage.switch_context(item.nodeid)
-        start = time.process_time()
-        yield
-        self.seconds[item.nodeid] = round(time.process_time() - start, 4)
-        self.coverage.switch_context("")
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
-            self.passed.add(report.nodeid)
-        if report.failed:
-            self.failed.add(report.nodeid)
-
-
-def in_fork(function: Any, *arguments: Any, cpu: float, root: Path) -> tuple[Any, bool]:
-    """Runs a function in a child process in ``root``; returns its result, or whether time ran out."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.close(read)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + 1, int(cpu) + 2))
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        os.chdir(root)
-        sys.path.insert(0, str(root))
-        try:
-            result = function(*arguments)
-        except BaseException as error:  # a mutant may end the process in any way
-            result = {"error": repr(error)}
-        with os.fdopen(write, "w") as pipe:
-            pipe.write(json.dumps(result))
-        os._exit(0)
-    os.close(write)
-    deadline = time.monotonic() + 20 * cpu
-    os.set_blocking(read, False)
-    text = b""
-    while True:
-        with suppress(BlockingIOError):
-            piece = os.read(read, 1 << 20)
-            if not piece:
-                break
-            text += piece
-            continue
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, 9)  # the group that the child opened: itself and what its tests started
-    os.waitpid(child, 0)
-    os.close(read)
-    return (json.loads(text), False) if text else (None, True)
-
-
-def measure(part: str) -> dict[str, Any]:
-    """Runs the tests of a file under coverage; by test, its seconds and the lines that it executes."""
-    from coverage import Coverage
-
-    coverage = Coverage(data_file=None, source=["pyro_bnn"], config_file=False)
-    recorder = Recorder(coverage)
-    coverage.start()
-    pytest.main([part, "-q", "-m", "not slow", "-p", "no:cacheprovider"], plugins=[recorder])
-    coverage.stop()
-    data = coverage.get_data()
-    tests: dict[str, Any] = {
-        name: {"seconds": seconds, "lines": {}}
-        for name, seconds in recorder.seconds.items()
-        if name in recorder.passed - recorder.failed
-    }
-    imported: dict[str, list[int]] = {}
-    for file in data.measured_files():
-        name = str(Path(file).relative_to(Path.cwd()))
-        for line, contexts in data.contexts_by_lineno(file).items():
-            for context in contexts:
-                if context in tests:
-                    tests[context]["lines"].setdefault(name, []).append(line)
-                elif not context:
-                    imported.setdefault(name, []).append(line)
-    return {"tests": tests, "imported": imported, "failed": sorted(recorder.failed)}
-
-
-def digest(paths: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for path in sorted(paths):
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
-
-
-def owners(source: str) -> dict[int, str]:
-    """By line, the qualified name of the innermost function around it; lines outside of functions are left out."""
-    found: dict[int, str] = {}
-
-    def visit(node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            name = prefix
-            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                name = f"{prefix}.{child.name}"
-            if isinstance(child, ast.FunctionDef):
-                found.update(dict.fromkeys(range(child.body[0].lineno, (child.end_lineno or 0) + 1), name))
-            visit(child, name)
-
-    visit(ast.parse(source), "")
-    return found
-
-
-def measured(root: Path, cache: Path, parts: list[str], *, stale: bool = False) -> dict[str, Any]:
-    """
-    The measurements of all parts of the suite, those of unchanged files from the cache; where they may be ``stale``, the
-    latest of each part with these tests, however the package has changed since.
-    """
-    package = digest((root / "pyro_bnn").rglob("*.py"))
-    found = {}
-    cache.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        path = root / part
-        key = package if path.is_dir() else package + digest([path])
-        name = part.replace("/", ".")
-        file, latest = cache / f"{name}-{key}.json", cache / f"{name}.json"
-        if stale and latest.exists():
-            kept = json.loads(latest.read_text())["digest"]
-            file = latest if path.is_dir() or kept == digest([path]) else file
-        if not file.exists():
-            start = time.monotonic()
-            result, late = in_fork(measure, part, cpu=3000, root=root)
-            assert not late, f"{part} does not end"
-            assert "error" not in result, f"{part}: {result}"
-            names: dict[str, dict[int, str]] = {}
-            for test in result["tests"].values():
-                for path_, lines in test["lines"].items():
-                    if path_ not in names:
-                        names[path_] = owners((root / path_).read_text())
-                    called = {names[path_][line] for line in lines if line in names[path_]}
-                    test.setdefault("functions", {})[path_] = sorted(called)
-            result["digest"] = "" if path.is_dir() else digest([path])
-            for target in (file, latest):
-                target.write_text(json.dumps(result))
-            count, failed = len(result["tests"]), result["failed"]
-            print(f"measured {part}: {count} tests, {time.monotonic() - start:.0f} s", *failed, flush=True)
-        found[part] = json.loads(file.read_text())
-    return found
-
-
-class Suite:
-    """Which tests execute which line, and what they cost."""
-
-    def __init__(self, measurements: dict[str, Any], *, stale: bool = False) -> None:
-        self.stale = stale
-        self.seconds: dict[str, float] = {}
-        self.functions: dict[tuple[str, str], list[str]] = {}
-        self.lines: dict[tuple[str, int], list[str]] = {}
-        self.files: dict[str, list[str]] = {}
-        for found in measurements.values():
-            for name, test in found["tests"].items():
-                self.seconds[name] = test["seconds"]
-                for file, lines in test["lines"].items():
-                    self.files.setdefault(file, []).append(name)
-                    for line in lines:
-                        self.lines.setdefault((file, line), []).append(name)
-                    for function in test["functions"][file]:
-                        self.functions.setdefault((file, function), []).append(name)
-
-    def of(self, mutant: Mutant, source: bytes, budget: float) -> dict[str, float]:
-        """The tests of a mutant and their seconds, cheapest first."""
-        owner = owners(source.decode()).get(mutant.line)
-        if self.stale and owner is not None:
-            # lines have moved; a function that is new is asked for by all the tests of its file
-            names = self.functions.get((mutant.path, owner), self.files.get(mutant.path, []))
-        elif owner is not None:
-            names = self.lines.get((mutant.path, mutant.line), [])
-            if len(names) < 3:  # perhaps executed on import, which only the first test of a process shows
-                names = list(dict.fromkeys([*names, *self.files.get(mutant.path, [])]))
-        else:  # constants of a module, defaults of arguments
-            names = self.files.get(mutant.path, [])
-        chosen, total = {}, 0.0
-        for name in sorted(names, key=self.seconds.__getitem__):
-            total += self.seconds[name]
-            if chosen and total > budget:
-                break
-            chosen[name] = self.seconds[name]
-        return chosen
-
-
-def run_tests(order: dict[str, float]) -> dict[str, Any]:
-    plugin = Chosen(order)
-    files = list(dict.fromkeys(name.split("::")[0] for name in order))
-    arguments = [*files, "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-    code = pytest.main(arguments, plugins=[plugin])
-    assert Path(sys.modules["pyro_bnn"].__file__ or "").is_relative_to(Path.cwd()), "another copy was tested"
-    return {"code": int(code), "test": plugin.failed, "ran": plugin.ran}
-
-
 # ---------------------------------------------------------------------- rounds
+
+SAVED = os.dup(1)
+
+
+def say(*lines: str) -> None:
+    """Prints where this program was told to, whatever the tests do with their output."""
+    os.write(SAVED, ("\n".join(lines) + "\n").encode())
 
 
 def copy_repository(target: Path) -> None:
@@ -303,32 +89,6 @@ def copy_repository(target: Path) -> None:
             (target / name).write_bytes((ROOT / name).read_bytes())
 
 
-def judge(root: Path, mutant: Mutant, suite: Suite, budget: float, stamp: int) -> dict[str, Any]:
-    """Runs the tests of one mutant in the copy at ``root``."""
-    path = root / mutant.path
-    source = path.read_bytes()
-    order = suite.of(mutant, source, budget)
-    start = time.monotonic()
-    result: dict[str, Any] = {"outcome": "survived", "tests": len(order), "by": ""}
-    if order:
-        try:
-            path.write_bytes(mutant.apply(source))
-            os.utime(path, (stamp, stamp))  # compiled files are told apart by their times
-            found, late = in_fork(run_tests, order, cpu=60 + 3 * sum(order.values()), root=root)
-        finally:
-            path.write_bytes(source)
-            os.utime(path, (stamp + 1, stamp + 1))
-        if late:
-            result["outcome"] = "timeout"
-        elif found.get("code") != 0:
-            result |= {"outcome": "killed", "by": found.get("test") or str(found)}
-        elif found["ran"] < len(order):
-            result["by"] = f"only {found['ran']} tests ran"
-    before, after = mutant.lines(source)
-    result |= {"seconds": round(time.monotonic() - start, 1), "diff": mutant.diff(source)}
-    return {**asdict(mutant), "before": before, "after": after, **result}
-
-
 def targets(root: Path) -> set[Path]:
     return {path for pattern in TARGETS for path in (root / "pyro_bnn").glob(pattern)}
 
@@ -338,46 +98,123 @@ def equivalents() -> dict[tuple[str, str, str], str]:
     return {(e["path"], e["before"], e["after"]): e["reason"] for e in listed}
 
 
-def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    files = [path for name in TESTS for path in (root / name).glob("test_*.py")]
-    parts = sorted(str(p.relative_to(root)) for p in files if p.name not in LEFT_OUT)
-    if options.smoke:
-        parts = ["tests/ops/test_block_cg.py"]
-    parts += [] if options.smoke else ["pyro_bnn"]
-    suite = Suite(measured(root, Path(options.cache), parts, stale=options.stale), stale=options.stale)
-    known, rows, stamp = equivalents(), [], int(time.time()) - 10**6
-    earlier = json.loads(Path(options.judged).read_text())["mutants"] if options.judged else []
-    killed = {
-        (r["path"], r["before"], r["after"]): r for r in earlier if r["outcome"] in ("killed", "timeout")
-    }
+def drawn(options: argparse.Namespace, root: Path) -> tuple[list[Mutant], list[dict[str, Any]]]:
+    """The mutants to try, and rows for those that cannot be told from the original."""
+    known, chosen, same = equivalents(), [], []
     for mutant in draw(root, targets(root), options.seed):
-        source = (root / mutant.path).read_bytes()
-        if options.smoke and mutant.path != "pyro_bnn/ops/block_cg.py":
-            continue
+        if len(chosen) == options.count:
+            break
         if options.only not in mutant.path:
             continue
-        name = (mutant.path, *mutant.lines(source))
-        reason = known.get(name)
-        if reason is not None:
-            rows.append(
-                {**asdict(mutant), "outcome": "equivalent", "by": reason, "diff": mutant.diff(source)}
-            )
-            continue
-        if sum(row["outcome"] != "equivalent" for row in rows) >= options.count:
-            break
-        if name in killed:
-            rows.append(killed[name])
-            continue
-        stamp += 2
-        rows.append(judge(root, mutant, suite, options.budget, stamp))
-        row = rows[-1]
-        print(
-            f"{row['outcome']:9s} {row['seconds']:6.1f} s  {mutant.path}:{mutant.line}  {row['by']}",
-            flush=True,
-        )
-        if row["outcome"] == "survived":
-            print(f"{row['tests']} tests\n{row['diff']}", flush=True)
-    return rows
+        source = (root / mutant.path).read_bytes()
+        reason = known.get((mutant.path, *mutant.lines(source)))
+        if reason is None:
+            chosen.append(mutant)
+        else:
+            same.append(row(mutant, source, outcome="equivalent", by=reason))
+    return chosen, same
+
+
+def row(mutant: Mutant, source: bytes, **more: Any) -> dict[str, Any]:
+    before, after = mutant.lines(source)
+    return {**asdict(mutant), "before": before, "after": after, "diff": mutant.diff(source), **more}
+
+
+def attempt(session: Session, path: Path, source: bytes, changed: bytes, names: list[str]) -> dict[str, Any]:
+    """Runs tests against changed functions, in a fork of the process that has collected them."""
+    if not session.replace(path, source, changed):
+        return {"anew": True}
+    outcomes = Outcomes()
+    session.run(names, outcomes, first=True)
+    return {"failed": outcomes.failed, "ran": outcomes.ran}
+
+
+def attempt_anew(root: Path, names: list[str]) -> Any:
+    """Runs tests in a process that imports the package after a change of a file."""
+
+    def use(session: Session) -> dict[str, Any]:
+        outcomes = Outcomes()
+        session.run(names, outcomes, first=True)
+        return {"failed": outcomes.failed, "ran": outcomes.ran}
+
+    return collect(root, list(dict.fromkeys(name.split("::")[0] for name in names)), use)
+
+
+class Trial:
+    """One mutant, its tests, and what became of it."""
+
+    def __init__(self, root: Path, mutant: Mutant, suite: Suite, budget: float) -> None:
+        self.root, self.mutant, self.path = root, mutant, root / mutant.path
+        self.source = self.path.read_bytes()
+        self.changed = mutant.apply(self.source)
+        self.order = suite.of(mutant, self.source, budget)
+        self.cpu = 60 + 3 * sum(self.order.values())
+        self.result: dict[str, Any] | None = None if self.order else {"outcome": "survived", "by": "no test"}
+        self.seconds = 0.0
+
+    def in_session(self, session: Session) -> None:
+        start = time.monotonic()
+        arguments = (session, self.path, self.source, self.changed, list(self.order))
+        found, late = in_fork(attempt, *arguments, cpu=self.cpu, root=self.root, quiet=False)
+        if late or not found.get("anew"):
+            self.judge(found, late, time.monotonic() - start)
+
+    def anew(self, stamp: int) -> None:
+        start = time.monotonic()
+        try:
+            self.path.write_bytes(self.changed)
+            os.utime(self.path, (stamp, stamp))  # compiled files are told apart by their times
+            found, late = in_fork(attempt_anew, self.root, list(self.order), cpu=self.cpu, root=self.root)
+        finally:
+            self.path.write_bytes(self.source)
+            os.utime(self.path, (stamp + 1, stamp + 1))
+        self.judge(found, late, time.monotonic() - start)
+
+    def judge(self, found: Any, late: bool, seconds: float) -> None:
+        outcome, by = "survived", ""
+        if late:
+            outcome = "timeout"
+        elif found.get("failed") or "error" in found:
+            outcome, by = "killed", found["failed"][0] if found.get("failed") else str(found)
+        elif found["ran"] < len(self.order):
+            by = f"only {found['ran']} tests ran"
+        self.result, self.seconds = {"outcome": outcome, "by": by}, round(seconds, 1)
+        say(f"{outcome:9s} {seconds:6.1f} s  {self.mutant.path}:{self.mutant.line}  {by}")
+        if outcome == "survived":
+            say(f"{len(self.order)} tests", self.mutant.diff(self.source))
+
+    def row(self) -> dict[str, Any]:
+        more = {"tests": len(self.order), "seconds": self.seconds, **(self.result or {})}
+        return row(self.mutant, self.source, **more)
+
+
+def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
+    files = [path for name in TESTS for path in (root / name).glob("test_*.py")]
+    parts = [*sorted(str(p.relative_to(root)) for p in files if p.name not in LEFT_OUT), "pyro_bnn"]
+    if options.smoke:
+        parts = ["tests/ops/test_block_cg.py"]
+    cache, stamp = Path(options.cache), int(time.time()) - 10**6
+    todo = parts if options.fresh else missing(root, cache, parts)
+    if todo:
+        in_fork(collect, root, todo, lambda s: measure(s, root, cache, todo, say), cpu=1e6, root=root)
+    suite = Suite(root, cache, parts)
+    chosen, same = drawn(options, root)
+    trials = [Trial(root, mutant, suite, options.budget) for mutant in chosen]
+
+    def use(session: Session) -> list[Any]:
+        for trial in trials:
+            if trial.result is None:
+                trial.in_session(session)
+        return [(trial.result, trial.seconds) for trial in trials]
+
+    judged, _ = in_fork(collect, root, parts, use, cpu=1e6, root=root)
+    assert isinstance(judged, list), f"the tests cannot be run: {judged}"
+    for trial, (result, seconds) in zip(trials, judged, strict=True):
+        trial.result, trial.seconds = result, seconds
+    for i, trial in enumerate(trials):
+        if trial.result is None:
+            trial.anew(stamp + 2 * i)
+    return [trial.row() for trial in trials] + same
 
 
 def main() -> None:
@@ -387,19 +224,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150, help="non-equivalent mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
-    parser.add_argument(
-        "--stale", action="store_true", help="the latest measurements, by function instead of by line"
-    )
-    parser.add_argument(
-        "--judged", help="results of an earlier run: mutants that were killed in it are not run again"
-    )
+    parser.add_argument("--fresh", action="store_true", help="measure which tests execute which lines again")
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "pyro_bnn_mutants"))
     parser.add_argument("--out", help="write the results to this file")
     parser.add_argument("--smoke", action="store_true", help="five mutants of one file")
     options = parser.parse_args()
     if options.smoke:
-        options.count = 5
+        options.count, options.only = 5, "ops/block_cg.py"
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory).resolve()
         copy_repository(root)

@@ -7,5 +7,6 @@ from pyro_bnn._version import __version__
 from pyro_bnn.infer import Mixture_ELBO
 from pyro_bnn.infer.autoguide import AutoMixture
 from pyro_bnn.nn import Rank1Linear, bayesian_, rank1_
+from pyro_bnn.supervised import laplace
 
-__all__ = ["AutoMixture", "Mixture_ELBO", "Rank1Linear", "__version__", "bayesian_", "rank1_"]
+__all__ = ["AutoMixture", "Mixture_ELBO", "Rank1Linear", "__version__", "bayesian_", "laplace", "rank1_"]

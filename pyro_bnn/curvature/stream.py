@@ -168,6 +168,13 @@ class ExampleStream:
             yield rows.take((*batch, {}), slice(start, stop))[:2]
             start = stop
 
+    def joined(self, name: str, parts: list[Tensor]) -> Tensor:
+        """What the chunks of the batch that ran last gave for a site, in whose shape it leads, as one."""
+        axis = (
+            None if self._rows is None else self._rows.axes.get(name)
+        )  # without rows it is the same in all chunks
+        return parts[0] if axis is None else torch.cat(parts, axis)
+
     def rows(self, batch: Batch, more_than: int = _FIRST_CHUNK, whole: Whole | None = None) -> Rows | None:
         """
         Where the examples of a batch are, if the model treats them separately; found once for all batches of the stream, if

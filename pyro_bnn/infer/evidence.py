@@ -107,9 +107,11 @@ def differentiable_evidence(guide: Any, data: Any, *, generator: torch.Generator
         for i, (trace, sites) in enumerate(chunks):
             log_likelihood = guide.packed.log_likelihood(trace)
             term = log_likelihood
-            if i == 0 and rank() == 0:
+            if i == 0:
                 log_prior = guide.packed.log_prior(latent, trace)
-                term = term + log_prior - 0.5 * _prior_trace(posterior, -log_prior, latent)
+                of_prior = log_prior - 0.5 * _prior_trace(posterior, -log_prior, latent)
+                # one prior for all processes, which differentiate in the same parameters
+                term = term + of_prior * (1.0 if rank() == 0 else 0.0)
             if guide.curvature == "hessian":
                 term = term - 0.5 * _hessian_trace(posterior, parts, -log_likelihood, latent)
             for site in sites:

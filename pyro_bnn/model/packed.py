@@ -25,6 +25,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.model.coverage import Coverage, Repeats, is_likelihood, unobserved
@@ -264,13 +265,19 @@ class PackedModel:
                     loss = loss - self.log_prior(latent, trace)
             yield loss
 
-    def outputs(self, latent: Tensor, batch: Batch) -> list[SiteOutputs]:
+    def outputs(self, latent: Tensor, batch: Batch, *, keep: bool = True) -> list[SiteOutputs]:
         """
         The distribution parameters of the observed sites, as differentiable functions of the latents, which require a
-        gradient; observations are not needed.
+        gradient; observations are not needed. Unless ``keep``, only their values are wanted, and activations are not kept.
 
         :raises KeyError: if the distribution of a site has no registered Fisher information.
         """
+        if not keep:
+            try:
+                with saved_tensors_hooks(lambda x: x.new_empty(0), lambda x: x):
+                    return self.outputs(latent, batch)
+            except RuntimeError:  # a model that takes derivatives itself
+                pass
         with sdpa_kernel(SDPBackend.MATH):  # callers may differentiate twice
             return self.site_outputs(self.trace(latent, batch))
 

@@ -49,12 +49,12 @@ class SupervisedModel(_Module):
     :param int num_data: the number of all rows, by which mini-batches are scaled, as in
         ``pyro.plate("data", num_data, subsample=...)``; by default the rows of a call are all of them.
     :param noise: standard deviation of a regression: a number, or a tensor that broadcasts to the event, stays what it is; a
-        distribution is the prior of a latent site ``"noise"``; by default, or with a :class:`~pyro.nn.PyroParam`, it is a
-        positive parameter ``model.noise`` that starts at 1.
+        distribution is the prior of a latent site ``"noise"``; by default it is a positive parameter ``model.noise`` that
+        starts at 1 and is set by ``model.noise = value``.
     :param int event_dim: the number of dimensions of one target: 0 for a number or a label, 1 for a vector, 3 for an image.
     :param int class_dim: the dimension of the classes in the outputs of a classifier: -1, the last, or 1, as in
         :func:`torch.nn.functional.cross_entropy`.
-    :param str target: the name of the targets where the model is called with a mapping, e.g. ``"labels"``.
+    :param str target: the name of the targets where the model is called with a mapping.
     :raises ValueError: for an unknown likelihood, or options of another one.
 
     Example::
@@ -76,10 +76,10 @@ class SupervisedModel(_Module):
         likelihood: Likelihood = "regression",
         *,
         num_data: int | None = None,
-        noise: float | Tensor | Distribution | PyroParam | None = None,
+        noise: float | Tensor | Distribution | None = None,
         event_dim: int = 0,
         class_dim: int = -1,
-        target: str = "y",
+        target: str = "labels",
     ) -> None:
         super().__init__()
         _check(likelihood, num_data, noise, event_dim, class_dim)
@@ -96,30 +96,45 @@ class SupervisedModel(_Module):
         if self.likelihood != "regression":
             return
         if isinstance(noise, Distribution):
+            self._noise_is = "latent"
             self.noise = PyroSample(noise)
         elif noise is None:
+            self._noise_is = "parameter"
             self.noise = PyroParam(like.new_ones(()), constraint=constraints.positive)
-        elif isinstance(noise, PyroParam):
-            self.noise = noise
         else:
+            self._noise_is = "fixed"
             self.register_buffer("noise", torch.as_tensor(noise).to(like))
 
     def forward(self, x: Any = None, y: Tensor | None = None, **inputs: Any) -> Any:
         """
         :param x: inputs, N rows in the first dimension of every tensor.
         :param y: targets, shape ``(N, *event)``; drawn if omitted.
-        :param inputs: the items of a mapping in place of ``x`` and ``y``, the targets under the name ``target``.
+        :param inputs: the items of a mapping in place of ``x``, the targets under the name ``target``.
         :return: the targets.
         """
-        if x is None:
-            y = inputs.pop(self.target, y)
-        x = self._here(inputs if x is None else x)
+        x, y = self.split(x, y, **inputs)
         d = self.distribution(self.outputs(x), _num_rows(x))
-        y = None if y is None else targets(self._here(y), d, self.likelihood)
+        y = None if y is None else targets(y, d, self.likelihood)
         n = d.batch_shape[-1]
         size = n if self.num_data is None else self.num_data
         with pyro.plate("data", size, subsample=torch.arange(n, device=self._device.device), dim=-1):
             return pyro.sample("obs", d, obs=y)
+
+    def split(self, x: Any = None, y: Any = None, **inputs: Any) -> tuple[Any, Any]:
+        """
+        :param x: see :meth:`forward`.
+        :param y: see :meth:`forward`.
+        :param inputs: see :meth:`forward`.
+        :return: inputs of the network and targets, or ``None``, on the device of the model.
+        :raises TypeError: for inputs both in ``x`` and by keyword.
+        """
+        if x is None or isinstance(x, Mapping):
+            inputs = dict(x or {}, **inputs)
+            y = inputs.pop(self.target, y)
+            x, inputs = inputs, {}
+        if inputs:
+            raise TypeError(f"the model was called with x and {sorted(inputs)}: pass x, y or keywords alone")
+        return self._here(x), self._here(y)
 
     def outputs(self, x: Any) -> Any:
         """
@@ -146,15 +161,21 @@ class SupervisedModel(_Module):
         found = tuple(d.batch_shape)
         if not found or num_rows not in (None, found[-1]):
             raise ValueError(
-                f"likelihood={self._named()} gives a distribution of batch shape {found} and event shape "
+                f"likelihood={self._named()!r} gives a distribution of batch shape {found} and event shape "
                 f"{tuple(d.event_shape)} for {num_rows} rows: the last dimension of the batch shape must be that of the rows. Declare "
                 "dimensions of one target as event dimensions (event_dim=, or .to_event in a callable)."
             )
         return d
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model makes of the outputs of its network: a saved guide is loaded into the same only."""
+        found = {"likelihood": self._named(), "event_dim": self.event_dim, "class_dim": self.class_dim}
+        return {**found, "noise": self._noise_is} if self.likelihood == "regression" else found
+
     def _named(self) -> str:
         if isinstance(self.likelihood, str):
-            return repr(self.likelihood)
+            return self.likelihood
         return getattr(self.likelihood, "__name__", type(self.likelihood).__name__)
 
     def _here(self, value: Any) -> Any:
@@ -163,7 +184,7 @@ class SupervisedModel(_Module):
 
     def extra_repr(self) -> str:
         """The likelihood and the number of rows."""
-        return f"likelihood={self._named()}, num_data={self.num_data}, event_dim={self.event_dim}"
+        return f"likelihood={self._named()!r}, num_data={self.num_data}, event_dim={self.event_dim}"
 
 
 def _check(likelihood: Any, num_data: Any, noise: Any, event_dim: int, class_dim: int) -> None:

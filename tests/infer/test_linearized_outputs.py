@@ -147,3 +147,29 @@ def test_rows_that_interact_in_large_batches_only(structure):
     found = guide.linearized_outputs(x_new)["obs"]
     assert_close(found.mean[:, 0], loc(w, x_new), rtol=1e-10)
     assert_close(found.variance[:, 0], ((J @ precision().inverse()) * J).sum(-1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("family", [dist.Normal, dist.LogNormal])
+def test_densities_of_observed_elements_are_marginals(family):
+    """Of vectors of three elements, of which some are masked; the values of one observation serve all."""
+    mask = torch.tensor([[True, True, True], [True, False, True], [False, False, True], [False, False, False]])
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", family(x @ w, 0.7).mask(mask).to_event(1), obs=y)
+
+    x, y = torch.randn(N, 2), torch.rand(N, 3) + 0.5
+    guide = AutoLaplace(model).initialize(x, y).laplace_approximation((x, y), map_tolerance=float("inf"))
+    found = guide.linearized_outputs(x)["obs"]
+    value = y[:1]
+    logs = value[0] if family is dist.Normal else value[0].log()
+    jacobian = torch.zeros(3) if family is dist.Normal else -logs
+    expected = torch.zeros(N)
+    for n in range(N):
+        at = mask[n].nonzero().flatten()
+        if len(at):
+            S = found.event_covariance[n][at[:, None], at] + 0.49 * torch.eye(len(at))
+            d = torch.distributions.MultivariateNormal(found.mean[n].reshape(3)[at], S)
+            expected[n] = d.log_prob(logs[at]) + jacobian[at].sum()
+    assert_close(found.log_density(value), expected, rtol=1e-9)

@@ -197,3 +197,17 @@ def test_softmax_root_has_one_column_less_than_classes(scale):
     root = rule.root(d, ["logits"])
     assert root.shape == (7, 5, 4)
     torch.testing.assert_close(root @ root.mT, rule.information(d), rtol=1e-12, atol=1e-15)
+
+
+def test_counts_beyond_the_series_are_refused_at_once():
+    d = td.NegativeBinomial(torch.tensor(3.0), logits=torch.tensor(150_000 / 3.0).log())
+    with pytest.raises(ValueError, match="more than 100,000 terms"):
+        fisher_rule(d).information(d)
+    assert_close(fisher_rule(d).block(d, ["logits"]), (3 * d.probs).reshape(1, 1), rtol=1e-12)
+
+
+def test_a_distribution_is_built_again_from_no_parameters():
+    d = td.VonMises(torch.randn(4), torch.rand(4) + 0.5)
+    rule = fisher_rule(d)
+    value = torch.randn(4)
+    assert_close(rule.build(d, {}).log_prob(value), d.log_prob(value), rtol=1e-12)

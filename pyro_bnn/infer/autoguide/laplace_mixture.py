@@ -309,9 +309,15 @@ class AutoLaplaceMixture(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        batch: Batch,
+        *,
+        differentiable: bool = False,
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
-        return self._moved(*self.posterior.rsample_with_index(shape, generator), batch)
+        latent, index = self.posterior.rsample_with_index(shape, generator)
+        return self._moved(latent.detach(), index, batch, differentiable=differentiable)
 
     @override
     def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
@@ -319,15 +325,17 @@ class AutoLaplaceMixture(PackedGuide):
         logits = self.posterior.component_log_prob(latent) + self.log_weights
         return self._moved(latent, td.Categorical(logits=logits).sample(), batch)
 
-    @torch.no_grad()
-    def _moved(self, latent: Tensor, index: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def _moved(
+        self, latent: Tensor, index: Tensor, batch: Batch, *, differentiable: bool = False
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The outputs at packed vectors, each through the model linearised around the mode that it belongs to."""
         sites: dict[str, SiteOutputs] = {}
         result: dict[str, Tensor] = {}
         for k, guide in enumerate(self.components):
             (mine,) = (index == k).nonzero(as_tuple=True)
             if len(mine):
-                for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), batch):
+                offsets = (latent[mine] - guide.loc).detach()
+                for site, outputs in guide.moved_outputs(offsets, batch, differentiable=differentiable):
                     sites.setdefault(site.name, site)
                     shape = latent.shape[:1] + outputs.shape[1:]
                     result.setdefault(site.name, outputs.new_zeros(shape))[mine] = outputs

@@ -17,8 +17,9 @@ from typing_extensions import override
 from pyro_bnn.curvature.mode import find_mode
 from pyro_bnn.curvature.output_covariances import (
     SiteCovariances,
+    basis_functions,
     event_covariance,
-    joined,
+    joint_covariance,
     output_covariances,
 )
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
@@ -29,7 +30,7 @@ from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
-from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
 
@@ -285,44 +286,37 @@ class LinearizedGuide(PackedGuide):
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
+    def linearized_outputs(
+        self, *args: Any, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, LinearizedOutputs]:
         r"""
         The closed-form Gaussian over the parameters of each observed site,
         :math:`N(\phi(\hat u), J P^{-1} J^\top)`.
 
         :param args: arguments of the model; observations are not needed.
+        :param bool differentiable: whether mean and covariance keep their graph: to those tensors among the arguments that
+            require a gradient, and to parameters of the model. The posterior, :math:`\hat u` and P, is constant.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, :class:`LinearizedOutputs`.
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
-
-        @cache
-        def whole() -> list[SiteOutputs]:
-            def nothing(value: Tensor) -> Tensor:
-                return value.new_empty(0)
-
-            try:  # without keeping activations
-                with torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
-                    return self.packed.outputs(stream.latent, batch)
-            except RuntimeError:  # a model that takes derivatives itself
-                return self.packed.outputs(stream.latent, batch)
-
+        posterior, stream, batch = self.posterior, self._stream(differentiable=differentiable), (args, kwargs)
+        whole = cache(partial(self.packed.outputs, stream.latent, batch, keep=differentiable))
         found, sites = output_covariances(posterior, stream, batch, whole=whole)
         if len(sites) != len(self.packed.observed):
             sites = whole()  # means and distributions of the batch
         result = {}
         for site in sites:
-            mean = site.outputs.detach()
-            mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
+            mean = site.outputs if differentiable else site.outputs.detach()
+            mine = found.get(site.name, SiteCovariances())
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
-            covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
+            covariance = stream.joined(site.name, parts)
             _require_slopes(site.name, covariance, mean)
-            joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
+            joint: Any = partial(event_covariance, posterior, stream, batch, site.name)
             if mine.events:
-                joint = joined(mine.events, shape)
-            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint)
+                joint = stream.joined(site.name, mine.events)
+            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint, differentiable)
         return result
 
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
@@ -334,6 +328,7 @@ class LinearizedGuide(PackedGuide):
         method: Any = "auto",
         num_samples: int = 100,
         generator: torch.Generator | None = None,
+        differentiable: bool = False,
         **kwargs: Any,
     ) -> dict[str, td.Distribution]:
         """
@@ -342,13 +337,16 @@ class LinearizedGuide(PackedGuide):
         :param args: arguments of the model; observations are not needed.
         :param str method: see :meth:`LinearizedOutputs.distribution`.
         :param num_samples: draws of the linearised parameters where there is no closed form.
-        :param generator: source of random numbers for these draws.
+        :param generator: source of random numbers for these draws; one with the same seed in every call makes them fixed
+            functions of the arguments.
+        :param bool differentiable: see :meth:`linearized_outputs`.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution (see :meth:`LinearizedOutputs.distribution`).
         """
+        found = self.linearized_outputs(*args, differentiable=differentiable, **kwargs)
         return {
             name: outputs.distribution(method, num_samples=num_samples, generator=generator)
-            for name, outputs in self.linearized_outputs(*args, **kwargs).items()
+            for name, outputs in found.items()
         }
 
     @override
@@ -357,9 +355,10 @@ class LinearizedGuide(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: Any, batch: Batch
+        self, shape: torch.Size, generator: Any, batch: Batch, *, differentiable: bool = False
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
-        return self._linearized(self._draw(shape, generator), batch)
+        offsets = self._draw(shape, generator).detach() - self.loc.detach()
+        return self.moved_outputs(offsets, batch, differentiable=differentiable)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -378,48 +377,63 @@ class LinearizedGuide(PackedGuide):
             return False
         return True
 
-    def moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def moved_outputs(
+        self, offsets: Tensor, batch: Batch, *, differentiable: bool = False
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The parameters of the observed sites at linearised offsets, shape (S,) + shape + (C,)."""
         latent = self.loc.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             sites = self.packed.outputs(latent, batch)
         for site in sites:
-            outputs = site.outputs.detach()
+            outputs = site.outputs if differentiable else site.outputs.detach()
             if site.names:
                 with torch.enable_grad():
                     flat = site.outputs.reshape(-1)
                     try:
-                        product = jvp_operator(flat, latent)
+                        product = jvp_operator(flat, latent, create_graph=differentiable)
                     except RuntimeError:  # an operation without second derivatives
                         rows = jacobian(flat, latent, chunk_size=self.chunk_size)
                         product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
-                moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
-                _require_slopes(site.name, moves, outputs)
-                outputs = outputs + moves
+                    moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                    _require_slopes(site.name, moves, outputs)
+                    outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def joint_covariance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def basis_functions(
+        self, *args: Any, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        r"""
+        The linearised model as a Bayesian linear model :math:`\phi(x) + W(x) z`, :math:`z\sim N(0, I_r)`, with
+        :math:`W(x) W(x')^\top = J(x) P^{-1} J(x')^\top`: the covariance function of a Gaussian process.
+
+        :param args: arguments of the model; observations are not needed.
+        :param bool differentiable: see :meth:`linearized_outputs`.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, :math:`\phi`, shape ``shape + (C,)``, and W, shape ``shape + (C, r)``.
+        """
+        return basis_functions(self.posterior, self._stream(differentiable=differentiable), (args, kwargs))
+
+    def joint_covariance(
+        self, *args: Any, batch_dims: int = 0, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
         r"""
         The covariance of the linearised parameters of each observed site over all points and outputs at once,
         :math:`J P^{-1} J^\top`.
 
         :param args: arguments of the model; observations are not needed.
+        :param int batch_dims: how many leading dimensions of a site's shape are batches of points, whose covariances with each
+            other are not wanted.
+        :param bool differentiable: see :meth:`linearized_outputs`.
         :param kwargs: keyword arguments of the model.
-        :return: by observed site, shape ``shape + (C,) + shape + (C,)``.
+        :return: by observed site of ``shape = batch + rest``, shape ``batch + rest + (C,) + rest + (C,)``.
         """
-        posterior: Any = self.posterior
-        result = {}
-        latent = self.loc.detach().clone().requires_grad_(True)
-        for site in self.packed.outputs(latent, (args, kwargs)):
-            shape = site.outputs.shape
-            J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size))
-            result[site.name] = posterior.quadratic_form(J).reshape(shape + shape)
-        return result
+        found = self.basis_functions(*args, differentiable=differentiable, **kwargs)
+        return {name: joint_covariance(basis, batch_dims) for name, (_, basis) in found.items()}
 
     def linearized_batches(self, data: Any) -> Iterator[dict[str, LinearizedOutputs]]:
         """

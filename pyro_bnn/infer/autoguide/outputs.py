@@ -16,7 +16,7 @@ from pyro_bnn.distributions.joint_normal import JointNormal, cholesky
 from pyro_bnn.distributions.mixture import EqualMixture
 from pyro_bnn.model.packed import SiteOutputs
 from pyro_bnn.ops.families import of_family
-from pyro_bnn.ops.fisher import matrix_square_root
+from pyro_bnn.ops.square_root import symmetric_root
 
 
 @dataclass
@@ -30,6 +30,7 @@ class LinearizedOutputs:
     :ivar names: which parameters, in order, e.g. ``("loc",)`` or ``("loc", "log_scale")``.
     :ivar site: builds the site's distribution at given parameters.
     :ivar joint: :attr:`event_covariance`, or a function that computes it; only of sites with event dimensions.
+    :ivar differentiable: whether mean and covariance have their graph to the arguments of the model, and distributions keep it.
     """
 
     mean: Tensor
@@ -37,6 +38,7 @@ class LinearizedOutputs:
     names: tuple[str, ...]
     site: SiteOutputs
     joint: Tensor | Callable[[], Tensor] | None = None
+    differentiable: bool = False
 
     @property
     def variance(self) -> Tensor:
@@ -74,7 +76,7 @@ class LinearizedOutputs:
         :return: parameters drawn independently for each observation and jointly for the elements of its event dimensions,
             shape ``sample_shape + shape + (C,)``.
         """
-        root = matrix_square_root(self.event_covariance)
+        root = symmetric_root(self.event_covariance)
         noise = torch.randn(
             tuple(sample_shape) + root.shape[:-1],
             dtype=self.mean.dtype,
@@ -156,10 +158,12 @@ class LinearizedOutputs:
         if self.names != ("loc",):
             return None
         if of_family(base, td.Normal, td.LogNormal):
-            return base.scale.detach().square()[..., None, None]
-        if of_family(base, td.MultivariateNormal, td.LowRankMultivariateNormal):
-            return base.covariance_matrix.detach()
-        return None
+            noise = base.scale.square()[..., None, None]
+        elif of_family(base, td.MultivariateNormal, td.LowRankMultivariateNormal):
+            noise = base.covariance_matrix
+        else:
+            return None
+        return noise if self.differentiable else noise.detach()
 
     def _closed_form(self) -> td.Distribution | None:
         """The exact predictive of the linearised model, for Gaussian likelihoods in their location."""

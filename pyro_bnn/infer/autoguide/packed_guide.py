@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.model.data import Batch
@@ -31,8 +32,14 @@ class PackedGuide(AutoContinuous):
 
     def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> None:
         super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
-        # self.model initialises every site anew in each run; in a tuple it is not registered as a submodule
-        self._plain = (model,)
+        self._plain = (model,)  # in a tuple it is not registered as a submodule
+        self._is_starting = False
+
+    @property
+    @override
+    def model(self) -> Any:
+        """The model; while the guide is initialised, one whose sites start as ``init_loc_fn`` says."""
+        return super().model if self._is_starting else self._plain[0]
 
     @property
     def packed(self) -> PackedModel:
@@ -56,6 +63,16 @@ class PackedGuide(AutoContinuous):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self._is_starting = True
+        try:
+            trace, modules = self._prototype(args, kwargs)
+        finally:
+            self._is_starting = False
+        detach_prototypes(self)
+        self._start(trace, modules, (args, kwargs))
+
+    def _prototype(self, args: Any, kwargs: Any) -> tuple[Trace, list[torch.nn.Module]]:
+        """Makes Pyro's prototype; returns a run of the model and the modules that it called."""
         with poutine.block(), evaluation_mode() as modules:
             trace = run_model(self.model, (args, kwargs))
         check_observations(trace, (args, kwargs))
@@ -63,8 +80,7 @@ class PackedGuide(AutoContinuous):
         values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
         with SubstituteMessenger(values), evaluation_mode():
             super()._setup_prototype(*args, **kwargs)
-        detach_prototypes(self)
-        self._start(trace, modules, (args, kwargs))
+        return trace, modules
 
     def _start(self, trace: Trace, modules: list[torch.nn.Module], batch: Batch) -> None:
         """Makes the parameters from a run of the model and the modules that it called."""
@@ -75,7 +91,12 @@ class PackedGuide(AutoContinuous):
         raise NotImplementedError
 
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        batch: Batch,
+        *,
+        differentiable: bool = False,
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The same at draws."""
         raise NotImplementedError
@@ -98,7 +119,12 @@ class PackedGuide(AutoContinuous):
 
     @torch.inference_mode(False)
     def functional_samples(
-        self, num_samples: int, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+        self,
+        num_samples: int,
+        *args: Any,
+        generator: torch.Generator | None = None,
+        differentiable: bool = False,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """
         Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
@@ -106,9 +132,13 @@ class PackedGuide(AutoContinuous):
 
         :param int num_samples: S.
         :param args: arguments of the model; observations are not needed.
-        :param generator: source of random numbers; torch's default if ``None``.
+        :param generator: source of random numbers; torch's default if ``None``. One with the same seed gives the same functions
+            in every call.
+        :param bool differentiable: whether the outputs keep their graph to those tensors among the arguments that require a
+            gradient, and to parameters of the model; draws of the latents are constants.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
-        moved = self._functions(torch.Size((num_samples,)), generator, (args, kwargs))
+        shape = torch.Size((num_samples,))
+        moved = self._functions(shape, generator, (args, kwargs), differentiable=differentiable)
         return {site.name: outputs for site, outputs in moved}

@@ -214,6 +214,10 @@ def _settings(guide: torch.nn.Module) -> dict[str, Any]:
         for prefix, part in parts
         for name in SETTINGS
     }
+    # of a model that tells what it makes of the outputs of its network, which has no tensors
+    found |= {
+        f"model.{name}": value for name, value in getattr(_model_of(guide, None), "settings", {}).items()
+    }
     return {name: value for name, value in found.items() if isinstance(value, (str, int))}
 
 
