@@ -4,7 +4,10 @@
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
+from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
 
 
@@ -12,8 +15,8 @@ class PointEstimateWarning(UserWarning):
     """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
 
 
-@dataclass
-class MAPReport:
+@dataclass(repr=False)
+class MAPReport(Described):
     r"""
     How well converged a point estimate is.
 
@@ -28,6 +31,15 @@ class MAPReport:
     gradient_norm: float
     newton_decrement: float
     smallest_curvature: float
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        return "how well the point estimate has converged", {
+            "negative log joint density": f"{self.loss:.6g} nats",
+            "gradient norm": f"{self.gradient_norm:.3g}",
+            "Newton decrement": f"{self.newton_decrement:.3g} posterior standard deviations",
+            "smallest curvature": f"{self.smallest_curvature:.3g}",
+        }
 
     def warn_beyond(self, limit: float) -> None:
         """Warns if the Newton decrement is larger than a limit."""
