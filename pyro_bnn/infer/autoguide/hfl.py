@@ -123,6 +123,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
             self.register_buffer(name, None)
 
     @takes_data(after=("targets",), also=(solve,))
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def laplace_approximation(
         self, *args: Any, targets: Any, map_tolerance: float = 0.1, **options: Any
     ) -> Self:
@@ -153,6 +155,8 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         return self
 
     @takes_data(after=("targets",), also=(solve,))
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def add_targets(self, *args: Any, targets: Any, **options: Any) -> Self:
         """
         Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact. With

@@ -174,8 +174,12 @@ class LinearizedOutputs(Described):
             self.site.base, td.Bernoulli, td.Categorical, td.OneHotCategorical
         )
 
-    def _noise(self) -> Tensor | None:
-        """The covariance of each element's noise given its location, for Gaussian likelihoods in their location."""
+    @property
+    def noise(self) -> Tensor | None:
+        """
+        The covariance of each element's noise given its location, shape ``shape + (C, C)``, of Gaussian likelihoods in which
+        nothing else depends on the latents; ``None`` of others.
+        """
         base: Any = self.site.base
         if self.names != ("loc",):
             return None
@@ -189,7 +193,7 @@ class LinearizedOutputs(Described):
 
     def _closed_form(self) -> td.Distribution | None:
         """The exact predictive of the linearised model, for Gaussian likelihoods in their location."""
-        noise, base = self._noise(), self.site.base
+        noise, base = self.noise, self.site.base
         if noise is None:
             return None
         logs, vectors = isinstance(base, td.LogNormal), bool(base.event_shape)
@@ -238,7 +242,7 @@ class LinearizedOutputs(Described):
         if not bool(partly.any()):
             density = self.distribution(num_samples=num_samples, generator=generator).log_prob(value)
             return torch.where(events.any(-1), density, 0.0)
-        noise = self._noise()
+        noise = self.noise
         if noise is not None:
             return self._gaussian_density(value, events, noise)
         parts = site.build(self.sample((num_samples,), generator=generator))

@@ -40,6 +40,8 @@ METHODS: dict[str, Callable[[Task], Found]] = {
 
 
 @takes_data(after=("targets", "functional"))
+@torch.inference_mode(False)
+@torch.enable_grad()
 def solve(
     guide: Any,
     *args: Any,
