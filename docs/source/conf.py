@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyro_bnn import __version__
 
-sys.path.insert(0, str(Path(__file__).parent))  # for isolate.py, formulas.py and fold.py
+sys.path.insert(0, str(Path(__file__).parent))  # for isolate.py and the extensions of this folder
 os.environ["TQDM_DISABLE"] = "1"  # a bar is for a terminal, not for a page
 
 project = "pyro_bnn"
@@ -22,6 +22,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "fold",
     "formulas",
+    "markdown",
 ]
 html_theme = "furo"
 html_title = "pyro_bnn"

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``.. fold:: TITLE``: content that a click opens."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -20,7 +20,6 @@ class Fold(Directive):
     required_arguments = 1
     final_argument_whitespace = True
     has_content = True
-    option_spec: ClassVar[dict[str, Any]] = {}
 
     def run(self) -> list[nodes.Node]:
         node = fold(title=self.arguments[0])
@@ -38,4 +37,5 @@ def depart(self: HTML5Translator, node: fold) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_node(fold, html=(visit, depart))
+    app.add_directive("fold", Fold)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
