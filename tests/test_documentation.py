@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import arviz
@@ -91,9 +92,10 @@ def test_every_public_name_has_an_example(face: str) -> None:
     module = importlib.import_module(face)
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == face]
     names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
-    documented = [getattr(module, name) for name in names if callable(getattr(module, name))]
-    objects = {value.__name__: value for value in documented if hasattr(value, "__name__")}
-    assert not [name for name, value in objects.items() if ">>>" not in (value.__doc__ or "")]
+    objects = [
+        value for value in (getattr(module, name) for name in names) if isinstance(value, type | FunctionType)
+    ]
+    assert not [value.__name__ for value in objects if ">>>" not in (value.__doc__ or "")]
 
 
 def test_every_public_module_has_a_place_in_the_reference() -> None:

@@ -126,7 +126,9 @@ def laplace(
     found = None if data is None else survey(net, data, likelihood, noise, given)
     _convert(net, prior)
     given = {k: v for k, v in (given if found is None else found.options).items() if v is not None}
-    model = SupervisedModel(net, likelihood, noise=noise, num_data=found and found.num_rows, **given)
+    model = SupervisedModel(
+        net, likelihood, noise=noise, num_data=None if found is None else found.num_rows, **given
+    )
     start = partial(init_to_trained, fallback=_start_of(found))
     guide = AutoLaplace(
         model, structure=structure, curvature=curvature, sites=sites, init_loc_fn=start, **options

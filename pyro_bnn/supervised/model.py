@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_bnn.model.data import leaves, map_leaves
 from pyro_bnn.model.plates import rows_of
+from pyro_bnn.nn.priors import map_distribution
 from pyro_bnn.supervised.likelihoods import LIKELIHOODS, Likelihood, outputs_of, targets
 
 _Module: Any = PyroModule
@@ -70,6 +71,8 @@ class SupervisedModel(_Module):
         ('Categorical', (10,), 10.0)
     """
 
+    noise: Any
+
     def __init__(
         self,
         net: Callable[..., Any],
@@ -97,7 +100,7 @@ class SupervisedModel(_Module):
             return
         if isinstance(noise, Distribution):
             self._noise_is = "latent"
-            self.noise = PyroSample(noise)
+            self.noise = PyroSample(map_distribution(noise, lambda t: t.to(like)))
         elif noise is None:
             self._noise_is = "parameter"
             self.noise = PyroParam(like.new_ones(()), constraint=constraints.positive)

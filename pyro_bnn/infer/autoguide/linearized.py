@@ -234,7 +234,8 @@ class LinearizedGuide(PackedGuide):
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
+        three digits are within reach, where the search stops by itself. ``guide.map_report`` says what was reached; with
+        ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
             ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)`` (see :mod:`pyro_bnn.model.arguments`);
@@ -259,7 +260,9 @@ class LinearizedGuide(PackedGuide):
         self.packed.require_function(self.loc, data)
         # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
         options: Any = {"max_iter": max_iter, "float64": float64, "report": self.curvature == "hessian"}
-        self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
+        found = find_mode(self.packed, self.loc, data, tolerance=tolerance, **options)
+        self.loc.data.copy_(found.point)
+        self.map_report = MAPReport(found.value, found.gradient_norm, found.decrement)
         return self
 
     @takes_data()

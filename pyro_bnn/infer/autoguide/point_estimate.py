@@ -3,6 +3,7 @@
 """What is said of a point estimate: how well it has converged, and that its draws are all the same."""
 
 from dataclasses import dataclass
+from math import isnan
 
 from typing_extensions import override
 
@@ -31,7 +32,7 @@ class MAPReport(Described):
     :ivar gradient_norm: :math:`|\nabla L|`.
     :ivar newton_decrement: :math:`\sqrt{g^\top P^{-1} g}`: the length of the Newton step in posterior standard
         deviations. Zero at the MAP.
-    :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P.
+    :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P; nan after ``polish``, which forms none.
 
     Example::
 
@@ -50,16 +51,18 @@ class MAPReport(Described):
     loss: float
     gradient_norm: float
     newton_decrement: float
-    smallest_curvature: float
+    smallest_curvature: float = float("nan")
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:
-        return "how well the point estimate has converged", {
+        found = {
             "negative log joint density": f"{self.loss:.6g} nats",
             "gradient norm": f"{self.gradient_norm:.3g}",
             "Newton decrement": f"{self.newton_decrement:.3g} posterior standard deviations",
-            "smallest curvature": f"{self.smallest_curvature:.3g}",
         }
+        if not isnan(self.smallest_curvature):
+            found["smallest curvature"] = f"{self.smallest_curvature:.3g}"
+        return "how well the point estimate has converged", found
 
     def warn_beyond(self, limit: float) -> None:
         """Warns if the Newton decrement is larger than a limit."""

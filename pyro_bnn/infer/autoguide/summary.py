@@ -163,7 +163,7 @@ def _of_linearized(guide: Any) -> tuple[Facts, Rows]:
     report = guide.map_report
     if report is not None:
         found["Newton decrement"] = f"{report.newton_decrement:.3g} posterior standard deviations"
-        found["smallest curvature"] = f"{report.smallest_curvature:.3g}"
+        found |= {"smallest curvature": f"{report.smallest_curvature:.3g}"} if guide.is_fitted else {}
     if guide.is_fitted and hasattr(guide, "log_evidence"):
         found["log evidence"] = f"{float(guide.log_evidence()):.6g} nats"
         if guide.tau is not None:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -56,6 +55,7 @@ from pyro_bnn.model.plates import (
     take_rows,
 )
 from pyro_bnn.nn.folding import sample_loops
+from pyro_bnn.ops.notice import warn_user
 
 #: Bytes that the intermediate values of one run may take by default.
 MAX_MEMORY = 24 * 2**20
@@ -361,7 +361,7 @@ class ModelRunner:
                 self.draws = draws
                 self.structure.sites = self.single(few, 0)
                 if not compare(self, few)[0]:
-                    self.together.on = True
+                    self.together.decide("")
                     return
             finally:
                 self.draws, self.structure.sites = whole, all_rows
@@ -386,10 +386,9 @@ class ModelRunner:
         # a latent of few values may repeat by chance
         first, *others = (densities() for _ in range(4))
         if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=False)):
-            warnings.warn(
+            warn_user(
                 f"There are no draws of {missing}, which the model samples, and the density of {observed} depends on them: "
-                "every run takes new ones from the model. If they are latent, give draws of them too.",
-                stacklevel=2,
+                "every run takes new ones from the model. If they are latent, give draws of them too."
             )
 
     @torch.no_grad()
