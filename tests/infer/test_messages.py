@@ -110,3 +110,11 @@ def test_a_scale_that_training_drives_to_zero_is_named() -> None:
             guide.laplace_approximation(y, **options)
         if make is AutoLaplace:
             assert "or use curvature='ggn'" not in str(e.value)  # which it is
+
+
+def test_a_container_that_fits_in_no_way_says_both() -> None:
+    x, y = linear_data()
+    for guide in (AutoLaplace(linear_model), AutoMixture(linear_model)):
+        with pytest.raises(AttributeError, match="dict") as caught:
+            guide.initialize({"X": x, "y": y})
+        assert any("unexpected keyword argument 'X'" in note for note in caught.value.__notes__)
