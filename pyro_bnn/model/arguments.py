@@ -210,7 +210,8 @@ def takes_data(
             try:
                 return method(guide, *lead, data, **given)
             except Exception as error:
-                explain_arrays(error, data, given.get("targets"))
+                if isinstance(error, (TypeError, AttributeError)) or "numpy" in str(error):
+                    explain_arrays(error, data, given.get("targets"))
                 if in_order and after[0] in given and isinstance(data, Arguments):
                     error.add_note(
                         f"The arguments were read as data and {after[0]}. {_how_to_name(name, after[0])}"
