@@ -11,6 +11,9 @@ from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.nystrom import inverse_root
+from pyro_bnn.infer.hfl.paired import fine_tune
+from pyro_bnn.infer.hfl.setup import set_up
+from pyro_bnn.infer.hfl.solver import Solver
 from tests.common import assert_close
 
 NOISE = 0.5
@@ -74,3 +77,26 @@ def test_a_functional_without_variance_has_none_under_the_low_rank_guide():
     assert_close(W @ W.mT, torch.linalg.inv(P), rtol=1e-7, atol=1e-10)
     # what the responses do not resolve is left out
     assert low_rank_factor(J, D, C, 2 * float(torch.linalg.matrix_norm(C, 2))).shape == (6, 0)
+
+
+def test_a_run_at_the_minimum_stays_there(flat):
+    """Without a push, with all data in one batch, whatever the number of rounds."""
+    guide, data, _ = flat
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+    for rounds in (1, 2):
+        offsets = fine_tune(
+            problem, solver, 2, lambda o, batch: torch.zeros_like(o), num_epochs=6, rounds=rounds
+        )
+        assert_close(offsets, torch.zeros(2, 3), atol=1e-12)
+
+
+def test_a_push_moves_the_minimum_by_the_inverse_curvature(flat):
+    guide, (x, y), covariance = flat
+    batches = [(x[i::4], y[i::4]) for i in range(4)]
+    problem, _ = set_up(guide, batches, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+    push = torch.tensor([[1.0, 0.0, -2.0], [0.0, 3.0, 0.5]])
+    offsets = fine_tune(problem, solver, 2, lambda o, batch: push, num_epochs=60, rounds=3)
+    expected = -push @ covariance
+    assert_close(offsets, expected, rtol=0, atol=0.01 * float(expected.abs().max()))

@@ -211,3 +211,23 @@ def test_a_distribution_is_built_again_from_no_parameters():
     rule = fisher_rule(d)
     value = torch.randn(4)
     assert_close(rule.build(d, {}).log_prob(value), d.log_prob(value), rtol=1e-12)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_gaussians_in_two_batch_dimensions(low_rank):
+    shape = (2, 5)
+    loc, factor, diagonal = torch.randn(*shape, 3), torch.randn(*shape, 3, 2), torch.rand(*shape, 3) + 0.5
+    if low_rank:
+        d = td.LowRankMultivariateNormal(loc, factor, diagonal)
+    else:
+        d = td.MultivariateNormal(loc, factor @ factor.mT + torch.diag_embed(diagonal))
+    found = fisher_rule(d).information(d)
+    for i, j in itertools.product(range(2), range(5)):
+        one = (
+            td.LowRankMultivariateNormal(loc[i, j], factor[i, j], diagonal[i, j])
+            if low_rank
+            else td.MultivariateNormal(loc[i, j], d.covariance_matrix[i, j])
+        )
+        assert_close(found[i, j], fisher_rule(one).information(one), rtol=1e-9, atol=1e-12)
+    names = list(fisher_rule(d).parameters(d))[1:]
+    assert_close(fisher_rule(d).block(d, names), found[..., 3:, 3:], rtol=1e-12)

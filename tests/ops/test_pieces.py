@@ -106,6 +106,8 @@ def test_rows_of_examples_are_found_at_any_scale(size):
     one_wrong[2, 1, 0] += 0.01 * size
     assert find_layout(use, plain, one_wrong, weights, eps=1e-16) is None
     assert find_layout(use, plain, plain * math.nan, weights, eps=1e-16) is None
+    none = torch.empty(4, 0)
+    assert find_layout(ElementwiseUse(torch.arange(0)), none, none, weights, eps=1e-16).dim == 0
     # two rows for each example, next to each other or one after all the others
     twice = size * torch.randn(8, 3)
     for weight, major in ((weights.repeat_interleave(2), True), (weights.repeat(2), False)):
