@@ -18,7 +18,6 @@ from pyro_bnn.curvature.stream import ExampleStream, SiteExamples
 from pyro_bnn.distributions.precision_normal import BlockNormal, PrecisionNormal
 from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.model.packed import SiteOutputs
-from pyro_bnn.ops.jacobian import jacobian, wide
 
 #: parameters of one observation up to which their covariances are formed together with their variances
 JOINT_LIMIT = 64
@@ -41,14 +40,6 @@ class SiteCovariances:
     events: list[Tensor] = field(default_factory=list)
 
 
-def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """Covariances of chunks as one, whose leading dimensions are ``shape``."""
-    # chunks are smaller than the whole in the dimension along which the batch was split, and there only; sites without that
-    # dimension are the same in all of them
-    dims = [d for d, size in enumerate(shape) if parts[0].shape[d] != size]
-    return torch.cat(parts, *dims) if dims else parts[0]
-
-
 def output_covariances(
     posterior: Any,
     stream: ExampleStream,
@@ -68,7 +59,7 @@ def output_covariances(
     for _, sites in stream.run_batch(batch, whole=whole):
         outputs.append([examples.site for examples in sites])
         for examples in sites:
-            with torch.no_grad():
+            with torch.set_grad_enabled(stream.differentiable):
                 _add(found.setdefault(examples.site.name, SiteCovariances()), covariance, examples, joint)
     return found, outputs[0] if len(outputs) == 1 else []
 
@@ -100,12 +91,49 @@ def _placed(blocks: Tensor, size: int, dim: int, shape: torch.Size) -> Tensor:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def event_covariance(
-    posterior: Any, stream: ExampleStream, batch: Batch, name: str, shape: torch.Size
-) -> Tensor:
-    """The covariance of all parameters of each observation of one site of batch shape ``shape``: ``shape + (E C, E C)``."""
+def event_covariance(posterior: Any, stream: ExampleStream, batch: Batch, name: str) -> Tensor:
+    """The covariance of all parameters of each observation of one site: its batch shape + ``(E C, E C)``."""
     found, _ = output_covariances(posterior, stream, batch, joint=True)
-    return joined(found[name].events, shape)
+    return stream.joined(name, found[name].events)
+
+
+def basis_functions(posterior: Any, stream: ExampleStream, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    r"""
+    By site, its outputs, shape ``shape + (C,)``, and W with :math:`W W^\top = J P^{-1} J^\top`, shape ``shape + (C, r)``; with
+    their graph if the stream is differentiable.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for trace, sites in stream.run_batch(batch):
+        dependent = {examples.site.name: examples for examples in sites}
+        for site in stream.model.site_outputs(trace):
+            with torch.set_grad_enabled(stream.differentiable):
+                examples = dependent.get(site.name)
+                outputs = site.outputs if stream.differentiable else site.outputs.detach()
+                basis = outputs.new_zeros(outputs.shape + (1,))  # of a site without latents
+                if examples is not None:
+                    basis = posterior.half_solve_transposed(_rows(examples))
+                found.setdefault(site.name, []).append((outputs, basis))
+    return {
+        name: (
+            stream.joined(name, [part[0] for part in parts]),
+            stream.joined(name, [part[1] for part in parts]),
+        )
+        for name, parts in found.items()
+    }
+
+
+def _rows(examples: SiteExamples) -> Tensor:
+    """The Jacobian of a site's outputs, shape + (C, p)."""
+    jac, shape = examples.jacobian, examples.site.outputs.shape
+    rows = jac.dense(jac.basis()).movedim(0, 1)  # (B, M, p)
+    return _placed(rows.unflatten(1, (-1, shape[-1])), jac.B, jac.dim, shape[:-1])
+
+
+def joint_covariance(basis: Tensor, batch_dims: int = 0) -> Tensor:
+    """The covariance, ``batch + rest + rest``, of outputs with basis functions ``batch + rest + (r,)``."""
+    batch, rest = basis.shape[:batch_dims], basis.shape[batch_dims:-1]
+    flat = basis.reshape(batch + (rest.numel(), basis.shape[-1]))
+    return (flat @ flat.mT).reshape(batch + rest + rest)
 
 
 class LinearCovariance:
@@ -214,26 +242,14 @@ def joint_covariance_blocks(guide: Any, data: Any) -> Iterator[tuple[int, int, d
     The blocks :math:`J_i P^{-1} J_j^\top`, :math:`j \le i`, of the covariance over all points and outputs of batches in a fixed
     order, for a fitted guide: i, j and the block by observed site, shape ``shape_i + (C,) + shape_j + (C,)``.
     """
-    for i, batch in enumerate(iter_batches(data)):
-        mine = _half(guide, batch)
-        for j, other in enumerate(iter_batches(data)):
-            theirs = mine if j == i else _half(guide, other)
-            blocks = {
-                name: (a @ theirs[name][0].mT).reshape(shape + theirs[name][1])
-                for name, (a, shape) in mine.items()
-            }
-            yield i, j, blocks
+    for i, (args, kwargs) in enumerate(iter_batches(data)):
+        mine = guide.basis_functions(*args, **kwargs)
+        for j, (others, options) in enumerate(iter_batches(data)):
+            theirs = mine if j == i else guide.basis_functions(*others, **options)
+            yield (
+                i,
+                j,
+                {name: torch.tensordot(a, theirs[name][1], ([-1], [-1])) for name, (_, a) in mine.items()},
+            )
             if j == i:
                 break
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _half(guide: Any, batch: Batch) -> dict[str, tuple[Tensor, torch.Size]]:
-    r"""By site, W with :math:`W W^\top = J P^{-1} J^\top` and the shape of the outputs."""
-    latent = guide.loc.detach().clone().requires_grad_(True)
-    found = {}
-    for site in guide.packed.outputs(latent, batch):
-        J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=guide.chunk_size))
-        found[site.name] = (guide.posterior.half_solve_transposed(J).detach(), site.outputs.shape)
-    return found

@@ -70,6 +70,9 @@ class FactorNormal(TorchDistribution):
             if self._remains:
                 self._gain = basis / remainder_precision  # B Λ⁻¹
                 self._cholesky = torch.linalg.cholesky(self._gain @ basis.mT)
+                # orthonormal rows: what the condition B e = 0 takes from e, in units of its standard deviations
+                scaled = basis * remainder_precision.rsqrt()
+                self._explained = torch.linalg.solve_triangular(self._cholesky, scaled, upper=False)
         super().__init__(torch.Size(), loc.shape, validate_args=False)
 
     def expand(self, batch_shape: _size, _instance: Any = None) -> TorchDistribution:
@@ -90,8 +93,8 @@ class FactorNormal(TorchDistribution):
         variance = self.factor.square().sum(-1)
         if self.remainder_precision is None or not self._remains:
             return variance
-        explained = torch.linalg.solve_triangular(self._cholesky, self._gain, upper=False).square().sum(0)
-        return variance + (self.remainder_precision.reciprocal() - explained).clamp(min=0)
+        free = (1 - self._explained.square().sum(0)).clamp(min=0)
+        return variance + free / self.remainder_precision
 
     def rsample(self, sample_shape: _size = (), generator: torch.Generator | None = None) -> Tensor:
         """
@@ -132,6 +135,19 @@ class FactorNormal(TorchDistribution):
         half_log_det = 0.5 * self.remainder_precision.log().sum() + self._cholesky.diagonal().log().sum()
         return half_log_det - volume - 0.5 * (quadratic + (e.square() * self.remainder_precision).sum(-1))
 
+    def half_solve_transposed(self, x: Tensor) -> Tensor:
+        r"""
+        Applies :math:`R^\top` with :math:`R R^\top = \Sigma`, so that :math:`|R^\top g|^2` is the variance of a functional g.
+
+        :param x: shape ``(..., p)``.
+        :return: shape ``(..., r)``, or ``(..., r + p)`` where there is a remainder.
+        """
+        half = x @ self.factor
+        if self.remainder_precision is None or not self._remains:
+            return half
+        scaled = x * self.remainder_precision.rsqrt()
+        return torch.cat([half, scaled - scaled @ self._explained.mT @ self._explained], -1)
+
     def quadratic_form(self, rows: Tensor) -> Tensor:
         r"""
         Covariances of linear functionals: :math:`J \Sigma J^\top`.
@@ -139,13 +155,8 @@ class FactorNormal(TorchDistribution):
         :param rows: the functionals, shape ``(..., C, p)``.
         :return: shape ``(..., C, C)``.
         """
-        half = rows @ self.factor
-        covariance = half @ half.mT
-        if self.remainder_precision is None or not self._remains:
-            return covariance
-        scaled = rows * self.remainder_precision.rsqrt()
-        explained = torch.linalg.solve_triangular(self._cholesky, self._gain @ rows.mT, upper=False)
-        return covariance + scaled @ scaled.mT - explained.mT @ explained
+        half = self.half_solve_transposed(rows)
+        return half @ half.mT
 
     def _condition(self, e: Tensor) -> Tensor:
         """Turns draws of N(0, Λ⁻¹) into draws given B e = 0 (Matheron's rule)."""

@@ -18,7 +18,7 @@ from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, margi
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
-from pyro_bnn.model.data import Batch
+from pyro_bnn.model.data import Arguments, Batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 
 Weights = Literal["equal", "evidence"]
@@ -52,6 +52,8 @@ class AutoLaplaceMixture(PackedGuide):
         >>> guide.sample_posterior((1000,))["a"].mean(0).abs() < 0.3
         tensor([True, True])
     """
+
+    _shown = ("num_components", "weights")
 
     log_weights: Tensor
     components: Any
@@ -111,7 +113,7 @@ class AutoLaplaceMixture(PackedGuide):
     @override
     def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
         for guide in self.components:  # each starts at a draw of its own
-            guide.initialize(*batch[0], **batch[1])
+            guide.initialize(Arguments(*batch))
         self.log_weights = self.log_weights.to(self.components[0].loc.device)
 
     @property
@@ -188,15 +190,15 @@ class AutoLaplaceMixture(PackedGuide):
         values = values if self.weights == "evidence" else torch.zeros_like(values)
         self.log_weights = values.log_softmax(0)
 
-    def optimize_hyperparameters(self, data: Any = None, **options: Any) -> list[HyperparameterReport]:
+    def optimize_hyperparameters(self, *args: Any, **options: Any) -> list[HyperparameterReport]:
         """
         Tunes the prior precision of each component, and updates the weights.
 
-        :param data: see :meth:`AutoLaplace.optimize_hyperparameters`.
+        :param args: see :meth:`AutoLaplace.optimize_hyperparameters`.
         :param options: of :meth:`AutoLaplace.optimize_hyperparameters`.
         :return: one report per component.
         """
-        reports = [guide.optimize_hyperparameters(data, **options) for guide in self.components]
+        reports = [guide.optimize_hyperparameters(*args, **options) for guide in self.components]
         self._update_weights()
         return reports
 
@@ -309,9 +311,15 @@ class AutoLaplaceMixture(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: torch.Generator | None, batch: Batch
+        self,
+        shape: torch.Size,
+        generator: torch.Generator | None,
+        batch: Batch,
+        *,
+        differentiable: bool = False,
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
-        return self._moved(*self.posterior.rsample_with_index(shape, generator), batch)
+        latent, index = self.posterior.rsample_with_index(shape, generator)
+        return self._moved(latent.detach(), index, batch, differentiable=differentiable)
 
     @override
     def _linearized(self, latent: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
@@ -319,15 +327,17 @@ class AutoLaplaceMixture(PackedGuide):
         logits = self.posterior.component_log_prob(latent) + self.log_weights
         return self._moved(latent, td.Categorical(logits=logits).sample(), batch)
 
-    @torch.no_grad()
-    def _moved(self, latent: Tensor, index: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def _moved(
+        self, latent: Tensor, index: Tensor, batch: Batch, *, differentiable: bool = False
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The outputs at packed vectors, each through the model linearised around the mode that it belongs to."""
         sites: dict[str, SiteOutputs] = {}
         result: dict[str, Tensor] = {}
         for k, guide in enumerate(self.components):
             (mine,) = (index == k).nonzero(as_tuple=True)
             if len(mine):
-                for site, outputs in guide.moved_outputs(latent[mine] - guide.loc.detach(), batch):
+                offsets = (latent[mine] - guide.loc).detach()
+                for site, outputs in guide.moved_outputs(offsets, batch, differentiable=differentiable):
                     sites.setdefault(site.name, site)
                     shape = latent.shape[:1] + outputs.shape[1:]
                     result.setdefault(site.name, outputs.new_zeros(shape))[mine] = outputs

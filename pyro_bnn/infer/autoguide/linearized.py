@@ -17,32 +17,22 @@ from typing_extensions import override
 from pyro_bnn.curvature.mode import find_mode
 from pyro_bnn.curvature.output_covariances import (
     SiteCovariances,
+    basis_functions,
     event_covariance,
-    joined,
+    joint_covariance,
     output_covariances,
 )
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
+from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs, require_slopes
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
-from pyro_bnn.model.arguments import as_data
-from pyro_bnn.model.data import Batch, as_batches, iter_batches
+from pyro_bnn.model.arguments import takes_data
+from pyro_bnn.model.data import Arguments, Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
-from pyro_bnn.ops.jacobian import jacobian, jvp_operator, wide
+from pyro_bnn.ops.jacobian import jacobian, jvp_operator
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
-
-
-def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
-    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
-    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
-        bad = int((~found.isfinite()).sum())
-        raise ValueError(
-            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
-            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
-            "guide.sample_posterior."
-        )
 
 
 class LinearizedGuide(PackedGuide):
@@ -64,7 +54,6 @@ class LinearizedGuide(PackedGuide):
     has_density = True
     #: what is taken for the curvature of the likelihood
     curvature: Any = "hessian"
-    _shown: tuple[str, ...] = ()  # options that the representation shows
 
     loc: Tensor
 
@@ -230,6 +219,7 @@ class LinearizedGuide(PackedGuide):
 
     # ------------------------------------------------------------------ point estimate
 
+    @takes_data()
     @torch.inference_mode(False)
     @torch.enable_grad()
     def polish(
@@ -244,10 +234,12 @@ class LinearizedGuide(PackedGuide):
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
+        three digits are within reach, where the search stops by itself. ``guide.map_report`` says what was reached; with
+        ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
-            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
+            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)`` (see :mod:`pyro_bnn.model.arguments`);
+            every pass uses all of it.
         :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
         :param max_iter: largest number of L-BFGS iterations.
         :param bool float64: whether to search in double precision; parameters and buffers of the model's modules are
@@ -260,7 +252,7 @@ class LinearizedGuide(PackedGuide):
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        data = as_batches(as_data(self._plain[0], args, kwargs, "polish"))
+        data = as_batches(*args)
         if self.is_fitted:
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
@@ -268,72 +260,74 @@ class LinearizedGuide(PackedGuide):
         self.packed.require_function(self.loc, data)
         # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
         options: Any = {"max_iter": max_iter, "float64": float64, "report": self.curvature == "hessian"}
-        self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
+        found = find_mode(self.packed, self.loc, data, tolerance=tolerance, **options)
+        self.loc.data.copy_(found.point)
+        self.map_report = MAPReport(found.value, found.gradient_norm, found.decrement)
         return self
 
-    def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
+    @takes_data()
+    def negative_log_joint(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         r"""
         :math:`L` and its gradient at the point estimate.
 
-        :param data: one batch or an iterable of batches, with observations.
+        :param args: data with observations, or the arguments of the model.
+        :param kwargs: keyword arguments of the model.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
+        (data,) = args
         losses = partial(self.packed.losses, data=data, require_finite=True)
         return value_and_gradient(losses, self.loc)
 
     # ------------------------------------------------------------------ predictions
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def linearized_outputs(self, *args: Any, **kwargs: Any) -> dict[str, LinearizedOutputs]:
+    def linearized_outputs(
+        self, *args: Any, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, LinearizedOutputs]:
         r"""
         The closed-form Gaussian over the parameters of each observed site,
         :math:`N(\phi(\hat u), J P^{-1} J^\top)`.
 
         :param args: arguments of the model; observations are not needed.
+        :param bool differentiable: whether mean and covariance keep their graph: to those tensors among the arguments that
+            require a gradient, and to parameters of the model. The posterior, :math:`\hat u` and P, is constant.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, :class:`LinearizedOutputs`.
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior, stream, batch = self.posterior, self._stream(), (args, kwargs)
-
-        @cache
-        def whole() -> list[SiteOutputs]:
-            def nothing(value: Tensor) -> Tensor:
-                return value.new_empty(0)
-
-            try:  # without keeping activations
-                with torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
-                    return self.packed.outputs(stream.latent, batch)
-            except RuntimeError:  # a model that takes derivatives itself
-                return self.packed.outputs(stream.latent, batch)
-
+        (batch,) = args
+        posterior, stream = self.posterior, self._stream(differentiable=differentiable)
+        whole = cache(partial(self.packed.outputs, stream.latent, batch, keep=differentiable))
         found, sites = output_covariances(posterior, stream, batch, whole=whole)
         if len(sites) != len(self.packed.observed):
             sites = whole()  # means and distributions of the batch
         result = {}
         for site in sites:
-            mean = site.outputs.detach()
-            mine, shape = found.get(site.name, SiteCovariances()), mean.shape[:-1]
+            mean = site.outputs if differentiable else site.outputs.detach()
+            mine = found.get(site.name, SiteCovariances())
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
-            covariance, shape = joined(parts, shape), shape[: len(shape) - site.event_dim]
-            _require_slopes(site.name, covariance, mean)
-            joint: Any = partial(event_covariance, posterior, stream, batch, site.name, shape)
+            covariance = stream.joined(site.name, parts)
+            require_slopes(site.name, covariance, mean)
+            joint: Any = partial(event_covariance, posterior, stream, batch, site.name)
             if mine.events:
-                joint = joined(mine.events, shape)
-            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint)
+                joint = stream.joined(site.name, mine.events)
+            result[site.name] = LinearizedOutputs(mean, covariance, site.names, site, joint, differentiable)
         return result
 
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
         return ExampleStream(self.packed, self.loc, budget=self.budget, differentiable=differentiable)
 
+    @takes_data(one_batch=True)
     def predictive(
         self,
         *args: Any,
         method: Any = "auto",
         num_samples: int = 100,
         generator: torch.Generator | None = None,
+        differentiable: bool = False,
         **kwargs: Any,
     ) -> dict[str, td.Distribution]:
         """
@@ -342,13 +336,16 @@ class LinearizedGuide(PackedGuide):
         :param args: arguments of the model; observations are not needed.
         :param str method: see :meth:`LinearizedOutputs.distribution`.
         :param num_samples: draws of the linearised parameters where there is no closed form.
-        :param generator: source of random numbers for these draws.
+        :param generator: source of random numbers for these draws; one with the same seed in every call makes them fixed
+            functions of the arguments.
+        :param bool differentiable: see :meth:`linearized_outputs`.
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution (see :meth:`LinearizedOutputs.distribution`).
         """
+        found = self.linearized_outputs(*args, differentiable=differentiable, **kwargs)
         return {
             name: outputs.distribution(method, num_samples=num_samples, generator=generator)
-            for name, outputs in self.linearized_outputs(*args, **kwargs).items()
+            for name, outputs in found.items()
         }
 
     @override
@@ -357,9 +354,10 @@ class LinearizedGuide(PackedGuide):
 
     @override
     def _functions(
-        self, shape: torch.Size, generator: Any, batch: Batch
+        self, shape: torch.Size, generator: Any, batch: Batch, *, differentiable: bool = False
     ) -> Iterator[tuple[SiteOutputs, Tensor]]:
-        return self._linearized(self._draw(shape, generator), batch)
+        offsets = self._draw(shape, generator).detach() - self.loc.detach()
+        return self.moved_outputs(offsets, batch, differentiable=differentiable)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -378,48 +376,65 @@ class LinearizedGuide(PackedGuide):
             return False
         return True
 
-    def moved_outputs(self, offsets: Tensor, batch: Batch) -> Iterator[tuple[SiteOutputs, Tensor]]:
+    def moved_outputs(
+        self, offsets: Tensor, batch: Batch, *, differentiable: bool = False
+    ) -> Iterator[tuple[SiteOutputs, Tensor]]:
         """The parameters of the observed sites at linearised offsets, shape (S,) + shape + (C,)."""
         latent = self.loc.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             sites = self.packed.outputs(latent, batch)
         for site in sites:
-            outputs = site.outputs.detach()
+            outputs = site.outputs if differentiable else site.outputs.detach()
             if site.names:
                 with torch.enable_grad():
                     flat = site.outputs.reshape(-1)
                     try:
-                        product = jvp_operator(flat, latent)
+                        product = jvp_operator(flat, latent, create_graph=differentiable)
                     except RuntimeError:  # an operation without second derivatives
                         rows = jacobian(flat, latent, chunk_size=self.chunk_size)
                         product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
-                moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
-                _require_slopes(site.name, moves, outputs)
-                outputs = outputs + moves
+                    moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
+                    require_slopes(site.name, moves, outputs)
+                    outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def joint_covariance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def basis_functions(
+        self, *args: Any, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        r"""
+        The linearised model as a Bayesian linear model :math:`\phi(x) + W(x) z`, :math:`z\sim N(0, I_r)`, with
+        :math:`W(x) W(x')^\top = J(x) P^{-1} J(x')^\top`: the covariance function of a Gaussian process.
+
+        :param args: arguments of the model; observations are not needed.
+        :param bool differentiable: see :meth:`linearized_outputs`.
+        :param kwargs: keyword arguments of the model.
+        :return: by observed site, :math:`\phi`, shape ``shape + (C,)``, and W, shape ``shape + (C, r)``.
+        """
+        return basis_functions(self.posterior, self._stream(differentiable=differentiable), *args)
+
+    @takes_data(one_batch=True)
+    def joint_covariance(
+        self, *args: Any, batch_dims: int = 0, differentiable: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
         r"""
         The covariance of the linearised parameters of each observed site over all points and outputs at once,
         :math:`J P^{-1} J^\top`.
 
         :param args: arguments of the model; observations are not needed.
+        :param int batch_dims: how many leading dimensions of a site's shape are batches of points, whose covariances with each
+            other are not wanted.
+        :param bool differentiable: see :meth:`linearized_outputs`.
         :param kwargs: keyword arguments of the model.
-        :return: by observed site, shape ``shape + (C,) + shape + (C,)``.
+        :return: by observed site of ``shape = batch + rest``, shape ``batch + rest + (C,) + rest + (C,)``.
         """
-        posterior: Any = self.posterior
-        result = {}
-        latent = self.loc.detach().clone().requires_grad_(True)
-        for site in self.packed.outputs(latent, (args, kwargs)):
-            shape = site.outputs.shape
-            J = wide(jacobian(site.outputs.reshape(-1), latent, chunk_size=self.chunk_size))
-            result[site.name] = posterior.quadratic_form(J).reshape(shape + shape)
-        return result
+        found = self.basis_functions(*args, differentiable=differentiable, **kwargs)
+        return {name: joint_covariance(basis, batch_dims) for name, (_, basis) in found.items()}
 
     def linearized_batches(self, data: Any) -> Iterator[dict[str, LinearizedOutputs]]:
         """
@@ -428,4 +443,4 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches; observations are not needed.
         :return: an iterator over :meth:`linearized_outputs`.
         """
-        return (self.linearized_outputs(*args, **kwargs) for args, kwargs in iter_batches(data))
+        return (self.linearized_outputs(Arguments(*batch)) for batch in iter_batches(data))

@@ -1,0 +1,119 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over the data before a fit: what a target is, how many rows there are, and how far the network is from them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn.model.data import Batch, Batches, repeatable_batches
+from pyro_bnn.model.evaluation import evaluation_mode
+from pyro_bnn.supervised.likelihoods import targets
+from pyro_bnn.supervised.model import SupervisedModel, rows_in
+
+
+@dataclass(frozen=True)
+class Survey:
+    """
+    :ivar options: of :class:`SupervisedModel`, what the targets say.
+    :ivar num_rows: N.
+    :ivar num_elements: the number of elements of all targets.
+    :ivar squares: the sum of squared residuals of a regression in units of the noise given, or of 1.
+    """
+
+    options: dict[str, Any]
+    num_rows: int
+    num_elements: int
+    squares: float
+
+    @property
+    def residual(self) -> float:
+        """The root mean square of the residuals of a regression, in the units of ``squares``."""
+        return (self.squares / self.num_elements) ** 0.5
+
+
+def check_loader(data: Any) -> Batches:
+    """Data that give every row once in every pass; raises for loaders that leave rows out or draw them at random."""
+    if getattr(data, "drop_last", False) and len(data.dataset) % (data.batch_size or 1):
+        raise ValueError(
+            f"the loader has drop_last=True and leaves out {len(data.dataset) % data.batch_size} of {len(data.dataset)} rows, "
+            "other ones in every pass if it shuffles; a posterior needs all of them: drop_last=False."
+        )
+    if getattr(getattr(data, "sampler", None), "replacement", False):
+        raise ValueError(
+            f"the loader draws rows with replacement ({type(data.sampler).__name__}), so that some count twice and others not "
+            "at all: pass a loader that gives every row once."
+        )
+    return repeatable_batches(data)
+
+
+@torch.no_grad()
+def survey(net: nn.Module, data: Any, likelihood: Any, noise: Any, options: dict[str, Any]) -> Survey:
+    """Runs a network over the data, in evaluation mode, and reads what is not given in the options from the first batch."""
+    batches = check_loader(data)
+    fixed = noise if isinstance(noise, (int, float, Tensor)) else 1.0 if likelihood == "regression" else None
+    probe = SupervisedModel(
+        net, likelihood, noise=fixed, **{k: v for k, v in options.items() if v is not None}
+    )
+    rows = elements = 0
+    squares = torch.zeros((), dtype=torch.float64)
+    with evaluation_mode(net):
+        for number, batch in enumerate(batches):
+            x, y = _inputs_and_targets(probe, batch)
+            f = probe.outputs(x)
+            if not number:
+                _read_dimensions(probe, f, y, options)
+            d = probe.distribution(f, rows_in(x))
+            y = targets(y, d, likelihood)
+            rows, elements = rows + len(y), elements + y.numel()
+            if likelihood == "regression":
+                squares += ((y - d.mean) / probe.noise).double().square().sum().cpu()
+    found = {"event_dim": probe.event_dim, "class_dim": probe.class_dim, "target": probe.target}
+    return Survey(found, rows, elements, float(squares))
+
+
+def _inputs_and_targets(model: SupervisedModel, batch: Batch) -> tuple[Any, Tensor]:
+    """What the network and the likelihood get of a batch."""
+    args, kwargs = batch
+    x, y = model.split(*args, **kwargs)
+    if y is None:
+        where = (
+            f"the keys {sorted(x)}, and target={model.target!r} is none of them"
+            if isinstance(x, Mapping)
+            else "inputs alone"
+        )
+        raise ValueError(
+            f"the data have no targets: a batch holds {where}. Pass (x, y), batches of this form, or mappings with the name of the "
+            "targets in target=."
+        )
+    return x, y
+
+
+def _read_dimensions(model: SupervisedModel, f: Any, y: Any, options: dict[str, Any]) -> None:
+    """Sets the dimensions of a target that are not given: those behind the rows, of which a single element is a number."""
+    if callable(model.likelihood) or not isinstance(y, Tensor):
+        return
+    if options.get("event_dim") is None:
+        model.event_dim = max(y.dim() - 1, 0) if y.dim() > 2 or y[:1].numel() != 1 else 0
+        if model.likelihood == "classification" and y.shape == f.shape:
+            model.event_dim = 0  # one-hot vectors, which are refused by their name
+    if model.likelihood == "classification" and options.get("class_dim") is None and model.event_dim:
+        model.class_dim = _class_dim(tuple(f.shape), tuple(y.shape))
+
+
+def _class_dim(outputs: tuple[int, ...], labels: tuple[int, ...]) -> int:
+    last, second = outputs[:-1] == labels, outputs[:1] + outputs[2:] == labels
+    if last == second:
+        what = (
+            "the classes may be its dimension 1 or its last"
+            if last
+            else "neither dimension 1 nor the last holds the classes"
+        )
+        raise ValueError(
+            f"likelihood='classification': outputs of shape {outputs} for labels of shape {labels}: {what}; pass class_dim=1 or "
+            "class_dim=-1."
+        )
+    return 1 if second else -1
