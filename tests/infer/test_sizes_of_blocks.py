@@ -35,7 +35,10 @@ def test_the_limit_is_what_is_documented(q):
 
 @pytest.mark.parametrize("limit", [2, 3, 4])
 def test_offsets_of_a_map(monkeypatch, limit):
-    """An offset of three outputs has the map's output factor, or the diagonal of it."""
+    """
+    An offset of three outputs has the map's output factor over all examples, or the diagonal of it; the weight has that of
+    the examples with an input, since the others have no gradient in it.
+    """
     monkeypatch.setattr(kronecker, "DENSE_LIMIT", limit)
 
     def model(x, y=None):
@@ -46,12 +49,17 @@ def test_offsets_of_a_map(monkeypatch, limit):
             return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
     x, y = torch.randn(9, 2), torch.randint(0, 3, (9,))
+    x[3] = 0.0
     guide = AutoLaplace(model, structure="kronecker").initialize(x, y)
     guide.loc.data = torch.randn(9)
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
     w, b = guide.loc.detach()[:6].reshape(3, 2), guide.loc.detach()[6:]
     p = torch.softmax(x @ w.mT + b, -1)
-    G = torch.diag(p.sum(0)) - p.mT @ p
+    each = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    G = each.sum(0)
     P = torch.eye(3) + (G if limit >= 3 else torch.diag(G.diagonal()))
     rows = torch.cat([torch.zeros(3, 6), torch.eye(3)], 1)
     assert_close(guide.posterior.quadratic_form(rows), torch.linalg.inv(P), rtol=1e-9, atol=1e-12)
+    weight = torch.kron(G - each[3], x.mT @ x / 8) + torch.eye(6)
+    rows = torch.cat([torch.eye(6), torch.zeros(6, 3)], 1)
+    assert_close(guide.posterior.quadratic_form(rows), torch.linalg.inv(weight), rtol=1e-9, atol=1e-12)
