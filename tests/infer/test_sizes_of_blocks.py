@@ -63,3 +63,28 @@ def test_offsets_of_a_map(monkeypatch, limit):
     weight = torch.kron(G - each[3], x.mT @ x / 8) + torch.eye(6)
     rows = torch.cat([torch.eye(6), torch.zeros(6, 3)], 1)
     assert_close(guide.posterior.quadratic_form(rows), torch.linalg.inv(weight), rtol=1e-9, atol=1e-12)
+
+
+def test_a_part_of_an_offset():
+    """Entries of an offset that are left out are fixed; the others keep their share of the output factor."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Categorical(logits=torch.nn.functional.linear(x, w, b)), obs=y)
+
+    x, y = torch.randn(9, 2), torch.randint(0, 3, (9,))
+    chosen = torch.ones(9, dtype=torch.bool)
+    chosen[7] = False
+    guide = AutoLaplace(model, structure="kronecker", sites=chosen).initialize(x, y)
+    guide.loc.data = torch.randn(9)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    w, b = guide.loc.detach()[:6].reshape(3, 2), guide.loc.detach()[6:]
+    p = torch.softmax(x @ w.mT + b, -1)
+    G = torch.diag(p.sum(0)) - p.mT @ p
+    keep = torch.tensor([0, 2])
+    expected = torch.zeros(3, 3)
+    expected[keep[:, None], keep] = torch.linalg.inv(torch.eye(2) + G[keep[:, None], keep])
+    rows = torch.cat([torch.zeros(3, 6), torch.eye(3)], 1)
+    assert_close(guide.get_posterior().quadratic_form(rows), expected, rtol=1e-9, atol=1e-12)
