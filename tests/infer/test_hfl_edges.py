@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessian-free Laplace where something is zero: the curvature of a prior, the variance of a functional."""
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_bnn.curvature.diagonal import DiagonalNormal
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
@@ -100,3 +103,47 @@ def test_a_push_moves_the_minimum_by_the_inverse_curvature(flat):
     offsets = fine_tune(problem, solver, 2, lambda o, batch: push, num_epochs=60, rounds=3)
     expected = -push @ covariance
     assert_close(offsets, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+def test_the_residual_is_the_worst_and_curvatures_are_those_met(flat):
+    guide, data, covariance = flat
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    P, rhs = torch.linalg.inv(covariance), torch.randn(3, 3)
+    rhs[1] = 0.0
+    solver = Solver(problem, tolerance=1e-12, max_iter=1, block_size=2)
+    found = solver(rhs)
+    left = (rhs - found @ P).norm(dim=-1) / rhs.norm(dim=-1).clamp(min=1e-300)
+    assert left.max() > 1e-3
+    assert_close(solver.residual, left.max(), rtol=1e-6)
+    values = torch.linalg.eigvalsh(P)
+    assert values[0] * (1 - 1e-9) <= solver.smallest_curvature <= solver.largest_curvature
+    assert solver.largest_curvature <= values[-1] * (1 + 1e-9)
+    whole = Solver(problem, tolerance=1e-10)
+    assert_close(whole(torch.eye(3)), covariance, rtol=1e-8, atol=1e-12)
+    assert whole.products == 3
+    assert_close(whole.smallest_curvature, values[0], rtol=1e-6)
+    assert_close(whole.largest_curvature, values[-1], rtol=1e-6)
+    before = whole.residual
+    whole(rhs, tolerance=0.5)  # to another tolerance than the solver's
+    assert whole.residual == before
+    with pytest.raises(ValueError, match="1 of 2 gradients to solve for are not finite"):
+        solver(torch.tensor([[1.0, 0.0, 0.0], [0.0, torch.nan, 0.0]]))
+
+
+def test_a_guide_is_a_preconditioner_of_models_of_its_size(flat):
+    guide, data, covariance = flat
+    fitted = copy.deepcopy(guide).laplace_approximation(data)
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-10, preconditioner=fitted, block_size=1)
+    assert_close(solver(torch.eye(3)), covariance, rtol=1e-8, atol=1e-12)
+    assert solver.iterations == 3  # the preconditioned matrix is the identity
+    other = LinearPrior(torch.zeros(4))
+    with pytest.raises(ValueError, match="has 4 latents, expected 3"):
+        Solver(problem, tolerance=1e-10, preconditioner=other)
+
+
+class LinearPrior:
+    """A guide, as far as a solver looks at it."""
+
+    def __init__(self, loc):
+        self.posterior = DiagonalNormal(loc, torch.ones_like(loc))

@@ -33,8 +33,9 @@ def test_the_limit_is_what_is_documented(q):
     assert_close(form, expected.reshape(1, 1), rtol=1e-9)
 
 
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("limit", [2, 3, 4])
-def test_offsets_of_a_map(monkeypatch, limit):
+def test_offsets_of_a_map(monkeypatch, limit, sharing):
     """
     An offset of three outputs has the map's output factor over all examples, or the diagonal of it; the weight has that of
     the examples with an input, since the others have no gradient in it.
@@ -50,7 +51,7 @@ def test_offsets_of_a_map(monkeypatch, limit):
 
     x, y = torch.randn(9, 2), torch.randint(0, 3, (9,))
     x[3] = 0.0
-    guide = AutoLaplace(model, structure="kronecker").initialize(x, y)
+    guide = AutoLaplace(model, structure="kronecker", sharing=sharing).initialize(x, y)
     guide.loc.data = torch.randn(9)
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
     w, b = guide.loc.detach()[:6].reshape(3, 2), guide.loc.detach()[6:]
@@ -88,3 +89,19 @@ def test_a_part_of_an_offset():
     expected[keep[:, None], keep] = torch.linalg.inv(torch.eye(2) + G[keep[:, None], keep])
     rows = torch.cat([torch.zeros(3, 6), torch.eye(3)], 1)
     assert_close(guide.get_posterior().quadratic_form(rows), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [[0, 2, 1], [1, 0, 2], [2, 1, 0]])
+def test_rows_in_another_order_are_another_map(order):
+    """A weight that two batches use with its rows in different orders has no common factors."""
+
+    def model(x, flip, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        logits = torch.nn.functional.linear(x, w[order] if flip[0] else w)
+        with pyro.plate("data", 18, subsample_size=len(x)):
+            return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
+
+    batches = [(torch.randn(9, 2), torch.full((9,), i), torch.randint(0, 3, (9,))) for i in range(2)]
+    guide = AutoLaplace(model, structure="kronecker").initialize(*batches[0])
+    with pytest.raises(ValueError, match="in different ways"):
+        guide.laplace_approximation(batches, map_tolerance=float("inf"))

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.dense import FullNormal
 from pyro_bnn.curvature.diagonal import DiagonalNormal
+from pyro_bnn.curvature.jacobian import ExampleJacobian, Pulled
 from pyro_bnn.curvature.kronecker import KroneckerNormal
 from pyro_bnn.curvature.linear_maps import (
     dense_covariance,
@@ -222,6 +225,31 @@ def test_covariances_of_linear_maps(T, into, K):
     gram, count = kronecker_inputs(x, "reduce", present)
     assert_close(gram, means.mT @ means)
     assert count == len(means)
+
+
+@pytest.mark.parametrize("chosen", [[1, 4, 9], [8, 9], [3], []])
+def test_rows_of_some_entries(chosen):
+    """Products with the Jacobian in entries of which a block has all, some or none, in any order."""
+    u, x = torch.randn(12, requires_grad=True), torch.randn(5, 4)
+
+    def f(u):  # two entries enter in no way that is recognised
+        return F.linear(x, u[:8].view(2, 4), u[8:10]).sin() * u[10:].exp()
+
+    with Capture(u) as capture:
+        y = f(u)
+    jacobian, cotangents = ExampleJacobian(capture, u, y), torch.randn(3, 5, 2)
+    J = torch.autograd.functional.jacobian(f, u)
+    expected = torch.einsum("kbm,bmp->kbp", cotangents, J).reshape(15, 12)
+    for order in (chosen, [*chosen, 11][::-1]):
+        at = torch.tensor(order, dtype=torch.long)
+        found = Pulled(jacobian, cotangents).placed_rows(places(at, 12), len(at))
+        assert_close(found, expected[:, at], rtol=1e-9, atol=1e-12)
+    pieces = list(Pulled(jacobian, cotangents).split(2))
+    assert [len(piece) for piece in pieces] == [2, 1]
+    at = torch.arange(12)
+    whole = torch.cat([piece.placed_rows(places(at, 12), 12) for piece in pieces])
+    assert_close(whole, expected, rtol=1e-9, atol=1e-12)
+    assert_close(jacobian.dense(cotangents).reshape(15, 12), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["function_space", "nystrom", "low_rank"])
