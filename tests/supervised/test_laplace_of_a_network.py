@@ -380,7 +380,11 @@ def test_export_holds_the_model() -> None:
         ),
         (
             lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True),
-            "the evidence of the noise is not a function of one decomposition",
+            "tune='evidence' does not find the noise from one decomposition",
+        ),
+        (
+            lambda o, x, y: o.update(curvature="empirical_fisher", validation=(x, y)),
+            "tune='validation' does not find the noise from one decomposition",
         ),
     ],
 )  # fmt: skip
