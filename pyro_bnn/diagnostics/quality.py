@@ -12,6 +12,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.diagnostics.axes import new_axes
 from pyro_bnn.diagnostics.export import Contents, Exporter
@@ -23,6 +24,7 @@ from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.described import Described
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -172,8 +174,8 @@ def elbo_gap(log_ratios: Any) -> dict[str, float]:
     return {"elbo": elbo, "bound": bound, "gap": bound - elbo, "elbo_error": error}
 
 
-@dataclass
-class CalibrationRanks:
+@dataclass(repr=False)
+class CalibrationRanks(Described):
     """
     Ranks of simulation-based calibration.
 
@@ -183,6 +185,15 @@ class CalibrationRanks:
 
     ranks: dict[str, np.ndarray]
     num_draws: int
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        runs = len(next(iter(self.ranks.values()))) if self.ranks else 0
+        rows = {
+            name: f"mean rank {ranks.mean() / self.num_draws:.3f} of 0.5, {ranks[0].size} elements"
+            for name, ranks in self.ranks.items()
+        }
+        return f"simulation-based calibration: {runs} simulations, {self.num_draws} draws each", rows
 
     def counts(self, name: str, bins: int = 10) -> np.ndarray:
         """

@@ -9,6 +9,7 @@ Multipliers :math:`\tau` of the prior precision cost O(p) per value after one de
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.curvature.kronecker import KroneckerPart
@@ -26,6 +28,7 @@ from pyro_bnn.curvature.stream import FisherKind, SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
 from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, search, warn_of_runaways
 from pyro_bnn.model.data import iter_batches, repeatable_batches
+from pyro_bnn.ops.described import Described, first_of
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
 from pyro_bnn.ops.graph import FirstOrderSum
 from pyro_bnn.ops.jacobian import hvp_operator, vjp, wide
@@ -211,8 +214,8 @@ def _prior_trace(posterior: PrecisionNormal, value: Tensor, latent: Tensor) -> T
     return (diagonal * posterior.variance).sum()
 
 
-@dataclass(frozen=True)
-class LaplaceEvidence:
+@dataclass(frozen=True, repr=False)
+class LaplaceEvidence(Described):
     r"""
     The log evidence of a Laplace approximation as a function of multipliers :math:`\tau` of the prior precision, the point
     estimate held fixed.
@@ -227,6 +230,16 @@ class LaplaceEvidence:
     log_joint: Tensor
     prior_gradient: Tensor
     loc: Tensor
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        kinds = Counter(part.kind for part in self.parts)
+        random = sum(len(part.index) for part in self.parts)
+        return "Laplace evidence as a function of the prior precision", {
+            "log joint density at the point estimate": f"{float(self.log_joint):.6g} nats",
+            "latents": f"{len(self.loc):,}, {random:,} of them random",
+            "curvature": first_of(f"{number} x {kind}" for kind, number in kinds.items()),
+        }
 
     def value(self, tau: Tensor | None = None) -> Tensor:
         """The log evidence, differentiable in multipliers of shape ``(p,)`` or a scalar."""

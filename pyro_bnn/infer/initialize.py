@@ -14,8 +14,8 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bnn.model.arguments import arguments_of, is_container
-from pyro_bnn.model.data import Batch, check_finite, map_tensors
+from pyro_bnn.model.arguments import arguments_of, is_container, signature_of
+from pyro_bnn.model.data import Arguments, Batch, check_finite, map_tensors
 from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import Site, is_factor, latent_names, observed_names, sample_sites
 from pyro_bnn.model.observations import check_labels, check_shape, check_values
@@ -209,11 +209,16 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Sets a guide up with the arguments of its model. One container that the model does not run on is data in the form that
     it has everywhere else: its first batch holds the arguments.
     """
+    signature = signature_of(guide.model)
+    if set(kwargs) == {"data"} and not args and signature is not None and "data" not in signature.parameters:
+        args, kwargs = (kwargs["data"],), {}
+    if len(args) == 1 and not kwargs and isinstance(args[0], Arguments):
+        args, kwargs = args[0]
     try:
         guide._setup_prototype(*args, **kwargs)
     except Exception as error:
         guide.prototype_trace = None
-        if not is_container(args, kwargs):
+        if len(args) != 1 or kwargs or not is_container(args[0]):
             raise
         try:
             first, named = arguments_of(args[0])

@@ -90,6 +90,11 @@ def test_single_precision_stops() -> None:
     calls = count_runs(guide)
     guide.polish((x, y))
     assert calls[0] < 1500
+    reported, (value, gradient) = guide.map_report, guide.negative_log_joint(x, y)
+    assert reported.newton_decrement < 1e-2
+    assert_close(torch.tensor(reported.loss), value, rtol=1e-6)
+    assert_close(torch.tensor(reported.gradient_norm), gradient.norm(), rtol=1e-3)
+    assert "smallest" not in str(reported)  # which polish does not look for
     guide.laplace_approximation((x, y))
     assert guide.map_report.newton_decrement < 1e-2
 

@@ -27,6 +27,8 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
+from pyro_bnn.infer.autoguide.summary import GuideSummary, summarize
+from pyro_bnn.infer.initialize import initialize_with
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.model.observations import check_labels
@@ -140,19 +142,45 @@ class AutoMixture(ComponentParameters):
             f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
         )
 
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> GuideSummary:
+        """
+        What the guide holds.
+
+        :return: facts, and a table of the sites with their families, locations and spreads, within components and between
+            them, in unconstrained space; it prints itself.
+
+        Example::
+
+            >>> def model():
+            ...     pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            >>> guide = AutoMixture(model, 2, init_loc_fn=lambda site: torch.ones(3), init_scale=0.5).initialize()
+            >>> print(guide.summary())
+            AutoMixture: num_components=2, component='normal'
+              latents     3 in 1 sites
+              parameters  12
+              scales      free
+              noise       shared
+            site  shape  latents  family  location  sd between  sd within
+            z      (3,)        3  normal         1           0        0.5
+        """
+        return summarize(self, ("num_components", "component"))
+
     # ------------------------------------------------------------------ life cycle
 
     def initialize(self, *args: Any, **kwargs: Any) -> "AutoMixture":
         """
         Creates all parameters from one call of the model **with its observations**.
 
-        :param args: arguments of the model.
+        :param args: arguments of the model, or data, of which the first batch is taken (see :mod:`pyro_bnn.model.arguments`).
         :param kwargs: keyword arguments of the model.
         :return: the guide itself.
         :raises ValueError: if the model was called without observations, a family does not fit the support of
             a site, or a key of ``component`` names no site.
         """
-        self._setup_prototype(*args, **kwargs)
+        initialize_with(self, args, kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -403,9 +431,7 @@ class AutoMixture(ComponentParameters):
         }
         if self._index is not None:
             result[self._index.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
-        low_rank = self._low_rank()
-        if low_rank is not None:
-            spread = {site.name: rows for site, rows in self._split_low_rank(low_rank.variance.sqrt())}
+        spread = self.low_rank_scales()
         for site, loc, scale in self._blocks():
             if site.kind == "low_rank":
                 scale = spread[site.name]

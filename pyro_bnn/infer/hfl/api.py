@@ -23,6 +23,7 @@ from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.setup import set_proximal, set_up
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
 from pyro_bnn.infer.hfl.task import Found, Task
+from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_count
 
@@ -38,14 +39,14 @@ METHODS: dict[str, Callable[[Task], Found]] = {
 }
 
 
+@takes_data(after=("targets", "functional"))
 @torch.inference_mode(False)
 @torch.enable_grad()
 def solve(
     guide: Any,
-    data: Any,
+    *args: Any,
     targets: Any = None,
     functional: Functional | None = None,
-    *,
     method: Method = "cg",
     curvature: Curvature = "hessian",
     epsilon: float | None = None,
@@ -62,6 +63,7 @@ def solve(
     num_epochs: int = 200,
     map_tolerance: float = 0.1,
     chunk_size: int = 256,
+    **kwargs: Any,
 ) -> HFLResult:
     r"""
     The Laplace covariance of m functionals of a model's latents, without forming a Hessian.
@@ -84,7 +86,9 @@ def solve(
         :class:`~pyro_bnn.infer.autoguide.AutoHessianFreeLaplace` after ``polish`` or training, or any Pyro autoguide
         whose ``median`` is the MAP in unconstrained space, such as :class:`~pyro.infer.autoguide.AutoDelta` of a
         model with unconstrained latents.
-    :param data: one batch or an iterable of batches, **with observations**, covering every data point once.
+    :param args: one batch or an iterable of batches, **with observations**, covering every data point once, perhaps followed
+        by targets and functional, as in ``solve(guide, (x, y), (x_test,))``; or, where ``targets`` is named, the arguments of
+        the model, as in ``solve(guide, x, y, targets=(x_test,))`` (see :mod:`pyro_bnn.model.arguments`).
     :param targets: one batch of inputs. Without ``functional``, the functionals are the parameters of the observed
         sites there (mean, logits).
     :param callable functional: any differentiable function of the latents by site name (constrained values), and of
@@ -111,6 +115,7 @@ def solve(
     :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says that the
         point estimate has not converged.
     :param int chunk_size: how many reverse passes run at once.
+    :param kwargs: keyword arguments of the model.
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
@@ -118,6 +123,7 @@ def solve(
         exceeding a threshold, a detached value), or with another than it has (a part of it is detached): take draws of
         functions.
     """
+    (data,) = args
     if method == "regvar":
         raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
     check_option("method", method, Method)
@@ -177,14 +183,62 @@ def solve(
     return result
 
 
+@takes_data(after=("targets",))
+def regvar(
+    guide: Any,
+    *args: Any,
+    targets: Any,
+    curvature: Curvature = "hessian",
+    epsilon: float = 0.1,
+    num_epochs: int | None = 200,
+    twin: bool = True,
+    calibrate: int = 0,
+    tolerance: float = 1e-4,
+    preconditioner: Preconditioner | None = None,
+    chunk_size: int = 256,
+    **kwargs: Any,
+) -> RegVarScore:
+    """
+    The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
+
+    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score` and the
+    documentation.
+
+    :param guide: a point estimate, as for :func:`solve`.
+    :param args: data, as for :func:`solve`, perhaps followed by targets.
+    :param targets: one batch of inputs.
+    :param curvature: ``"hessian"`` or ``"ggn"``.
+    :param epsilon: see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score`.
+    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
+    :param twin: whether the reference is a twin run on the same batches, or the point estimate.
+    :param calibrate: how many exact solves calibrate the score.
+    :param tolerance: relative residual of the linear solves.
+    :param preconditioner: as for :func:`solve`.
+    :param chunk_size: how many reverse passes run at once.
+    :param kwargs: keyword arguments of the model.
+    :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
+    """
+    (data,) = args
+    check_option("curvature", curvature, Curvature)
+    check_accuracy(epsilon, tolerance)
+    check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
+    require_count("calibrate", calibrate, least=0)
+    problem, functionals = set_up(guide, data, targets, None, curvature, chunk_size=chunk_size)
+    solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
+    return regvar_score(
+        problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
+    )
+
+
+@takes_data(after=("targets", "functional"), also=(solve, regvar))
 def variance(
-    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+    guide: Any, *args: Any, targets: Any = None, functional: Functional | None = None, **options: Any
 ) -> Tensor:
     r"""
     Variances of any functional of a model's latents; see :func:`solve` for the arguments.
 
     :param guide: a point estimate.
-    :param data: one batch or an iterable of batches, with observations.
+    :param args: data, perhaps followed by targets and functional, or the arguments of the model.
     :param targets: one batch of inputs, or ``None``.
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
     :param options: of :func:`solve`. ``method="regvar"`` takes those of :func:`regvar` instead and returns the score
@@ -205,11 +259,11 @@ def variance(
         tensor(0.4000)
     """
     if options.get("method") != "regvar":
-        return solve(guide, data, targets, functional, **options).variance
+        return solve(guide, *args, targets=targets, functional=functional, **options).variance
     if functional is not None:
         raise ValueError("method='regvar' scores the outputs at targets: pass targets and no functional")
     options = {"calibrate": 16, **{k: v for k, v in options.items() if k != "method"}}
-    score = regvar(guide, data, targets, **options)
+    score = regvar(guide, *args, targets=targets, **options)
     if score.spread is not None and score.spread > 0.1:
         warn_user(
             f"the calibrated RegVar score differs from the variance by factors of about {math.exp(score.spread):.2g}: "
@@ -219,62 +273,19 @@ def variance(
     return score.calibrated.reshape(score.shape)
 
 
+@takes_data(after=("targets", "functional"), also=(solve,))
 def covariance(
-    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+    guide: Any, *args: Any, targets: Any = None, functional: Functional | None = None, **options: Any
 ) -> Tensor:
     r"""
     The covariance of all elements of a functional; see :func:`solve` for the arguments.
 
     :param guide: a point estimate.
-    :param data: one batch or an iterable of batches, with observations.
+    :param args: data, perhaps followed by targets and functional, or the arguments of the model.
     :param targets: one batch of inputs, or ``None``.
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
     :param options: of :func:`solve`. With ``robust=True`` the sandwich covariance is returned.
     :return: shape ``(m, m)``, for the flattened value of the functional.
     """
-    result = solve(guide, data, targets, functional, **options)
+    result = solve(guide, *args, targets=targets, functional=functional, **options)
     return result.covariance if result.sandwich is None else result.sandwich
-
-
-def regvar(
-    guide: Any,
-    data: Any,
-    targets: Any,
-    *,
-    curvature: Curvature = "hessian",
-    epsilon: float = 0.1,
-    num_epochs: int | None = 200,
-    twin: bool = True,
-    calibrate: int = 0,
-    tolerance: float = 1e-4,
-    preconditioner: Preconditioner | None = None,
-    chunk_size: int = 256,
-) -> RegVarScore:
-    """
-    The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
-
-    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score` and the
-    documentation.
-
-    :param guide: a point estimate, as for :func:`solve`.
-    :param data: one batch or an iterable of batches, with observations.
-    :param targets: one batch of inputs.
-    :param curvature: ``"hessian"`` or ``"ggn"``.
-    :param epsilon: see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score`.
-    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
-    :param twin: whether the reference is a twin run on the same batches, or the point estimate.
-    :param calibrate: how many exact solves calibrate the score.
-    :param tolerance: relative residual of the linear solves.
-    :param preconditioner: as for :func:`solve`.
-    :param chunk_size: how many reverse passes run at once.
-    :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
-    """
-    check_option("curvature", curvature, Curvature)
-    check_accuracy(epsilon, tolerance)
-    check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
-    require_count("calibrate", calibrate, least=0)
-    problem, functionals = set_up(guide, data, targets, None, curvature, chunk_size=chunk_size)
-    solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
-    return regvar_score(
-        problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
-    )

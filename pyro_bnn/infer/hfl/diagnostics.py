@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
 
 
@@ -15,8 +16,8 @@ class HFLWarning(UserWarning):
     """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
 
 
-@dataclass(kw_only=True)
-class Diagnostics:
+@dataclass(kw_only=True, repr=False)
+class Diagnostics(Described):
     """The part of :class:`~pyro_bnn.infer.hfl.HFLResult` that judges the rest."""
 
     method: str

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.hfl.diagnostics import Diagnostics
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class HFLResult(Diagnostics):
     r"""
     Variances and covariances of m scalar functionals, the displacements behind them, and diagnostics.
@@ -65,10 +66,12 @@ class HFLResult(Diagnostics):
         """The covariance of the flattened functionals, positive semi-definite, shape ``(m, m)``."""
         return self.half @ self.half.mT
 
-    def __str__(self) -> str:
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
         m, p = self.mean.shape[0], self.displacements.shape[1]
         sd = self.variances.sqrt()
-        rows = {
+        rows = {f"warning: {text}": "" for text in self.warnings}
+        rows |= {
             "functionals": f"{m} of {p} latents",
             "standard deviations": f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none",
             **self.rows(),
@@ -80,8 +83,4 @@ class HFLResult(Diagnostics):
             f"{self.gradient_equivalents} gradient equivalents ({self.iterations} iterations, "
             f"{self.products} products, {self.gradient_evaluations} gradients)"
         )
-        width = max(map(len, rows))
-        lines = [f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}"]
-        lines += [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-        lines += [f"  warning: {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}", rows

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
 from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, BySite, SitePrediction, join_sites
 from pyro_bnn.infer.predict.stream import predictions
+from pyro_bnn.ops.described import Described, shape_of, span_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
-if TYPE_CHECKING:
-    import xarray as xr
 
-
-@dataclass
-class SiteMoments:
+@dataclass(repr=False)
+class SiteMoments(Described):
     r"""
     Predictive moments at one observed site, with the S posterior draws averaged out.
 
@@ -60,6 +59,14 @@ class SiteMoments:
     observed: Tensor | None
     dims: tuple[str, ...]
     mask: Tensor | None = None
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        given = {name: getattr(self, name) for name in MOMENT_FIELDS}
+        rows = {
+            name: f"{shape_of(value)}: {span_of(value)}" for name, value in given.items() if value is not None
+        }
+        return f"predictive moments, dims {self.dims}", rows
 
     @property
     def total(self) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
@@ -36,9 +37,11 @@ class PosteriorPredictive(BySite[SitePrediction]):
         self.draws = draws
         self.vectorized = vectorized
 
-    def __repr__(self) -> str:
-        shapes = {n: tuple(s.mean.shape) if s.mean is not None else None for n, s in self.sites.items()}
-        return f"PosteriorPredictive(mean shapes {shapes}, vectorized={self.vectorized})"
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        title, rows = super().described()
+        number = len(next(iter(self.draws.values()))) if self.draws else 0
+        return f"{title}: {number} draws, {'together' if self.vectorized else 'one by one'}", rows
 
     def _only(self) -> SitePrediction:
         if len(self.sites) != 1:

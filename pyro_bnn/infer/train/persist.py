@@ -234,7 +234,7 @@ def _check_class(guide: Any, saved: dict[str, Any], path: str) -> None:
     if "settings" not in saved:  # files of format 1
         return
     found, expected = saved["settings"], _settings(guide)
-    for name in sorted(found.keys() | expected.keys(), key=lambda n: n.count(".")):
+    for name in sorted(found.keys() | expected.keys(), key=lambda n: (n.count("."), n)):
         if found.get(name) != expected.get(name):
             raise ValueError(
                 f"{path} holds a {saved['guide']} with {name}={found.get(name)!r}; this one has "

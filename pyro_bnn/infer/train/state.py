@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from pyro_bnn.ops.described import Described
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(repr=False)
-class FitResult:
+class FitResult(Described):
     """
     What a run of :func:`fit` leaves behind.
 
@@ -34,12 +37,28 @@ class FitResult:
     stop_reason: str
     wall_time: float
 
+    @property
+    def _last_loss(self) -> str:
+        return f"{float(self.losses[-1]):.6g}" if len(self.losses) else "none"
+
     def __repr__(self) -> str:
-        loss = f"{float(self.losses[-1]):.6g}" if len(self.losses) else "none"
         return (
-            f"FitResult(num_steps={self.num_steps}, stop_reason={self.stop_reason!r}, last loss={loss}, "
+            f"FitResult(num_steps={self.num_steps}, stop_reason={self.stop_reason!r}, last loss={self._last_loss}, "
             f"wall_time={self.wall_time:.3g} s)"
         )
+
+    __str__ = __repr__
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        recent = self.losses[-50:]
+        return f"fit: {self.num_steps} steps", {
+            "stopped by": self.stop_reason,
+            "first loss": f"{float(self.losses[0]):.6g}" if len(self.losses) else "none",
+            "last loss": self._last_loss,
+            f"mean of the last {len(recent)}": f"{float(recent.mean()):.6g}" if len(recent) else "none",
+            "time": f"{self.wall_time:.3g} s",
+        }
 
     def plot(
         self, *, smooth: int = 50, color: str = "C0", label: str | None = None, ax: "Axes | None" = None
