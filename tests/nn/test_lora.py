@@ -279,6 +279,15 @@ def test_priors_and_selectors() -> None:
     mapped = sites(family="rank1", weight_prior=dist.Normal(0.0, 1.0), prior=dist.Normal(1.0, 0.5))
     assert set(mapped) == {f"{p}.lora_{m}" for p in "02" for m in ("A.weight", "A.r", "B.weight")}
     assert float(mapped["0.lora_A.r"]["fn"].base_dist.scale.max()) == 0.5
+    assert set(sites(family="rank1", prior={"r": dist.Normal(1.0, 0.5)})) == {"0.lora_A.r", "2.lora_A.r"}
+
+
+def test_adapters_in_two_steps_are_all_trained() -> None:
+    net = adapted(NETWORKS["linear"][0](), only="0", family="rank1")
+    lora_(net, only="2", family="rank1")
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {
+        f"{path}.lora_{m}.weight" for path in "02" for m in "AB"
+    }
 
 
 def test_errors_name_what_is_wrong_and_change_nothing() -> None:
@@ -371,6 +380,26 @@ def test_what_peft_means_by_other_adapters_is_refused() -> None:
         lora_(net)
     with pytest.raises(ValueError, match=r"has the variants \['DoraLinearVariant'\]"):
         lora_(of_peft(use_dora=True)[0])
+
+
+def test_layers_with_several_adapters_of_peft() -> None:
+    """The active ones are sites, and all of them are merged; one with a bias is no change of a weight."""
+    net, plain, x = of_peft()
+    config = copy.deepcopy(net.peft_config["default"])
+    for name in ("second", "third"):
+        net.add_adapter(name, config)
+    net.base_model.set_adapter(["default", "second"])
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape)
+    expected = net(x).detach()
+    lora_(net)
+    sites = dict(poutine.trace(net).get_trace(x).iter_stochastic_nodes())
+    assert len(sites) == 8
+    assert not any("third" in name for name in sites)
+    assert_close(functional_call(plain, merged_weights(net), (x,)), expected, rtol=1e-10)
+    with pytest.raises(ValueError, match="has an adapter with a bias"):
+        merged_weights(lora_(of_peft(lora_bias=True)[0]))
 
 
 def test_embeddings_of_peft_are_no_layers() -> None:
