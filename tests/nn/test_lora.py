@@ -359,14 +359,19 @@ def test_networks_of_peft_keep_their_outputs(family: str, options: dict[str, Any
         assert_close(joint[k], alone, rtol=1e-10)
 
 
-def test_one_call_for_a_network_of_peft_is_laplace_over_its_adapters() -> None:
-    trained, _, x = of_peft()
+@pytest.mark.parametrize("head", [False, True])
+def test_one_call_for_a_network_of_peft_is_laplace_over_what_it_trains(head: bool) -> None:
+    """Adapters, and a head that PEFT saves with them: by hand it takes ``bayesian_`` as well."""
+    trained, _, x = of_peft(**({"modules_to_save": ["4"]} if head else {}))
     y = torch.randint(0, 3, (B,))
     options: dict[str, Any] = {"structure": "full", "map_tolerance": float("inf"), "tune": None}
     one = laplace(trained, (x, y), likelihood="classification", **options)
-    model = classifier(lora_(trained).eval(), lambda net, x: net(x))
-    guide = AutoLaplace(model, init_loc_fn=init_to_trained).initialize(x, y)
+    net = lora_(trained).eval()
+    if head:
+        bayesian_(net, only="base_model.model.4.modules_to_save")
+    guide = AutoLaplace(classifier(net, lambda net, x: net(x)), init_loc_fn=init_to_trained).initialize(x, y)
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    assert len(guide.packed.space.slices) == (6 if head else 4)
     assert [n.removeprefix("net.") for n in one.packed.space.slices] == list(guide.packed.space.slices)
     assert_close(one.precision, guide.precision, rtol=1e-12)
 
