@@ -197,3 +197,16 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names |= {"laplace_result": result, "mixture_result": result}
     names |= {"other": to_inference_data(model, mixture, data), "members": [network(), network()]}
     run(PAGES / "diagnose.rst", names)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # between PEFT and transformers
+@pytest.mark.filterwarnings("ignore:optimize_hyperparameters")  # labels at random have no best prior
+def test_encoders() -> None:
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package)
+    torch.set_default_dtype(torch.float32)
+    names = run(PAGES / "encoders.rst", {})
+    assert names["probs"].shape == (40, 3)
+    assert len(names["weights"]) == 4

@@ -92,7 +92,8 @@ def solve(
     :param targets: one batch of inputs. Without ``functional``, the functionals are the parameters of the observed
         sites there (mean, logits).
     :param callable functional: any differentiable function of the latents by site name (constrained values), and of
-        ``targets`` if given, that returns a tensor.
+        ``targets`` if given, that returns a tensor; :func:`~pyro_bnn.infer.network_at` calls a network at these latents, as
+        in ``lambda latents, x: network_at(net, latents)(x).max()``.
     :param str method: see the table.
     :param str curvature: ``"hessian"``, or ``"ggn"``: the linearised model.
     :param float epsilon: ε; default 1e-3 in float64 and 3e-3 in float32.
