@@ -194,7 +194,7 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     if options.smoke:
         parts = ["tests/ops/test_block_cg.py"]
     cache, stamp = Path(options.cache), int(time.time()) - 10**6
-    todo = parts if options.fresh else missing(root, cache, parts)
+    todo = parts if options.fresh else missing(root, cache, parts, known=options.known)
     if todo:
         in_fork(collect, root, todo, lambda s: measure(s, root, cache, todo, say), cpu=1e6, root=root)
     suite = Suite(root, cache, parts)
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
     parser.add_argument("--fresh", action="store_true", help="measure which tests execute which lines again")
+    parser.add_argument("--known", action="store_true", help="measure only tests of files that never were")
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "pyro_bnn_mutants"))
     parser.add_argument("--out", help="write the results to this file")

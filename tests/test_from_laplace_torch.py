@@ -331,7 +331,7 @@ def test_other_options() -> None:
     net, x, y = small_data()
     counts = y.round().abs()
     # [options]
-    decay = 1e-3  # of the loss that the network was trained with, a mean over len(x) rows
+    decay = 1e-3  # of the mean negative log likelihood that the network was trained with
     prior = dist.Normal(0.0, (decay * len(x)) ** -0.5)  # then its weights are the mode
     guide = pyro_bnn.laplace(net, (x, counts), likelihood="poisson", prior=prior, tune=None)
     own = pyro_bnn.laplace(net, (x, y), likelihood=lambda f: dist.StudentT(4.0, f.squeeze(-1), 0.3))

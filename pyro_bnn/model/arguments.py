@@ -134,7 +134,7 @@ def as_data(
 
 def _first_of(data: Any) -> Batch | None:
     """The first batch of data where looking at it changes nothing."""
-    if isinstance(data, (Mapping, tuple)) or (isinstance(data, list) and is_single_batch(data)):
+    if isinstance(data, (Mapping, tuple, np.ndarray)) or (isinstance(data, list) and is_single_batch(data)):
         return as_batch(data)
     return as_batch(data[0]) if isinstance(data, list) and data else None
 
@@ -207,11 +207,28 @@ def takes_data(
             data = as_data(model, args, kwargs, name, options=given.keys() - leading.keys(), seen=seen)
             if one_batch:
                 data = _one_batch(data, name)
-            return method(guide, *lead, data, **given)
+            try:
+                return method(guide, *lead, data, **given)
+            except Exception as error:
+                explain_arrays(error, data, given.get("targets"))
+                raise
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def explain_arrays(error: Exception, *data: Any) -> None:
+    """Raises another error in the place of one of a model where an argument of it is a numpy array, which it names."""
+    for item in data:
+        args, kwargs = (None if item is None else _first_of(item)) or ((), {})
+        for name, value in [*enumerate(args), *kwargs.items()]:
+            if isinstance(value, np.ndarray) and "is a numpy array" not in str(error):
+                raise TypeError(
+                    f"argument {name!r} of the model is a numpy array of shape {value.shape} and type {value.dtype}, with "
+                    "which the model fails: pass a tensor, torch.as_tensor(array, dtype=torch.get_default_dtype()) for "
+                    f"numbers. ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                ) from error
 
 
 def _split(

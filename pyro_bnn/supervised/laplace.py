@@ -61,8 +61,8 @@ def laplace(
     the output of the network in evaluation mode, in which it runs whatever its mode is. Parameters that are frozen
     (``requires_grad=False``), and those of normalisation layers, stay what they are.
 
-    Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` in the
-    mean loss of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
+    Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` of
+    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
     for the mode, and may prefer a prior precision that is off by orders of magnitude where they are not: an
     :class:`UnconvergedMAPWarning` then says how far away the mode is. Held-out data (``validation=``) choose without that
     assumption, and ``polish=True`` goes to the mode.

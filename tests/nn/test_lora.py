@@ -22,6 +22,7 @@ from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, init_to_trained, lora_, merged_weights
+from pyro_bnn.supervised import laplace
 from tests.common import assert_close
 from tests.infer.component_oracle import classifier
 from tests.nn.test_subclassed_layers import Conv1D, Doubled, Renamed
@@ -347,6 +348,18 @@ def test_networks_of_peft_keep_their_outputs(family: str, options: dict[str, Any
     for k in range(K):
         alone = functional_call(plain, {key: weight[k] for key, weight in merged.items()}, (x,))
         assert_close(joint[k], alone, rtol=1e-10)
+
+
+def test_one_call_for_a_network_of_peft_is_laplace_over_its_adapters() -> None:
+    trained, _, x = of_peft()
+    y = torch.randint(0, 3, (B,))
+    options: dict[str, Any] = {"structure": "full", "map_tolerance": float("inf"), "tune": None}
+    one = laplace(trained, (x, y), likelihood="classification", **options)
+    model = classifier(lora_(trained).eval(), lambda net, x: net(x))
+    guide = AutoLaplace(model, init_loc_fn=init_to_trained).initialize(x, y)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    assert [n.removeprefix("net.") for n in one.packed.space.slices] == list(guide.packed.space.slices)
+    assert_close(one.precision, guide.precision, rtol=1e-12)
 
 
 def test_what_peft_means_by_other_adapters_is_refused() -> None:

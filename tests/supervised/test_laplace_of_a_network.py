@@ -57,9 +57,12 @@ def rows(net: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([value.flatten(2) for value in found.values()], -1)
 
 
-def log_evidence(u: Tensor, J: Tensor, residual: Tensor, mask: Tensor, tau: Tensor, noise: float) -> float:
+def log_evidence(
+    u: Tensor, J: Tensor, residual: Tensor, mask: Tensor, tau: Tensor, noise: float, curvature: str
+) -> float:
     """Under the prior N(0, 1 / tau), tau of shape (p,), by dense linear algebra; the curvature has the entries of a mask."""
-    precision = mask * (J.mT @ J) / noise**2 + tau.diag()
+    root = J / noise if curvature == "ggn" else residual.unsqueeze(-1) * J / noise**2  # scores
+    precision = mask * (root.mT @ root) + tau.diag()
     likelihood = -0.5 * (residual / noise).square().sum() - len(J) * math.log(noise * math.sqrt(2 * math.pi))
     prior = 0.5 * (tau.log() - math.log(2 * math.pi) - tau * u**2).sum()
     return float(likelihood + prior + len(u) / 2 * math.log(2 * math.pi) - 0.5 * torch.logdet(precision))
@@ -71,8 +74,10 @@ def held_out_density(J: Tensor, new: Tensor, residual: Tensor, tau: float, noise
     return float(torch.distributions.Normal(0.0, scale).log_prob(residual).sum())
 
 
-@pytest.mark.parametrize("structure", ["full", "block"])
-def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any) -> None:
+@pytest.mark.parametrize(
+    ("structure", "curvature"), [("full", "ggn"), ("block", "ggn"), ("full", "empirical_fisher")]
+)
+def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any, curvature: Any) -> None:
     """One multiplier for all, or one for each of two layers, and the noise, by a search of scipy's."""
     x, y = data()
     net = trained(network(), x, y)
@@ -81,18 +86,30 @@ def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any) ->
     per, layers, mask = "global", torch.zeros_like(sites), torch.ones(len(sites), len(sites))
     if structure == "block":
         per, layers, mask = "layer", sites // 2, (sites == sites[:, None]).double()
-    options: Any = {"structure": structure, "prior": dist.Normal(0.0, 1.0), "per": per, **FAR}
-    guide = pyro_bnn.laplace(net, (x, y), likelihood="regression", **options)
+    options: Any = {"structure": structure, "prior": dist.Normal(0.0, 1.0), "curvature": curvature, **FAR}
+    guide = pyro_bnn.laplace(net, (x, y), likelihood="regression", per=per, **options)
     pieces = weights(net), rows(net, x)[:, 0], y - net(x).detach()[:, 0], mask
 
     def loss(z: Any) -> float:
-        return -log_evidence(*pieces, torch.as_tensor(z[1:]).exp()[layers], math.exp(z[0]))
+        return -log_evidence(*pieces, torch.as_tensor(z[1:]).exp()[layers], math.exp(z[0]), curvature)
 
     best = minimize(loss, np.zeros(2 + int(layers.max())), tol=1e-10)
     assert guide.tau is not None
     assert_close(guide.model.noise.detach(), math.exp(best.x[0]), rtol=2e-5)
     assert_close(guide.tau.expand(len(layers)), torch.as_tensor(best.x[1:]).exp()[layers], rtol=2e-5)
     assert_close(guide.log_evidence(), -best.fun, rtol=1e-9)
+
+
+def test_layers_that_the_structure_couples_share_the_search_for_the_noise() -> None:
+    x, y = data()
+    net = trained(network(), x, y)
+    found = [
+        pyro_bnn.laplace(net, (x, y), likelihood="regression", structure="full", per=per, **FAR)
+        for per in ("global", "layer")
+    ]
+    assert_close(found[1].model.noise.detach(), found[0].model.noise.detach())
+    assert [len(guide.tau.unique()) for guide in found if guide.tau is not None] == [1, 2]
+    assert float(found[1].log_evidence()) > float(found[0].log_evidence())
 
 
 def test_prior_and_noise_by_held_out_data() -> None:

@@ -31,6 +31,19 @@ class GuideSummary(Described):
     :ivar facts: by name, in words: structure, convergence of the point estimate, evidence.
     :ivar sites: by site, the columns of the table: ``shape``, ``latents`` and what the guide has for a site, such as
         ``location`` and ``sd``.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> list(guide.summary().sites)
+        ['w']
     """
 
     title: str
