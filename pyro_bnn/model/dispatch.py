@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -18,9 +19,6 @@ from pyro_bnn.nn.folding import runs_samples_alone
 _LIBRARIES = tuple(
     str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent)
 )
-
-#: What operations are given beside tensors and lists of them.
-_PLAIN = (int, float, type(None), torch.dtype, torch.device)
 
 _HALF = (torch.float16, torch.bfloat16)
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
@@ -39,8 +37,10 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, sources: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._kept = [tensor.untyped_storage() for tensor in sources]
-        self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
+        # as long as they live: an address that is free again may be given to others
+        self._derived: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        for tensor in sources:
+            self._derive(tensor.untyped_storage())
         self.total = 0
         self.where = ""
         self.half = False
@@ -53,23 +53,23 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = (*args, *kwargs.values()) if kwargs else args
         held = {t.untyped_storage().data_ptr() for t in _tensors(given)}
-        derived = not held.isdisjoint(self._derived)
+        derived = any(place in self._derived for place in held)
         if derived and func in _NUMBERS and not self.where:
             self.where = _place()
         counts = not runs_samples_alone()
-        for tensor in _tensors(out):
+        for tensor in _tensors((out,)):
             self.half = self.half or tensor.dtype in _HALF
             storage = tensor.untyped_storage()
             # views, and what an operation in place returns, take no memory of their own
-            if (place := storage.data_ptr()) not in held:
-                if counts:
-                    self.total += tensor.numel() * tensor.element_size()
-                if derived and storage.nbytes():
-                    self._kept.append(storage)
-                    self._derived.add(place)
-            elif derived:
-                self._derived.add(place)
+            if counts and storage.data_ptr() not in held:
+                self.total += tensor.numel() * tensor.element_size()
+            if derived:
+                self._derive(storage)
         return out
+
+    def _derive(self, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes():
+            self._derived[storage.data_ptr()] = storage
 
     @property
     def reason(self) -> str:
@@ -77,13 +77,16 @@ class Watch(TorchDispatchMode):
         return f"{self.where} decides by a value that depends on the draws, for all of them at once"
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in arguments or results of an operation."""
-    if isinstance(tree, Tensor):
-        return [tree] if tree.layout == torch.strided else []
-    if isinstance(tree, (tuple, list)):
-        return [tensor for value in tree if not isinstance(value, _PLAIN) for tensor in _tensors(value)]
-    return []
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments or results of an operation, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
 
 
 def _place() -> str:

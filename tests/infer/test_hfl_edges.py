@@ -51,7 +51,9 @@ def test_inverse_roots_are_those_of_the_pseudo_inverse():
     assert (root[3] == 0).all()
     # whatever the scales: G R R' G = G
     scale = gram.diagonal().clamp(min=1e-300).sqrt()
-    assert_close(gram @ root @ root.mT @ gram / scale / scale[:, None], gram / scale / scale[:, None], atol=1e-9)
+    assert_close(
+        gram @ root @ root.mT @ gram / scale / scale[:, None], gram / scale / scale[:, None], atol=1e-9
+    )
 
 
 def test_a_functional_without_variance_has_none_under_the_low_rank_guide():

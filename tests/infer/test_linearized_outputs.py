@@ -152,7 +152,9 @@ def test_rows_that_interact_in_large_batches_only(structure):
 @pytest.mark.parametrize("family", [dist.Normal, dist.LogNormal])
 def test_densities_of_observed_elements_are_marginals(family):
     """Of vectors of three elements, of which some are masked; the values of one observation serve all."""
-    mask = torch.tensor([[True, True, True], [True, False, True], [False, False, True], [False, False, False]])
+    mask = torch.tensor(
+        [[True, True, True], [True, False, True], [False, False, True], [False, False, False]]
+    )
 
     def model(x, y=None):
         w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
