@@ -24,15 +24,10 @@ _HALF = (torch.float16, torch.bfloat16)
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
-class Watch(TorchDispatchMode):
+class _Watching:
     """
-    Watches the operations of a run.
-
-    :ivar int total: the sizes of the tensors that operations allocate, in bytes: an upper bound of the peak memory. Networks
-        that run their draws one after the other do not count: what they take does not grow with the draws.
-    :ivar str where: the first line that turns a value which depends on the sources into a number or a truth value of Python,
-        as ``if`` and ``.item()`` do: run for several draws at once it decides for all of them by one number. Empty if none does.
-    :ivar bool half: whether something is computed in half precision, as under autocast.
+    The methods of :class:`Watch`. Of a function that a mode defines itself torch makes one that the compiler skips, and for
+    that imports the compiler, a second or more in the first prediction of a process.
     """
 
     def __init__(self, sources: Iterable[Tensor] = ()) -> None:
@@ -44,10 +39,6 @@ class Watch(TorchDispatchMode):
         self.total = 0
         self.where = ""
         self.half = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or the first prediction of a process imports a compiler, for a second or more
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -75,6 +66,18 @@ class Watch(TorchDispatchMode):
     def reason(self) -> str:
         """What was found, for messages."""
         return f"{self.where} decides by a value that depends on the draws, for all of them at once"
+
+
+class Watch(_Watching, TorchDispatchMode):
+    """
+    Watches the operations of a run.
+
+    :ivar int total: the sizes of the tensors that operations allocate, in bytes: an upper bound of the peak memory. Networks
+        that run their draws one after the other do not count: what they take does not grow with the draws.
+    :ivar str where: the first line that turns a value which depends on the sources into a number or a truth value of Python,
+        as ``if`` and ``.item()`` do: run for several draws at once it decides for all of them by one number. Empty if none does.
+    :ivar bool half: whether something is computed in half precision, as under autocast.
+    """
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
