@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""The snippets of docs/source/migrate.rst, which shows what stands between the marks."""
+"""The snippets of docs/source/migrate.rst and from_laplace_torch.rst, which show what stands between the marks."""
 
 from typing import Any
 

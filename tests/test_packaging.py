@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
+
+import pyro_bnn
 
 ROOT = Path(__file__).parents[1]
 #: Packages without which tests are skipped.
@@ -56,3 +59,16 @@ def test_importing_the_package_loads_no_library_of_a_single_function() -> None:
     code = f"import {faces}, sys; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_package_exports_what_the_tutorials_use_most() -> None:
+    nodes = [
+        node for path in (ROOT / "tutorials").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    used = Counter(
+        alias.name for node in imports if (node.module or "").startswith("pyro_bnn") for alias in node.names
+    )
+    assert {name for name, _ in used.most_common(20)} <= set(pyro_bnn.__all__)
+    assert pyro_bnn.__all__ == sorted(pyro_bnn.__all__)
+    assert all(hasattr(pyro_bnn, name) for name in pyro_bnn.__all__)

@@ -4,24 +4,31 @@
 
 import os
 import sys
-from importlib.metadata import version as package_version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for isolate.py
+from pyro_bnn import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))  # for isolate.py and the extensions of this folder
+os.environ["TQDM_DISABLE"] = "1"  # a bar is for a terminal, not for a page
 
 project = "pyro_bnn"
 author = "Contributors to the pyro_bnn project"
 copyright = author
-release = package_version("pyro-bnn")
+release = __version__
 
 extensions = [
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
+    "fold",
+    "formulas",
+    "markdown",
 ]
 html_theme = "furo"
 html_title = "pyro_bnn"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+toc_object_entries_show_parents = "hide"
 exclude_patterns = ["gallery/**/*.ipynb", "tables"]
 
 autodoc_member_order = "bysource"
@@ -35,7 +42,9 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
     "reset_modules": ("matplotlib", "seaborn", "isolate.reset"),
+    "within_subsection_order": "order.position",
     "min_reported_time": 1,
+    "write_computation_times": False,  # that page loads scripts from elsewhere
     # The figures of the published site come from full runs; a smoke build checks that pages render.
     "plot_gallery": "PYRO_BNN_DOCS_NO_GALLERY" not in os.environ,
     "download_all_examples": False,

@@ -17,14 +17,21 @@ from pyro_bnn.model.derivatives import require_finite
 from pyro_bnn.model.double import double_precision, doubled
 from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.newton import NewtonResult, Terms, lbfgs, newton_cg, value_and_gradient
-from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.notice import logger, warn_user
 
 #: largest number of latents whose Hessian may be held: products with the identity and an eigendecomposition per step
 DENSE_LIMIT = 1000
 
 
 class UnconvergedMAPWarning(UserWarning):
-    """The gradient at the point estimate is large in units of posterior standard deviations."""
+    """
+    The gradient at the point estimate is large in units of posterior standard deviations.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", UnconvergedMAPWarning)  # no approximation away from a mode
+    """
 
 
 def find_mode(
@@ -36,7 +43,7 @@ def find_mode(
     max_iter: int,
     float64: bool,
     report: bool = True,
-) -> Tensor:
+) -> NewtonResult:
     """
     Minimises the negative log joint density by L-BFGS and Newton steps from ``start``, shape ``(p,)``, to a Newton decrement of
     ``tolerance``, in double precision if ``float64``, and says, if ``report``, where the search has not converged in the
@@ -60,9 +67,13 @@ def find_mode(
                 ) from error
             raise
     require_finite_mode(model.space, start, found.point)
+    logger.info(
+        "polish: Newton decrement %.3g (tolerance %.3g) in %s, after %d gradients of the Newton steps",
+        found.decrement, tolerance, found.point.dtype, found.evaluations,
+    )  # fmt: skip
     if report:
         _report(found, tolerance)
-    return found.point
+    return found
 
 
 def _terms(model: PackedModel, data: Any, float64: bool, latent: Tensor) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from pyro_bnn.model.plates import Rows, close, dims_of, rows_of
 from pyro_bnn.ops.fisher import score
 from pyro_bnn.ops.jacobian import wide
 from pyro_bnn.ops.memory import require_memory
-from pyro_bnn.ops.notice import CurvatureWarning, warn_user
+from pyro_bnn.ops.notice import CurvatureWarning, logger, warn_user
 
 #: What the likelihood's curvature is made of.
 FisherKind = Literal["ggn", "mc_fisher", "empirical_fisher"]
@@ -188,6 +188,12 @@ class ExampleStream:
             found = self.model.rows(self.latent, batch, 1)
             if found and found[0].separate and self._apart(found[0], batch, whole):
                 self._rows = found[0]
+            logger.info(
+                "curvature: batches are %s",
+                "cut into chunks: a few rows in other company had the same outputs"
+                if self._rows
+                else "taken whole: no rows were found that the model treats separately",
+            )
         if self._rows is None:
             return None
         sizes = {rows_of(here[path], dim) for path, dim in self._rows.cuts.items() if path in here}

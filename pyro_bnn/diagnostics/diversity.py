@@ -18,16 +18,18 @@ from torch.distributions import (
     Normal,
     kl_divergence,
 )
+from typing_extensions import override
 
 from pyro_bnn.diagnostics.chains import num_components
 from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.predict.draws import component_draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.ops.described import Described
 
 
-@dataclass
-class DiversityReport:
+@dataclass(repr=False)
+class DiversityReport(Described):
     r"""
     How much the components of a mixture differ, in predictions and in the guide.
 
@@ -44,6 +46,19 @@ class DiversityReport:
     :param guide_distance: root mean square distance between the locations of two components in unconstrained space,
         shape ``(K, K)``; ``None`` for guides other than :class:`~pyro_bnn.infer.autoguide.AutoMixture`.
     :param site: name of the observed site.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, diversity
+        >>> report = diversity(model, AutoMixture(model, 2).initialize(x, x), (x, x), num_samples=8)
+        >>> report.member_nll.shape, report.predictive_kl.shape
+        (torch.Size([2]), torch.Size([2, 2]))
     """
 
     member_nll: Tensor
@@ -65,13 +80,13 @@ class DiversityReport:
         """Whether the mixture gains less than 0.1 % over its members (or than 1e-4 nats per observation)."""
         return len(self.member_nll) > 1 and self.gain < max(1e-4, 1e-3 * abs(self.mixture_nll))
 
-    def __str__(self) -> str:
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
         K, nll = len(self.member_nll), self.member_nll
-        lines = [
-            f"{K} components on {self.num_observations} observations of {self.site!r}",
-            f"  NLL of the members   {nll.min():.4f} to {nll.max():.4f}, mean {nll.mean():.4f}",
-            f"  NLL of the mixture   {self.mixture_nll:.4f} (gain {self.gain:.4f})",
-        ]
+        rows = {
+            "NLL of the members": f"{nll.min():.4f} to {nll.max():.4f}, mean {nll.mean():.4f}",
+            "NLL of the mixture": f"{self.mixture_nll:.4f} (gain {self.gain:.4f})",
+        }
         pairs = {
             "disagreement": self.disagreement,
             "predictive KL": self.predictive_kl,
@@ -81,10 +96,10 @@ class DiversityReport:
         for name, value in pairs.items():
             if value is not None and K > 1:
                 off = value[~torch.eye(K, dtype=torch.bool, device=value.device)]
-                lines.append(f"  {name:20s} mean {off.mean():.4g}, smallest {off.min():.4g}")
+                rows[name] = f"mean {off.mean():.4g}, smallest {off.min():.4g}"
         if self.collapsed:
-            lines.append("  The members have collapsed: the mixture predicts like a single one of them.")
-        return "\n".join(lines)
+            rows["The members have collapsed: the mixture predicts like a single one of them."] = ""
+        return f"{K} components on {self.num_observations} observations of {self.site!r}", rows
 
 
 @torch.no_grad()
@@ -116,8 +131,8 @@ def diversity(
         >>> guide = AutoMixture(model, 2, init_scale=1e-6, init_loc_fn=lambda site: torch.tensor(1.0)).initialize(y)
         >>> print(diversity(model, guide, y))  # doctest: +ELLIPSIS
         2 components on 5 observations of 'obs'
-          NLL of the members   1.4189 to 1.4189, mean 1.4189
-          NLL of the mixture   1.4189 (gain 0.0000)
+          NLL of the members     1.4189 to 1.4189, mean 1.4189
+          NLL of the mixture     1.4189 (gain 0.0000)
           ...
           The members have collapsed: the mixture predicts like a single one of them.
     """

@@ -12,6 +12,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.diagnostics.axes import new_axes
 from pyro_bnn.diagnostics.export import Contents, Exporter
@@ -23,6 +24,7 @@ from pyro_bnn.infer.predict.predictive import posterior_predictive
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.described import Described
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,6 +43,20 @@ def log_weights(
     :param int num_samples: the number of draws S; see :func:`to_datatree`.
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> draws, log_w = log_weights(model, guide, (x, x), num_samples=50)
+        >>> log_w.shape, bool(log_w.std() < 1e-6)  # a linear model: the guide is the posterior
+        (torch.Size([50]), True)
     """
     contents = Contents(weights=True, predictions=False, unpack=False)
     with torch.no_grad(), evaluation_mode(model), local_parameters():
@@ -172,8 +188,8 @@ def elbo_gap(log_ratios: Any) -> dict[str, float]:
     return {"elbo": elbo, "bound": bound, "gap": bound - elbo, "elbo_error": error}
 
 
-@dataclass
-class CalibrationRanks:
+@dataclass(repr=False)
+class CalibrationRanks(Described):
     """
     Ranks of simulation-based calibration.
 
@@ -183,6 +199,15 @@ class CalibrationRanks:
 
     ranks: dict[str, np.ndarray]
     num_draws: int
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        runs = len(next(iter(self.ranks.values()))) if self.ranks else 0
+        rows = {
+            name: f"mean rank {ranks.mean() / self.num_draws:.3f} of 0.5, {ranks[0].size} elements"
+            for name, ranks in self.ranks.items()
+        }
+        return f"simulation-based calibration: {runs} simulations, {self.num_draws} draws each", rows
 
     def counts(self, name: str, bins: int = 10) -> np.ndarray:
         """
@@ -259,6 +284,21 @@ def simulation_based_calibration(
     :param observed: the sites that stand for data; by default the last site and those in the same plates.
     :return: the ranks.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> def recipe(observing):
+        ...     return AutoLaplace(observing).initialize(x).polish((x,)).laplace_approximation((x,))
+        >>> found = simulation_based_calibration(model, recipe, (x,), num_simulations=2, num_draws=9)
+        >>> found.ranks["w"].shape
+        (2, 1)
+
     **References**
 
     Talts, Betancourt, Simpson, Vehtari, Gelman, *Validating Bayesian inference algorithms with simulation-based
@@ -322,6 +362,20 @@ def compare_with_nuts(
     :param int num_chains: the number of chains.
     :param bool progress_bar: whether to show the progress of NUTS.
     :return: the comparison.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> found = compare_with_nuts(model, guide, (x, x), num_samples=4, warmup_steps=4, num_chains=2)
+        >>> sorted(found)
+        ['r_hat', 'scale_ratio', 'shift']
     """
     import xarray as xr
 

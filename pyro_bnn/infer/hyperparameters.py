@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.parts import Part
 from pyro_bnn.model.data import iter_batches
+from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
 
 #: What a multiplier of the prior precision is shared by: everything, the sites of one module, or one site.
@@ -26,8 +28,8 @@ class HyperparameterWarning(UserWarning):
     """A search for hyperparameters ended at the edge of its range, or where the objective says nothing about them."""
 
 
-@dataclass
-class HyperparameterReport:
+@dataclass(repr=False)
+class HyperparameterReport(Described):
     """
     What a search for hyperparameters found.
 
@@ -37,6 +39,16 @@ class HyperparameterReport:
 
     tau: dict[str, float]
     objective: list[float]
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        rows = {}
+        if self.objective:
+            rows["objective"] = f"{max(self.objective):.6g} nats, the best of {len(self.objective)}"
+            rows["first"] = f"{self.objective[0]:.6g} nats"
+        return "multipliers of the prior precision", rows | {
+            name: f"{tau:.4g}" for name, tau in self.tau.items()
+        }
 
 
 class Groups:

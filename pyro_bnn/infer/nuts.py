@@ -14,6 +14,7 @@ from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
+from typing_extensions import override
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
@@ -23,6 +24,7 @@ from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import latent_names, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.plates import plates_of
+from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 
 _Nuts: Any = NUTS
 
@@ -126,8 +128,8 @@ class _Moves(Messenger):
             self.depth += 1
 
 
-@dataclass
-class NUTSResult:
+@dataclass(repr=False)
+class NUTSResult(Described):
     """
     Chains of :func:`nuts`.
 
@@ -136,6 +138,18 @@ class NUTSResult:
         draw, shape ``(chains, draws)``.
     :param warmup: draws of the warm-up.
     :param warmup_stats: statistics of the warm-up.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> run = nuts(model, (x, x), num_samples=4, warmup_steps=4, num_chains=1, progress_bar=False)
+        >>> run.num_chains, run.samples["w"].shape
+        (1, torch.Size([1, 4]))
     """
 
     samples: dict[str, Tensor]
@@ -147,6 +161,21 @@ class NUTSResult:
     def num_chains(self) -> int:
         """The number of chains."""
         return len(next(iter(self.samples.values())))
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        chains, draws, *_ = next(iter(self.samples.values())).shape
+        found = self.sample_stats
+        rows = {
+            "sites": first_of(f"{name} ({shape_of(value[0, 0])})" for name, value in self.samples.items())
+        }
+        if "diverging" in found:
+            rows["divergences"] = f"{int(found['diverging'].sum())} of {chains * draws} transitions"
+        for name in ("acceptance_rate", "step_size", "tree_depth"):
+            if name in found:
+                rows[name.replace("_", " ")] = span_of(found[name])
+        rows["warm-up"] = f"{next(iter(self.warmup.values())).shape[1]} steps" if self.warmup else "not kept"
+        return f"NUTS: {chains} chains of {draws} draws", rows
 
     def get_samples(self, group_by_chain: bool = False) -> Draws:
         """

@@ -5,7 +5,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,25 @@ Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Where a tensor is in nested containers: positions, keys and names of fields.
 Path = tuple[Any, ...]
+
+
+class Arguments(NamedTuple):
+    """
+    One batch without any doubt: the model is called as ``model(*args, **kwargs)``.
+
+    Data that a model with unusual arguments could take in two ways are given as this object.
+
+    :param args: positional arguments of the model.
+    :param kwargs: its keyword arguments.
+
+    Example::
+
+        >>> as_batch(Arguments(([1, 2],), {"y": 3}))
+        Arguments(args=([1, 2],), kwargs={'y': 3})
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
 
 
 def as_batch(item: Any) -> Batch:
@@ -33,6 +52,8 @@ def as_batch(item: Any) -> Batch:
         >>> as_batch((1, 2)), as_batch({"x": 1}), as_batch(3)
         (((1, 2), {}), ((), {'x': 1}), ((3,), {}))
     """
+    if isinstance(item, Arguments):
+        return item
     if isinstance(item, Mapping):
         return (), dict(item)
     if isinstance(item, (tuple, list)) and not isinstance(item, PackedSequence):

@@ -17,6 +17,7 @@ from pyro_bnn.nn.convert import bayesian_, rank1_
 from pyro_bnn.nn.embedding import Rank1Embedding
 from pyro_bnn.nn.folding import fold_
 from pyro_bnn.nn.hierarchical import ClosedFormPrior, HierarchicalPrior, LearnedScalePrior
+from pyro_bnn.nn.lora import lora_, merged_weights
 from pyro_bnn.nn.packed import unpack_site
 from pyro_bnn.nn.priors import FanInNormal
 from pyro_bnn.nn.rank1 import Rank1Linear
@@ -49,6 +50,8 @@ __all__ = [
     "bayesian_",
     "fold_",
     "init_to_trained",
+    "lora_",
+    "merged_weights",
     "rank1_",
     "unpack_site",
 ]

@@ -3,9 +3,8 @@
 """In-place conversion of torch networks that keeps their trained weights."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
-from pyro.nn.module import to_pyro_module_
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -21,18 +20,19 @@ from pyro_bnn.nn.conv import (
     Rank1ConvTranspose2d,
     Rank1ConvTranspose3d,
 )
-from pyro_bnn.nn.convertible import Selector, all_or_nothing, become, convertible, torch_class
+from pyro_bnn.nn.convertible import Selector, all_or_nothing, convertible, join_path, torch_class
 from pyro_bnn.nn.embedding import Rank1Embedding
 from pyro_bnn.nn.folding import Folding
 from pyro_bnn.nn.normalization import COMPONENT_BATCHNORM
 from pyro_bnn.nn.packed import PackedSite
 from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
+from pyro_bnn.nn.pyro_class import become, to_pyro_
 from pyro_bnn.nn.rank1 import Rank1Linear
 from pyro_bnn.nn.rank1_options import Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
 from pyro_bnn.nn.silent import silence_
 from pyro_bnn.nn.sites import SiteModule, describe_module
-from pyro_bnn.nn.subclassed import subclass_layer
+from pyro_bnn.nn.subclassed import holder_class, subclass_layer
 
 
 def rank1_(
@@ -92,14 +92,14 @@ def rank1_(
         raise ValueError("num_components goes with batchnorm='component' and nothing else.")
     layers = convertible(net, only, skip, _RANK1, _subclassed(_RANK1))
     with all_or_nothing(net):
-        to_pyro_module_(net)
+        to_pyro_(net)
         if freeze_base:
             net.requires_grad_(False)
         check_rank1_keys(made, _make_layers(layers))
         ties = _Ties(net)
         for name, layer, _ in layers:
             ties.redirect(name, layer)
-            layer._make_rank1(made, _join(name, ""))
+            layer._make_rank1(made, join_path(name, ""))
         ties.check()
         if num_components is not None:
             _component_batchnorm(net, num_components)
@@ -114,6 +114,7 @@ def bayesian_(
     packed: bool = False,
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
+    keep_frozen: bool = False,
     batch_dim: int = 0,
     fold: bool = True,
 ) -> Any:
@@ -129,6 +130,8 @@ def bayesian_(
         per site dominates the training of small networks. All priors must then be Normal.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are; paths of parameters keep the warning from naming them.
+    :param bool keep_frozen: whether parameters that are frozen (``requires_grad=False``) stay what they are, instead of
+        becoming random.
     :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
     :param bool fold: ``False`` leaves sample dimensions to broadcasting.
     :return: ``net``.
@@ -149,13 +152,13 @@ def bayesian_(
                 "that the weight has no prior of its own: call parametrize.remove_parametrizations, or skip the layer."
             )
     with all_or_nothing(net):
-        to_pyro_module_(net)
+        to_pyro_(net)
         check_keys(prior, _make_layers(layers))
         prior = FanInNormal() if prior is None else prior
         ties = _Ties(net)
         for name, layer, _ in layers:
             ties.redirect(name, layer)
-            layer._make_bayesian(prior, _join(name, ""))
+            layer._make_bayesian(prior, join_path(name, ""), keep_frozen)
         ties.check()
         if packed:
             PackedSite(net, [(name, layer) for name, layer, _ in layers])
@@ -168,7 +171,7 @@ def _make_layers(layers: list[tuple[str, Any, type]]) -> list[str]:
     for _, layer, cls in layers:
         become(layer, cls)
         layer._prepare()
-    return [_join(name, key) for name, layer, _ in layers for key in layer._site_keys()]
+    return [join_path(name, key) for name, layer, _ in layers for key in layer._site_keys()]
 
 
 class _Ties:
@@ -189,14 +192,23 @@ class _Ties:
                 self.owners[value] = path, layer, key
 
     def check(self) -> None:
-        """Refuses a parameter that became random in one place and stayed what it is in another."""
-        kept = {p: name for name, p in self.net.named_parameters()}
-        for parameter, (path, owner, key) in self.owners.items():
-            if key in owner._sites and parameter in kept:
-                raise ValueError(
-                    f"{_join(path, key)!r} would become random, but {kept[parameter]!r} is the same parameter and would "
-                    "not: convert both layers, or leave this parameter out by a dictionary of priors."
-                )
+        """
+        Refuses a parameter that became random in one place and stayed what it is in another, but for modules that hold
+        one of a layer in them: these read it there.
+        """
+        for path, module in list(self.net.named_modules()):
+            for key, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                owner_path, owner, name = self.owners.get(value, ("", None, ""))
+                if owner is None or name not in owner._sites:
+                    continue
+                if owner not in set(module.modules()):
+                    raise ValueError(
+                        f"{join_path(owner_path, name)!r} would become random, but {join_path(path, key)!r} is the same "
+                        "parameter and would not: convert both layers, or leave this parameter out by a dictionary of "
+                        "priors."
+                    )
+                become(module, holder_class(torch_class(module)))
+                cast(SiteModule, module)._redirect_site(key, owner, name)
 
 
 class _FrozenParameters:
@@ -241,9 +253,9 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             # the fused inference kernel reads the weights behind the layers' backs
             module.activation_relu_or_gelu = 0
-            for child in module.children():
-                if isinstance(child, SiteModule):
-                    child._axis = 0 if module.self_attn.batch_first else 1
+            for part in module.modules():
+                if isinstance(part, SiteModule):
+                    part._axis = 0 if module.self_attn.batch_first else 1
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
     if fold:
@@ -254,10 +266,6 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
 
 def _subclassed(table: Mapping[type, type]) -> Callable[[nn.Module], type | None]:
     return lambda module: subclass_layer(module, torch_class(module), table)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 _RANK1: dict[type, type] = {

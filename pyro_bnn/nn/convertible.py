@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from pyro_bnn.nn.pyro_class import become, pyro_class
 from pyro_bnn.nn.sites import SiteModule, describe_module
 
 #: Selects modules: a dotted path (with everything below it), a class, or ``callable(name, module) -> bool``.
@@ -32,19 +33,16 @@ def torch_class(module: nn.Module) -> type:
     cls: type = getattr(type(module), "speaking_class", type(module))
     if issubclass(cls, PyroModule) and cls.__name__.startswith("Pyro") and len(cls.__mro__) > 1:
         base = cls.__mro__[1]
-        cls = base if PyroModule[base] is cls else cls
+        cls = base if issubclass(base, nn.Module) and pyro_class(base) is cls else cls
     parametrized = cls.__name__.startswith("Parametrized") and "parametrizations" in dict(
         module.named_children()
     )
     return cls.__bases__[0] if parametrized else cls
 
 
-def become(module: nn.Module, cls: type) -> None:
-    """
-    Changes the type of a module in place, as Pyro's :func:`to_pyro_module_` does: a conversion is in place, and parents,
-    optimisers and hooks keep the very modules that they hold.
-    """
-    module.__class__ = cls
+def join_path(path: str, key: str) -> str:
+    """The path of a part of the module at a path, which is empty for the network itself."""
+    return f"{path}.{key}" if path else key
 
 
 def convertible(

@@ -4,7 +4,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def map_structure(
         return type(value)(*(map_structure(item, fn, packed) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(map_structure(item, fn, packed) for item in value)
-    if isinstance(value, dict):
+    if isinstance(value, MutableMapping):
         new: Any = copy.copy(value)  # of its own class, which may give its items as attributes
         for key, item in value.items():
             new[key] = map_structure(item, fn, packed)

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from pyro_bnn.nn.per_sample import BayesianPerSampleMixin, Rank1Weights
+from pyro_bnn.nn.pyro_class import pyro_class
 from pyro_bnn.nn.rank1 import Rank1Mixin
 from pyro_bnn.nn.rank1_options import Rank1Options
 from pyro_bnn.nn.sites import SiteModule, module_path
 
 
-class _Made(SiteModule):
-    """A class that no file can name: it is made again."""
+class Made(SiteModule):
+    """A class that no file can name: it is made again, by the function and the classes of its recipe."""
 
-    _recipe: tuple[type, type]
+    _recipe: tuple[Any, ...]
 
     def __reduce__(self) -> Any:
         return _new_layer, self._recipe, self.__getstate__()
@@ -100,18 +100,26 @@ def is_inputs_first(module: nn.Module) -> bool:
 
 @cache
 def _make(cls: type, layer: type) -> type:
-    base: Any = PyroModule[cls]
+    base = pyro_class(cls)
     bayesian = not issubclass(layer, Rank1Mixin)
     if bayesian:
-        mixins: tuple[type, ...] = (_Made, BayesianPerSampleMixin)
+        mixins: tuple[type, ...] = (Made, BayesianPerSampleMixin)
     else:
-        mixins = (_Made, _Subclassed, layer)
+        mixins = (Made, _Subclassed, layer)
     name = ("Bayesian" if bayesian else "Rank1") + cls.__name__
     extra = {"weight_is_transposed": True} if layer is SiteModule else {}
-    attributes = {"_torch_layer": cls, "_recipe": (cls, layer), "__module__": __name__, **extra}
+    attributes = {"_torch_layer": cls, "_recipe": (_make, cls, layer), "__module__": __name__, **extra}
     return type(base)(name, (*mixins, base), attributes)
 
 
-def _new_layer(cls: type, layer: type) -> Any:
-    made: Any = _make(cls, layer)
+@cache
+def holder_class(cls: type) -> type:
+    """A class whose modules read parameters of their parts that they hold under names of their own."""
+    base = pyro_class(cls)
+    attributes = {"_recipe": (holder_class, cls), "__module__": __name__}
+    return type(base)(f"Tied{cls.__name__}", (Made, base), attributes)
+
+
+def _new_layer(make: Any, *classes: type) -> Any:
+    made: Any = make(*classes)
     return made.__new__(made)

@@ -34,6 +34,8 @@ class NewtonResult:
     :ivar converged: whether the decrement is below the tolerance at a point without such directions. Where it is not, the
         search ended at the limit of steps or at the precision of the numbers.
     :ivar evaluations: of the value and the gradient.
+    :ivar value: of the function at the point.
+    :ivar gradient_norm: there.
     """
 
     point: Tensor
@@ -41,6 +43,8 @@ class NewtonResult:
     indefinite: bool
     converged: bool
     evaluations: int = 0
+    value: float = float("nan")
+    gradient_norm: float = float("nan")
 
 
 def value_and_gradient(terms: Terms, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,10 @@ def newton_cg(
         if search.advance():
             break
     converged = search.decrement <= tolerance and not search.indefinite
-    return NewtonResult(search.point, search.decrement, search.indefinite, converged, search.evaluations)
+    return NewtonResult(
+        search.point, search.decrement, search.indefinite, converged, search.evaluations, float(search.value),
+        float(search.gradient.norm()),
+    )  # fmt: skip
 
 
 class _TrustRegion:

@@ -1,9 +1,18 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings that point at the user's own line."""
+"""
+Warnings that point at the user's own line, and the log.
 
+The logger ``pyro_bnn`` keeps, at level ``INFO``, what was checked and decided: draws or components together or one by one, rows
+taken apart, sums in double precision, what a search reached; ``logging.getLogger("pyro_bnn").setLevel("INFO")`` and
+:func:`logging.basicConfig` show it. What a user should act on is a warning.
+"""
+
+import logging
 import sys
 import warnings
+
+logger = logging.getLogger("pyro_bnn")
 
 #: Packages whose frames lie between a user's line and a warning.
 _INNER = ("pyro_bnn", "pyro", "torch", "contextlib")

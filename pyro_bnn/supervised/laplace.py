@@ -3,13 +3,14 @@
 """A Laplace approximation of a trained network in one call."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import Any, Literal
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -20,8 +21,7 @@ from pyro_bnn.infer.autoguide.laplace import LikelihoodCurvature, Structure
 from pyro_bnn.infer.hyperparameters import Per
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.nn import bayesian_, init_to_trained
-from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
-from pyro_bnn.nn.sites import SiteModule
+from pyro_bnn.nn.priors import PriorLike
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice
 from pyro_bnn.supervised.likelihoods import Likelihood
@@ -30,6 +30,8 @@ from pyro_bnn.supervised.survey import Survey, survey
 from pyro_bnn.supervised.tuning import Tuning
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def laplace(
     net: nn.Module,
     data: Any = None,
@@ -59,10 +61,11 @@ def laplace(
     prior, starts a guide at the trained weights, computes the curvature there, and tunes the prior precision, and the noise
     of a regression. **The network passed is not changed, and the weights are kept**: the mean of the linearised predictions is
     the output of the network in evaluation mode, in which it runs whatever its mode is. Parameters that are frozen
-    (``requires_grad=False``), and those of normalisation layers, stay what they are.
+    (``requires_grad=False``), and those of normalisation layers, stay what they are; so do tensors that belong to no layer (class
+    tokens), with a warning unless they are frozen.
 
-    Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` in the
-    mean loss of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
+    Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` of
+    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
     for the mode, and may prefer a prior precision that is off by orders of magnitude where they are not: an
     :class:`UnconvergedMAPWarning` then says how far away the mode is. Held-out data (``validation=``) choose without that
     assumption, and ``polish=True`` goes to the mode.
@@ -76,7 +79,7 @@ def laplace(
     ``None``               nothing; the noise is the root mean square of the residuals
     ====================== ===================================================================================
 
-    :param net: a trained network, or one that :func:`~pyro_bnn.nn.bayesian_` has converted already.
+    :param net: a trained network.
     :param data: a loader, or list, of batches ``(x, y)`` or of mappings; or one batch. Every row comes once in a pass, in any
         order. ``None`` builds the guide without fitting it, for :func:`~pyro_bnn.infer.load_guide` in another process.
     :param likelihood: ``"regression"``, ``"heteroscedastic"``, ``"classification"``, ``"binary"``, ``"poisson"``, or a callable from
@@ -119,13 +122,16 @@ def laplace(
     [2] Immer et al. (2021), "Scalable marginal likelihood estimation for model selection in deep learning".
     """
     method = _choice(tune, validation)
+    _require_plain(net)
     net = copy.deepcopy(net)
     net.zero_grad(set_to_none=True)
     given: dict[str, Any] = {"event_dim": event_dim, "class_dim": class_dim, "target": target}
     found = None if data is None else survey(net, data, likelihood, noise, given)
     _convert(net, prior)
     given = {k: v for k, v in (given if found is None else found.options).items() if v is not None}
-    model = SupervisedModel(net, likelihood, noise=noise, num_data=found and found.num_rows, **given)
+    model = SupervisedModel(
+        net, likelihood, noise=noise, num_data=None if found is None else found.num_rows, **given
+    )
     start = partial(init_to_trained, fallback=_start_of(found))
     guide = AutoLaplace(
         model, structure=structure, curvature=curvature, sites=sites, init_loc_fn=start, **options
@@ -160,51 +166,32 @@ def _choice(tune: str | None, validation: Any) -> str | None:
     return tune
 
 
+def _require_plain(net: Any) -> None:
+    """Raises for what is no network of torch, or one whose weights are random already."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net is a {type(net).__name__}, expected a torch.nn.Module")
+    if any(isinstance(module, PyroModule) for module in net.modules()):
+        raise ValueError(
+            "the network has been converted already (bayesian_, rank1_): pass one of torch, with its prior as prior=; or build "
+            "AutoLaplace(SupervisedModel(net, likelihood, num_data=N), init_loc_fn=init_to_trained) around it."
+        )
+
+
 def _convert(net: nn.Module, prior: PriorLike | None) -> None:
-    """Makes the weights that are not frozen random, unless a network has been converted already."""
-    if any(isinstance(module, SiteModule) for module in net.modules()):
-        if prior is not None:
-            raise ValueError(
-                "the network has been converted already, and its sites have priors: leave prior= out"
-            )
-        return
-    frozen = {name for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    parameters = list(net.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
+    """Makes the weights that are not frozen random."""
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    if parameters and len(frozen) == len(parameters):
         raise ValueError(
             f"all {len(parameters)} parameters of the network are frozen (requires_grad=False), and frozen parameters stay what "
             "they are: call requires_grad_(True) on those that shall be random."
         )
-    check_keys(prior, [name for name, _ in net.named_parameters(remove_duplicate=False)])
-    chosen = FanInNormal() if prior is None else prior
-    if frozen:
-        bayesian_(net, prior=_Unfrozen(chosen, frozen), skip=[_is_frozen, *frozen])
-    else:
-        bayesian_(net, prior=chosen)
+    bayesian_(net, prior=prior, keep_frozen=True, skip=[_is_frozen, *frozen])
 
 
 def _is_frozen(name: str, module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
-class _Unfrozen(Mapping[str, Any]):
-    """Priors of all parameters but frozen ones; a mapping without names of its own, as any parameter may have one."""
-
-    def __init__(self, prior: PriorLike, frozen: set[str]) -> None:
-        self.prior, self.frozen = prior, frozen
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and "." in name and name not in self.frozen
-
-    def __getitem__(self, name: str) -> Any:
-        return self.prior
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _start_of(found: Survey | None) -> Any:

@@ -34,9 +34,10 @@ def _elements(f: Tensor, model: Any, num_rows: int | None, what: str) -> Tensor:
         return f.squeeze(-1)
     if f.dim() and num_rows in (None, f.shape[-1]) and not (f.dim() > 1 and f.shape[-2] == num_rows != 1):
         return f
+    more = " For classes use likelihood='classification'." if model.likelihood == "binary" else ""
     raise ValueError(
         f"likelihood={model.likelihood!r}: the network returns {what} of shape {tuple(f.shape)} for {num_rows} rows; for one number "
-        f"per row (N,) or (N, 1) is expected. For vectors of targets pass event_dim=1, for images event_dim=3."
+        f"per row (N,) or (N, 1) is expected. For vectors of targets pass event_dim=1, for images event_dim=3.{more}"
     )
 
 

@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_bnn.model.data import leaves, map_leaves
 from pyro_bnn.model.plates import rows_of
+from pyro_bnn.nn.priors import map_distribution
 from pyro_bnn.supervised.likelihoods import LIKELIHOODS, Likelihood, outputs_of, targets
 
 _Module: Any = PyroModule
@@ -70,6 +71,8 @@ class SupervisedModel(_Module):
         ('Categorical', (10,), 10.0)
     """
 
+    noise: Any
+
     def __init__(
         self,
         net: Callable[..., Any],
@@ -97,7 +100,7 @@ class SupervisedModel(_Module):
             return
         if isinstance(noise, Distribution):
             self._noise_is = "latent"
-            self.noise = PyroSample(noise)
+            self.noise = PyroSample(map_distribution(noise, lambda t: t.to(like)))
         elif noise is None:
             self._noise_is = "parameter"
             self.noise = PyroParam(like.new_ones(()), constraint=constraints.positive)
@@ -113,7 +116,7 @@ class SupervisedModel(_Module):
         :return: the targets.
         """
         x, y = self.split(x, y, **inputs)
-        d = self.distribution(self.outputs(x), _num_rows(x))
+        d = self.distribution(self.outputs(x), rows_in(x))
         y = None if y is None else targets(y, d, self.likelihood)
         n = d.batch_shape[-1]
         size = n if self.num_data is None else self.num_data
@@ -139,7 +142,8 @@ class SupervisedModel(_Module):
     def outputs(self, x: Any) -> Any:
         """
         :param x: inputs, a tensor, a tuple or list of arguments of the network, or a mapping of keywords.
-        :return: what the network returns, a tensor unless the likelihood is a callable.
+        :return: what the network returns, a tensor unless the likelihood is a callable. A converted network is called within
+            a run of the model only.
         """
         if isinstance(x, Mapping):
             f = self.net(**x)
@@ -216,7 +220,7 @@ def _any_tensor(net: Any) -> Tensor:
     return torch.empty(0)
 
 
-def _num_rows(x: Any) -> int | None:
+def rows_in(x: Any) -> int | None:
     """The number of rows of the first tensor among the inputs."""
     found = list(leaves(x).values())
     return rows_of(found[0], 0) if found and (not isinstance(found[0], Tensor) or found[0].dim()) else None

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor, nn
 
+from pyro_bnn.infer.initialize import explain_failure
 from pyro_bnn.model.data import Batch, Batches, repeatable_batches
 from pyro_bnn.model.evaluation import evaluation_mode
-from pyro_bnn.nn import init_to_trained
 from pyro_bnn.supervised.likelihoods import targets
-from pyro_bnn.supervised.model import SupervisedModel
+from pyro_bnn.supervised.model import SupervisedModel, rows_in
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,17 @@ def survey(net: nn.Module, data: Any, likelihood: Any, noise: Any, options: dict
     )
     rows = elements = 0
     squares = torch.zeros((), dtype=torch.float64)
-    with evaluation_mode(net), InitMessenger(init_to_trained):
+    with evaluation_mode(net):
         for number, batch in enumerate(batches):
             x, y = _inputs_and_targets(probe, batch)
-            f = probe.outputs(x)
+            try:
+                f = probe.outputs(x)
+            except Exception as error:
+                explain_failure(error, batch)
+                raise
             if not number:
                 _read_dimensions(probe, f, y, options)
-            d = probe.distribution(f)
+            d = probe.distribution(f, rows_in(x))
             y = targets(y, d, likelihood)
             rows, elements = rows + len(y), elements + y.numel()
             if likelihood == "regression":
@@ -100,7 +103,7 @@ def _read_dimensions(model: SupervisedModel, f: Any, y: Any, options: dict[str, 
         return
     if options.get("event_dim") is None:
         model.event_dim = max(y.dim() - 1, 0) if y.dim() > 2 or y[:1].numel() != 1 else 0
-        if model.likelihood == "classification" and y.dim() == f.dim() and y.is_floating_point():
+        if model.likelihood == "classification" and y.shape == f.shape:
             model.event_dim = 0  # one-hot vectors, which are refused by their name
     if model.likelihood == "classification" and options.get("class_dim") is None and model.event_dim:
         model.class_dim = _class_dim(tuple(f.shape), tuple(y.shape))

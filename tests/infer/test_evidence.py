@@ -112,21 +112,18 @@ def test_evidence_is_differentiable_in_every_parameter(structure, curvature, fam
     evidence = guide.log_evidence(data=batches)
     assert_close(evidence.detach(), guide.log_evidence(), rtol=1e-12)
     gradients = torch.autograd.grad(evidence, list(parameters.values()))
-    for value, gradient in zip(parameters.values(), gradients, strict=True):
-        place, h = value.numel() // 2, 1e-5
-        ends = []
-        for step in (h, -2 * h):
-            with torch.no_grad():
-                value.view(-1)[place] += step
-            ends.append(guide.log_evidence(data=batches).detach())
+    # along a random direction in all entries of all parameters, in which each parameter has a share of about the same size
+    moves = [torch.randn(g.shape, generator=generator) / g.norm() for g in gradients]
+    largest = max(float(move.abs().max()) for move in moves)
+    moves = [move / largest for move in moves]
+    shares = torch.stack([(g * move).sum() for g, move in zip(gradients, moves, strict=True)])
+    h, ends = 1e-5, []
+    for step in (h, -2 * h):
         with torch.no_grad():
-            value.view(-1)[place] += h
-        assert_close(
-            gradient.view(-1)[place],
-            (ends[0] - ends[1]) / (2 * h),
-            rtol=2e-6,
-            atol=2e-8,
-        )
+            for value, move in zip(parameters.values(), moves, strict=True):
+                value += step * move
+        ends.append(guide.log_evidence(data=batches).detach())
+    assert_close(shares.sum(), (ends[0] - ends[1]) / (2 * h), rtol=0, atol=3e-6 * shares.abs().min() + 2e-8)
 
 
 def test_evidence_with_multipliers_asks_for_a_new_approximation():
@@ -168,6 +165,7 @@ def test_optimised_multiplier_is_the_best_of_the_evidence(structure):
     after = guide.log_evidence()
     assert after > before
     assert_close(report.objective[-1], after, rtol=1e-9)
+    assert_close(report.objective[0], before, rtol=1e-9)  # a multiplier of 1
     tau = torch.tensor(report.tau["all"])
     for factor in (0.95, 1.05):
         assert guide.log_evidence(tau * factor) < after
@@ -282,7 +280,7 @@ def test_online_training_recovers_the_noise():
     model = Regression()
     guide = AutoLaplace(model).initialize(x, y)
     report = train_with_evidence(
-        guide, (x, y), model.parameters(), epochs=120, update_every=5, hyper_steps=10, lr=0.05
+        guide, (x, y), model.parameters(), epochs=50, update_every=5, hyper_steps=10, lr=0.1
     )
     assert report.objective[-1] > report.objective[0]
     residual = y - x @ torch.linalg.lstsq(x, y).solution

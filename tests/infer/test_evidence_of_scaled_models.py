@@ -3,6 +3,7 @@
 
 """Scales, masks and factors in the log evidence and its derivatives, against quadrature and closed forms."""
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -63,15 +64,20 @@ class Regression(PyroModule):
             pyro.sample("obs", dist.Normal(weight * x, self.noise), obs=y)
 
 
+@functools.cache
 def regression_evidence(case: str, prior: float, noise: float) -> float:
     scale, masked, factor, whole = CASES[case]
     keep = MASK.numpy() if masked else np.ones(6, dtype=bool)
     x, y = X.numpy()[keep], Y.numpy()[keep]
 
-    def log_joint(w: float) -> float:
-        likelihood = scale * stats.norm.logpdf(y, w * x, noise).sum() - 0.5 * factor * (w - 1) ** 2
-        return float(whole * (stats.norm.logpdf(w, 0, prior) + likelihood))
+    def normal(z: Any, sd: float) -> Any:  # scipy's takes a hundred times as long
+        return -0.5 * (z / sd) ** 2 - math.log(sd * math.sqrt(2 * math.pi))
 
+    def log_joint(w: float) -> float:
+        likelihood = scale * normal(y - w * x, noise).sum() - 0.5 * factor * (w - 1) ** 2
+        return float(whole * (normal(w, prior) + likelihood))
+
+    assert_close(normal(0.3, 0.7), stats.norm.logpdf(0.3, 0.0, 0.7), rtol=1e-12)
     top = max(log_joint(w) for w in np.linspace(-2, 3, 501))
     value, _ = quad(
         lambda w: math.exp(log_joint(w) - top), -6, 8, points=[0.5, 1.0, 1.5], epsabs=0, epsrel=1e-12

@@ -243,3 +243,12 @@ def test_preconditioned_by_a_laplace_guide():
     guide.laplace_approximation(data, (TARGETS,))
     expected = exact.linearized_outputs(TARGETS)["obs"].variance
     assert_close(guide.result.variance, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_blocks_without_gradients_change_nothing(block):
+    exact, guide, data = fitted_pair(0, curvature="ggn")
+    with block():
+        guide.laplace_approximation(data, (TARGETS[:8],)).add_targets(data, (TARGETS[8:],))
+    expected = exact.linearized_outputs(TARGETS)["obs"].variance
+    assert_close(guide.linearized_outputs(TARGETS)["obs"].variance, expected, rtol=1e-4)

@@ -223,7 +223,7 @@ WHOLE = {
     "rounding": _offset,
     "steep": lambda z: (10 * z["w"]).exp(),
     "fast": lambda z: torch.sin(1e3 * z["w"]),
-    "many": lambda z: torch.sin(torch.linspace(0, 1e3, 5000, dtype=z["w"].dtype)[:, None] * z["w"]).sum(-1),
+    "many": lambda z: torch.sin(torch.linspace(0, 1e3, 800, dtype=z["w"].dtype)[:, None] * z["w"]).sum(-1),
     "counts and slopes": lambda z: z["w"] + (z["w"] > 0).to(z["w"]),
     "an own derivative": lambda z: torch.autograd.grad(z["w"].pow(3).sum(), z["w"], create_graph=True)[0],
 }

@@ -67,7 +67,7 @@ def test_a_part_of_the_rows_alone_is_refused() -> None:
 @pytest.mark.parametrize("guide", [AutoNormal, AutoDelta, AutoDiagonalNormal], ids=lambda g: g.__name__)
 def test_all_rows_in_one_batch(guide: Any) -> None:
     made = guide(declared)
-    fit(declared, made, (Y,), num_steps=3000, optim=0.05, progress_bar=False)
+    fit(declared, made, (Y,), num_steps=1000, optim=0.15, progress_bar=False)
     assert_close(made.median()["e"].detach(), EXACT, atol=0.2, rtol=0.0)
 
 
@@ -81,7 +81,7 @@ def test_rows_that_the_plate_chooses(guide: Any) -> None:
             pyro.sample("obs", dist.Normal(e, 0.1), obs=y[index])
 
     made = guide(model, create_plates=lambda y: pyro.plate("data", 8, subsample_size=4))
-    fit(model, made, (Y,), num_steps=4000, optim=0.05, progress_bar=False)
+    fit(model, made, (Y,), num_steps=1300, optim=0.15, progress_bar=False)
     with pyro.plate("data", 8):
         pass
     found = made.locs.e if guide is AutoNormal else made.e
@@ -100,7 +100,7 @@ def test_latents_of_a_table_that_every_batch_holds() -> None:
     index = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
     guide = AutoNormal(model)
     fit(
-        model, guide, [(index[:4], Y[:4]), (index[4:], Y[4:])], num_steps=3000, optim=0.05, progress_bar=False
+        model, guide, [(index[:4], Y[:4]), (index[4:], Y[4:])], num_steps=1000, optim=0.15, progress_bar=False
     )
     assert_close(guide.median()["g"].detach(), torch.full((4,), 7.0), atol=0.3, rtol=0.0)
 
@@ -110,7 +110,7 @@ def test_a_guide_that_looks_at_the_rows() -> None:
         with pyro.plate("data", 8, subsample_size=len(y)):
             pyro.sample("e", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * y, 0.1))
 
-    fit(declared, amortised, [(Y[:4],), (Y[4:],)], num_steps=1500, optim=0.01, progress_bar=False)
+    fit(declared, amortised, [(Y[:4],), (Y[4:],)], num_steps=500, optim=0.02, progress_bar=False)
     assert_close(pyro.param("slope").detach(), torch.tensor(1.0), atol=0.02, rtol=0.0)
 
 

@@ -58,3 +58,19 @@ def test_streaming_equals_the_whole() -> None:
     dataset = predictive_moments(linear_model, draws, loader).to_dataset()
     assert dataset["obs_epistemic"].dims == ("data",)
     assert dataset.sizes == {"data": 23}
+
+
+def test_draws_of_parts_of_the_data_run_together() -> None:
+    """A model that broadcasts is run a few times for each part, however many draws there are."""
+    calls = 0
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        nonlocal calls
+        calls += 1
+        linear_model(x, y)
+
+    x, y = linear_data()
+    draws = {"weight": torch.randn(100, 3)}
+    parts = predictive_moments(model, draws, (x, y), batch_size=7)["obs"]
+    assert calls < 60
+    assert_close(parts.mean, predictive_moments(model, draws, (x, y))["obs"].mean, rtol=1e-12)

@@ -46,27 +46,28 @@ def test_six_objectives(name, family, form):
     rest = "delta" if family == "delta" else "normal"
     guide = AutoMixture(model, K, family, rest=rest, init_scale=0.05).initialize(*args, y=y)
     priors = {n: s["fn"] for n, s in guide.prototype_trace.iter_stochastic_nodes()}
+    # all objectives draw alike
+    pyro.set_rng_seed(7)
+    _, trace = Mixture_ELBO(max_plate_nesting=1)._get_trace(model, guide, args, {"y": y})
+    values = {n: trace.nodes[n]["value"].reshape(K, *s["value"].shape)
+              for n, s in guide.prototype_trace.iter_stochastic_nodes()}  # fmt: skip
+    each = []
+    for k in range(K):
+        with SubstituteMessenger({n: v[k] for n, v in values.items()}):
+            f = flat(net(*args))[0]
+        each.append(dist.Normal(f.flatten(1).mean(-1), 0.7).log_prob(y))
+    each = torch.stack(each)
+    components = {} if family == "delta" else guide.component_distributions()
     for likelihood in ("average", "log_mixture"):
         for kl in ("mean", "sum", "exact"):
             elbo = Mixture_ELBO(likelihood, kl, max_plate_nesting=1)
             pyro.set_rng_seed(7)
             loss = elbo.loss(model, guide, *args, y=y)
-            pyro.set_rng_seed(7)
-            _, trace = elbo._get_trace(model, guide, args, {"y": y})
-            values = {n: trace.nodes[n]["value"].reshape(K, *s["value"].shape)
-                      for n, s in guide.prototype_trace.iter_stochastic_nodes()}  # fmt: skip
-            each = []
-            for k in range(K):
-                with SubstituteMessenger({n: v[k] for n, v in values.items()}):
-                    f = flat(net(*args))[0]
-                each.append(dist.Normal(f.flatten(1).mean(-1), 0.7).log_prob(y))
-            each = torch.stack(each)
             fit = each.sum(-1).mean() if likelihood == "average" else (each.logsumexp(0) - math.log(K)).sum()
             if family == "delta":
                 log_prior = sum(priors[n].log_prob(values[n]) for n in priors).mean()
                 assert_close(loss, -10 * fit - log_prior, rtol=1e-9)
                 continue
-            components = guide.component_distributions()
             kls = torch.stack(
                 [
                     sum(kl_divergence(_component(components[n], k), priors[n]) for n in priors)

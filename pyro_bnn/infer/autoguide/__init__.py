@@ -16,12 +16,14 @@ from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
+from pyro_bnn.infer.autoguide.summary import GuideSummary
 
 __all__ = [
     "AutoHessianFreeLaplace",
     "AutoLaplace",
     "AutoLaplaceMixture",
     "AutoMixture",
+    "GuideSummary",
     "LinearizedOutputs",
     "MAPReport",
     "PointEstimateWarning",

@@ -180,6 +180,13 @@ class ComponentParameters(_Guide):
         for site, piece in zip(sites, joint.split([site.size for site in sites], -1), strict=True):
             yield site, piece.reshape(piece.shape[:-1] + site.raw_shape)
 
+    def low_rank_scales(self) -> dict[str, Tensor]:
+        """By low-rank site, the standard deviations in unconstrained space, shape ``(K, *raw_shape)``."""
+        joint = self._low_rank()
+        if joint is None:
+            return {}
+        return {site.name: rows for site, rows in self._split_low_rank(joint.variance.sqrt())}
+
     def point_values(self) -> Iterator[tuple[LatentSite, Tensor]]:
         """The sites that all components share, with their values."""
         for site in self.sites:

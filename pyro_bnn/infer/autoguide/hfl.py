@@ -22,6 +22,7 @@ from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
+from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.options import require_number
 
 Remainder = Literal["isotropic", "diagonal"]
@@ -121,23 +122,29 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         for name in ("factor", "gradients", "displacements", "covariance", "basis", "remainder_precision"):
             self.register_buffer(name, None)
 
+    @takes_data(after=("targets",), also=(solve,))
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def laplace_approximation(
-        self, data: Any, targets: Any, *, map_tolerance: float = 0.1, **options: Any
+        self, *args: Any, targets: Any, map_tolerance: float = 0.1, **options: Any
     ) -> Self:
         r"""
         Solves for the displacements at the targets and turns the guide into a low-rank Gaussian.
 
-        :param data: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
-            and covering every data point once.
+        :param args: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
+            and covering every data point once, as in ``laplace_approximation((x, y), (x_test,))``; or the arguments of the
+            model, as in ``laplace_approximation(x, y, targets=(x_test,))`` (see :mod:`pyro_bnn.model.arguments`).
         :param targets: one batch of arguments of the model at the inputs where the predictive covariance is wanted,
-            e.g. ``(x_test,)``; observations are not needed.
+            e.g. ``(x_test,)``, named or after data; observations are not needed.
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
             that the point estimate has not converged.
-        :param options: further options of :func:`pyro_bnn.infer.hfl.solve`, e.g. ``max_iter`` or ``num_probes``.
+        :param options: further options of :func:`pyro_bnn.infer.hfl.solve`, e.g. ``max_iter`` or ``num_probes``, and keyword
+            arguments of the model.
         :return: the guide itself.
         :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative.
         :raises ValueError: for data that are empty, not finite, or without observations.
         """
+        (data,) = args
         result = self._solve(data, targets, options)
         value, gradient = self.negative_log_joint(data)
         self._finish(data, result, result.gradients, result.displacements, _responses(result))
@@ -147,17 +154,21 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         self.map_report.warn_beyond(map_tolerance)
         return self
 
-    def add_targets(self, data: Any, targets: Any, **options: Any) -> Self:
+    @takes_data(after=("targets",), also=(solve,))
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def add_targets(self, *args: Any, targets: Any, **options: Any) -> Self:
         """
         Solves for further targets only; the guide becomes exact at them as well, and nowhere less exact. With
         probes, ``result`` then describes the added targets, the guide all of them.
 
-        :param data: the data of :meth:`laplace_approximation`.
-        :param targets: one batch of arguments of the model.
+        :param args: the data of :meth:`laplace_approximation`.
+        :param targets: one batch of arguments of the model, named or after data.
         :param options: as for :meth:`laplace_approximation`.
         :return: the guide itself.
         :raises RuntimeError: before ``laplace_approximation(data, targets)``.
         """
+        (data,) = args
         J, D, K = self.gradients, self.displacements, self.covariance
         if J is None or D is None or K is None:
             raise RuntimeError(

@@ -26,7 +26,7 @@ from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport
 from pyro_bnn.infer.evidence import LaplaceEvidence, differentiable_evidence
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, search, validation_score
-from pyro_bnn.model.arguments import as_data
+from pyro_bnn.model.arguments import is_container, takes_data
 from pyro_bnn.model.data import Batch, as_batches
 
 Structure = Literal["full", "block", "kronecker", "diagonal", "low_rank", "nystrom", "function_space"]
@@ -197,6 +197,7 @@ class AutoLaplace(LinearizedGuide):
 
     # ------------------------------------------------------------------ fit
 
+    @takes_data()
     @torch.inference_mode(False)
     @torch.enable_grad()
     def laplace_approximation(
@@ -212,8 +213,8 @@ class AutoLaplace(LinearizedGuide):
 
         :param args: one batch (a tuple of arguments of the model) or an iterable of batches, **with observations**
             and covering every data point once, as in ``laplace_approximation((x, y))`` or
-            ``laplace_approximation(loader)``; or the arguments of the model, as in ``laplace_approximation(x, y)``.
-            Batches add up: the result does not depend on how data are split.
+            ``laplace_approximation(loader)``; or the arguments of the model, as in ``laplace_approximation(x, y)`` (see
+            :mod:`pyro_bnn.model.arguments`). Batches add up: the result does not depend on how data are split.
         :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says
             that the point estimate has not converged; default 0.1 for the exact Hessian and 1 for the others.
         :param bool override: ``False`` adds the curvature of these data, at the same point estimate, to what is
@@ -230,7 +231,7 @@ class AutoLaplace(LinearizedGuide):
             plates of the model; for a model that is no function of its latents, because it draws hidden sites,
             subsamples or masks anew in every run; for a likelihood that depends on latents without a gradient to them.
         """
-        data = as_batches(as_data(self._plain[0], args, kwargs, "laplace_approximation"))
+        data = as_batches(*args)
         few = self.packed.require_function(self.loc, data, hessian=self.curvature == "hessian")
         before = None if override or not self.is_fitted else self.part_store.get()
         with self.packed.continuing(None if override else self._covered if before is not None else {}):
@@ -351,7 +352,8 @@ class AutoLaplace(LinearizedGuide):
 
     # ------------------------------------------------------------------ evidence
 
-    def log_evidence(self, tau: Tensor | None = None, *, data: Any = None) -> Tensor:
+    @takes_data(optional=True)
+    def log_evidence(self, tau: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         r"""
         The Laplace approximation of the log marginal likelihood,
         :math:`\log p(D) \approx -L(\hat u) + \tfrac p2 \log 2\pi - \tfrac12 \log\det P`.
@@ -362,42 +364,53 @@ class AutoLaplace(LinearizedGuide):
         :param tau: multipliers of the prior precision, a scalar or shape ``(p,)``, in which the result is
             differentiable; by default those in use. They are exact for Gaussian priors; other priors are replaced by
             the Gaussian with the same gradient and curvature at the point estimate.
-        :param data: with the data of the approximation, the evidence at the present values of the model's parameters,
-            differentiable in all of them; see :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
+        :param args: with the data of the approximation, as in ``log_evidence(data=loader)`` or ``log_evidence(x=x, y=y)``,
+            the evidence at the present values of the model's parameters, differentiable in all of them; see
+            :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
+        :param kwargs: keyword arguments of the model.
         :return: a scalar, in nats.
         :raises RuntimeError: before ``laplace_approximation(data)``.
+        :raises TypeError: if ``tau`` is no tensor or number: data are named, or come after ``tau``.
         """
+        if is_container(tau):
+            raise TypeError(
+                f"log_evidence: tau is a {type(tau).__name__}, not a tensor. Name data, log_evidence(data=(x, y))."
+            )
         self.posterior  # noqa: B018  raises before laplace_approximation
-        if data is not None:
-            return differentiable_evidence(self, data)
+        if args and args[0] is not None:
+            return differentiable_evidence(self, args[0])
         return self._evidence().value(self.tau if tau is None else tau)
 
     def _evidence(self) -> LaplaceEvidence:
         assert self.log_joint is not None
         assert self.prior_gradient is not None
-        return LaplaceEvidence(self.part_store.get(), self.log_joint, self.prior_gradient, self.loc)
+        return LaplaceEvidence(
+            self.part_store.get(), self.log_joint, self.prior_gradient, self.loc, self.curvature == "hessian"
+        )
 
+    @takes_data(optional=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def optimize_hyperparameters(
         self,
-        data: Any = None,
-        *,
+        *args: Any,
         method: Literal["evidence", "validation", "grid"] = "evidence",
         per: Per = "global",
         candidates: Sequence[float] | None = None,
         num_samples: int = 100,
+        **kwargs: Any,
     ) -> HyperparameterReport:
         """
         Tunes multipliers of the prior precision after the fit, the point estimate held fixed.
 
-        :param data: for ``"validation"``, held-out data with observations.
+        :param args: for ``"validation"``, held-out data with observations, or the arguments of the model.
         :param str method: ``"evidence"`` (Newton's method), ``"grid"`` (the best evidence among ``candidates``) or
             ``"validation"`` (the best log predictive density of held-out data among ``candidates``).
         :param str per: ``"global"``, one multiplier for all; ``"layer"``, one for the sites of each module (their names up
             to the last dot); ``"site"``. ``"grid"`` and ``"validation"`` then search one after the other, repeatedly.
         :param candidates: multipliers; 21 values from 1e-4 to 1e4 by default.
         :param int num_samples: draws where the predictive has no closed form.
+        :param kwargs: keyword arguments of the model.
         :return: the multipliers, which are in use from now on, and the objective of each evaluation. A
             :class:`~pyro_bnn.infer.hyperparameters.HyperparameterWarning` says where they are at the edge of their range.
         :raises ValueError: for an unknown method or missing data.
@@ -412,7 +425,7 @@ class AutoLaplace(LinearizedGuide):
         elif method == "grid":
             report = self._evidence().best_of(grid, groups)
         else:
-            report = self._validate(data, grid, groups, num_samples)
+            report = self._validate(args[0] if args else None, grid, groups, num_samples)
         self._multiply_prior(groups.found(report))
         return report
 

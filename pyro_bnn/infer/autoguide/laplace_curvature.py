@@ -35,7 +35,7 @@ from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.distributed import all_reduce_sum, broadcast
 from pyro_bnn.ops.jacobian import LinearMap, hvp_operator, wide
 from pyro_bnn.ops.memory import available_bytes, readable, require_memory
-from pyro_bnn.ops.notice import CurvatureWarning, warn_user
+from pyro_bnn.ops.notice import CurvatureWarning, logger, warn_user
 
 #: Structures whose sums have a fixed size.
 _FIXED = ("full", "diagonal", "kronecker", "block")
@@ -217,7 +217,7 @@ class LaplaceCurvature:
             raise NotAMinimumError(
                 f"curvature={self.curvature!r} is positive semi-definite, but together with the prior it is not "
                 f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
-                f"precision. Use float64 or a narrower prior.{where} ({error})"
+                f"precision. Use float64 or a narrower prior.{where} ({str(error).partition('. ')[0]})"
             ) from None
         for part, (index, piece) in zip(parts, pieces, strict=True):
             sums = part.tensors.get("curvature", part.prior).dtype
@@ -239,6 +239,9 @@ class LaplaceCurvature:
                     return found, parts, posterior
             except NotAMinimumError:  # by rounding, perhaps
                 pass
+            logger.info(
+                "laplace_approximation: sums over the data in float64, because float32 does not resolve them"
+            )
             dtype = torch.float64
             found, parts = self.parts(data, generator, before, dtype)
         posterior = self.gaussian(parts)

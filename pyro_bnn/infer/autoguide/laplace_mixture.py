@@ -18,7 +18,7 @@ from pyro_bnn.distributions.mixture import PackedMixture, WeightedMixture, margi
 from pyro_bnn.infer.autoguide.laplace import AutoLaplace
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.hyperparameters import HyperparameterReport
-from pyro_bnn.model.data import Batch
+from pyro_bnn.model.data import Arguments, Batch
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 
 Weights = Literal["equal", "evidence"]
@@ -52,6 +52,8 @@ class AutoLaplaceMixture(PackedGuide):
         >>> guide.sample_posterior((1000,))["a"].mean(0).abs() < 0.3
         tensor([True, True])
     """
+
+    _shown = ("num_components", "weights")
 
     log_weights: Tensor
     components: Any
@@ -111,7 +113,7 @@ class AutoLaplaceMixture(PackedGuide):
     @override
     def _start(self, trace: Trace, modules: list[nn.Module], batch: Batch) -> None:
         for guide in self.components:  # each starts at a draw of its own
-            guide.initialize(*batch[0], **batch[1])
+            guide.initialize(Arguments(*batch))
         self.log_weights = self.log_weights.to(self.components[0].loc.device)
 
     @property
@@ -188,15 +190,15 @@ class AutoLaplaceMixture(PackedGuide):
         values = values if self.weights == "evidence" else torch.zeros_like(values)
         self.log_weights = values.log_softmax(0)
 
-    def optimize_hyperparameters(self, data: Any = None, **options: Any) -> list[HyperparameterReport]:
+    def optimize_hyperparameters(self, *args: Any, **options: Any) -> list[HyperparameterReport]:
         """
         Tunes the prior precision of each component, and updates the weights.
 
-        :param data: see :meth:`AutoLaplace.optimize_hyperparameters`.
+        :param args: see :meth:`AutoLaplace.optimize_hyperparameters`.
         :param options: of :meth:`AutoLaplace.optimize_hyperparameters`.
         :return: one report per component.
         """
-        reports = [guide.optimize_hyperparameters(data, **options) for guide in self.components]
+        reports = [guide.optimize_hyperparameters(*args, **options) for guide in self.components]
         self._update_weights()
         return reports
 

@@ -23,27 +23,16 @@ from pyro_bnn.curvature.output_covariances import (
     output_covariances,
 )
 from pyro_bnn.curvature.stream import DEFAULT_BUDGET, ExampleStream
-from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
+from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs, require_slopes
 from pyro_bnn.infer.autoguide.packed_guide import PackedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
-from pyro_bnn.model.arguments import as_data
-from pyro_bnn.model.data import Batch, as_batches, iter_batches
+from pyro_bnn.model.arguments import takes_data
+from pyro_bnn.model.data import Arguments, Batch, as_batches, iter_batches
 from pyro_bnn.model.observations import is_stand_in
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
 from pyro_bnn.ops.jacobian import jacobian, jvp_operator
 from pyro_bnn.ops.newton import value_and_gradient
 from pyro_bnn.ops.notice import warn_user
-
-
-def _require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
-    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
-    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
-        bad = int((~found.isfinite()).sum())
-        raise ValueError(
-            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
-            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
-            "guide.sample_posterior."
-        )
 
 
 class LinearizedGuide(PackedGuide):
@@ -65,7 +54,6 @@ class LinearizedGuide(PackedGuide):
     has_density = True
     #: what is taken for the curvature of the likelihood
     curvature: Any = "hessian"
-    _shown: tuple[str, ...] = ()  # options that the representation shows
 
     loc: Tensor
 
@@ -231,6 +219,7 @@ class LinearizedGuide(PackedGuide):
 
     # ------------------------------------------------------------------ point estimate
 
+    @takes_data()
     @torch.inference_mode(False)
     @torch.enable_grad()
     def polish(
@@ -245,10 +234,12 @@ class LinearizedGuide(PackedGuide):
         Moves the point estimate to the minimum of :math:`L(u)` by L-BFGS and Newton-CG steps over all the data.
 
         An exact Hessian needs this: after a few thousand Adam steps it is often still indefinite. In float32 about
-        three digits are within reach. With ``curvature="hessian"`` a warning says where the search ended without a minimum.
+        three digits are within reach, where the search stops by itself. ``guide.map_report`` says what was reached; with
+        ``curvature="hessian"`` a warning says where the search ended without a minimum.
 
         :param args: one batch or an iterable of batches, with observations, as in ``polish((x, y))`` or
-            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)``; every pass uses all of it.
+            ``polish(loader)``, or the arguments of the model, as in ``polish(x, y)`` (see :mod:`pyro_bnn.model.arguments`);
+            every pass uses all of it.
         :param tolerance: the Newton decrement, in posterior standard deviations, at which to stop.
         :param max_iter: largest number of L-BFGS iterations.
         :param bool float64: whether to search in double precision; parameters and buffers of the model's modules are
@@ -261,7 +252,7 @@ class LinearizedGuide(PackedGuide):
             lower precision outside of its modules and arguments that do not combine with double precision.
         :raises ValueError: for a model that is no function of its latents (see :meth:`laplace_approximation`).
         """
-        data = as_batches(as_data(self._plain[0], args, kwargs, "polish"))
+        data = as_batches(*args)
         if self.is_fitted:
             raise RuntimeError(
                 "polish moves the point estimate: call it before laplace_approximation, or after guide.to_point_estimate()"
@@ -269,21 +260,27 @@ class LinearizedGuide(PackedGuide):
         self.packed.require_function(self.loc, data)
         # in the metric of a Gauss-Newton matrix laplace_approximation judges the point
         options: Any = {"max_iter": max_iter, "float64": float64, "report": self.curvature == "hessian"}
-        self.loc.data.copy_(find_mode(self.packed, self.loc, data, tolerance=tolerance, **options))
+        found = find_mode(self.packed, self.loc, data, tolerance=tolerance, **options)
+        self.loc.data.copy_(found.point)
+        self.map_report = MAPReport(found.value, found.gradient_norm, found.decrement)
         return self
 
-    def negative_log_joint(self, data: Any) -> tuple[Tensor, Tensor]:
+    @takes_data()
+    def negative_log_joint(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         r"""
         :math:`L` and its gradient at the point estimate.
 
-        :param data: one batch or an iterable of batches, with observations.
+        :param args: data with observations, or the arguments of the model.
+        :param kwargs: keyword arguments of the model.
         :return: a scalar and a tensor of shape ``(p,)``.
         """
+        (data,) = args
         losses = partial(self.packed.losses, data=data, require_finite=True)
         return value_and_gradient(losses, self.loc)
 
     # ------------------------------------------------------------------ predictions
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def linearized_outputs(
@@ -301,7 +298,8 @@ class LinearizedGuide(PackedGuide):
 
         Source: Khan et al. (2019), Immer et al. (2021).
         """
-        posterior, stream, batch = self.posterior, self._stream(differentiable=differentiable), (args, kwargs)
+        (batch,) = args
+        posterior, stream = self.posterior, self._stream(differentiable=differentiable)
         whole = cache(partial(self.packed.outputs, stream.latent, batch, keep=differentiable))
         found, sites = output_covariances(posterior, stream, batch, whole=whole)
         if len(sites) != len(self.packed.observed):
@@ -312,7 +310,7 @@ class LinearizedGuide(PackedGuide):
             mine = found.get(site.name, SiteCovariances())
             parts = mine.elements or [mean.new_zeros(mean.shape + mean.shape[-1:])]
             covariance = stream.joined(site.name, parts)
-            _require_slopes(site.name, covariance, mean)
+            require_slopes(site.name, covariance, mean)
             joint: Any = partial(event_covariance, posterior, stream, batch, site.name)
             if mine.events:
                 joint = stream.joined(site.name, mine.events)
@@ -322,6 +320,7 @@ class LinearizedGuide(PackedGuide):
     def _stream(self, *, differentiable: bool = False) -> ExampleStream:
         return ExampleStream(self.packed, self.loc, budget=self.budget, differentiable=differentiable)
 
+    @takes_data(one_batch=True)
     def predictive(
         self,
         *args: Any,
@@ -396,12 +395,13 @@ class LinearizedGuide(PackedGuide):
                         product = partial(nn.functional.linear, weight=rows)
                     moved = [product(chunk) for chunk in offsets.split(self.chunk_size)]
                     moves = torch.cat(moved).reshape(offsets.shape[:1] + outputs.shape)
-                    _require_slopes(site.name, moves, outputs)
+                    require_slopes(site.name, moves, outputs)
                     outputs = outputs + moves
             else:
                 outputs = outputs.expand(offsets.shape[:1] + outputs.shape)
             yield site, outputs
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def basis_functions(
@@ -416,8 +416,9 @@ class LinearizedGuide(PackedGuide):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, :math:`\phi`, shape ``shape + (C,)``, and W, shape ``shape + (C, r)``.
         """
-        return basis_functions(self.posterior, self._stream(differentiable=differentiable), (args, kwargs))
+        return basis_functions(self.posterior, self._stream(differentiable=differentiable), *args)
 
+    @takes_data(one_batch=True)
     def joint_covariance(
         self, *args: Any, batch_dims: int = 0, differentiable: bool = False, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -442,4 +443,4 @@ class LinearizedGuide(PackedGuide):
         :param data: one batch or an iterable of batches; observations are not needed.
         :return: an iterator over :meth:`linearized_outputs`.
         """
-        return (self.linearized_outputs(*args, **kwargs) for args, kwargs in iter_batches(data))
+        return (self.linearized_outputs(Arguments(*batch)) for batch in iter_batches(data))

@@ -27,11 +27,16 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
+from pyro_bnn.infer.autoguide.summary import GuideSummary, outline, summarize
+from pyro_bnn.infer.initialize import check_latents, initialize_with, run_model
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
-from pyro_bnn.model.observations import check_labels
+from pyro_bnn.model.observations import check_labels, check_shape
 from pyro_bnn.nn.sites import SITE_KEY, module_path
 from pyro_bnn.ops.options import require_choice
+
+#: Options that representations show.
+_SHOWN = ("num_components", "component")
 
 
 class AutoMixture(ComponentParameters):
@@ -143,34 +148,60 @@ class AutoMixture(ComponentParameters):
             f"{type(self).__name__}({self.num_components} x {self.component!r}, rest={self.rest!r}, {state})"
         )
 
+    def _repr_html_(self) -> str:
+        return outline(self, _SHOWN)
+
+    def summary(self) -> GuideSummary:
+        """
+        What the guide holds.
+
+        :return: facts, and a table of the sites with their families, locations and spreads, within components and between
+            them, in unconstrained space; it prints itself.
+
+        Example::
+
+            >>> def model():
+            ...     pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            >>> guide = AutoMixture(model, 2, init_loc_fn=lambda site: torch.ones(3), init_scale=0.5).initialize()
+            >>> print(guide.summary())
+            AutoMixture: num_components=2, component='normal'
+              latents     3 in 1 sites
+              parameters  12
+              scales      free
+              noise       shared
+            site  shape  latents  family  location  sd between  sd within
+            z      (3,)        3  normal         1           0        0.5
+        """
+        return summarize(self, _SHOWN)
+
     # ------------------------------------------------------------------ life cycle
 
     def initialize(self, *args: Any, **kwargs: Any) -> "AutoMixture":
         """
         Creates all parameters from one call of the model **with its observations**.
 
-        :param args: arguments of the model.
+        :param args: arguments of the model, or data, of which the first batch is taken (see :mod:`pyro_bnn.model.arguments`).
         :param kwargs: keyword arguments of the model.
         :return: the guide itself.
         :raises ValueError: if the model was called without observations, a family does not fit the support of
             a site, or a key of ``component`` names no site.
         """
-        self._setup_prototype(*args, **kwargs)
+        initialize_with(self, args, kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with poutine.block(), torch.enable_grad():  # some models take derivatives themselves
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+            trace = run_model(self.model, (args, kwargs))
         require_observations(trace, args)
         for name in observed_names(trace):
+            check_shape(name, trace.nodes[name])
             check_labels(name, trace.nodes[name])
+        check_latents(trace, self)
         named = [name for name, _ in trace.iter_stochastic_nodes()] + observed_names(trace)
         self.plate_names = {f.name for name in named for f in trace.nodes[name]["cond_indep_stack"]}
         self._row_sources = row_sources(trace, args, kwargs)
         super()._setup_prototype(*args, **kwargs)
         nodes = dict(self.prototype_trace.iter_stochastic_nodes())
-        if not nodes:
-            raise ValueError("AutoMixture found no latent site in the model.")
         check_component_keys(self.component, nodes)
         has_factors = any(site_role(site) == "factor" for site in nodes.values())
         sites = []
@@ -415,9 +446,7 @@ class AutoMixture(ComponentParameters):
         }
         if self._index is not None:
             result[self._index.name] = torch.tensor([int(q * (self.num_components - 1)) for q in levels])
-        low_rank = self._low_rank()
-        if low_rank is not None:
-            spread = {site.name: rows for site, rows in self._split_low_rank(low_rank.variance.sqrt())}
+        spread = self.low_rank_scales()
         for site, loc, scale in self._blocks():
             if site.kind == "low_rank":
                 scale = spread[site.name]

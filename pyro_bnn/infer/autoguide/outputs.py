@@ -11,16 +11,29 @@ import torch
 import torch.distributions as td
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.distributions.joint_normal import JointNormal, cholesky
 from pyro_bnn.distributions.mixture import EqualMixture
 from pyro_bnn.model.packed import SiteOutputs
+from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 from pyro_bnn.ops.families import of_family
 from pyro_bnn.ops.square_root import symmetric_root
 
 
-@dataclass
-class LinearizedOutputs:
+def require_slopes(name: str, found: Tensor, outputs: Tensor) -> None:
+    """Raises where what a Jacobian gives is not finite, although the parameters of the site are."""
+    if not bool(found.isfinite().all()) and bool(outputs.isfinite().all()):
+        bad = int((~found.isfinite()).sum())
+        raise ValueError(
+            f"site {name!r}: its parameters have no finite derivative in the latents at some data points ({bad} of "
+            f"{found.numel()} numbers): a root or norm at zero has none. Predict by draws through the model itself, with "
+            "guide.sample_posterior."
+        )
+
+
+@dataclass(repr=False)
+class LinearizedOutputs(Described):
     r"""
     Gaussian over the parameters of an observed site: :math:`\phi(x) \sim N(\hat\phi, J P^{-1} J^\top)`.
 
@@ -31,6 +44,20 @@ class LinearizedOutputs:
     :ivar site: builds the site's distribution at given parameters.
     :ivar joint: :attr:`event_covariance`, or a function that computes it; only of sites with event dimensions.
     :ivar differentiable: whether mean and covariance have their graph to the arguments of the model, and distributions keep it.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> outputs = guide.linearized_outputs(x)["obs"]
+        >>> outputs.mean.shape, outputs.covariance.shape, outputs.names
+        (torch.Size([3, 1]), torch.Size([3, 1, 1]), ('loc',))
     """
 
     mean: Tensor
@@ -39,6 +66,15 @@ class LinearizedOutputs:
     site: SiteOutputs
     joint: Tensor | Callable[[], Tensor] | None = None
     differentiable: bool = False
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        base = type(self.site.base).__name__
+        return f"Gaussian over the parameters of site {self.site.name!r} ({base})", {
+            "parameters": first_of(self.names) if self.names else "none depends on the latents",
+            "mean": f"{shape_of(self.mean)}: {span_of(self.mean)}",
+            "standard deviation": span_of(self.variance.clamp(min=0).sqrt()),
+        }
 
     @property
     def variance(self) -> Tensor:
@@ -152,8 +188,12 @@ class LinearizedOutputs:
             self.site.base, td.Bernoulli, td.Categorical, td.OneHotCategorical
         )
 
-    def _noise(self) -> Tensor | None:
-        """The covariance of each element's noise given its location, for Gaussian likelihoods in their location."""
+    @property
+    def noise(self) -> Tensor | None:
+        """
+        The covariance of each element's noise given its location, shape ``shape + (C, C)``, of Gaussian likelihoods in which
+        nothing else depends on the latents; ``None`` of others.
+        """
         base: Any = self.site.base
         if self.names != ("loc",):
             return None
@@ -167,7 +207,7 @@ class LinearizedOutputs:
 
     def _closed_form(self) -> td.Distribution | None:
         """The exact predictive of the linearised model, for Gaussian likelihoods in their location."""
-        noise, base = self._noise(), self.site.base
+        noise, base = self.noise, self.site.base
         if noise is None:
             return None
         logs, vectors = isinstance(base, td.LogNormal), bool(base.event_shape)
@@ -216,7 +256,7 @@ class LinearizedOutputs:
         if not bool(partly.any()):
             density = self.distribution(num_samples=num_samples, generator=generator).log_prob(value)
             return torch.where(events.any(-1), density, 0.0)
-        noise = self._noise()
+        noise = self.noise
         if noise is not None:
             return self._gaussian_density(value, events, noise)
         parts = site.build(self.sample((num_samples,), generator=generator))

@@ -13,7 +13,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from typing_extensions import override
 
+from pyro_bnn.infer.autoguide.summary import GuideSummary, outline, summarize
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
+from pyro_bnn.model.arguments import argument_kinds, takes_data
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import init_flat
@@ -30,10 +32,13 @@ class PackedGuide(AutoContinuous):
     :param callable init_loc_fn: a per-site initialisation function, as for any Pyro autoguide.
     """
 
+    _shown: tuple[str, ...] = ()  # options that representations show
+
     def __init__(self, model: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> None:
         super().__init__(model, init_loc_fn=init_flat(init_loc_fn))
         self._plain = (model,)  # in a tuple it is not registered as a submodule
         self._is_starting = False
+        self.argument_kinds: dict[str, bool] = {}  # of the batch that the guide was initialised with
 
     @property
     @override
@@ -51,7 +56,8 @@ class PackedGuide(AutoContinuous):
         Creates the parameters from one batch, so that optimisers, ``to``, ``double`` and ``load_state_dict`` work
         before the first step.
 
-        :param args: arguments of the model, **with observations**.
+        :param args: arguments of the model, **with observations**, or data, of which the first batch is taken (see
+            :mod:`pyro_bnn.model.arguments`).
         :param kwargs: keyword arguments of the model.
         :return: the guide itself.
         :raises ValueError: if the arguments are not finite or no site of the model is observed.
@@ -69,7 +75,34 @@ class PackedGuide(AutoContinuous):
         finally:
             self._is_starting = False
         detach_prototypes(self)
+        self.argument_kinds = argument_kinds(self._plain[0], (args, kwargs))
         self._start(trace, modules, (args, kwargs))
+
+    def summary(self) -> GuideSummary:
+        """
+        What the guide holds.
+
+        :return: facts (structure, convergence of the point estimate, log evidence), and a table of the sites with their
+            shapes, locations and standard deviations in unconstrained space: also relative to the prior's where the guide
+            knows them (1: the data say nothing), and between the modes of a mixture; it prints itself.
+
+        Example::
+
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_bnn.infer.autoguide import AutoLaplace
+            >>> def model(y):
+            ...     w = pyro.sample("w", dist.Normal(0.0, 2.0))
+            ...     with pyro.plate("data", len(y)):
+            ...         pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+            >>> y = torch.ones(6)
+            >>> guide = AutoLaplace(model).initialize(y).polish(y).laplace_approximation(y)
+            >>> guide.summary().sites["w"]["latents"], round(guide.summary().sites["w"]["sd / prior sd"], 4)
+            (1, 0.2)
+        """
+        return summarize(self, self._shown)
+
+    def _repr_html_(self) -> str:
+        return outline(self, self._shown)
 
     def _prototype(self, args: Any, kwargs: Any) -> tuple[Trace, list[torch.nn.Module]]:
         """Makes Pyro's prototype; returns a run of the model and the modules that it called."""
@@ -101,6 +134,7 @@ class PackedGuide(AutoContinuous):
         """The same at draws."""
         raise NotImplementedError
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     @torch.enable_grad()
     def observed_distributions(
@@ -114,9 +148,11 @@ class PackedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, a distribution of batch shape ``(S,) + batch_shape``.
         """
-        moved = self._linearized(self.packed.space.pack(draws), (args, kwargs))
+        (batch,) = args
+        moved = self._linearized(self.packed.space.pack(draws), batch)
         return {site.name: site.build(outputs) for site, outputs in moved}
 
+    @takes_data(one_batch=True)
     @torch.inference_mode(False)
     def functional_samples(
         self,
@@ -139,6 +175,7 @@ class PackedGuide(AutoContinuous):
         :param kwargs: keyword arguments of the model.
         :return: by observed site, real-valued parameters of its distribution, shape ``(S,) + shape + (C,)``.
         """
+        (batch,) = args
         shape = torch.Size((num_samples,))
-        moved = self._functions(shape, generator, (args, kwargs), differentiable=differentiable)
+        moved = self._functions(shape, generator, batch, differentiable=differentiable)
         return {site.name: outputs for site, outputs in moved}

@@ -23,6 +23,7 @@ from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.setup import set_proximal, set_up
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
 from pyro_bnn.infer.hfl.task import Found, Task
+from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_count
 
@@ -38,12 +39,14 @@ METHODS: dict[str, Callable[[Task], Found]] = {
 }
 
 
+@takes_data(after=("targets", "functional"))
+@torch.inference_mode(False)
+@torch.enable_grad()
 def solve(
     guide: Any,
-    data: Any,
+    *args: Any,
     targets: Any = None,
     functional: Functional | None = None,
-    *,
     method: Method = "cg",
     curvature: Curvature = "hessian",
     epsilon: float | None = None,
@@ -60,6 +63,7 @@ def solve(
     num_epochs: int = 200,
     map_tolerance: float = 0.1,
     chunk_size: int = 256,
+    **kwargs: Any,
 ) -> HFLResult:
     r"""
     The Laplace covariance of m functionals of a model's latents, without forming a Hessian.
@@ -82,11 +86,14 @@ def solve(
         :class:`~pyro_bnn.infer.autoguide.AutoHessianFreeLaplace` after ``polish`` or training, or any Pyro autoguide
         whose ``median`` is the MAP in unconstrained space, such as :class:`~pyro.infer.autoguide.AutoDelta` of a
         model with unconstrained latents.
-    :param data: one batch or an iterable of batches, **with observations**, covering every data point once.
+    :param args: one batch or an iterable of batches, **with observations**, covering every data point once, perhaps followed
+        by targets and functional, as in ``solve(guide, (x, y), (x_test,))``; or, where ``targets`` is named, the arguments of
+        the model, as in ``solve(guide, x, y, targets=(x_test,))`` (see :mod:`pyro_bnn.model.arguments`).
     :param targets: one batch of inputs. Without ``functional``, the functionals are the parameters of the observed
         sites there (mean, logits).
     :param callable functional: any differentiable function of the latents by site name (constrained values), and of
-        ``targets`` if given, that returns a tensor.
+        ``targets`` if given, that returns a tensor; :func:`~pyro_bnn.infer.network_at` calls a network at these latents, as
+        in ``lambda latents, x: network_at(net, latents)(x).max()``.
     :param str method: see the table.
     :param str curvature: ``"hessian"``, or ``"ggn"``: the linearised model.
     :param float epsilon: ε; default 1e-3 in float64 and 3e-3 in float32.
@@ -109,13 +116,30 @@ def solve(
     :param map_tolerance: the Newton decrement, in posterior standard deviations, above which a warning says that the
         point estimate has not converged.
     :param int chunk_size: how many reverse passes run at once.
+    :param kwargs: keyword arguments of the model.
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
     :raises ValueError: for a functional that depends on the latents without a gradient (an argmax, a probability of
         exceeding a threshold, a detached value), or with another than it has (a part of it is detached): take draws of
         functions.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> result = hfl.solve(guide, (x, x), (torch.tensor([1.0, 2.0]),))
+        >>> bool((result.variance[1] / result.variance[0] - 4).abs() < 1e-6)  # f(x) = w x
+        True
     """
+    (data,) = args
     if method == "regvar":
         raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
     check_option("method", method, Method)
@@ -175,14 +199,76 @@ def solve(
     return result
 
 
+@takes_data(after=("targets",))
+def regvar(
+    guide: Any,
+    *args: Any,
+    targets: Any,
+    curvature: Curvature = "hessian",
+    epsilon: float = 0.1,
+    num_epochs: int | None = 200,
+    twin: bool = True,
+    calibrate: int = 0,
+    tolerance: float = 1e-4,
+    preconditioner: Preconditioner | None = None,
+    chunk_size: int = 256,
+    **kwargs: Any,
+) -> RegVarScore:
+    """
+    The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
+
+    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score` and the
+    documentation.
+
+    :param guide: a point estimate, as for :func:`solve`.
+    :param args: data, as for :func:`solve`, perhaps followed by targets.
+    :param targets: one batch of inputs.
+    :param curvature: ``"hessian"`` or ``"ggn"``.
+    :param epsilon: see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score`.
+    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
+    :param twin: whether the reference is a twin run on the same batches, or the point estimate.
+    :param calibrate: how many exact solves calibrate the score.
+    :param tolerance: relative residual of the linear solves.
+    :param preconditioner: as for :func:`solve`.
+    :param chunk_size: how many reverse passes run at once.
+    :param kwargs: keyword arguments of the model.
+    :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> hfl.regvar(guide, (x, x), (x,)).score.shape
+        torch.Size([3])
+    """
+    (data,) = args
+    check_option("curvature", curvature, Curvature)
+    check_accuracy(epsilon, tolerance)
+    check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
+    require_count("calibrate", calibrate, least=0)
+    problem, functionals = set_up(guide, data, targets, None, curvature, chunk_size=chunk_size)
+    solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
+    return regvar_score(
+        problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
+    )
+
+
+@takes_data(after=("targets", "functional"), also=(solve, regvar))
 def variance(
-    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+    guide: Any, *args: Any, targets: Any = None, functional: Functional | None = None, **options: Any
 ) -> Tensor:
     r"""
     Variances of any functional of a model's latents; see :func:`solve` for the arguments.
 
     :param guide: a point estimate.
-    :param data: one batch or an iterable of batches, with observations.
+    :param args: data, perhaps followed by targets and functional, or the arguments of the model.
     :param targets: one batch of inputs, or ``None``.
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
     :param options: of :func:`solve`. ``method="regvar"`` takes those of :func:`regvar` instead and returns the score
@@ -203,11 +289,11 @@ def variance(
         tensor(0.4000)
     """
     if options.get("method") != "regvar":
-        return solve(guide, data, targets, functional, **options).variance
+        return solve(guide, *args, targets=targets, functional=functional, **options).variance
     if functional is not None:
         raise ValueError("method='regvar' scores the outputs at targets: pass targets and no functional")
     options = {"calibrate": 16, **{k: v for k, v in options.items() if k != "method"}}
-    score = regvar(guide, data, targets, **options)
+    score = regvar(guide, *args, targets=targets, **options)
     if score.spread is not None and score.spread > 0.1:
         warn_user(
             f"the calibrated RegVar score differs from the variance by factors of about {math.exp(score.spread):.2g}: "
@@ -217,62 +303,33 @@ def variance(
     return score.calibrated.reshape(score.shape)
 
 
+@takes_data(after=("targets", "functional"), also=(solve,))
 def covariance(
-    guide: Any, data: Any, targets: Any = None, functional: Functional | None = None, **options: Any
+    guide: Any, *args: Any, targets: Any = None, functional: Functional | None = None, **options: Any
 ) -> Tensor:
     r"""
     The covariance of all elements of a functional; see :func:`solve` for the arguments.
 
     :param guide: a point estimate.
-    :param data: one batch or an iterable of batches, with observations.
+    :param args: data, perhaps followed by targets and functional, or the arguments of the model.
     :param targets: one batch of inputs, or ``None``.
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
     :param options: of :func:`solve`. With ``robust=True`` the sandwich covariance is returned.
     :return: shape ``(m, m)``, for the flattened value of the functional.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> hfl.covariance(guide, (x, x), functional=lambda latents: torch.stack([latents["w"], 2 * latents["w"]])).shape
+        torch.Size([2, 2])
     """
-    result = solve(guide, data, targets, functional, **options)
+    result = solve(guide, *args, targets=targets, functional=functional, **options)
     return result.covariance if result.sandwich is None else result.sandwich
-
-
-def regvar(
-    guide: Any,
-    data: Any,
-    targets: Any,
-    *,
-    curvature: Curvature = "hessian",
-    epsilon: float = 0.1,
-    num_epochs: int | None = 200,
-    twin: bool = True,
-    calibrate: int = 0,
-    tolerance: float = 1e-4,
-    preconditioner: Preconditioner | None = None,
-    chunk_size: int = 256,
-) -> RegVarScore:
-    """
-    The RegVar score of the outputs at ``targets``: one fine-tuning run for all of them.
-
-    It is a score and in general not a variance; see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score` and the
-    documentation.
-
-    :param guide: a point estimate, as for :func:`solve`.
-    :param data: one batch or an iterable of batches, with observations.
-    :param targets: one batch of inputs.
-    :param curvature: ``"hessian"`` or ``"ggn"``.
-    :param epsilon: see :func:`~pyro_bnn.infer.hfl.regvar.regvar_score`.
-    :param num_epochs: passes over the data, or ``None`` for the limit of vanishing λ by one linear solve.
-    :param twin: whether the reference is a twin run on the same batches, or the point estimate.
-    :param calibrate: how many exact solves calibrate the score.
-    :param tolerance: relative residual of the linear solves.
-    :param preconditioner: as for :func:`solve`.
-    :param chunk_size: how many reverse passes run at once.
-    :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
-    """
-    check_option("curvature", curvature, Curvature)
-    check_accuracy(epsilon, tolerance)
-    check_sizes(num_epochs=num_epochs, chunk_size=chunk_size)
-    require_count("calibrate", calibrate, least=0)
-    problem, functionals = set_up(guide, data, targets, None, curvature, chunk_size=chunk_size)
-    solver = Solver(problem, tolerance=tolerance, preconditioner=preconditioner)
-    return regvar_score(
-        problem, functionals, solver, epsilon=epsilon, num_epochs=num_epochs, twin=twin, calibrate=calibrate
-    )

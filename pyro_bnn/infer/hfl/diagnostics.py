@@ -8,15 +8,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
 
 
 class HFLWarning(UserWarning):
-    """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
+    """
+    A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", HFLWarning)  # no variance that its own diagnostics doubt
+    """
 
 
-@dataclass(kw_only=True)
-class Diagnostics:
+@dataclass(kw_only=True, repr=False)
+class Diagnostics(Described):
     """The part of :class:`~pyro_bnn.infer.hfl.HFLResult` that judges the rest."""
 
     method: str

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.paired import fine_tune
 from pyro_bnn.infer.hfl.solver import Solver
 from pyro_bnn.model.data import Batch, iter_batches
+from pyro_bnn.ops.described import Described, span_of
 from pyro_bnn.ops.distributed import all_reduce_sum
 
 
-@dataclass
-class RegVarScore:
+@dataclass(repr=False)
+class RegVarScore(Described):
     r"""
     A score, not a variance, unless few calibrating solves say otherwise.
 
@@ -28,6 +30,12 @@ class RegVarScore:
     :ivar spread: the standard deviation of the logarithm of that factor: 0.1 means that calibrated scores are
         variances within about 10 %, and 2 that they are no variances at all.
     :ivar rank_correlation: Spearman's, between scores and exact variances of the calibrating solves.
+
+    Example::
+
+        >>> import torch
+        >>> RegVarScore(torch.tensor([1.0, 2.0]), torch.Size([2]), scale=3.0).calibrated
+        tensor([3., 6.])
     """
 
     score: Tensor
@@ -43,14 +51,15 @@ class RegVarScore:
             raise ValueError("the score is not calibrated: ask for calibrating solves with calibrate=16, say")
         return self.scale * self.score
 
-    def __str__(self) -> str:
-        lines = [f"RegVar score of {self.score.shape[0]} functionals (a score, not a variance)"]
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        rows = {"scores": span_of(self.score)}
         if self.scale is not None:
-            lines.append(
-                f"  against exact variances: scale {self.scale:.3g}, spread of its logarithm {self.spread:.2g}, "
+            rows["against exact variances"] = (
+                f"scale {self.scale:.3g}, spread of its logarithm {self.spread:.2g}, "
                 f"rank correlation {self.rank_correlation:.2f}"
             )
-        return "\n".join(lines)
+        return f"RegVar score of {self.score.shape[0]} functionals (a score, not a variance)", rows
 
 
 def regvar_score(

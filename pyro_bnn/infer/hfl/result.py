@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.hfl.diagnostics import Diagnostics
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class HFLResult(Diagnostics):
     r"""
     Variances and covariances of m scalar functionals, the displacements behind them, and diagnostics.
@@ -45,6 +46,21 @@ class HFLResult(Diagnostics):
     :ivar products: curvature-vector products.
     :ivar gradient_evaluations: gradients of the loss over all the data.
     :ivar warnings: what the user was warned of.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> result = hfl.solve(guide, (x, x), (torch.tensor([1.0, 2.0]),))
+        >>> result.variance.shape, result.covariance.shape
+        (torch.Size([2, 1]), torch.Size([2, 2]))
     """
 
     shape: torch.Size
@@ -65,10 +81,12 @@ class HFLResult(Diagnostics):
         """The covariance of the flattened functionals, positive semi-definite, shape ``(m, m)``."""
         return self.half @ self.half.mT
 
-    def __str__(self) -> str:
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
         m, p = self.mean.shape[0], self.displacements.shape[1]
         sd = self.variances.sqrt()
-        rows = {
+        rows = {f"warning: {text}": "" for text in self.warnings}
+        rows |= {
             "functionals": f"{m} of {p} latents",
             "standard deviations": f"{float(sd.min()):.3g} to {float(sd.max()):.3g}" if m else "none",
             **self.rows(),
@@ -80,8 +98,4 @@ class HFLResult(Diagnostics):
             f"{self.gradient_equivalents} gradient equivalents ({self.iterations} iterations, "
             f"{self.products} products, {self.gradient_evaluations} gradients)"
         )
-        width = max(map(len, rows))
-        lines = [f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}"]
-        lines += [f"  {name:<{width}}  {value}" for name, value in rows.items()]
-        lines += [f"  warning: {text}" for text in self.warnings]
-        return "\n".join(lines)
+        return f"Hessian-free Laplace: method {self.method!r}, curvature {self.curvature!r}", rows

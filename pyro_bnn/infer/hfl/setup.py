@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_bnn.curvature.accumulate import Curvature
 from pyro_bnn.infer.hfl.functionals import Functional, Functionals, output_functionals, user_functionals
 from pyro_bnn.infer.hfl.loss import Problem
+from pyro_bnn.model.arguments import as_data
 from pyro_bnn.model.data import iter_batches, repeatable_batches
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.model.packed import PackedModel
@@ -34,6 +35,9 @@ def set_up(
             "nothing to compute a variance of: pass targets=(x_test,) for the outputs at test inputs, or "
             "functional=lambda latents: ... for a function of the latents"
         )
+    if targets is not None and functional is None:  # arguments of the model
+        seen = getattr(guide, "argument_kinds", None)
+        targets = as_data(getattr(guide, "model", guide), (targets,), {}, "targets", seen=seen)
     batches = [] if targets is None else list(iter_batches(targets))
     if targets is not None and len(batches) != 1:
         raise ValueError(

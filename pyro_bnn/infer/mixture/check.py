@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model gives each component of a mixture, run together with the others, what it gives it alone."""
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -23,13 +22,21 @@ from pyro_bnn.model.observations import check_values
 from pyro_bnn.model.plates import FAILURES, close, first_line
 from pyro_bnn.nn.sites import SITE_KEY, note_readers
 from pyro_bnn.ops.graph import graph_nodes
+from pyro_bnn.ops.notice import warn_user
 
 #: How far the trial values lie from the guide's draws, relative to their size: apart enough for a mix-up to be seen.
 SPREAD = 0.3
 
 
 class ComponentLoopWarning(UserWarning):
-    """The components of a mixture run through the model one by one; the text says why they cannot together."""
+    """
+    The components of a mixture run through the model one by one; the text says why they cannot together.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", ComponentLoopWarning)  # rather stop than loop
+    """
 
 
 def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:
@@ -295,8 +302,7 @@ def check_used(
                 "parameters without the layer, in a way that the draws do not reach. Leave the layer out by skip=."
             )
     named = " and ".join([f"the layers {whole}"] * bool(whole) + [f"the sites {parts}"] * bool(parts))
-    warnings.warn(
+    warn_user(
         f"no observation depends on {named}, which keep their prior. Layers that no batch needs are left out by skip= of "
         "the conversion.",
-        stacklevel=4,
     )

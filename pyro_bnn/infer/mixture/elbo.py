@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evidence lower bounds of mixture guides, with all components in one vectorised pass."""
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pyro_bnn.infer.mixture.runs import PLATES, JointRun, Step, rehearsal, subsa
 from pyro_bnn.infer.mixture.terms import Terms
 from pyro_bnn.model.data import coincidences
 from pyro_bnn.model.handlers import sample_sites
+from pyro_bnn.ops.notice import logger, warn_user
 from pyro_bnn.ops.options import require_choice, require_number
 
 _Elbo: Any = ELBO
@@ -312,6 +312,10 @@ class Mixture_ELBO(_Elbo):
             if reason:
                 require_function(step, alone)
                 self._say(step, reason)
+            elif not step.is_single:
+                logger.info(
+                    "Mixture_ELBO: components run through the model together; compared with runs of their own"
+                )
             until = AGAIN * max(self.step, 1)
             found[key] = Decision(not reason, constant, readers, known is not None and known.used, until)
         return found[key]
@@ -325,11 +329,10 @@ class Mixture_ELBO(_Elbo):
             )
         if step.model not in self._told:
             self._told.add(step.model)
-            warnings.warn(
+            warn_user(
                 f"the components of the mixture run through the model one by one, {step.K * step.S} runs per step, which is "
                 f"exact; one run of all would not be: {reason}",
                 ComponentLoopWarning,
-                stacklevel=4,
             )
 
     # ------------------------------------------------------------------ all components in one run

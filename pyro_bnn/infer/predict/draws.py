@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
-from pyro_bnn.model.arguments import arguments_of
+from pyro_bnn.model.arguments import arguments_of, as_data
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.handlers import SubstituteMessenger, sample_sites
 from pyro_bnn.model.latent_space import LatentSpace
@@ -26,7 +26,9 @@ Draws = dict[str, Tensor]
 
 
 @torch.no_grad()
-def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch: Any = ((), {})) -> Draws:
+def posterior_draws(
+    posterior: Posterior, num_samples: int | None = None, *args: Any, batch: Any = ((), {}), **kwargs: Any
+) -> Draws:
     """
     Draws from a posterior in whatever form it is.
 
@@ -35,8 +37,10 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         with the draws in the first dimension.
     :param int num_samples: the number of draws S; 100 by default for a guide, all by default otherwise. Of
         given draws an evenly spaced subset is taken.
-    :param batch: arguments of the guide, for guides that need them: ``(args, kwargs)``, or data in any form, of which the
-        first batch is taken.
+    :param args: arguments of the guide, for guides that need them, as in ``posterior_draws(guide, 100, x)``, or data, of
+        which the first batch is taken; see :mod:`pyro_bnn.model.arguments`.
+    :param batch: the same as one object, data or ``(args, kwargs)``.
+    :param kwargs: keyword arguments of the guide.
     :return: by site, a tensor of shape ``(S,) + site shape``.
     :raises ValueError: if more draws are asked for than there are, or less than one.
 
@@ -54,7 +58,7 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
         return _thin(posterior, num_samples)
     num_samples = 100 if num_samples is None else num_samples
     _require_memory_for(posterior, num_samples)
-    args, kwargs = batch = arguments_of(batch)
+    args, kwargs = batch = _arguments_of(posterior, args, kwargs) if args or kwargs else arguments_of(batch)
     with local_parameters(), poutine.block():
         if hasattr(posterior, "sample_posterior"):
             return dict(posterior.sample_posterior((num_samples,), *args, **kwargs))
@@ -63,6 +67,13 @@ def posterior_draws(posterior: Posterior, num_samples: int | None = None, batch:
             if vectorized is not None:
                 return vectorized
         return _loop_draws(posterior, num_samples, batch)
+
+
+def _arguments_of(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    if len(args) == 1 and not kwargs and isinstance(args[0], tuple) and args[0] and type(args[0][0]) is tuple:
+        return arguments_of(args[0])  # (args, kwargs)
+    seen = getattr(guide, "argument_kinds", None)
+    return arguments_of(as_data(getattr(guide, "model", guide), args, kwargs, "posterior_draws", seen=seen))
 
 
 def _require_memory_for(guide: Any, num_samples: int) -> None:
@@ -90,6 +101,10 @@ def component_draws(guide: Any, num_samples: int) -> Draws:
 
 def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:
     sizes = {name: len(value) for name, value in samples.items()}
+    if not sizes:
+        raise ValueError(
+            "The posterior is a mapping without sites: pass draws by the names of the model's latent sites."
+        )
     if len(set(sizes.values())) != 1:
         raise ValueError(f"The sites do not have the same number of draws in their first dimension: {sizes}.")
     size = next(iter(sizes.values()))

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.runs import MAX_MEMORY
 from pyro_bnn.infer.predict.sites import MOMENT_FIELDS, BySite, SitePrediction, join_sites
 from pyro_bnn.infer.predict.stream import predictions
+from pyro_bnn.ops.described import Described, shape_of, span_of
 
 if TYPE_CHECKING:
     import xarray as xr
 
-if TYPE_CHECKING:
-    import xarray as xr
 
-
-@dataclass
-class SiteMoments:
+@dataclass(repr=False)
+class SiteMoments(Described):
     r"""
     Predictive moments at one observed site, with the S posterior draws averaged out.
 
@@ -48,6 +47,18 @@ class SiteMoments:
     :param dims: names of the dims of the observations.
     :param mask: which observations count, bool; ``None`` if all do. The log density of the others is zero.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> found = predictive_moments(model, {"w": torch.tensor([0.0, 2.0])}, (x, x))["obs"]
+        >>> found.mean, found.epistemic.shape, found.log_density.shape
+        (tensor([1., 1., 1.]), torch.Size([3]), torch.Size([3]))
+
     **References**
 
     Depeweg et al., *Decomposition of uncertainty in Bayesian deep learning*, ICML 2018.
@@ -60,6 +71,14 @@ class SiteMoments:
     observed: Tensor | None
     dims: tuple[str, ...]
     mask: Tensor | None = None
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        given = {name: getattr(self, name) for name in MOMENT_FIELDS}
+        rows = {
+            name: f"{shape_of(value)}: {span_of(value)}" for name, value in given.items() if value is not None
+        }
+        return f"predictive moments, dims {self.dims}", rows
 
     @property
     def total(self) -> Tensor | None:
@@ -106,6 +125,18 @@ class PredictiveMoments(BySite[SiteMoments]):
     What :func:`predictive_moments` returns: a mapping from observed sites to :class:`SiteMoments`.
 
     :param sites: the moments by site.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> moments = predictive_moments(model, {"w": torch.zeros(4)}, (x, x))
+        >>> list(moments)
+        ['obs']
     """
 
     def to_dataset(self) -> "xr.Dataset":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.predict.draws import Draws, Posterior
 from pyro_bnn.infer.predict.pieces import Pieces
@@ -29,6 +30,18 @@ class PosteriorPredictive(BySite[SitePrediction]):
     :param sites: the predictions by site.
     :param draws: the posterior draws that were used, by latent site.
     :param bool vectorized: whether the model was run under many draws at once.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> prediction = posterior_predictive(model, {"w": torch.zeros(4)}, (x,))
+        >>> list(prediction), prediction["obs"].mean.shape
+        (['obs'], torch.Size([4, 3]))
     """
 
     def __init__(self, sites: dict[str, SitePrediction], draws: Draws, vectorized: bool) -> None:
@@ -36,9 +49,11 @@ class PosteriorPredictive(BySite[SitePrediction]):
         self.draws = draws
         self.vectorized = vectorized
 
-    def __repr__(self) -> str:
-        shapes = {n: tuple(s.mean.shape) if s.mean is not None else None for n, s in self.sites.items()}
-        return f"PosteriorPredictive(mean shapes {shapes}, vectorized={self.vectorized})"
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        title, rows = super().described()
+        number = len(next(iter(self.draws.values()))) if self.draws else 0
+        return f"{title}: {number} draws, {'together' if self.vectorized else 'one by one'}", rows
 
     def _only(self) -> SitePrediction:
         if len(self.sites) != 1:

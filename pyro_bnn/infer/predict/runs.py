@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a model under many posterior draws: at once where it broadcasts, one after the other elsewhere."""
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -29,7 +28,8 @@ from pyro_bnn.infer.predict.together import (
     predicted_names,
     undrawn,
 )
-from pyro_bnn.model.data import Batch, Path, argument_name, coincidences, leaves, map_tensors
+from pyro_bnn.model.arguments import explain_arrays
+from pyro_bnn.model.data import Arguments, Batch, Path, argument_name, coincidences, leaves, map_tensors
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import (
@@ -56,6 +56,7 @@ from pyro_bnn.model.plates import (
     take_rows,
 )
 from pyro_bnn.nn.folding import sample_loops
+from pyro_bnn.ops.notice import warn_user
 
 #: Bytes that the intermediate values of one run may take by default.
 MAX_MEMORY = 24 * 2**20
@@ -104,6 +105,7 @@ class ModelRunner:
     :param max_memory: bytes that the intermediate values of one run may take, by an upper bound; draws are
         processed in chunks that keep to it. Draws that run together save Python's and Pyro's cost of a run; beyond the
         processor's caches they cost more than they save.
+    :ivar differentiable: whether readings keep their graph to the arguments of the model.
     :ivar values: deterministic sites that are read.
     :ivar collects: whether readings go beyond the predicted sites. If not, networks of this package may run their draws one
         after the other, and what their modules say is said for each.
@@ -123,7 +125,9 @@ class ModelRunner:
         self.values: Sequence[str] = ()
         self.collects = False
         self.needs_grad = False  # whether the model differentiates something itself
+        self.differentiable = False
         self._compared: set[Any] = set()  # kinds of batches on which joint and single runs were compared
+        self._inspected: Batch | None = None  # the batch that showed the structure
 
     @property
     def num_draws(self) -> int:
@@ -140,7 +144,7 @@ class ModelRunner:
     ) -> Sites:
         """The sites of the model under one draw, of which some values may be given; subsampled plates may be shifted."""
         values = {name: value[index] for name, value in self.draws.items()} | dict(values or {})
-        with torch.set_grad_enabled(self.needs_grad):
+        with torch.set_grad_enabled(self.needs_grad or self.differentiable):
             return self._detached(run_model(self.model, batch, values, shift=shift))
 
     def joint(self, batch: Batch, index: Tensor | slice) -> Sites:
@@ -149,18 +153,20 @@ class ModelRunner:
         values = {name: self.structure.spread(name, value[index]) for name, value in self.draws.items()}
         nesting, size = self.structure.nesting, len(torch.arange(self.num_draws)[index])
         plate = pyro.plate("_draws", size, dim=-1 - nesting)
-        grad, loops = torch.set_grad_enabled(self.needs_grad), sample_loops(not self.collects)
+        grad, loops = (
+            torch.set_grad_enabled(self.needs_grad or self.differentiable),
+            sample_loops(not self.collects),
+        )
         with grad, RowsMessenger(), _Draws(), plate, _Reads(values) as reads, loops:
             self.model(*args, **kwargs)
         return self._detached(reads.sites)
 
     def _detached(self, sites: Sites) -> Sites:
         """Sites without the graph of a model that differentiates something itself."""
-        for site in sites.values() if self.needs_grad else ():
+        for site in sites.values() if self.needs_grad and not self.differentiable else ():
             site["value"] = site["value"].detach()
         return sites
 
-    @torch.no_grad()
     def run(self, batch: Batch, read: Reader[Key]) -> dict[Key, Tensor]:
         """
         Runs the model under all draws and collects readings.
@@ -169,7 +175,7 @@ class ModelRunner:
         :param read: returns the readings of a run by a key of its choice.
         :return: by key, a tensor of shape ``(S,) + batch shape + rest``.
         """
-        with local_parameters(), poutine.block():
+        with torch.set_grad_enabled(self.differentiable), local_parameters(), poutine.block():
             self.look(batch)
             self._compare_kind(batch)
             validated = is_validation_enabled()
@@ -180,7 +186,8 @@ class ModelRunner:
                     parts = [self._single_part(batch, i, read, validated) for i in range(self.num_draws)]
         # a site that some draws do not reach has no value for all of them
         common = [key for key in parts[0] if all(key in part for part in parts)]
-        return {key: torch.cat([part[key] for part in parts]) for key in common}
+        with torch.set_grad_enabled(self.differentiable):
+            return {key: torch.cat([part[key] for part in parts]) for key in common}
 
     def _joint_parts(self, batch: Batch, read: Reader[Key], validated: bool) -> list[dict[Key, Tensor]]:
         """Readings of the draws, as many at once as fit; of some only where the draws turn out not to run together."""
@@ -248,7 +255,8 @@ class ModelRunner:
             before = map_tensors(batch, Tensor.clone)
             try:
                 self._inspect(batch)
-            except FAILURES:
+            except FAILURES as error:
+                explain_arrays(error, Arguments(*batch))
                 self._check_shapes(batch)
                 raise
             require_unchanged(batch, before)
@@ -264,6 +272,7 @@ class ModelRunner:
                 raise
             self.needs_grad = True
             sites = self.single(batch, 0)
+        self._inspected = batch
         self.structure.note(sites)
         self._check_names()
 
@@ -310,9 +319,10 @@ class ModelRunner:
         """Finds out, for each kind of batches, whether the model broadcasts: one row may hide what several show."""
         if (key := coincidences(batch)) in self._compared:
             return
+        open_question = self.together.on if self._compared else self.together.on is not False
+        if open_question and self._inspected is not batch:  # as where parts of the data follow the whole
+            self._inspect(batch)
         if self._compared:
-            if self.together.on:
-                self._inspect(batch)
             check_values(self.single(batch, 0), batch)
         else:
             self._warn_missing(batch)
@@ -353,7 +363,7 @@ class ModelRunner:
                 self.draws = draws
                 self.structure.sites = self.single(few, 0)
                 if not compare(self, few)[0]:
-                    self.together.on = True
+                    self.together.decide("")
                     return
             finally:
                 self.draws, self.structure.sites = whole, all_rows
@@ -378,10 +388,9 @@ class ModelRunner:
         # a latent of few values may repeat by chance
         first, *others = (densities() for _ in range(4))
         if any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=False)):
-            warnings.warn(
+            warn_user(
                 f"There are no draws of {missing}, which the model samples, and the density of {observed} depends on them: "
-                "every run takes new ones from the model. If they are latent, give draws of them too.",
-                stacklevel=2,
+                "every run takes new ones from the model. If they are latent, give draws of them too."
             )
 
     @torch.no_grad()

@@ -12,13 +12,14 @@ from typing_extensions import override
 
 from pyro_bnn.model.handlers import base_distribution, class_probabilities
 from pyro_bnn.model.join import Join
+from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 from pyro_bnn.ops.families import has_own, of_family
 
 Said = TypeVar("Said")
 
 
-@dataclass
-class SitePrediction:
+@dataclass(repr=False)
+class SitePrediction(Described):
     """
     Predictions at one observed site; S is the number of posterior draws.
 
@@ -34,6 +35,19 @@ class SitePrediction:
         of one, ``"numeric"`` elsewhere.
     :param mask: which observations count, bool, shape ``(*batch,)``, or ``(*batch, *event)`` where elements of an event are
         masked one by one; ``None`` if all do. The log likelihood of the others is zero.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import posterior_predictive
+        >>> found = posterior_predictive(model, {"w": torch.zeros(4)}, (x, x))["obs"]
+        >>> found.mean.shape, found.log_likelihood.shape, found.kind
+        (torch.Size([4, 3]), torch.Size([4, 3]), 'numeric')
     """
 
     samples: Tensor | None
@@ -45,8 +59,16 @@ class SitePrediction:
     kind: str = "numeric"
     mask: Tensor | None = None
 
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        given = {name: getattr(self, name) for name in FIELDS}
+        rows = {
+            name: f"{shape_of(value)}: {span_of(value)}" for name, value in given.items() if value is not None
+        }
+        return f"predictions of {self.kind} observations, dims {self.dims}", rows
 
-class BySite(Mapping[str, Said]):
+
+class BySite(Described, Mapping[str, Said]):
     """A mapping from observed sites to what is said of them."""
 
     def __init__(self, sites: dict[str, Said]) -> None:
@@ -63,6 +85,15 @@ class BySite(Mapping[str, Said]):
     @override
     def __len__(self) -> int:
         return len(self.sites)
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        site: Any
+        rows = {}
+        for name, site in self.sites.items():
+            for field, text in site.described()[1].items():
+                rows[f"{name}: {field}"] = text
+        return f"{type(self).__name__} of {first_of(map(repr, self.sites))}", rows
 
     def _arrays(self, fields: Mapping[str, str], *, draws: bool) -> dict[str, tuple[tuple[str, ...], Any]]:
         """Some fields, by the ends of their names, as arrays with the names of their dims."""

@@ -17,6 +17,7 @@ from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.handlers import Site, base_distribution, is_deterministic, is_factor, unscaled_log_prob
 from pyro_bnn.model.observations import is_validated
 from pyro_bnn.model.plates import FAILURES, close, dims_of, first_line, rows_of, site_shape
+from pyro_bnn.ops.notice import logger
 
 if TYPE_CHECKING:
     from pyro_bnn.infer.predict.runs import ModelRunner
@@ -127,6 +128,10 @@ class Together:
         if error and self.required:
             raise ValueError(f"The model does not broadcast over posterior draws: {error}.")
         self.on = not error
+        if error:
+            logger.info("predictions: draws run through the model one by one: %s", error)
+        else:
+            logger.info("predictions: draws run through the model together; compared with single runs")
 
     def fit(self, per_draw: float) -> None:
         """Sets the number of draws from the bytes that one takes."""

@@ -42,7 +42,11 @@ from pyro_bnn.model.local_latents import check_local_latents
 from pyro_bnn.model.networks import named_networks, unchanged_buffers
 from pyro_bnn.model.parameters import local_parameters, named_parameters
 from pyro_bnn.ops.distributed import any_process, rank, share_random_state, world_size
+from pyro_bnn.ops.notice import logger
 from pyro_bnn.ops.options import require_count, require_number
+
+#: Seconds between two lines of the log where no bar is shown.
+NOTE_EVERY = 30.0
 
 
 def fit(
@@ -92,7 +96,8 @@ def fit(
     :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
         :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
     :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
-        the rate; only terminals and notebooks show it.
+        the rate; only terminals and notebooks show it. Elsewhere the logger ``pyro_bnn`` has a line every 30 seconds, at
+        level ``INFO``.
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint`, or a path, which is saved every minute. If the file
         exists, the run continues from it, and takes the same steps that the run would have taken without the
         interruption, bit by bit on one device. This is logged once. Settings (learning rate, bound, prior, ...) that
@@ -232,7 +237,7 @@ class Run:
             dynamic_ncols=True,
         )
         with bar, self.surroundings() as interrupted:
-            start = time.perf_counter() - self.elapsed
+            start, next_note = time.perf_counter() - self.elapsed, self.elapsed + NOTE_EVERY
             check_autocast(self.descent, self.step, self.batches.first, self.generators)
             self.stop_reason = self.limit_reached()
             for batch in self.stream():
@@ -241,6 +246,9 @@ class Run:
                 self.elapsed = time.perf_counter() - start
                 if bar.update():  # it is drawn ten times a second at most
                     self.show(bar)
+                if not shown and self.elapsed > next_note:
+                    next_note = self.elapsed + NOTE_EVERY
+                    logger.info("fit: step %d, epoch %d, loss %.6g", self.step, self.epoch, self.losses[-1])
                 self.stop_reason = self.after_step(interrupted)
                 if self.checkpoint is not None and (self.stop_reason or self.checkpoint.is_due(self.step)):
                     save_run(self, self.checkpoint)
@@ -250,6 +258,7 @@ class Run:
                 if hasattr(callback, "finish"):
                     callback.finish(self.state())
             self.show(bar)
+        logger.info("fit: ended by %s after %d steps, %.3g s", self.stop_reason, self.step, self.elapsed)
         return self.result(self.stop_reason)
 
     @contextmanager

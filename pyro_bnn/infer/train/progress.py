@@ -10,4 +10,5 @@ from tqdm.notebook import tqdm_notebook
 
 def shows_bars() -> bool:
     """Whether the process writes to a terminal or a notebook; a file would be filled with carriage returns."""
-    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    is_terminal = getattr(sys.stderr, "isatty", None)  # there may be no stderr, or one that is no file
+    return issubclass(tqdm, tqdm_notebook) or (is_terminal is not None and is_terminal())

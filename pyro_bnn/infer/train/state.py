@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
+
+from pyro_bnn.ops.described import Described
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 @dataclass(repr=False)
-class FitResult:
+class FitResult(Described):
     """
     What a run of :func:`fit` leaves behind.
 
@@ -27,6 +30,19 @@ class FitResult:
     :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"interrupted"``, the ``stop_reason`` of the
         callback that stopped the run (``"callback"`` if it has none), or the text of an error.
     :param wall_time: seconds, those before a resumption included.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> result = fit(model, AutoMixture(model, 2), (x, x), num_steps=3, progress_bar=False)
+        >>> result.num_steps, len(result.losses), result.stop_reason
+        (3, 3, 'num_steps')
     """
 
     losses: Tensor
@@ -34,12 +50,28 @@ class FitResult:
     stop_reason: str
     wall_time: float
 
+    @property
+    def _last_loss(self) -> str:
+        return f"{float(self.losses[-1]):.6g}" if len(self.losses) else "none"
+
     def __repr__(self) -> str:
-        loss = f"{float(self.losses[-1]):.6g}" if len(self.losses) else "none"
         return (
-            f"FitResult(num_steps={self.num_steps}, stop_reason={self.stop_reason!r}, last loss={loss}, "
+            f"FitResult(num_steps={self.num_steps}, stop_reason={self.stop_reason!r}, last loss={self._last_loss}, "
             f"wall_time={self.wall_time:.3g} s)"
         )
+
+    __str__ = __repr__
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        recent = self.losses[-50:]
+        return f"fit: {self.num_steps} steps", {
+            "stopped by": self.stop_reason,
+            "first loss": f"{float(self.losses[0]):.6g}" if len(self.losses) else "none",
+            "last loss": self._last_loss,
+            f"mean of the last {len(recent)}": f"{float(recent.mean()):.6g}" if len(recent) else "none",
+            "time": f"{self.wall_time:.3g} s",
+        }
 
     def plot(
         self, *, smooth: int = 50, color: str = "C0", label: str | None = None, ax: "Axes | None" = None
@@ -73,6 +105,19 @@ class NonFiniteLossError(ArithmeticError):
 
     :param str message: names the step, the site or argument, and what to do.
     :param FitResult result: the run until then.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> def model(x):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     pyro.factor("likelihood", torch.tensor(float("inf")) * w)
+        >>> try:
+        ...     _ = fit(model, AutoMixture(model, 1), torch.ones(1), num_steps=1, progress_bar=False)
+        ... except NonFiniteLossError:
+        ...     print("the parameters are those before")
+        the parameters are those before
     """
 
     def __init__(self, message: str, result: FitResult) -> None:
@@ -96,6 +141,20 @@ class FitState:
     :param optimizer: the torch optimiser.
     :param parameters: the parameters by name.
     :param kl_scale: the argument ``kl_scale`` of :func:`fit`.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> def stop_early(state):
+        ...     return state.step == 2  # a true value stops the run
+        >>> fit(model, AutoMixture(model, 2), (x, x), num_steps=9, callbacks=[stop_early], progress_bar=False).num_steps
+        2
     """
 
     step: int
