@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of the README and of the documentation run, page by page, each from a fresh state."""
 
+import importlib
 import math
 import re
 import textwrap
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import arviz
@@ -81,6 +83,26 @@ def world() -> dict[str, Any]:
     return names | {"held_out": (x, y), "model": model, "guide": AutoMixture(model, 4), "loader": loader}
 
 
+FACES = ["pyro_bnn", "pyro_bnn.nn", "pyro_bnn.infer", "pyro_bnn.infer.autoguide", "pyro_bnn.infer.hfl", "pyro_bnn.diagnostics",
+         "pyro_bnn.diagnostics.metrics", "pyro_bnn.diagnostics.plots", "pyro_bnn.supervised"]  # fmt: skip
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_every_public_name_has_an_example(face: str) -> None:
+    module = importlib.import_module(face)
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == face]
+    names = getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    objects = [
+        value for value in (getattr(module, name) for name in names) if isinstance(value, type | FunctionType)
+    ]
+    assert not [value.__name__ for value in objects if ">>>" not in (value.__doc__ or "")]
+
+
+def test_every_public_module_has_a_place_in_the_reference() -> None:
+    pages = "".join(path.read_text() for path in (PAGES / "api").glob("*.rst"))
+    assert not [face for face in FACES if f".. automodule:: {face}\n" not in pages]
+
+
 def laplace(names: dict[str, Any], **options: Any) -> AutoLaplace:
     guide = AutoLaplace(names["model"], **options).initialize(names["x"], names["y"])
     fit(names["model"], guide, names["data"], num_steps=300, optim=0.02, progress_bar=False)
@@ -130,6 +152,15 @@ def test_hfl() -> None:
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
 
 
+def test_bayesopt() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(PAGES / "bayesopt.rst"):
+        exec(block.replace("range(20)", "range(1)"), names)
+    assert names["x"].shape == (9, 2)
+    assert names["slope"].abs().min() > 0
+    assert names["functions"].requires_grad
+
+
 def test_predict() -> None:
     names = world()
     names["guide"] = laplace(names)
@@ -175,3 +206,16 @@ def test_diagnose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names |= {"laplace_result": result, "mixture_result": result}
     names |= {"other": to_inference_data(model, mixture, data), "members": [network(), network()]}
     run(PAGES / "diagnose.rst", names)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # between PEFT and transformers
+@pytest.mark.filterwarnings("ignore:optimize_hyperparameters")  # labels at random have no best prior
+def test_encoders() -> None:
+    for package in ("transformers", "peft"):
+        pytest.importorskip(package)
+    torch.set_default_dtype(torch.float32)
+    names = run(PAGES / "encoders.rst", {})
+    assert names["probs"].shape == (40, 3)
+    assert len(names["weights"]) == 4

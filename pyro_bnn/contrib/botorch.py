@@ -37,14 +37,14 @@ def surrogate(
     r"""
     The BoTorch model of a posterior over the latents of a Pyro model whose rows are the points that BoTorch asks for.
 
-    ============================================================== =========================== ==============================
-    posterior                                                      BoTorch model               posterior at X
-    ============================================================== =========================== ==============================
-    :class:`~pyro_bnn.infer.autoguide.AutoLaplace` (any            :class:`LaplaceModel`       Gaussian, in closed form
+    ============================================================== ============================ ============================
+    posterior                                                      BoTorch model                posterior at X
+    ============================================================== ============================ ============================
+    :class:`~pyro_bnn.infer.autoguide.AutoLaplace` (any            :class:`LaplaceModel`        Gaussian, in closed form
     structure), Hessian-free Laplace
     :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`          :class:`LaplaceMixtureModel` mixture of Gaussians
-    any other guide, MCMC, draws by site                           :class:`DrawsModel`         ensemble of fixed draws
-    ============================================================== =========================== ==============================
+    any other guide, MCMC, draws by site                           :class:`DrawsModel`          ensemble of fixed draws
+    ============================================================== ============================ ============================
 
     :param posterior: see the table; it has been fitted to transformed inputs and outcomes if there are transforms.
     :param callable model: the Pyro model; needed where the posterior is none of the Laplace guides.

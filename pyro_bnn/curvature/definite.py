@@ -10,6 +10,7 @@ factored in float64; what remains is the rounding of the Jacobians and of the fa
 :math:`\sqrt\kappa\,\varepsilon`.
 """
 
+from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
@@ -76,8 +77,19 @@ def blame(space: LatentSpace, parts: list[Part], size: int) -> str:
             flat = abs(value) <= ROUNDING * torch.finfo(direction.dtype).eps
             what = "The joint density is flat, up to rounding," if flat else "The curvature is lowest"
             sites = main_sites(space, _spread(direction, part.index, size))
-            return f" {what} along a direction of the sites {sites}."
+            return f" {what} along a direction of the sites {sites}.{hierarchy_hint(space, sites)}"
     return ""
+
+
+def hierarchy_hint(space: LatentSpace, sites: Iterable[str]) -> str:
+    """What to try where one of the sites has bounds, as scales have, to which a search may run off; or nothing."""
+    bounded = [name for name in sites if space.is_constrained(name)]
+    if not bounded:
+        return ""
+    return (
+        f" If {bounded[0]!r} is the scale of other sites, the joint density may have no maximum, and training drives the scale to "
+        f"zero. {REMEDIES}"
+    )
 
 
 def require_resolved(

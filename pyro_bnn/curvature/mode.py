@@ -24,7 +24,14 @@ DENSE_LIMIT = 1000
 
 
 class UnconvergedMAPWarning(UserWarning):
-    """The gradient at the point estimate is large in units of posterior standard deviations."""
+    """
+    The gradient at the point estimate is large in units of posterior standard deviations.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", UnconvergedMAPWarning)  # no approximation away from a mode
+    """
 
 
 def find_mode(

@@ -20,7 +20,23 @@ Prior = Callable[[Tensor], Tensor]
 
 
 class NotAMinimumError(RuntimeError):
-    """The point estimate is not a minimum of the negative log joint density: its curvature is indefinite."""
+    """
+    The point estimate is not a minimum of the negative log joint density: its curvature is indefinite.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_bnn import AutoLaplace
+        >>> def model():  # two modes, and a maximum of the loss between them
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     pyro.factor("likelihood", 4 * w**2 - w**4)
+        >>> guide = AutoLaplace(model, curvature="hessian", init_loc_fn=lambda site: torch.zeros(())).initialize()
+        >>> try:
+        ...     _ = guide.laplace_approximation(())
+        ... except NotAMinimumError:
+        ...     print("call polish, or start elsewhere")
+        call polish, or start elsewhere
+    """
 
 
 class Part(nn.Module):

@@ -37,7 +37,7 @@ DEFAULT_BUDGET = 2**27
 _CACHED = 3 * 2**19
 _FIRST_CHUNK = 64
 #: How many rows are compared, and among how many at most, see :meth:`ExampleStream._apart`.
-_FEW, _WINDOW = 16, 1024
+_FEW, _WINDOW = 17, 1024
 _SMALLEST_CHUNK = 32
 _LARGEST_CHUNK = 5000
 
@@ -205,48 +205,47 @@ class ExampleStream:
         the same rows among many, or all where their outputs are at hand. Convolutions, recurrences and attention over the
         rows, statistics of a batch and tables of positions all fail.
         """
-        kept = self._kept = self._count_kept(rows, batch)
-        affordable = self.budget // max(1, sum(kept))
-        window = min(rows.size, max(2 * _FIRST_CHUNK, min(_WINDOW, rows.size // 32, affordable)))
-        if whole is not None:
-            window = rows.size
         generator = torch.Generator().manual_seed(0)
-        start = int(torch.randint(rows.size - window + 1, (), generator=generator))
-        picks = torch.randperm(window, generator=generator)[:_FEW]
-
-        def outputs(part: slice | Tensor) -> list[SiteOutputs]:
-            return self.model.outputs(self.latent, rows.take((*batch, {}), part)[:2])
-
+        near = min(rows.size, 2 * _FIRST_CHUNK) if whole is None else rows.size
+        start = int(torch.randint(rows.size - near + 1, (), generator=generator))
+        picks = torch.randperm(near, generator=generator)[:_FEW] + start
         with torch.random.fork_rng(devices=()):
-            many = outputs(slice(start, start + window)) if whole is None else whole()
-            some = outputs(picks + start)
+            some = self._count_kept(rows.take((*batch, {}), picks)[:2], len(picks))
+            affordable = self.budget // max(1, sum(self._kept))
+            window = min(rows.size, max(near, min(_WINDOW, rows.size // 32, affordable)))
+            start = min(start, rows.size - window)
+            part = slice(start, start + window)
+            many = (
+                self.model.outputs(self.latent, rows.take((*batch, {}), part)[:2])
+                if whole is None
+                else whole()
+            )
         for a, b in zip(many, some, strict=True):
             for x, y in ((a.outputs, b.outputs), (a.weight, b.weight)):
                 x, axis = x.detach(), rows.axes.get(a.name)
                 if axis is not None:
-                    x = x.index_select(axis, picks.to(x.device))
+                    x = x.index_select(axis, (picks - start).to(x.device))
                 if not close(x, y.detach()):
                     return False
         return True
 
-    def _count_kept(self, rows: Rows, batch: Batch) -> list[int]:
-        """Numbers per example in each of the tensors that the graph of a run keeps."""
-        few = min(5, rows.size)
-        part = rows.take((*batch, {}), slice(0, few))[:2]
+    def _count_kept(self, part: Batch, size: int) -> list[SiteOutputs]:
+        """The outputs of a few rows; how many numbers per row are in each tensor that their graph keeps is noted."""
         given = {leaf.data_ptr() for leaf in leaves(part).values() if isinstance(leaf, Tensor)}
         kept: list[int] = []
 
         def note(x: Tensor) -> Tensor:
-            if few in x.shape and x.data_ptr() not in given:
-                kept.append(x.numel() // few)
+            if size in x.shape and x.data_ptr() not in given:
+                kept.append(x.numel() // size)
             return x.detach()  # to return the tensor itself would tie it to the graph for good
 
-        with torch.enable_grad(), torch.random.fork_rng(devices=()), saved_tensors_hooks(note, lambda x: x):
-            try:
-                self.model.trace(self.latent, part)
-            except RuntimeError:  # a model that takes derivatives itself does without the estimate
-                return []
-        return kept
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(note, lambda x: x):
+                found = self.model.outputs(self.latent, part)
+        except RuntimeError:  # a model that takes derivatives itself does without the estimate
+            return self.model.outputs(self.latent, part)
+        self._kept = kept
+        return found
 
     def _choose_chunk(self, sites: list[SiteExamples]) -> None:
         """The size of further chunks, by what the first one kept."""

@@ -133,10 +133,10 @@ class LinearUse(Use):
         if isinstance(self.x, PatchInputs):
             return self.x.present()
         x = self._inputs()
-        present = x[..., 0] != 0
+        present = x[..., :16].any(-1)
         rest = ~present
         if bool(rest.any()):  # few rows, mostly
-            present[rest] = (x[rest] != 0).any(-1)
+            present[rest] = x[rest].any(-1)
         return present
 
     def output_gram(self, g: Tensor, present: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, 
 from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table
+from pyro_bnn.diagnostics.ood import functional_variance, mutual_information, predictive_entropy
 from pyro_bnn.diagnostics.quality import (
     compare_with_nuts,
     elbo_gap,
@@ -26,12 +27,15 @@ __all__ = [
     "elbo_gap",
     "evaluate",
     "functional_k",
+    "functional_variance",
     "log_weights",
     "metrics",
+    "mutual_information",
     "pareto_k",
     "plots",
     "prediction_diagnostics",
     "prediction_draws",
+    "predictive_entropy",
     "simulation_based_calibration",
     "table",
     "to_datatree",

@@ -168,6 +168,18 @@ def to_inference_data(model: Callable[..., Any], posterior: Any, data: Any = Non
     :param kwargs: see :func:`to_datatree`.
     :return: an :class:`arviz.InferenceData` under ArviZ 0.x, the :class:`xarray.DataTree` of
         :func:`to_datatree` under 1.x.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> data = to_inference_data(model, {"w": torch.randn(4)}, (x, x))
+        >>> data.log_likelihood["obs"].sizes["draw"]
+        4
     """
     return datatree_to_inference_data(to_datatree(model, posterior, data, **kwargs))
 
@@ -178,6 +190,18 @@ def datatree_to_inference_data(tree: "xr.DataTree") -> Any:
 
     :param tree: a tree made by :func:`to_datatree`.
     :return: an :class:`arviz.InferenceData` under ArviZ 0.x, the tree itself under 1.x.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> tree = to_datatree(model, {"w": torch.randn(4)}, (x, x))
+        >>> datatree_to_inference_data(tree).posterior["w"].shape
+        (1, 4)
     """
     # under 1.x ``arviz.InferenceData`` exists too, as another name of DataTree, so only the version tells
     if int(importlib.metadata.version("arviz").partition(".")[0]) >= 1:

@@ -46,6 +46,19 @@ class DiversityReport(Described):
     :param guide_distance: root mean square distance between the locations of two components in unconstrained space,
         shape ``(K, K)``; ``None`` for guides other than :class:`~pyro_bnn.infer.autoguide.AutoMixture`.
     :param site: name of the observed site.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, diversity
+        >>> report = diversity(model, AutoMixture(model, 2).initialize(x, x), (x, x), num_samples=8)
+        >>> report.member_nll.shape, report.predictive_kl.shape
+        (torch.Size([2]), torch.Size([2, 2]))
     """
 
     member_nll: Tensor

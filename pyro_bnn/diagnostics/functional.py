@@ -93,6 +93,18 @@ def prediction_diagnostics(predictions: "xr.Dataset") -> "xr.Dataset":
     :param predictions: what :func:`prediction_draws` returns.
     :return: ``<site>_r_hat``, ``<site>_ess_bulk`` and ``<site>_ess_tail`` per observation. With one chain R-hat is
         nan.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> draws = prediction_draws(model, {"w": torch.randn(200)}, x, num_chains=4)
+        >>> sorted(prediction_diagnostics(draws))
+        ['obs_ess_bulk', 'obs_ess_tail', 'obs_r_hat']
     """
     import arviz
     import xarray as xr
@@ -119,6 +131,20 @@ def plot_diversity(predictions: "xr.Dataset", *, site: str | None = None, ax: "A
     :param str site: the observed site, if there are several.
     :param ax: matplotlib axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> draws = prediction_draws(model, {"w": torch.randn(40)}, x, num_chains=2)
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_diversity(draws, ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     variable = predictions[site or next(iter(predictions.data_vars))]
@@ -148,6 +174,20 @@ def plot_prediction_ranks(
     :param int bins: the number of bins.
     :param ax: matplotlib axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> draws = prediction_draws(model, {"w": torch.randn(40)}, x, num_chains=2)
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_prediction_ranks(draws, index=1, ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     variable = predictions[site or next(iter(predictions.data_vars))].values

@@ -179,6 +179,12 @@ def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None)
     :param float level: the nominal probability of the interval.
     :param str site: the observed site, if there are several.
     :return: the mean width, in units of y.
+
+    Example::
+
+        >>> import torch
+        >>> round(interval_width(torch.linspace(0, 1, 101).unsqueeze(-1), level=0.9), 3)
+        0.9
     """
     value = Scored(samples, site, "samples").draws("samples")
     low, high = _interval(value, check_probability(level, "level"))
@@ -202,6 +208,14 @@ def calibration_curve(
     :param levels: nominal probabilities.
     :param str site: the observed site, if there are several.
     :return: nominal and empirical coverage.
+
+    Example::
+
+        >>> import torch
+        >>> draws = torch.linspace(-1, 1, 101).unsqueeze(-1)
+        >>> levels, observed = calibration_curve(draws, torch.zeros(1), levels=[0.5, 0.9])
+        >>> observed
+        array([1., 1.])
     """
     value, y = draws_and_observations(samples, observed, site, "samples")
     for level in levels:
@@ -218,6 +232,12 @@ def pit(samples: Any, observed: Any = None, *, site: str | None = None) -> np.nd
     :param observed: observations ``(N,)``; by default those of the prediction.
     :param str site: the observed site, if there are several.
     :return: one value per observation; masked ones are left out.
+
+    Example::
+
+        >>> import torch
+        >>> float(pit(torch.zeros(100, 1), torch.ones(1))[0]) > 0.99  # the observation is above all draws
+        True
     """
     value, y = draws_and_observations(samples, observed, site, "samples")
     below, equal = (value < y).sum(0), (value == y).sum(0)
@@ -260,6 +280,12 @@ def accuracy(probs: Any, labels: Any = None, *, site: str | None = None, kind: K
     :param str site: the observed site, if there are several.
     :param str kind: see :func:`mean_probs`.
     :return: the fraction.
+
+    Example::
+
+        >>> import torch
+        >>> accuracy(torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), torch.tensor([0, 0]))
+        0.5
     """
     value, y = mean_probs(probs, labels, site=site, kind=kind)
     return float((value.argmax(-1) == y).double().mean())
@@ -300,6 +326,12 @@ def ece(
     :param str site: the observed site, if there are several.
     :param str kind: see :func:`mean_probs`.
     :return: the error.
+
+    Example::
+
+        >>> import torch
+        >>> round(ece(torch.tensor([[0.9, 0.1, 0.0], [0.1, 0.9, 0.0]]), torch.tensor([0, 1])), 3)
+        0.1
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 

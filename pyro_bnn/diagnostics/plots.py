@@ -43,6 +43,14 @@ def plot_bands(
     :param str label: the name in the legend.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_bands(torch.linspace(0, 1, 5), torch.randn(20, 5), ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     x = np.asarray(x).reshape(-1)
@@ -80,6 +88,14 @@ def plot_intervals(
     :param str label: the name in the legend.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_intervals(torch.randn(20, 5), torch.randn(5), ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     drawn, found = draws_and_observations(samples, observed, site, "samples")
@@ -113,6 +129,14 @@ def plot_calibration(
     :param str site: the observed site, if there are several.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_calibration({'a': torch.randn(20, 5)}, torch.randn(5), ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     diagonal(ax)
@@ -136,6 +160,14 @@ def plot_pit(
     :param str site: the observed site, if there are several.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_pit(torch.randn(20, 5), torch.randn(5), ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     values = pit(samples, observed, site=site).reshape(-1)
@@ -161,6 +193,14 @@ def plot_reliability(
     :param str site: the observed site, if there are several.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_reliability(torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), torch.tensor([0, 1]), ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     diagonal(ax)
@@ -189,6 +229,14 @@ def plot_losses(result: Any, *, smooth: int = 50, ax: "Axes | None" = None) -> "
     :param int smooth: steps in the running mean.
     :param ax: axes to draw in.
     :return: the axes.
+
+    Example::
+
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> ax = Figure().subplots()
+        >>> plot_losses({'a': [3.0, 2.0, 1.0]}, smooth=2, ax=ax) is ax
+        True
     """
     ax = new_axes(ax)
     for index, (name, source) in enumerate(each(ax, result)):

@@ -43,6 +43,20 @@ def log_weights(
     :param int num_samples: the number of draws S; see :func:`to_datatree`.
     :return: draws by site, and weights of shape ``(S,)``; nats.
     :raises ValueError: if the guide has no density.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> draws, log_w = log_weights(model, guide, (x, x), num_samples=50)
+        >>> log_w.shape, bool(log_w.std() < 1e-6)  # a linear model: the guide is the posterior
+        (torch.Size([50]), True)
     """
     contents = Contents(weights=True, predictions=False, unpack=False)
     with torch.no_grad(), evaluation_mode(model), local_parameters():
@@ -270,6 +284,21 @@ def simulation_based_calibration(
     :param observed: the sites that stand for data; by default the last site and those in the same plates.
     :return: the ranks.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> def recipe(observing):
+        ...     return AutoLaplace(observing).initialize(x).polish((x,)).laplace_approximation((x,))
+        >>> found = simulation_based_calibration(model, recipe, (x,), num_simulations=2, num_draws=9)
+        >>> found.ranks["w"].shape
+        (2, 1)
+
     **References**
 
     Talts, Betancourt, Simpson, Vehtari, Gelman, *Validating Bayesian inference algorithms with simulation-based
@@ -333,6 +362,20 @@ def compare_with_nuts(
     :param int num_chains: the number of chains.
     :param bool progress_bar: whether to show the progress of NUTS.
     :return: the comparison.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> found = compare_with_nuts(model, guide, (x, x), num_samples=4, warmup_steps=4, num_chains=2)
+        >>> sorted(found)
+        ['r_hat', 'scale_ratio', 'shift']
     """
     import xarray as xr
 

@@ -25,6 +25,18 @@ def as_prediction(source: Any, site: str | None = None) -> SitePrediction:
     :param str site: the observed site; needed if there are several.
     :return: the predictions, with chains joined.
     :raises ValueError: if the site is not given and there are several, or is not there.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import posterior_predictive
+        >>> as_prediction(posterior_predictive(model, {"w": torch.zeros(4)}, (x, x))).mean.shape
+        torch.Size([4, 3])
     """
     if isinstance(source, SitePrediction):
         return source

@@ -170,6 +170,19 @@ def write_tree(tree: "xr.DataTree", path: str | PathLike[str]) -> None:
     :param tree: a tree made by :func:`~pyro_bnn.diagnostics.to_datatree`; it is empty afterwards.
     :param path: the file, which appears when it is complete.
     :raises OSError: if the disk has no room for the tree, which is whole then, as is a file that was there before.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> import tempfile
+        >>> from pyro_bnn import to_datatree
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_tree(to_datatree(model, {"w": torch.randn(4)}, (x, x)), f"{folder}/tree.nc")
     """
     folder = Path(os.path.realpath(path)).parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from pyro_bnn.infer.train.loop import fit
 from pyro_bnn.infer.train.persist import load_guide, save_guide
 from pyro_bnn.infer.train.state import FitResult, FitState, NonFiniteLossError
 from pyro_bnn.infer.train.stopping import ConvergenceTest, EarlyStopping
+from pyro_bnn.model.networks import network_at
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "dusenberry2020",
     "fit",
     "load_guide",
+    "network_at",
     "nuts",
     "posterior_draws",
     "posterior_predictive",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
@@ -14,7 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_bnn.model.arguments import arguments_of, is_container, signature_of
+from pyro_bnn.model.arguments import arguments_of, explain_arrays, is_container, signature_of
 from pyro_bnn.model.data import Arguments, Batch, check_finite, map_tensors
 from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import Site, is_factor, latent_names, observed_names, sample_sites
@@ -165,12 +164,7 @@ def explain_failure(error: Exception, batch: Batch) -> None:
                 f"{name} of the model is empty (shape {tuple(value.shape)}): pass at least one data point. "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if isinstance(value, np.ndarray):
-            raise TypeError(
-                f"{name} of the model is a numpy array of shape {value.shape} and type {value.dtype}, with which the "
-                f"model fails: pass a tensor, torch.as_tensor(array, dtype=torch.get_default_dtype()) for numbers. "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            ) from error
+    explain_arrays(error, Arguments(*batch))
     note = f"The model was called with {describe(batch)}."
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
@@ -223,8 +217,11 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         try:
             first, named = arguments_of(args[0])
             guide._setup_prototype(*first, **named)
-        except Exception:
+        except Exception as other:
             guide.prototype_trace = None
+            error.add_note(
+                f"As data, whose first batch holds the arguments of the model, it fails too: {type(other).__name__}: {other}"
+            )
             raise error from None
 
 

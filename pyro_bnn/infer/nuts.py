@@ -138,6 +138,18 @@ class NUTSResult(Described):
         draw, shape ``(chains, draws)``.
     :param warmup: draws of the warm-up.
     :param warmup_stats: statistics of the warm-up.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> run = nuts(model, (x, x), num_samples=4, warmup_steps=4, num_chains=1, progress_bar=False)
+        >>> run.num_chains, run.samples["w"].shape
+        (1, torch.Size([1, 4]))
     """
 
     samples: dict[str, Tensor]

@@ -9,10 +9,12 @@ difference counts only where central differences at two step sizes, and the diff
 agree much better with each other than with the slope: at kinks, jumps and within rounding errors nothing is said.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -71,23 +73,40 @@ def _by_frequency(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class Probe:
-    """A random combination of a model's log densities on one batch, near a packed vector of shape ``(p,)``."""
+    """
+    A random combination of a model's log densities on one batch, at a packed vector of shape ``(p,)`` and near it. The run at
+    the vector itself, which this makes, serves all that is asked there.
 
-    def __init__(self, model: Any, latent: Tensor, batch: Batch) -> None:
-        self.model, self.latent, self.batch = model, latent.detach(), batch
+    :ivar log_likelihood: the log likelihood.
+    :ivar leaf: the vector, in which ``gradient`` can be differentiated again if ``hessian``.
+    :ivar gradient: that of the combination, shape ``(p,)``.
+    :ivar unreached: the latent sites from which no path leads to the likelihood.
+    """
+
+    def __init__(self, model: Any, latent: Tensor, batch: Batch, *, hessian: bool = False) -> None:
+        self.model, self.latent, self.batch, self.hessian = model, latent.detach(), batch, hessian
         self.eps = torch.finfo(latent.dtype).eps
         self.generator = torch.Generator().manual_seed(0)
         self._noise: dict[str, Tensor] = {}
+        self.leaf = self.latent.clone().requires_grad_(True)
+        sites = model.space.unpack(self.leaf)
+        with _Embeddings():
+            trace = model.trace(self.leaf, batch, sites)
+        self.log_likelihood = float(model.log_likelihood(trace, require_finite=False).detach())
+        value, found = self._combine(trace), [None] * (len(sites) + 1)
+        if value.requires_grad:
+            places = [*sites.values(), self.leaf]
+            found = torch.autograd.grad(value, places, create_graph=hessian, allow_unused=True)
+        self.unreached = [name for name, slope in zip(sites, found, strict=False) if slope is None]
+        self.gradient: Tensor = torch.zeros_like(self.latent) if found[-1] is None else found[-1]
 
     def random(self, like: Tensor) -> Tensor:
         """Gaussian noise of the shape, type and device of a tensor."""
-        return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
+        return torch.randn(like.shape, generator=self.generator, dtype=wide(like).dtype).to(like)
 
-    def value(self, u: Tensor) -> Tensor:
-        """The combination at a packed vector, a scalar."""
-        with torch.random.fork_rng(devices=()):
-            trace = self.model.trace(u, self.batch)
-        total = torch.zeros((), dtype=torch.float64, device=u.device)
+    def _combine(self, trace: Trace) -> Tensor:
+        """The combination for a trace, a scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.latent.device)
         for name in self.model.likelihood_names(trace):
             site = trace.nodes[name]
             log_prob = wide(unscaled_log_prob(site)) * (site["scale"] / subsample_scale(site))
@@ -96,94 +115,103 @@ class Probe:
             total = total + (self._noise[name] * log_prob).sum(dtype=torch.float64)
         return total
 
-    @torch.enable_grad()
-    def gradient(self, u: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """A packed vector as a leaf, and the gradient there, which can be differentiated again with ``create_graph``."""
-        leaf = u.detach().clone().requires_grad_(True)
-        value = self.value(leaf)
-        if not value.requires_grad:
-            return leaf, torch.zeros_like(leaf)
-        (found,) = torch.autograd.grad(value, leaf, create_graph=create_graph, materialize_grads=True)
-        return leaf, found
+    @torch.enable_grad()  # some models take derivatives themselves
+    def at(self, u: Tensor) -> tuple[float, Tensor]:
+        """The combination at a packed vector, and if ``hessian`` its gradient, else zero."""
+        leaf = u.detach().clone().requires_grad_(self.hessian)
+        with torch.random.fork_rng(devices=()):
+            value = self._combine(self.model.trace(leaf, self.batch))
+        gradient = torch.zeros_like(leaf)
+        if self.hessian and value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, leaf, materialize_grads=True)
+        return float(value.detach()), gradient
 
-    def directions(self) -> Iterator[Tensor]:
-        """Random directions, steps in proportion to the latents' sizes."""
-        while True:
-            yield self.random(self.latent) * (1 + self.latent.abs()) * len(self.latent) ** -0.5
+    def direction(self) -> Tensor:
+        """A random direction, steps in proportion to the latents' sizes."""
+        return self.random(self.latent) * (1 + self.latent.abs()) * len(self.latent) ** -0.5
 
-    def slopes(self, direction: Tensor, gradient: Tensor) -> float:
-        """The relative error of autograd's gradient along a direction ``(p,)``, see :func:`mismatch`."""
-
-        @torch.enable_grad()  # some models take derivatives themselves
-        def phi(t: float) -> float:
-            return float(self.value(self.latent + t * direction).detach())
-
-        return mismatch(phi, float(gradient.double() @ direction.double()), self.eps)
-
-    def differs_in(self, part: slice, gradient: Tensor) -> bool:
+    def differs_in(self, part: slice) -> bool:
         """Whether autograd's gradient is wrong in a part of the packed vector."""
-        only = torch.zeros_like(self.latent)
-        only[part] = next(self.directions())[part]
-        return self.slopes(only, gradient) > 0
+        line, only = Line(self), torch.zeros_like(self.latent)
+        only[part] = line.direction[part]
+        line.direction = only
+        return line.mismatch() > 0
 
 
-def check_gradient(model: Any, latent: Tensor, batch: Batch) -> None:
+class Line:
+    """A probe along a random direction, of shape ``(p,)``; every point is run once."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self._found: dict[float, tuple[float, Tensor]] = {}
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """Drawn when it is needed."""
+        return self.probe.direction()
+
+    def at(self, t: float) -> tuple[float, Tensor]:
+        """See :meth:`Probe.at`."""
+        if t not in self._found:
+            self._found[t] = self.probe.at(self.probe.latent + t * self.direction)
+        return self._found[t]
+
+    def mismatch(self) -> float:
+        """The relative error of autograd's gradient along the direction, see :func:`mismatch`."""
+        slope = float(self.probe.gradient.detach().double() @ self.direction.double())
+        return mismatch(lambda t: self.at(t)[0], slope, self.probe.eps)
+
+    def second_mismatch(self) -> float:
+        """That of the second derivatives, between the direction and another one."""
+        probe, u, slope = self.probe, self.probe.direction(), 0.0
+        if probe.gradient.requires_grad:
+            image = torch.autograd.grad(
+                probe.gradient @ u, probe.leaf, retain_graph=True, materialize_grads=True
+            )[0]
+            require_finite(probe.model, image, "second derivative", "Move the point, or use curvature='ggn'.")
+            slope = float(image.double() @ self.direction.double())
+        return mismatch(lambda t: float(self.at(t)[1].double() @ u.double()), slope, probe.eps)
+
+
+def check_derivatives(probe: Probe) -> None:
     """
-    Warns where the gradient of the likelihood at a packed vector ``(p,)`` is not its derivative; refuses embeddings with
-    ``scale_grad_by_freq``, and gradients that are not finite.
+    Warns where the gradient of the likelihood, and if the probe has ``hessian`` its second derivatives, are not derivatives;
+    raises if they are not finite. Both are looked at along the same lines, of which the first mostly suffices.
     """
-    if wide(latent) is not latent:  # half precision does not resolve it
+    if wide(probe.latent) is not probe.latent:  # half precision does not resolve it
         return
-    probe = Probe(model, latent, batch)
-    with _Embeddings():
-        _, gradient = probe.gradient(probe.latent)
-    require_finite(model, gradient)
-    directions = probe.directions()
-    found = [probe.slopes(next(directions), gradient)]
-    if not found[0]:
-        return
-    found += [probe.slopes(next(directions), gradient) for _ in range(_DIRECTIONS - 1)]
-    if not all(found):
-        return
-    names = [name for name, part in model.space.slices.items() if probe.differs_in(part, gradient)]
-    sites = f" in {', '.join(map(repr, names))}" if names else ""
-    warn_user(
-        f"autograd's gradient of the likelihood{sites} differs by {100 * max(found):.3g} % from the "
-        "function's derivative, by finite differences: something on the way detaches a part of it (as padding_idx does with a "
-        "row of a table), changes gradients in a hook, or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
-        "of the function.",
-        CurvatureWarning,
-    )
+    require_finite(probe.model, probe.gradient)
+    lines = [Line(probe) for _ in range(_DIRECTIONS)]
+    found = _all_of(line.mismatch() for line in lines)
+    if found:
+        names = [name for name, part in probe.model.space.slices.items() if probe.differs_in(part)]
+        sites = f" in {', '.join(map(repr, names))}" if names else ""
+        warn_user(
+            f"autograd's gradient of the likelihood{sites} differs by {100 * found:.3g} % from the "
+            "function's derivative, by finite differences: something on the way detaches a part of it (as padding_idx does with a "
+            "row of a table), changes gradients in a hook, or is a straight-through estimator. Point estimate, curvature and evidence are those of autograd's derivative, and not "
+            "of the function.",
+            CurvatureWarning,
+        )
+    found = _all_of(line.second_mismatch() for line in lines) if probe.hessian else 0.0
+    if found:
+        warn_user(
+            f"autograd's second derivatives of the likelihood differ by {100 * found:.3g} % from finite differences of its "
+            "gradient: an operation in the model has a second derivative that is wrong in torch (torch's own weight_norm is "
+            "one), or is differentiated by hand. The exact Hessian, and all that follows from it, is wrong as much: use curvature='ggn', or "
+            "write the operation out, v * g / v.norm(...).",
+            CurvatureWarning,
+        )
 
 
-def check_hessian(model: Any, latent: Tensor, batch: Batch) -> None:
-    """Warns where second derivatives of the likelihood at a packed vector ``(p,)`` are not derivatives of its gradient, raises if not finite."""
-    if wide(latent) is not latent:
-        return
-    probe = Probe(model, latent, batch)
-    leaf, gradient = probe.gradient(probe.latent, create_graph=True)
-    found, directions = [], probe.directions()
-    for _ in range(_DIRECTIONS):
-        u, v = next(directions), next(directions)
-        slope = 0.0
-        if gradient.requires_grad:
-            (image,) = torch.autograd.grad(gradient @ u, leaf, retain_graph=True, materialize_grads=True)
-            require_finite(model, image, "second derivative", "Move the point, or use curvature='ggn'.")
-            slope = float(image.double() @ v.double())
-
-        def phi(t: float, u: Tensor = u, v: Tensor = v) -> float:
-            return float(probe.gradient(probe.latent + t * v)[1].double() @ u.double())
-
-        found.append(mismatch(phi, slope, probe.eps))
-        if not found[-1]:
-            return
-    warn_user(
-        f"autograd's second derivatives of the likelihood differ by {100 * max(found):.3g} % from finite differences of its "
-        "gradient: an operation in the model has a second derivative that is wrong in torch (torch's own weight_norm is "
-        "one), or is differentiated by hand. The exact Hessian, and all that follows from it, is wrong as much: use curvature='ggn', or "
-        "write the operation out, v * g / v.norm(...).",
-        CurvatureWarning,
-    )
+def _all_of(errors: Iterable[float]) -> float:
+    """The largest of relative errors, zero if one is; the first that is zero is the last that is computed."""
+    largest = 0.0
+    for error in errors:
+        if not error:
+            return 0.0
+        largest = max(largest, error)
+    return largest
 
 
 def require_finite(

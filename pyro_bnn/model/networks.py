@@ -2,18 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks that a model calls, wherever it holds them, and the tensors in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.evaluation import evaluation_mode
+from pyro_bnn.model.handlers import Site
 from pyro_bnn.model.parameters import local_parameters, statement_leaves
 
 
@@ -109,3 +112,69 @@ def model_tensors(model: Any, guide: Any, batch: Batch, latents: Any = None) -> 
     held |= {id(value) for module in own for value in module.parameters(recurse=False)}
     leaves = {name: leaf for trace in traces for name, leaf in statement_leaves(trace)}
     return found | {f"param {name!r}": leaf for name, leaf in leaves.items() if id(leaf) not in held}
+
+
+class _Given(Messenger):
+    """Gives the latent sites of a network their values; a site without one, or with one of another shape, is an error."""
+
+    def __init__(self, latents: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.latents = latents
+        self.met: set[str] = set()
+
+    def _pyro_sample(self, msg: Site) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if name not in self.latents:
+            raise ValueError(
+                f"network_at: the network samples site {name!r}, of which latents hold no value (found {sorted(self.latents)}): "
+                "pass the latents of a guide, such as guide.median(), with the names of the model's sites."
+            )
+        value, shape = self.latents[name], msg["fn"].shape()
+        if value.shape != shape:
+            raise ValueError(
+                f"network_at: the value of site {name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}: pass one draw "
+                "at a time, {name: value[i] for name, value in draws.items()}."
+            )
+        self.met.add(name)
+        msg["value"], msg["done"] = value, True
+
+
+def network_at(network: Callable[..., Any], latents: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """
+    A network with latent sites as a plain function of its inputs, at given values of its latents.
+
+    It is differentiable in inputs and latents, so that it serves in functionals of :func:`pyro_bnn.infer.hfl.solve`, and is
+    :func:`torch.func.functional_call` for networks whose weights are sample sites. The network runs in evaluation mode and draws
+    nothing; sites of the model that are not the network's are left aside.
+
+    :param network: a network converted by :func:`~pyro_bnn.nn.bayesian_` or :func:`~pyro_bnn.nn.rank1_`, a
+        :class:`~pyro.nn.PyroModule`, or any function with :func:`pyro.sample` statements.
+    :param latents: values by site name, one draw: what a functional is given, ``guide.median()``, or a draw of
+        ``guide.sample_posterior()``.
+    :return: a function of the network's arguments, which returns what the network does.
+    :raises ValueError: when called, if the network samples a site of which there is no value, or none at all, or a value has
+        another shape than its site.
+
+    Example::
+
+        >>> from pyro_bnn.nn import bayesian_
+        >>> net = bayesian_(nn.Linear(2, 1))
+        >>> latents = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0]), "noise": torch.tensor(0.1)}
+        >>> network_at(net, latents)(torch.tensor([[1.0, 1.0]]))
+        tensor([[6.]])
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = _Given(latents)
+        with poutine.block(), given, evaluation_mode(network):
+            result = network(*args, **kwargs)
+        if not given.met:
+            raise ValueError(
+                f"network_at: the network ({type(network).__name__}) samples no site: convert it by bayesian_(net) or rank1_(net) "
+                "of pyro_bnn.nn, or use torch.func.functional_call."
+            )
+        return result
+
+    return call

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_bnn.model.coverage import Coverage, Repeats, is_likelihood, unobserved
 from pyro_bnn.model.data import Batch, Batches, as_batches, leaves, map_tensors
-from pyro_bnn.model.derivatives import check_gradient, check_hessian
+from pyro_bnn.model.derivatives import Probe, check_derivatives
 from pyro_bnn.model.handlers import (
     RowsMessenger,
     Site,
@@ -47,7 +47,7 @@ from pyro_bnn.model.local_latents import local_names
 from pyro_bnn.model.observations import check_run, validated_names
 from pyro_bnn.model.outputs import SiteOutputs, depends_on, site_outputs
 from pyro_bnn.model.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
-from pyro_bnn.model.reach import require_reach, site_leaves
+from pyro_bnn.model.reach import require_reach
 from pyro_bnn.ops.distributed import rank
 from pyro_bnn.ops.jacobian import wide
 
@@ -278,8 +278,7 @@ class PackedModel:
                     return self.outputs(latent, batch)
             except RuntimeError:  # a model that takes derivatives itself
                 pass
-        with sdpa_kernel(SDPBackend.MATH):  # callers may differentiate twice
-            return self.site_outputs(self.trace(latent, batch))
+        return self.site_outputs(self.trace(latent, batch))
 
     def site_outputs(self, trace: Trace) -> list[SiteOutputs]:
         """The same as :meth:`outputs`, from a trace that exists already."""
@@ -301,10 +300,9 @@ class PackedModel:
         found = self.rows(latent, batch, 1)
         if found and found[0].separate:
             batch = found[0].take((*batch, {}), slice(0, 64))[:2]
-        leaves = site_leaves(self, latent)
-        value = self.log_likelihood(self.trace(latent, batch, leaves), require_finite=False)
+        probe = Probe(self, latent, batch, hessian=hessian)
         other = self.log_likelihood(self.trace(latent, batch), require_finite=False)
-        first, second = float(value.detach()), float(other.detach())
+        first, second = probe.log_likelihood, float(other.detach())
         if abs(first - second) > 1e3 * torch.finfo(latent.dtype).eps * abs(first):
             raise ValueError(
                 f"the model is not a function of its latents: two runs gave log likelihoods {first:.6g} and {second:.6g}. "
@@ -312,10 +310,8 @@ class PackedModel:
                 "poutine.block(poutine.condition(model, data={'sigma': value}), hide=['sigma']). Random subsampling and "
                 "random layers do the same."
             )
-        require_reach(self, latent, batch, leaves, value)
-        check_gradient(self, latent, batch)
-        if hessian:
-            check_hessian(self, latent, batch)
+        require_reach(probe)
+        check_derivatives(probe)
         return batch
 
     def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:

@@ -3,13 +3,12 @@
 """Whether gradients of the likelihood reach the latents that it depends on."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.model.data import Batch
+from pyro_bnn.model.derivatives import Probe
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 
 _CAUSES = (
@@ -34,39 +33,27 @@ def nothing_reached(names: Sequence[str]) -> ValueError:
     )
 
 
-def site_leaves(model: Any, latent: Tensor) -> dict[str, Tensor]:
-    """The latent sites at a packed vector ``(p,)`` as tensors of their own, to differentiate in."""
-    sites = model.space.unpack(latent.detach())
-    return {name: value.detach().clone().requires_grad_(True) for name, value in sites.items()}
-
-
-def require_reach(model: Any, latent: Tensor, batch: Batch, leaves: dict[str, Tensor], value: Tensor) -> None:
-    """
-    Raises if no latent site reaches the likelihood ``value`` that a run on the :func:`site_leaves` gave, or if one moves it
-    without a gradient.
-    """
-    names = unreached(value, leaves)
-    if not names:
-        return
-    moving = [name for name in names if _moves(model, latent, batch, name, float(value.detach()))]
+def require_reach(probe: Probe) -> None:
+    """Raises if no latent site reaches the likelihood, or if one moves it without a gradient."""
+    moving = [name for name in probe.unreached if _moves(probe, name)]
     if moving:
         raise ValueError(
             f"the likelihood depends on the latent sites {moving}, but its gradient does not reach them: their "
             f"posterior would be their prior. {_CAUSES.partition(', or')[0]}: compute it by torch operations."
         )
-    if len(names) == len(leaves):
-        raise nothing_reached(names)
+    if probe.unreached == list(probe.model.space.slices):
+        raise nothing_reached(probe.unreached)
 
 
-def _moves(model: Any, latent: Tensor, batch: Batch, name: str, before: float) -> bool:
+def _moves(probe: Probe, name: str) -> bool:
     """Whether another value of a site gives another likelihood."""
-    moved = latent.detach().clone()
-    generator = torch.Generator(device=latent.device).manual_seed(0)
+    model, moved, before = probe.model, probe.latent.clone(), probe.log_likelihood
+    generator = torch.Generator(device=moved.device).manual_seed(0)
     part = moved[model.space.slices[name]]
     part += torch.randn(part.shape, generator=generator, dtype=part.dtype, device=part.device)
     with torch.random.fork_rng():
-        after = model.log_likelihood(model.trace(moved, batch), require_finite=False)
-    return abs(float(after.detach()) - before) > 1e3 * torch.finfo(latent.dtype).eps * abs(before)
+        after = model.log_likelihood(model.trace(moved, probe.batch), require_finite=False)
+    return abs(float(after.detach()) - before) > 1e3 * probe.eps * abs(before)
 
 
 def check_reached(trace: Trace, leaves: dict[str, Tensor]) -> None:

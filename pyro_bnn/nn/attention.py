@@ -64,6 +64,14 @@ class Rank1MultiheadAttention(AttentionMixin, Rank1PerSampleMixin, _Attention):
 
     The arguments are those of :class:`torch.nn.MultiheadAttention`, and by keyword those of
     :class:`~pyro_bnn.nn.Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> attention = Rank1MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.zeros(3, 5, 8)
+        >>> attention(x, x, x)[0].shape
+        torch.Size([3, 5, 8])
     """
 
     _torch_layer = nn.MultiheadAttention

@@ -65,36 +65,90 @@ class _Rank1ConvTranspose(_Rank1Conv):
 
 
 class Rank1Conv1d(_Rank1Conv, _Conv1d):
-    """:class:`torch.nn.Conv1d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.Conv1d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1Conv1d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 4, 6])
+    """
 
     _post = 1
 
 
 class Rank1Conv2d(_Rank1Conv, _Conv2d):
-    """:class:`torch.nn.Conv2d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.Conv2d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1Conv2d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 6, 6])
+    """
 
     _post = 2
 
 
 class Rank1Conv3d(_Rank1Conv, _Conv3d):
-    """:class:`torch.nn.Conv3d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.Conv3d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1Conv3d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
+        torch.Size([2, 4, 6, 6, 6])
+    """
 
     _post = 3
 
 
 class Rank1ConvTranspose1d(_Rank1ConvTranspose, _ConvTranspose1d):
-    """:class:`torch.nn.ConvTranspose1d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.ConvTranspose1d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1ConvTranspose1d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 4, 10])
+    """
 
     _post = 1
 
 
 class Rank1ConvTranspose2d(_Rank1ConvTranspose, _ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.ConvTranspose2d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1ConvTranspose2d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 4, 10, 10])
+    """
 
     _post = 2
 
 
 class Rank1ConvTranspose3d(_Rank1ConvTranspose, _ConvTranspose3d):
-    """:class:`torch.nn.ConvTranspose3d` with one random factor per input and output channel and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.ConvTranspose3d` with one random factor per input and output channel and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> layer = Rank1ConvTranspose3d(3, 4, kernel_size=3)
+        >>> layer(torch.zeros(2, 3, 8, 8, 8)).shape
+        torch.Size([2, 4, 10, 10, 10])
+    """
 
     _post = 3

@@ -153,6 +153,13 @@ class LearnedScalePrior(ScalePrior):
     :param bool per_element: one scale per element rather than one per site.
     :param loc: see :class:`ScalePrior`.
     :param family: see :class:`ScalePrior`.
+
+    Example::
+
+        >>> from pyro_bnn.nn import Rank1Linear
+        >>> layer = Rank1Linear(3, 2, prior=LearnedScalePrior(0.2))
+        >>> sorted(name for name, _ in layer.named_parameters() if "scale" in name)
+        ['r_prior_scale_raw', 's_prior_scale_raw']
     """
 
     def __init__(
@@ -192,6 +199,14 @@ class ClosedFormPrior(ScalePrior):
     :param float concentration: :math:`\alpha`.
     :param float rate: :math:`\beta`; the defaults have mean 0.1, as in [1].
     :param float loc: :math:`\mu`.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_bnn.nn import Rank1Linear
+        >>> layer = Rank1Linear(3, 2, prior=ClosedFormPrior())
+        >>> layer(torch.zeros(5, 3)).shape
+        torch.Size([5, 2])
 
     **References**
 

@@ -35,6 +35,14 @@ class Rank1Options:
         components under another prior want a clip too.
     :param str apply: ``"scale"`` multiplies activations by the factors, ``"materialise"`` builds the weight of every
         sample, ``"auto"`` takes what touches less memory.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_bnn.nn import Rank1Linear
+        >>> layer = Rank1Linear(3, 2, rank=2, form="residual")
+        >>> layer.r.shape
+        torch.Size([2, 2])
     """
 
     prior: Any = None

@@ -129,36 +129,90 @@ class _Rank1Recurrent(RecurrentMixin, _Rank1Cell):
 
 
 class Rank1RNN(_Rank1Recurrent, _RNN):
-    """:class:`torch.nn.RNN` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.RNN` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> output, state = Rank1RNN(3, 4, batch_first=True)(torch.zeros(2, 5, 3))
+        >>> output.shape
+        torch.Size([2, 5, 4])
+    """
 
     _torch_layer = nn.RNN
 
 
 class Rank1GRU(_Rank1Recurrent, _GRU):
-    """:class:`torch.nn.GRU` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.GRU` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> output, state = Rank1GRU(3, 4, batch_first=True)(torch.zeros(2, 5, 3))
+        >>> output.shape
+        torch.Size([2, 5, 4])
+    """
 
     _torch_layer = nn.GRU
 
 
 class Rank1LSTM(_Rank1Recurrent, _LSTM):
-    """:class:`torch.nn.LSTM` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.LSTM` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> output, state = Rank1LSTM(3, 4, batch_first=True)(torch.zeros(2, 5, 3))
+        >>> output.shape
+        torch.Size([2, 5, 4])
+    """
 
     _torch_layer = nn.LSTM
 
 
 class Rank1RNNCell(_Rank1Cell, _RNNCell):
-    """:class:`torch.nn.RNNCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.RNNCell` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> state = Rank1RNNCell(3, 4)(torch.zeros(2, 3))
+        >>> state.shape
+        torch.Size([2, 4])
+    """
 
     _torch_layer = nn.RNNCell
 
 
 class Rank1GRUCell(_Rank1Cell, _GRUCell):
-    """:class:`torch.nn.GRUCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.GRUCell` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> state = Rank1GRUCell(3, 4)(torch.zeros(2, 3))
+        >>> state.shape
+        torch.Size([2, 4])
+    """
 
     _torch_layer = nn.GRUCell
 
 
 class Rank1LSTMCell(_Rank1Cell, _LSTMCell):
-    """:class:`torch.nn.LSTMCell` with random factors on input and recurrent weights and :class:`Rank1Options`."""
+    """
+    :class:`torch.nn.LSTMCell` with random factors on input and recurrent weights and :class:`Rank1Options`.
+
+    Example::
+
+        >>> import torch
+        >>> state = Rank1LSTMCell(3, 4)(torch.zeros(2, 3))
+        >>> state[0].shape
+        torch.Size([2, 4])
+    """
 
     _torch_layer = nn.LSTMCell

@@ -23,10 +23,10 @@ from tests.infer.models import linear_data, linear_model
 SUFFIXES = [".nc", ".zarr"]
 
 
-def export(path: Path, num_samples: int, **options: Any) -> xr.DataTree:
+def export(path: Path, num_samples: int, *, block_size: int = 20, **options: Any) -> xr.DataTree:
     x, y = linear_data(17)
     draws = {"weight": torch.randn(num_samples, 3)}
-    return to_datatree(linear_model, draws, (x, y), path=path, block_size=20, weights=True, **options)
+    return to_datatree(linear_model, draws, (x, y), path=path, block_size=block_size, weights=True, **options)
 
 
 def opened(path: Path) -> xr.DataTree:
@@ -47,7 +47,7 @@ def test_full_disk_is_an_error_and_keeps_the_old_file(suffix: str, tmp_path: Pat
             before = tree["log_likelihood"]["obs"].values
             assert tree.attrs["complete"] == 1
         with pytest.raises(OSError, match=f"what was there before is unchanged.*tree{suffix}"):
-            export(path, 20_000)
+            export(path, 20_000, block_size=200)
         assert names(tmp_path) == [path.name]
         with opened(path) as tree:
             np.testing.assert_array_equal(tree["log_likelihood"]["obs"].values, before)
@@ -87,7 +87,7 @@ path, limit = Path(sys.argv[1]), int(sys.argv[2])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 print("begin", flush=True)
-export(path, 20_000).close()
+export(path, 20_000, block_size=100).close()
 print("end", flush=True)
 """
 

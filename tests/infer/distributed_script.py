@@ -52,7 +52,7 @@ def train(rank: int, world: int) -> dict[str, Tensor]:
     ):
         pyro.set_rng_seed(1 + rank)
         result = fit(
-            model, guide, loader, num_epochs=20, optim=0.05, elbo=elbo, kl_scale=kl_scale, progress_bar=False
+            model, guide, loader, num_epochs=6, optim=0.05, elbo=elbo, kl_scale=kl_scale, progress_bar=False
         )
         found[f"{name} losses"] = result.losses
         for key, value in guide.named_parameters():
@@ -184,7 +184,7 @@ def wrapped(rank: int, world: int) -> dict[str, Tensor]:
         if world > 1:
             module = torch.nn.parallel.DistributedDataParallel(module)
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
-        for step in range(20):
+        for step in range(6):
             torch.manual_seed(step)
             optimizer.zero_grad()
             module(*batches[step % 2]).backward()

@@ -43,6 +43,7 @@ def run_script(folder: Path, name: str, kill_after: tuple[int, float] | None = N
     return code == 0
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_and_resumed(tmp_path: Path) -> None:
     """kill -9 anywhere, start again: the same losses and parameters, bit by bit."""
     assert run_script(tmp_path, "whole")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyro_bnn
 from pyro_bnn.infer.autoguide import AutoLaplace
 from tests.common import assert_close
 
@@ -94,6 +95,37 @@ def test_laplace_torch(network, kind, subset, theirs, options):
     assert_close(covariance, variance, rtol=1e-5, atol=1e-7)
     if subset == "all":  # for a last layer the two count different parts of the prior
         assert_close(guide.log_evidence(), peer.log_marginal_likelihood(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize(
+    ("theirs", "structure"), [("full", "full"), ("kron", "kronecker"), ("diag", "diagonal")]
+)
+@pytest.mark.filterwarnings("default")
+def test_laplace_torch_in_one_call(kind, theirs, structure):
+    """The same network, prior precision and noise give the same covariances and evidence."""
+    peers = pytest.importorskip("laplace", exc_type=(ImportError, RuntimeError))
+    net, _, x, y = problem(kind)
+    noise = kind == "regression"
+    loader = DataLoader(TensorDataset(x, y), batch_size=30)
+    guide = pyro_bnn.laplace(
+        net, loader, likelihood=kind, structure=structure, prior=dist.Normal(0.0, PRECISION**-0.5), tune=None,
+        noise=SIGMA if noise else None, map_tolerance=float("inf"),
+    )  # fmt: skip
+    options = {"sigma_noise": SIGMA} if noise else {}
+    peer = peers.Laplace(
+        net, kind, subset_of_weights="all", hessian_structure=theirs, prior_precision=PRECISION, **options
+    )
+    peer.fit(loader)
+    covariance, variance = (
+        guide.linearized_outputs(x)["obs"].covariance,
+        peer._glm_predictive_distribution(x)[1],
+    )
+    if not noise:
+        center = torch.eye(3) - 1 / 3
+        covariance, variance = center @ covariance @ center, center @ variance @ center
+    assert_close(covariance, variance, rtol=1e-9, atol=1e-12)
+    assert_close(guide.log_evidence(), peer.log_marginal_likelihood(), rtol=1e-10)
 
 
 @pytest.mark.filterwarnings("default")

@@ -57,9 +57,12 @@ def rows(net: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([value.flatten(2) for value in found.values()], -1)
 
 
-def log_evidence(u: Tensor, J: Tensor, residual: Tensor, mask: Tensor, tau: Tensor, noise: float) -> float:
+def log_evidence(
+    u: Tensor, J: Tensor, residual: Tensor, mask: Tensor, tau: Tensor, noise: float, curvature: str
+) -> float:
     """Under the prior N(0, 1 / tau), tau of shape (p,), by dense linear algebra; the curvature has the entries of a mask."""
-    precision = mask * (J.mT @ J) / noise**2 + tau.diag()
+    root = J / noise if curvature == "ggn" else residual.unsqueeze(-1) * J / noise**2  # scores
+    precision = mask * (root.mT @ root) + tau.diag()
     likelihood = -0.5 * (residual / noise).square().sum() - len(J) * math.log(noise * math.sqrt(2 * math.pi))
     prior = 0.5 * (tau.log() - math.log(2 * math.pi) - tau * u**2).sum()
     return float(likelihood + prior + len(u) / 2 * math.log(2 * math.pi) - 0.5 * torch.logdet(precision))
@@ -71,8 +74,10 @@ def held_out_density(J: Tensor, new: Tensor, residual: Tensor, tau: float, noise
     return float(torch.distributions.Normal(0.0, scale).log_prob(residual).sum())
 
 
-@pytest.mark.parametrize("structure", ["full", "block"])
-def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any) -> None:
+@pytest.mark.parametrize(
+    ("structure", "curvature"), [("full", "ggn"), ("block", "ggn"), ("full", "empirical_fisher")]
+)
+def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any, curvature: Any) -> None:
     """One multiplier for all, or one for each of two layers, and the noise, by a search of scipy's."""
     x, y = data()
     net = trained(network(), x, y)
@@ -81,18 +86,30 @@ def test_prior_and_noise_at_the_joint_optimum_of_the_evidence(structure: Any) ->
     per, layers, mask = "global", torch.zeros_like(sites), torch.ones(len(sites), len(sites))
     if structure == "block":
         per, layers, mask = "layer", sites // 2, (sites == sites[:, None]).double()
-    options: Any = {"structure": structure, "prior": dist.Normal(0.0, 1.0), "per": per, **FAR}
-    guide = pyro_bnn.laplace(net, (x, y), likelihood="regression", **options)
+    options: Any = {"structure": structure, "prior": dist.Normal(0.0, 1.0), "curvature": curvature, **FAR}
+    guide = pyro_bnn.laplace(net, (x, y), likelihood="regression", per=per, **options)
     pieces = weights(net), rows(net, x)[:, 0], y - net(x).detach()[:, 0], mask
 
     def loss(z: Any) -> float:
-        return -log_evidence(*pieces, torch.as_tensor(z[1:]).exp()[layers], math.exp(z[0]))
+        return -log_evidence(*pieces, torch.as_tensor(z[1:]).exp()[layers], math.exp(z[0]), curvature)
 
     best = minimize(loss, np.zeros(2 + int(layers.max())), tol=1e-10)
     assert guide.tau is not None
     assert_close(guide.model.noise.detach(), math.exp(best.x[0]), rtol=2e-5)
     assert_close(guide.tau.expand(len(layers)), torch.as_tensor(best.x[1:]).exp()[layers], rtol=2e-5)
     assert_close(guide.log_evidence(), -best.fun, rtol=1e-9)
+
+
+def test_layers_that_the_structure_couples_share_the_search_for_the_noise() -> None:
+    x, y = data()
+    net = trained(network(), x, y)
+    found = [
+        pyro_bnn.laplace(net, (x, y), likelihood="regression", structure="full", per=per, **FAR)
+        for per in ("global", "layer")
+    ]
+    assert_close(found[1].model.noise.detach(), found[0].model.noise.detach())
+    assert [len(guide.tau.unique()) for guide in found if guide.tau is not None] == [1, 2]
+    assert float(found[1].log_evidence()) > float(found[0].log_evidence())
 
 
 def test_prior_and_noise_by_held_out_data() -> None:
@@ -168,6 +185,52 @@ def test_the_network_is_unchanged_and_its_outputs_are_kept() -> None:
     mean = guide.linearized_outputs(x)["obs"].mean
     net.eval()
     assert_close(mean, net(x).log_softmax(-1).detach(), rtol=1e-12)
+
+
+def test_frozen_parameters_of_every_layer_are_kept_and_no_others() -> None:
+    """A token, the weight of a layer, a layer as a whole, and one tensor of an attention layer, which renames its own."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 1, 4))
+            self.embed, self.first, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.token.expand(len(x), -1, -1), self.first(self.embed(x))], 1)
+            return self.head(self.mix(h, h, h)[0][:, 0])
+
+    net, x, y = Encoder(), torch.randn(12, 5, 2), torch.arange(12) % 3
+    kept = {"token": net.token, "embed.weight": net.embed.weight, "embed.bias": net.embed.bias}
+    kept |= {"first.weight": net.first.weight, "mix.in_proj_bias": net.mix.in_proj_bias}
+    for parameter in kept.values():
+        parameter.requires_grad_(False)
+    guide = pyro_bnn.laplace(net, (x, y), likelihood="classification", structure="diagonal", tune=None, **FAR)
+    random = {
+        "first.bias",
+        "head.weight",
+        "head.bias",
+        "mix.in_proj_weight",
+        "mix.out_proj_weight",
+        "mix.out_proj_bias",
+    }
+    assert set(guide.median()) == {f"net.{name}" for name in random}
+    assert len(guide.loc) == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    found = dict(guide.model.net.named_parameters())
+    for name, value in kept.items():
+        assert_close(found[name], value, rtol=0)
+        assert not found[name].requires_grad
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_contexts_without_gradients(context: Any) -> None:
+    x, y = data()
+    net = network()
+    reference = pyro_bnn.laplace(net, (x, y), likelihood="regression", **FAR)
+    with context():
+        guide = pyro_bnn.laplace(net, (x.clone(), y), likelihood="regression", **FAR)
+        assert_close(guide.predictive(x)["obs"].stddev, reference.predictive(x)["obs"].stddev)
 
 
 def test_loaders_of_every_form_are_the_same_data() -> None:
@@ -363,7 +426,11 @@ def test_export_holds_the_model() -> None:
         ),
         (
             lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True),
-            "the evidence of the noise is not a function of one decomposition",
+            "tune='evidence' does not find the noise from one decomposition",
+        ),
+        (
+            lambda o, x, y: o.update(curvature="empirical_fisher", validation=(x, y)),
+            "tune='validation' does not find the noise from one decomposition",
         ),
     ],
 )  # fmt: skip
@@ -373,3 +440,12 @@ def test_refused(change: Any, says: str) -> None:
     change(options, x, y)
     with pytest.raises(ValueError, match=says):
         pyro_bnn.laplace(**options)
+
+
+def test_a_network_that_fails_is_shown_its_arguments() -> None:
+    x, y = data()
+    with pytest.raises(TypeError, match=r"argument 0 of the model is a numpy array of shape \(30, 2\)"):
+        pyro_bnn.laplace(network(), (x.numpy(), y), likelihood="regression")
+    with pytest.raises(RuntimeError) as caught:
+        pyro_bnn.laplace(network(), (x[:, :1], y), likelihood="regression")
+    assert "argument 0 of shape (30, 1), argument 1 of shape (30,)" in caught.value.__notes__[0]

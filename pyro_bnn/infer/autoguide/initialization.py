@@ -36,6 +36,15 @@ def init_component(site: Any) -> Tensor:
 
     :param site: a sample site.
     :return: a value of the site.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_bnn import AutoMixture, rank1_
+        >>> net = rank1_(torch.nn.Linear(3, 2))
+        >>> guide = AutoMixture(net, 2, init_loc_fn=init_component).initialize(torch.zeros(1, 3))
+        >>> guide.num_components
+        2
     """
     hint = site_hint(site)
     role, init = hint.get("role"), hint.get("init")
@@ -100,6 +109,15 @@ def init_to_normal(
     :param float scale: its standard deviation.
     :param callable fallback: initialisation of all other sites.
     :return: the initial value.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_bnn import AutoMixture, rank1_
+        >>> net = rank1_(torch.nn.Linear(3, 2))
+        >>> guide = AutoMixture(net, 2, init_loc_fn=init_to_normal(scale=0.5)).initialize(torch.zeros(1, 3))
+        >>> guide.median()["s"].shape
+        torch.Size([3])
     """
     if site is None:
         return lambda site: init_to_normal(site, loc=loc, scale=scale, fallback=fallback)

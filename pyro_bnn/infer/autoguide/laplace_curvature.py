@@ -217,7 +217,7 @@ class LaplaceCurvature:
             raise NotAMinimumError(
                 f"curvature={self.curvature!r} is positive semi-definite, but together with the prior it is not "
                 f"positive definite in {loc.dtype}: the prior's curvature is not positive, or too small for the "
-                f"precision. Use float64 or a narrower prior.{where} ({error})"
+                f"precision. Use float64 or a narrower prior.{where} ({str(error).partition('. ')[0]})"
             ) from None
         for part, (index, piece) in zip(parts, pieces, strict=True):
             sums = part.tensors.get("curvature", part.prior).dtype

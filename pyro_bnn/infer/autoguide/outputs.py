@@ -44,6 +44,20 @@ class LinearizedOutputs(Described):
     :ivar site: builds the site's distribution at given parameters.
     :ivar joint: :attr:`event_covariance`, or a function that computes it; only of sites with event dimensions.
     :ivar differentiable: whether mean and covariance have their graph to the arguments of the model, and distributions keep it.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> outputs = guide.linearized_outputs(x)["obs"]
+        >>> outputs.mean.shape, outputs.covariance.shape, outputs.names
+        (torch.Size([3, 1]), torch.Size([3, 1, 1]), ('loc',))
     """
 
     mean: Tensor

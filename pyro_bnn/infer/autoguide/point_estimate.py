@@ -13,7 +13,14 @@ from pyro_bnn.ops.notice import warn_user
 
 
 class PointEstimateWarning(UserWarning):
-    """Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero."""
+    """
+    Draws of a guide that is a point estimate are all the same: the epistemic uncertainty of predictions is zero.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", PointEstimateWarning)  # no prediction without an approximation
+    """
 
 
 @dataclass(repr=False)
@@ -26,6 +33,19 @@ class MAPReport(Described):
     :ivar newton_decrement: :math:`\sqrt{g^\top P^{-1} g}`: the length of the Newton step in posterior standard
         deviations. Zero at the MAP.
     :ivar smallest_curvature: an estimate of the smallest eigenvalue of the precision P; nan after ``polish``, which forms none.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> guide.map_report.newton_decrement < 1e-6
+        True
     """
 
     loss: float

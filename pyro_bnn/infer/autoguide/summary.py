@@ -31,6 +31,19 @@ class GuideSummary(Described):
     :ivar facts: by name, in words: structure, convergence of the point estimate, evidence.
     :ivar sites: by site, the columns of the table: ``shape``, ``latents`` and what the guide has for a site, such as
         ``location`` and ``sd``.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x)).laplace_approximation((x, x))
+        >>> list(guide.summary().sites)
+        ['w']
     """
 
     title: str
@@ -112,6 +125,18 @@ def summarize(guide: Any, options: Sequence[str]) -> GuideSummary:
     else:
         facts, sites = (_of_modes if hasattr(guide, "components") else _of_linearized)(guide)
     return GuideSummary(_title(guide, options), facts, sites)
+
+
+def outline(guide: Any, options: Sequence[str]) -> str:
+    """What a guide is, without a computation, as a table for notebooks."""
+    rows = {name: repr(getattr(guide, name)) for name in options if getattr(guide, name) is not None}
+    if guide.prototype_trace is None:
+        return as_html(type(guide).__name__, rows | {"state": "not initialised"})
+    sizes = [site["value"].numel() for _, site in guide.prototype_trace.iter_stochastic_nodes()]
+    rows["latents"] = f"{sum(sizes):,} in {len(sizes)} sites"
+    if hasattr(guide, "is_fitted"):
+        rows["state"] = "Gaussian" if guide.is_fitted else "point estimate"
+    return as_html(type(guide).__name__, rows | {"more": "guide.summary()"})
 
 
 def _prior_scale(guide: Any) -> Tensor | None:

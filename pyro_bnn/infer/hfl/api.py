@@ -92,7 +92,8 @@ def solve(
     :param targets: one batch of inputs. Without ``functional``, the functionals are the parameters of the observed
         sites there (mean, logits).
     :param callable functional: any differentiable function of the latents by site name (constrained values), and of
-        ``targets`` if given, that returns a tensor.
+        ``targets`` if given, that returns a tensor; :func:`~pyro_bnn.infer.network_at` calls a network at these latents, as
+        in ``lambda latents, x: network_at(net, latents)(x).max()``.
     :param str method: see the table.
     :param str curvature: ``"hessian"``, or ``"ggn"``: the linearised model.
     :param float epsilon: ε; default 1e-3 in float64 and 3e-3 in float32.
@@ -122,6 +123,21 @@ def solve(
     :raises ValueError: for a functional that depends on the latents without a gradient (an argmax, a probability of
         exceeding a threshold, a detached value), or with another than it has (a part of it is detached): take draws of
         functions.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> result = hfl.solve(guide, (x, x), (torch.tensor([1.0, 2.0]),))
+        >>> bool((result.variance[1] / result.variance[0] - 4).abs() < 1e-6)  # f(x) = w x
+        True
     """
     (data,) = args
     if method == "regvar":
@@ -217,6 +233,20 @@ def regvar(
     :param chunk_size: how many reverse passes run at once.
     :param kwargs: keyword arguments of the model.
     :return: a :class:`~pyro_bnn.infer.hfl.RegVarScore`.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> hfl.regvar(guide, (x, x), (x,)).score.shape
+        torch.Size([3])
     """
     (data,) = args
     check_option("curvature", curvature, Curvature)
@@ -286,6 +316,20 @@ def covariance(
     :param functional: a function of the latents; default: the parameters of the observed sites at ``targets``.
     :param options: of :func:`solve`. With ``robust=True`` the sandwich covariance is returned.
     :return: shape ``(m, m)``, for the flattened value of the functional.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> hfl.covariance(guide, (x, x), functional=lambda latents: torch.stack([latents["w"], 2 * latents["w"]])).shape
+        torch.Size([2, 2])
     """
     result = solve(guide, *args, targets=targets, functional=functional, **options)
     return result.covariance if result.sandwich is None else result.sandwich

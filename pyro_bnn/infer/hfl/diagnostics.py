@@ -13,7 +13,14 @@ from pyro_bnn.ops.notice import warn_user
 
 
 class HFLWarning(UserWarning):
-    """A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate."""
+    """
+    A Hessian-free Laplace result whose own diagnostics say that it may be inaccurate.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", HFLWarning)  # no variance that its own diagnostics doubt
+    """
 
 
 @dataclass(kw_only=True, repr=False)

@@ -30,6 +30,12 @@ class RegVarScore(Described):
     :ivar spread: the standard deviation of the logarithm of that factor: 0.1 means that calibrated scores are
         variances within about 10 %, and 2 that they are no variances at all.
     :ivar rank_correlation: Spearman's, between scores and exact variances of the calibrating solves.
+
+    Example::
+
+        >>> import torch
+        >>> RegVarScore(torch.tensor([1.0, 2.0]), torch.Size([2]), scale=3.0).calibrated
+        tensor([3., 6.])
     """
 
     score: Tensor

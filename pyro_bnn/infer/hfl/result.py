@@ -46,6 +46,21 @@ class HFLResult(Diagnostics):
     :ivar products: curvature-vector products.
     :ivar gradient_evaluations: gradients of the loss over all the data.
     :ivar warnings: what the user was warned of.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoLaplace
+        >>> guide = AutoLaplace(model).initialize(x, x).polish((x, x))
+        >>> from pyro_bnn import hfl
+        >>> result = hfl.solve(guide, (x, x), (torch.tensor([1.0, 2.0]),))
+        >>> result.variance.shape, result.covariance.shape
+        (torch.Size([2, 1]), torch.Size([2, 2]))
     """
 
     shape: torch.Size

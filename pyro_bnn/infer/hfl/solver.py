@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.curvature.definite import hierarchy_hint
 from pyro_bnn.curvature.prior import prior_curvature
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.model.data import iter_batches
@@ -87,11 +88,12 @@ class Solver:
                     f"the {self.problem.curvature} has a direction of curvature {result.smallest_curvature:.3g}: the "
                     "point estimate is not a minimum and has no Laplace approximation. Call guide.polish(data) in "
                     "float64, train longer, use curvature='ggn', or set proximal='auto' and report its delta."
+                    f"{hierarchy_hint(self.problem.model.space, self.problem.model.space.slices)}"
                 )
             if tolerance is None:
                 self.residual = max(self.residual, float(result.residual.max()))
             parts.append(result.solution)
-        return torch.cat(parts) if parts else torch.zeros_like(rhs)
+        return torch.cat(parts)
 
     def scaled(self, r: Tensor) -> Tensor:
         """The preconditioner's image of tensors of shape ``(S, p)``."""

@@ -29,7 +29,14 @@ SPREAD = 0.3
 
 
 class ComponentLoopWarning(UserWarning):
-    """The components of a mixture run through the model one by one; the text says why they cannot together."""
+    """
+    The components of a mixture run through the model one by one; the text says why they cannot together.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.simplefilter("error", ComponentLoopWarning)  # rather stop than loop
+    """
 
 
 def check_alone(step: Step) -> tuple[Trace, Mapping[str, Any], dict[str, str]]:

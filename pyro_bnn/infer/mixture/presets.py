@@ -39,6 +39,14 @@ class Rank1Preset:
     :param likelihood: see :class:`~pyro_bnn.infer.Mixture_ELBO`.
     :param kl: see :class:`~pyro_bnn.infer.Mixture_ELBO`.
     :param annealing: the fraction of the steps over which the KL rises linearly to its full weight.
+
+    Example::
+
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> _ = default_preset().convert_(net)
+        >>> type(net[0]).__name__
+        'Rank1Linear'
     """
 
     prior: Any

@@ -101,6 +101,10 @@ def component_draws(guide: Any, num_samples: int) -> Draws:
 
 def _thin(samples: Mapping[str, Tensor], num_samples: int | None) -> Draws:
     sizes = {name: len(value) for name, value in samples.items()}
+    if not sizes:
+        raise ValueError(
+            "The posterior is a mapping without sites: pass draws by the names of the model's latent sites."
+        )
     if len(set(sizes.values())) != 1:
         raise ValueError(f"The sites do not have the same number of draws in their first dimension: {sizes}.")
     size = next(iter(sizes.values()))

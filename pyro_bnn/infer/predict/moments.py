@@ -47,6 +47,18 @@ class SiteMoments(Described):
     :param dims: names of the dims of the observations.
     :param mask: which observations count, bool; ``None`` if all do. The log density of the others is zero.
 
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> found = predictive_moments(model, {"w": torch.tensor([0.0, 2.0])}, (x, x))["obs"]
+        >>> found.mean, found.epistemic.shape, found.log_density.shape
+        (tensor([1., 1., 1.]), torch.Size([3]), torch.Size([3]))
+
     **References**
 
     Depeweg et al., *Decomposition of uncertainty in Bayesian deep learning*, ICML 2018.
@@ -113,6 +125,18 @@ class PredictiveMoments(BySite[SiteMoments]):
     What :func:`predictive_moments` returns: a mapping from observed sites to :class:`SiteMoments`.
 
     :param sites: the moments by site.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> moments = predictive_moments(model, {"w": torch.zeros(4)}, (x, x))
+        >>> list(moments)
+        ['obs']
     """
 
     def to_dataset(self) -> "xr.Dataset":

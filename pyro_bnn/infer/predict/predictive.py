@@ -30,6 +30,18 @@ class PosteriorPredictive(BySite[SitePrediction]):
     :param sites: the predictions by site.
     :param draws: the posterior draws that were used, by latent site.
     :param bool vectorized: whether the model was run under many draws at once.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> prediction = posterior_predictive(model, {"w": torch.zeros(4)}, (x,))
+        >>> list(prediction), prediction["obs"].mean.shape
+        (['obs'], torch.Size([4, 3]))
     """
 
     def __init__(self, sites: dict[str, SitePrediction], draws: Draws, vectorized: bool) -> None:

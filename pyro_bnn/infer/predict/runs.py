@@ -28,7 +28,8 @@ from pyro_bnn.infer.predict.together import (
     predicted_names,
     undrawn,
 )
-from pyro_bnn.model.data import Batch, Path, argument_name, coincidences, leaves, map_tensors
+from pyro_bnn.model.arguments import explain_arrays
+from pyro_bnn.model.data import Arguments, Batch, Path, argument_name, coincidences, leaves, map_tensors
 from pyro_bnn.model.dispatch import Watch
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import (
@@ -254,7 +255,8 @@ class ModelRunner:
             before = map_tensors(batch, Tensor.clone)
             try:
                 self._inspect(batch)
-            except FAILURES:
+            except FAILURES as error:
+                explain_arrays(error, Arguments(*batch))
                 self._check_shapes(batch)
                 raise
             require_unchanged(batch, before)

@@ -35,6 +35,19 @@ class SitePrediction(Described):
         of one, ``"numeric"`` elsewhere.
     :param mask: which observations count, bool, shape ``(*batch,)``, or ``(*batch, *event)`` where elements of an event are
         masked one by one; ``None`` if all do. The log likelihood of the others is zero.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import posterior_predictive
+        >>> found = posterior_predictive(model, {"w": torch.zeros(4)}, (x, x))["obs"]
+        >>> found.mean.shape, found.log_likelihood.shape, found.kind
+        (torch.Size([4, 3]), torch.Size([4, 3]), 'numeric')
     """
 
     samples: Tensor | None

@@ -48,6 +48,23 @@ class Checkpoint:
     :param int every_steps: steps between two checkpoints; by default only the time decides.
     :param float every_seconds: seconds between two checkpoints.
     :param bool resume: whether a file that is there already is continued.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> import tempfile
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/run.ckpt"
+        ...     options = {"checkpoint": Checkpoint(path, every_steps=2), "progress_bar": False}
+        ...     _ = fit(model, AutoMixture(model, 1), (x, x), num_steps=4, **options)
+        ...     fit(model, AutoMixture(model, 1), (x, x), num_steps=6, **options).num_steps  # goes on
+        6
     """
 
     def __init__(

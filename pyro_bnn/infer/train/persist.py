@@ -66,6 +66,22 @@ def save_guide(
         elsewhere); :func:`load_guide` then refuses a model whose tensors are others.
     :raises TypeError: if the guide is a function, whose parameters live in Pyro's parameter store.
     :raises OSError: if the file cannot be written; one that was there before is unchanged.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> import tempfile
+        >>> from pyro_bnn import AutoMixture
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_guide(AutoMixture(model, 2).initialize(x, x), f"{folder}/guide.pt")
+        ...     loaded = load_guide(AutoMixture(model, 2), f"{folder}/guide.pt")
+        >>> loaded.num_components
+        2
     """
     if not isinstance(guide, torch.nn.Module):
         raise TypeError(

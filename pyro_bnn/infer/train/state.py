@@ -30,6 +30,19 @@ class FitResult(Described):
     :param stop_reason: ``"num_steps"``, ``"num_epochs"``, ``"interrupted"``, the ``stop_reason`` of the
         callback that stopped the run (``"callback"`` if it has none), or the text of an error.
     :param wall_time: seconds, those before a resumption included.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> result = fit(model, AutoMixture(model, 2), (x, x), num_steps=3, progress_bar=False)
+        >>> result.num_steps, len(result.losses), result.stop_reason
+        (3, 3, 'num_steps')
     """
 
     losses: Tensor
@@ -92,6 +105,19 @@ class NonFiniteLossError(ArithmeticError):
 
     :param str message: names the step, the site or argument, and what to do.
     :param FitResult result: the run until then.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> def model(x):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     pyro.factor("likelihood", torch.tensor(float("inf")) * w)
+        >>> try:
+        ...     _ = fit(model, AutoMixture(model, 1), torch.ones(1), num_steps=1, progress_bar=False)
+        ... except NonFiniteLossError:
+        ...     print("the parameters are those before")
+        the parameters are those before
     """
 
     def __init__(self, message: str, result: FitResult) -> None:
@@ -115,6 +141,20 @@ class FitState:
     :param optimizer: the torch optimiser.
     :param parameters: the parameters by name.
     :param kl_scale: the argument ``kl_scale`` of :func:`fit`.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(3)
+        >>> from pyro_bnn import AutoMixture, fit
+        >>> def stop_early(state):
+        ...     return state.step == 2  # a true value stops the run
+        >>> fit(model, AutoMixture(model, 2), (x, x), num_steps=9, callbacks=[stop_early], progress_bar=False).num_steps
+        2
     """
 
     step: int

@@ -1,0 +1,64 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""A result of Hessian-free Laplace says that it is inaccurate from the documented sizes on, and not before."""
+
+import warnings
+
+import pytest
+import torch
+
+from pyro_bnn.infer.hfl.diagnostics import Diagnostics, HFLWarning
+
+EPS = torch.finfo(torch.float64).eps
+GOOD = {
+    "method": "cg", "curvature": "hessian", "variances": torch.ones(2, dtype=torch.float64), "antisymmetry": 0.0,
+    "newton_decrement": 0.0, "smallest_curvature": 1.0, "residual": 0.0,
+}  # fmt: skip
+
+
+def said(*, largest_curvature: float = 1.0, map_tolerance: float = 0.1, **facts: object) -> list[str]:
+    found = Diagnostics(**(GOOD | facts))  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found.warn(tolerance=1e-6, largest_curvature=largest_curvature, map_tolerance=map_tolerance)
+    assert [str(w.message) for w in caught] == found.warnings
+    assert all(w.category is HFLWarning for w in caught)
+    return found.warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "text", "facts"),
+    [
+        ("newton_decrement", 0.1, "away from the minimum", {}),
+        ("largest_curvature", 1e-2 / EPS, "more than float64 resolves to 1 %", {}),
+        ("largest_curvature", 5e-2 / EPS, "more than float64 resolves to 1 %", {"smallest_curvature": 5.0}),
+        ("residual", 1e-5, "the solves stopped at a relative residual", {"method": "cg"}),
+        ("residual", 1e-5, "the solves stopped at a relative residual", {"method": "probe"}),
+        ("residual", 0.02, "short of their minima", {"method": "paired"}),
+        ("residual", 0.1, "short of their minima", {"method": "central"}),
+        ("residual", 0.1, "short of their minima", {"method": "one_sided"}),
+        ("agreement", 0.01, "variances at epsilon and epsilon / 3 differ", {"method": "central"}),
+        ("antisymmetry", 0.05, "the responses are antisymmetric", {}),
+    ],
+)
+def test_limits(name: str, limit: float, text: str, facts: dict[str, object]) -> None:
+    assert said(**facts, **{name: 0.99 * limit}) == []
+    (found,) = said(**facts, **{name: 1.01 * limit})
+    assert text in found
+
+
+def test_a_decrement_that_is_no_number_is_said() -> None:
+    (found,) = said(newton_decrement=float("nan"))
+    assert "away from the minimum" in found
+
+
+def test_costs_and_rows() -> None:
+    found = Diagnostics(**GOOD, gradient_evaluations=5, products=7, epsilon=0.1, agreement=0.2)  # type: ignore[arg-type]
+    assert found.gradient_equivalents == 5 + 2 * 7
+    assert set(Diagnostics(**GOOD).rows()) == {  # type: ignore[arg-type]
+        "Newton decrement of the point estimate", "smallest curvature met", "residual of the solves",
+        "antisymmetry of the responses",
+    }  # fmt: skip
+    more = Diagnostics(**GOOD, epsilon=0.1, agreement=0.2, proximal=0.3, captured=0.5, captured_error=0.1)  # type: ignore[arg-type]
+    assert more.rows()["captured variance"] == "0.5000 +- 0.1000"
+    assert len(more.rows()) == 8
