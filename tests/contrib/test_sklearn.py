@@ -3,8 +3,10 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import validate_data
 
+from pyro_bnn.contrib.estimators import validation
 from pyro_bnn.contrib.sklearn import BayesianClassifier, BayesianRegressor
 
 joblib = pytest.importorskip("joblib")  # scikit-learn has it
@@ -333,6 +337,10 @@ def test_networks_of_ones_own():
     }
     with pytest.raises(ValueError, match=r"\['1.weight', '1.bias'\] are in layers that have no priors"):
         BayesianRegressor(network=normalised).fit(X, y)
+    with pytest.raises(ValueError, match=r"network\(1, 1\) gives outputs of shape \(2, 3\) for 2 rows"):
+        BayesianRegressor(network=lambda inputs, _: torch.nn.Linear(inputs, 3)).fit(X, y)
+    with pytest.raises(TypeError, match=r"must return a torch\.nn\.Module, found NoneType"):
+        BayesianRegressor(network=lambda inputs, outputs: None).fit(X, y)
 
 
 @pytest.mark.parametrize(
@@ -374,3 +382,38 @@ def test_a_fit_cut_short_says_so_and_rows_held_out_stop_the_bound():
     options = SMALL | {"method": "rank1", "early_stopping": True, "validation_fraction": 0.25, "n_steps": 100}
     reg = BayesianRegressor(**options).fit(X, y)
     assert np.isfinite(reg.predict(X)).all()
+
+
+def test_older_versions_check_alike():
+    """What stands in for the checks of scikit-learn 1.6 does what they do."""
+    pd = pytest.importorskip("pandas")
+    frame, y = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [0, 1, 0]}), [1, 2, 3]
+    refused = [
+        {"X": frame.rename(columns={"b": "c"})},
+        {"X": frame[["a"]]},
+        {"X": frame * np.nan},
+        {"X": frame, "y": None, "reset": True},
+        {"X": frame, "y": [1, 2], "reset": True},
+    ]
+    for check in (validate_data, validation.validate_data):
+        reg = BayesianRegressor()
+        X, targets = check(reg, frame, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        assert X.dtype == np.float64
+        assert list(targets) == y
+        assert (reg.n_features_in_, list(reg.feature_names_in_)) == (2, ["a", "b"])
+        np.testing.assert_array_equal(check(reg, frame, reset=False), frame.to_numpy())
+        for arguments in refused:
+            with pytest.raises(ValueError, match=r"feature|NaN|requires y|inconsistent"):
+                check(reg, **{"reset": False, **arguments})
+
+
+def test_programs_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "source" / "sklearn.rst").read_text()
+    programs = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", page)
+    names = {}
+    for program in programs:
+        exec(textwrap.dedent(program).replace("split(X, y,", "split(X[:60], y[:60],"), names)
+    assert names["draws"].shape == (15, 10)
+    assert (names["total"] > names["function"]).all()
+    counts = [sum(map(bool, program.split("\n"))) for program in programs[:2]]
+    assert re.findall(r"     - (\d+)\n     - \d+:", page) == list(map(str, counts))

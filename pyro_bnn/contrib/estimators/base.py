@@ -111,7 +111,13 @@ class BayesianNetwork(BaseEstimator):
             raise TypeError(
                 f"network(in_features, out_features) must return a torch.nn.Module, found {type(net).__name__}"
             )
-        return net.double()
+        found = net.double().eval()(torch.zeros(2, self.n_features_in_, dtype=torch.float64))
+        if tuple(found.shape) != (2, outputs):
+            raise ValueError(
+                f"network({self.n_features_in_}, {outputs}) gives outputs of shape {tuple(found.shape)} for 2 rows, expected "
+                f"(2, {outputs})"
+            )
+        return net.train()
 
     def _fit(self, data: tuple[Tensor, ...], outputs: int, settings: Settings, noise: Tensor | None) -> Self:
         """Fits the posterior to tensors."""

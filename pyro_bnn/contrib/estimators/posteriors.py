@@ -109,7 +109,7 @@ def fit_posterior(mode: Mode) -> TabularPosterior:
         return TabularPosterior(model, stacked([first]), first, data=mode.data if s.method == "hfl" else ())
     if s.method == "rank1":
         return rank1(mode, first.median())
-    members = [first, *map(mode.settle, others)]
+    members = [first, *map(mode.follow, others)]
     if s.method == "ensemble":
         return TabularPosterior(model, stacked(members), chains=s.members)
     guide = AutoLaplaceMixture(model, s.members, structure=s.structure).initialize(*mode.data)
