@@ -57,10 +57,11 @@ DROPPED = {
     "transpose", "t", "flip", "cumsum", "logsumexp", "softmax", "log_softmax", "clone", "masked_fill", "sort", "expand",
     "movedim", "triu", "tril",
 }  # fmt: skip
-#: Arguments of which another value changes the cost, or is as good: sizes of chunks, seeds, limits of iterations.
+#: Arguments of which another value changes the cost, or is as good: sizes of chunks, seeds, limits of iterations; and
+#: ``strict``, an assertion.
 INDIFFERENT = {
     "validate_args", "default", "chunk_size", "block_size", "budget", "seed", "stacklevel", "max_steps", "max_iter",
-    "max_rounds",
+    "max_rounds", "strict",
 }  # fmt: skip
 TRANSPOSES = {"mT", "T", "mH", "H"}
 

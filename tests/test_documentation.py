@@ -152,6 +152,15 @@ def test_hfl() -> None:
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
 
 
+def test_bayesopt() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(PAGES / "bayesopt.rst"):
+        exec(block.replace("range(20)", "range(1)"), names)
+    assert names["x"].shape == (9, 2)
+    assert names["slope"].abs().min() > 0
+    assert names["functions"].requires_grad
+
+
 def test_predict() -> None:
     names = world()
     names["guide"] = laplace(names)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bnn
-from pyro_bnn.infer import load_guide, save_guide
 from tests.common import assert_close
 
 # what the pages say of the weights is not what these examples are about
@@ -97,11 +96,11 @@ def test_script_2_error_bars_in_another_process(tmp_path: Path, monkeypatch: pyt
 
     # [script 2, training]
     guide = pyro_bnn.laplace(net, train_loader, likelihood="regression")
-    save_guide(guide, "posterior.pt")
+    pyro_bnn.save_guide(guide, "posterior.pt")
     # [end script 2, training]
     trained = guide
     # [script 2, serving]
-    guide = load_guide(pyro_bnn.laplace(Regressor(), likelihood="regression"), "posterior.pt")
+    guide = pyro_bnn.load_guide(pyro_bnn.laplace(Regressor(), likelihood="regression"), "posterior.pt")
     predictive = guide.predictive(x_test)["obs"]  # a Normal with .mean, .stddev, .icdf
     # [end script 2, serving]
     assert_close(predictive.mean, net(x_test).detach()[:, 0], rtol=1e-12)

@@ -27,6 +27,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_bnn.diagnostics import metrics, table
 from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive
@@ -39,7 +40,7 @@ except ImportError:  # a plain encoder of torch serves
     BertModel = None
 
 SMOKE = "PYRO_BNN_SMOKE" in os.environ
-READING, STEPS, MIXTURE_STEPS = (5, 5, 5) if SMOKE else (700, 300, 600)
+READING, EPOCHS = (5, 1) if SMOKE else (700, 50)
 WORDS, LENGTH, WIDTH = 2000, 24, 48
 random.seed(0)
 pyro.set_rng_seed(0)
@@ -97,6 +98,7 @@ def tokens(texts):
 
 x, y = tokens([words for words, _ in labelled]), torch.tensor([label for _, label in labelled])
 x_train, y_train, x_held, y_held, x_test, y_test = x[:500], y[:500], x[500:800], y[500:800], x[800:], y[800:]
+loader = DataLoader(TensorDataset(x_train, y_train), batch_size=100, shuffle=True)
 x_other = tokens([words for words in corpus[4] if words not in seen])
 unlabelled = tokens(sorted(seen - {words for words, _ in labelled[800:]}))  # the test sentences stay unread
 
@@ -169,11 +171,11 @@ print(f"{time.process_time() - start:.0f} s")
 
 tuned = copy.deepcopy(pretrained)
 optimizer = torch.optim.Adam(tuned.parameters(), 1e-3)
-for _ in range(STEPS):
-    batch = torch.randint(len(x_train), (64,))
-    optimizer.zero_grad()
-    F.cross_entropy(tuned(x_train[batch]), y_train[batch]).backward()
-    optimizer.step()
+for _ in range(EPOCHS):
+    for tokens_batch, labels_batch in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(tuned(tokens_batch), labels_batch).backward()
+        optimizer.step()
 tuned.eval()
 with torch.no_grad():
     answers = {"all weights": (tuned(x_test).log_softmax(-1), tuned(x_other).log_softmax(-1))}
@@ -205,17 +207,11 @@ def adapted(family):
     return net, model
 
 
-def batches():
-    """A pass over the labelled sentences in an order of its own."""
-    return [(x_train[i], y_train[i]) for i in torch.randperm(len(x_train)).split(100)]
-
-
 start = time.process_time()
 net, model = adapted("full")
 guide = AutoLaplace(model, init_loc_fn=init_to_trained)
-for _ in range(1 if SMOKE else STEPS // 5):
-    fit(model, guide, batches(), num_epochs=1, optim=0.01, progress_bar=False)
-guide.laplace_approximation(batches(), map_tolerance=float("inf"))
+fit(model, guide, loader, num_epochs=EPOCHS, optim=0.005, progress_bar=False)
+guide.laplace_approximation(loader, map_tolerance=float("inf"))
 frozen = sum(p.numel() for p in net.parameters())
 print(f"{guide.packed.space.dim} random numbers beside {frozen} frozen ones")
 with torch.no_grad():
@@ -250,9 +246,9 @@ guide = AutoMixture(model, num_components=4, init_scale=0.05, init_loc_fn=init_t
 fit(
     model,
     guide,
-    (x_train, y_train),
-    num_steps=MIXTURE_STEPS // 3,
-    optim=0.003,
+    loader,
+    num_epochs=EPOCHS,
+    optim=0.005,
     elbo=Mixture_ELBO(),
     progress_bar=False,
 )

@@ -113,6 +113,7 @@ def bayesian_(
     packed: bool = False,
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
+    keep_frozen: bool = False,
     batch_dim: int = 0,
     fold: bool = True,
 ) -> Any:
@@ -128,6 +129,8 @@ def bayesian_(
         per site dominates the training of small networks. All priors must then be Normal.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are; paths of parameters keep the warning from naming them.
+    :param bool keep_frozen: whether parameters that are frozen (``requires_grad=False``) stay what they are, instead of
+        becoming random.
     :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
     :param bool fold: ``False`` leaves sample dimensions to broadcasting.
     :return: ``net``.
@@ -154,7 +157,7 @@ def bayesian_(
         ties = _Ties(net)
         for name, layer, _ in layers:
             ties.redirect(name, layer)
-            layer._make_bayesian(prior, join_path(name, ""))
+            layer._make_bayesian(prior, join_path(name, ""), keep_frozen)
         ties.check()
         if packed:
             PackedSite(net, [(name, layer) for name, layer, _ in layers])

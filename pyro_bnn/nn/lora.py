@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from typing_extensions import override
@@ -139,28 +138,41 @@ def merged_weights(net: nn.Module, latents: Mapping[str, Tensor] | None = None) 
 
     Example::
 
+        >>> import torch
         >>> net = lora_(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), rank=2)
         >>> draws = {"0.lora_A.weight": torch.ones(5, 2, 4), "0.lora_B.weight": torch.ones(5, 8, 2)}
         >>> {name: tuple(w.shape) for name, w in merged_weights(net[:1], draws).items()}
         {'0.weight': (5, 8, 4)}
     """
-    merged = {}
+    merged: dict[str, Tensor] = {}
     for adapter in adapters_of(net):
-        base, path = adapter.base, adapter.path.removeprefix("base_model.model.")
-        plain = base.plain_class if isinstance(base, _Adapted) else torch_class(base)
-        if plain.forward is not nn.Linear.forward and not is_inputs_first(base):
-            raise ValueError(
-                f"{describe_module(base, adapter.path)} has a forward method of its own, so that its adapter is not a "
-                "change of its weight: keep the adapter."
-            )
+        _require_mergeable(adapter)
+        base, key = adapter.base, join_path(adapter.path.removeprefix("base_model.model."), "weight")
         A, B = (_value(module, "weight", latents) for module in adapter.matrices)
         factor = _factor_value(adapter.matrices[0], latents)
         change = adapter.scale * (B @ (A if factor is None else factor.unsqueeze(-1) * A))
-        weight = base.weight
-        merged[join_path(path, "weight")] = weight + (change.mT if is_inputs_first(base) else change)
+        weight = merged.get(key, base.weight)  # PEFT may have several adapters of a layer active
+        merged[key] = weight + (change.mT if is_inputs_first(base) else change)
     if not merged:
         raise ValueError("the network has no adapters: call lora_ first.")
     return merged
+
+
+def _require_mergeable(adapter: "Adapter") -> None:
+    base = adapter.base
+    plain = base.plain_class if isinstance(base, _Adapted) else torch_class(base)
+    reason = "has a forward method of its own"
+    if plain.forward is nn.Linear.forward or is_inputs_first(base):
+        bias = {"bias"} & {
+            *getattr(adapter.matrices[1], "_sites", ()),
+            *dict(adapter.matrices[1].named_parameters()),
+        }
+        reason = "has an adapter with a bias" if bias else ""
+    if reason:
+        raise ValueError(
+            f"{describe_module(base, adapter.path)} {reason}, so that no weight does what it does with its adapter: keep the "
+            "adapter."
+        )
 
 
 # ---------------------------------------------------------------------- adapters of this package and of PEFT
@@ -251,8 +263,10 @@ def _attach(net: nn.Module, only: Any, skip: Any, rank: int, alpha: float | None
         net, only, [*refused, nn.MultiheadAttention], {nn.Linear: _adapted(nn.Linear)}, _adaptable
     )
     _warn_of_attention(net, only, refused)
+    earlier = {p for adapter in adapters_of(net) for m in adapter.matrices for p in m.parameters()}
     to_pyro_(net)
-    net.requires_grad_(False)
+    for parameter in net.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter in earlier)
     for _, layer, cls in layers:
         like = next(layer.parameters())
         inputs, outputs = _sizes(layer)
@@ -346,9 +360,9 @@ def _full_prior(prior: Any, adapters: list[Adapter]) -> Any:
 def _factor_prior(prior: Any, adapters: list[Adapter]) -> Any:
     """The prior of the factors of the components, as one of all factors of rank-1 layers."""
     prior = Rank1Options().factor_prior() if prior is None else prior
-    if isinstance(prior, Mapping):
-        return prior
-    return {join_path(a.path, f"{a.names[0]}.r"): prior for a in adapters}
+    given = prior if isinstance(prior, Mapping) else {"r": prior}
+    named = {join_path(a.path, f"{a.names[0]}.r"): given["r"] for a in adapters if "r" in given}
+    return {key: value for key, value in given.items() if key != "r"} | named
 
 
 def _value(module: Any, name: str, latents: Mapping[str, Tensor] | None) -> Tensor:
@@ -358,7 +372,7 @@ def _value(module: Any, name: str, latents: Mapping[str, Tensor] | None) -> Tens
         return module.read(name) if isinstance(module, SiteModule) else getattr(module, name)
     full = join_path(module_path(module), name)
     if latents is None:
-        return torch.ones(module.out_features) if sites[name].init is None else sites[name].init
+        return sites[name].init
     if full not in latents:
         raise ValueError(f"latents have no value of site {full!r}; they have {sorted(latents)[:20]}.")
     return latents[full]
@@ -366,7 +380,7 @@ def _value(module: Any, name: str, latents: Mapping[str, Tensor] | None) -> Tens
 
 def _factor_value(module: Any, latents: Mapping[str, Tensor] | None) -> Tensor | None:
     """The factor of the components, as it is applied."""
-    if not isinstance(module, Rank1Mixin) or "r" not in module._sites:
-        return None
+    if latents is None or not isinstance(module, Rank1Mixin) or "r" not in module._sites:
+        return None  # a factor starts at 1
     value, clip = _value(module, "r", latents), module._clips["r"]
     return value if clip is None else value.clamp(-clip, clip)

@@ -17,22 +17,26 @@ def become(module: nn.Module, cls: type) -> None:
     module.__class__ = cls
 
 
-@cache
 def pyro_class(cls: type) -> Any:
     """
     ``PyroModule[cls]``, for classes with a metaclass of their own too: Pyro cannot derive from those, such as abstract
     classes (among them the layers of PEFT).
     """
-    if issubclass(cls, PyroModule) or issubclass(type(PyroModule), type(cls)):
-        return PyroModule[cls]  # type: ignore[index]
-    bases = [pyro_class(base) for base in cls.__bases__ if issubclass(base, nn.Module)]
-    return _metaclass(type(cls))(
-        f"Pyro{cls.__name__}", (cls, *bases), {"__reduce__": _reduce, "__module__": __name__}
-    )
+    made: Any = PyroModule
+    own = issubclass(cls, PyroModule) or issubclass(type(PyroModule), type(cls))
+    return made[cls] if own else _derived(cls)
 
 
 @cache
-def _metaclass(other: type) -> Any:
+def _derived(cls: type) -> Any:
+    """A class as Pyro makes it, once for each class."""
+    bases = [pyro_class(base) for base in cls.__bases__ if issubclass(base, nn.Module)]
+    attributes = {"__reduce__": _reduce, "__module__": __name__}
+    return _metaclass(type(cls))(f"Pyro{cls.__name__}", (cls, *bases), attributes)
+
+
+@cache
+def _metaclass(other: Any) -> Any:
     """The metaclass of both, one for each other one."""
     return type("PyroMeta", (type(PyroModule), other), {})
 

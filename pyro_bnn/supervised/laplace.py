@@ -3,7 +3,7 @@
 """A Laplace approximation of a trained network in one call."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pyro_bnn.infer.autoguide.laplace import LikelihoodCurvature, Structure
 from pyro_bnn.infer.hyperparameters import Per
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.nn import bayesian_, init_to_trained
-from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
+from pyro_bnn.nn.priors import PriorLike
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice
 from pyro_bnn.supervised.likelihoods import Likelihood
@@ -30,6 +30,8 @@ from pyro_bnn.supervised.survey import Survey, survey
 from pyro_bnn.supervised.tuning import Tuning
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def laplace(
     net: nn.Module,
     data: Any = None,
@@ -59,7 +61,8 @@ def laplace(
     prior, starts a guide at the trained weights, computes the curvature there, and tunes the prior precision, and the noise
     of a regression. **The network passed is not changed, and the weights are kept**: the mean of the linearised predictions is
     the output of the network in evaluation mode, in which it runs whatever its mode is. Parameters that are frozen
-    (``requires_grad=False``), and those of normalisation layers, stay what they are.
+    (``requires_grad=False``), and those of normalisation layers, stay what they are; so do tensors that belong to no layer (class
+    tokens), with a warning unless they are frozen.
 
     Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` of
     the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
@@ -183,36 +186,12 @@ def _convert(net: nn.Module, prior: PriorLike | None) -> None:
             f"all {len(parameters)} parameters of the network are frozen (requires_grad=False), and frozen parameters stay what "
             "they are: call requires_grad_(True) on those that shall be random."
         )
-    check_keys(prior, parameters)
-    chosen = FanInNormal() if prior is None else prior
-    if frozen:
-        bayesian_(net, prior=_Unfrozen(chosen, parameters.keys() - frozen), skip=[_is_frozen, *frozen])
-    else:
-        bayesian_(net, prior=chosen)
+    bayesian_(net, prior=prior, keep_frozen=True, skip=[_is_frozen, *frozen])
 
 
 def _is_frozen(name: str, module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
-class _Unfrozen(Mapping[str, Any]):
-    """Priors of all parameters but frozen ones; a mapping without names of its own, as any parameter may have one."""
-
-    def __init__(self, prior: PriorLike, names: set[str]) -> None:
-        self.prior, self.names = prior, names
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> Any:
-        return self.prior
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _start_of(found: Survey | None) -> Any:

@@ -3,6 +3,8 @@
 """Networks in unusual states: parametrized, tied, lazy, compiled, converted in parts, called with structures."""
 
 import copy
+import pickle
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +16,11 @@ from pyro import poutine
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pyro_bnn.infer import default_preset
+from pyro_bnn.infer import ComponentLoopWarning, default_preset
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import bayesian_, rank1_
 from tests.common import assert_close
+from tests.infer.component_oracle import check_bound, classifier, standard_priors
 from tests.nn import architectures as arch
 
 B = 5
@@ -319,3 +322,38 @@ def test_frozen_networks_have_no_prior_of_their_weights():
     assert [p.requires_grad for p in net.parameters()] == [True, False]
     with pytest.raises(ValueError, match="clip must be positive, found 0"):
         rank1_(mlp(), clip=0.0)
+
+
+class Guess(nn.Module):
+    """As the head of a masked language model: it holds the bias of its layer under a name of its own, and may use it."""
+
+    def __init__(self, uses: bool) -> None:
+        super().__init__()
+        self.first, self.decoder, self.uses = nn.Linear(5, 6), nn.Linear(6, 3), uses
+        self.bias = self.decoder.bias
+
+    def forward(self, x):
+        y = self.decoder(torch.tanh(self.first(x)))
+        return y + 2 * self.bias if self.uses else y
+
+
+@pytest.mark.parametrize(("conversion", "uses"), [("rank1", False), ("bayesian", False), ("bayesian", True)])
+def test_parents_that_hold_a_parameter_of_their_layer_read_it_there(conversion, uses):
+    x, y, prior = torch.randn(4, 5), torch.randint(0, 3, (4,)), dist.Normal(0.0, 1.0)
+    plain = Guess(uses)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if uses else "error", ComponentLoopWarning)
+        check_bound(
+            plain,
+            rank1_ if conversion == "rank1" else lambda net: bayesian_(net, prior=prior),
+            lambda net: classifier(net, lambda net, x: net(x)),
+            lambda call: dist.Categorical(logits=call(x)).log_prob(y).sum(),
+            (x, y),
+            lambda name: standard_priors(name) if conversion == "rank1" else prior,
+        )
+    other = pickle.loads(pickle.dumps(bayesian_(plain)))
+    assert isinstance(other, Guess)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"'1\.weight' is the same parameter and would not"):
+        bayesian_(net, skip="1")

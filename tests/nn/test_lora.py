@@ -279,6 +279,15 @@ def test_priors_and_selectors() -> None:
     mapped = sites(family="rank1", weight_prior=dist.Normal(0.0, 1.0), prior=dist.Normal(1.0, 0.5))
     assert set(mapped) == {f"{p}.lora_{m}" for p in "02" for m in ("A.weight", "A.r", "B.weight")}
     assert float(mapped["0.lora_A.r"]["fn"].base_dist.scale.max()) == 0.5
+    assert set(sites(family="rank1", prior={"r": dist.Normal(1.0, 0.5)})) == {"0.lora_A.r", "2.lora_A.r"}
+
+
+def test_adapters_in_two_steps_are_all_trained() -> None:
+    net = adapted(NETWORKS["linear"][0](), only="0", family="rank1")
+    lora_(net, only="2", family="rank1")
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {
+        f"{path}.lora_{m}.weight" for path in "02" for m in "AB"
+    }
 
 
 def test_errors_name_what_is_wrong_and_change_nothing() -> None:
@@ -350,14 +359,19 @@ def test_networks_of_peft_keep_their_outputs(family: str, options: dict[str, Any
         assert_close(joint[k], alone, rtol=1e-10)
 
 
-def test_one_call_for_a_network_of_peft_is_laplace_over_its_adapters() -> None:
-    trained, _, x = of_peft()
+@pytest.mark.parametrize("head", [False, True])
+def test_one_call_for_a_network_of_peft_is_laplace_over_what_it_trains(head: bool) -> None:
+    """Adapters, and a head that PEFT saves with them: by hand it takes ``bayesian_`` as well."""
+    trained, _, x = of_peft(**({"modules_to_save": ["4"]} if head else {}))
     y = torch.randint(0, 3, (B,))
     options: dict[str, Any] = {"structure": "full", "map_tolerance": float("inf"), "tune": None}
     one = laplace(trained, (x, y), likelihood="classification", **options)
-    model = classifier(lora_(trained).eval(), lambda net, x: net(x))
-    guide = AutoLaplace(model, init_loc_fn=init_to_trained).initialize(x, y)
+    net = lora_(trained).eval()
+    if head:
+        bayesian_(net, only="base_model.model.4.modules_to_save")
+    guide = AutoLaplace(classifier(net, lambda net, x: net(x)), init_loc_fn=init_to_trained).initialize(x, y)
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    assert len(guide.packed.space.slices) == (6 if head else 4)
     assert [n.removeprefix("net.") for n in one.packed.space.slices] == list(guide.packed.space.slices)
     assert_close(one.precision, guide.precision, rtol=1e-12)
 
@@ -371,6 +385,26 @@ def test_what_peft_means_by_other_adapters_is_refused() -> None:
         lora_(net)
     with pytest.raises(ValueError, match=r"has the variants \['DoraLinearVariant'\]"):
         lora_(of_peft(use_dora=True)[0])
+
+
+def test_layers_with_several_adapters_of_peft() -> None:
+    """The active ones are sites, and all of them are merged; one with a bias is no change of a weight."""
+    net, plain, x = of_peft()
+    config = copy.deepcopy(net.peft_config["default"])
+    for name in ("second", "third"):
+        net.add_adapter(name, config)
+    net.base_model.set_adapter(["default", "second"])
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape)
+    expected = net(x).detach()
+    lora_(net)
+    sites = dict(poutine.trace(net).get_trace(x).iter_stochastic_nodes())
+    assert len(sites) == 8
+    assert not any("third" in name for name in sites)
+    assert_close(functional_call(plain, merged_weights(net), (x,)), expected, rtol=1e-10)
+    with pytest.raises(ValueError, match="has an adapter with a bias"):
+        merged_weights(lora_(of_peft(lora_bias=True)[0]))
 
 
 def test_embeddings_of_peft_are_no_layers() -> None:

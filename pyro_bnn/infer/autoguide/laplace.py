@@ -384,7 +384,9 @@ class AutoLaplace(LinearizedGuide):
     def _evidence(self) -> LaplaceEvidence:
         assert self.log_joint is not None
         assert self.prior_gradient is not None
-        return LaplaceEvidence(self.part_store.get(), self.log_joint, self.prior_gradient, self.loc)
+        return LaplaceEvidence(
+            self.part_store.get(), self.log_joint, self.prior_gradient, self.loc, self.curvature == "hessian"
+        )
 
     @takes_data(optional=True)
     @torch.inference_mode(False)

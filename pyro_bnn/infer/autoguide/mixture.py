@@ -27,13 +27,16 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
-from pyro_bnn.infer.autoguide.summary import GuideSummary, summarize
+from pyro_bnn.infer.autoguide.summary import GuideSummary, outline, summarize
 from pyro_bnn.infer.initialize import check_latents, initialize_with, run_model
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.model.observations import check_labels, check_shape
 from pyro_bnn.nn.sites import SITE_KEY
 from pyro_bnn.ops.options import require_choice
+
+#: Options that representations show.
+_SHOWN = ("num_components", "component")
 
 
 class AutoMixture(ComponentParameters):
@@ -143,7 +146,7 @@ class AutoMixture(ComponentParameters):
         )
 
     def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
+        return outline(self, _SHOWN)
 
     def summary(self) -> GuideSummary:
         """
@@ -166,7 +169,7 @@ class AutoMixture(ComponentParameters):
             site  shape  latents  family  location  sd between  sd within
             z      (3,)        3  normal         1           0        0.5
         """
-        return summarize(self, ("num_components", "component"))
+        return summarize(self, _SHOWN)
 
     # ------------------------------------------------------------------ life cycle
 

@@ -93,7 +93,7 @@ class Solver:
             if tolerance is None:
                 self.residual = max(self.residual, float(result.residual.max()))
             parts.append(result.solution)
-        return torch.cat(parts) if parts else torch.zeros_like(rhs)
+        return torch.cat(parts)
 
     def scaled(self, r: Tensor) -> Tensor:
         """The preconditioner's image of tensors of shape ``(S, p)``."""

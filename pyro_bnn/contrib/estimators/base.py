@@ -16,9 +16,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.modes import Method, Mode, Settings
-from pyro_bnn.contrib.posteriors import TabularPosterior, fit_posterior
-from pyro_bnn.contrib.tabular import TabularModel, isolated, network
+from pyro_bnn.contrib.estimators.model import TabularModel, isolated, network
+from pyro_bnn.contrib.estimators.modes import Method, Mode, Settings
+from pyro_bnn.contrib.estimators.posteriors import TabularPosterior, fit_posterior
 from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer.autoguide.laplace import Structure
@@ -27,7 +27,7 @@ from pyro_bnn.ops.options import require_count, require_number
 try:
     from sklearn.utils.validation import validate_data
 except ImportError:  # before scikit-learn 1.6
-    from pyro_bnn.contrib.validation import validate_data
+    from pyro_bnn.contrib.estimators.validation import validate_data
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.tabular import ROWS, ScaledPrior, TabularModel
+from pyro_bnn.contrib.estimators.model import ROWS, ScaledPrior, TabularModel
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.nn import bayesian_
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient

@@ -13,8 +13,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.contrib.modes import Mode
-from pyro_bnn.contrib.tabular import ROWS, TabularModel
+from pyro_bnn.contrib.estimators.model import ROWS, TabularModel
+from pyro_bnn.contrib.estimators.modes import Mode
 from pyro_bnn.infer import EarlyStopping, LinearAnnealing, Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.nn import rank1_
