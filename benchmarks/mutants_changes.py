@@ -105,6 +105,10 @@ class Finder(ast.NodeVisitor):
         for statement in node.body:
             self.visit(statement)
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for statement in node.body:
+            self.visit(statement)
+
     def visit_keyword(self, node: ast.keyword) -> None:
         if node.arg not in INDIFFERENT:
             self.visit(node.value)
@@ -170,6 +174,8 @@ class Finder(ast.NodeVisitor):
         if name.endswith("manual_seed"):
             self.visit(node.func)
             return
+        if name.startswith("logger."):
+            return
         if name in ("warnings.warn", "cast", "super", "TypeVar", "Literal"):
             return
         if isinstance(node.func, ast.Attribute):
@@ -196,7 +202,7 @@ class Finder(ast.NodeVisitor):
         if isinstance(node.value, ast.Constant):
             return  # a docstring
         if isinstance(node.value, ast.Call) and not ast.unparse(node.value.func).startswith(
-            ("super", "warnings")
+            ("super", "warnings", "logger")
         ):
             self.add(node, "pass", "dropped statement")
         self.generic_visit(node)

@@ -15,7 +15,7 @@ from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.nystrom import inverse_root
-from pyro_bnn.infer.hfl.paired import fine_tune
+from pyro_bnn.infer.hfl.paired import _descend, fine_tune
 from pyro_bnn.infer.hfl.setup import set_up
 from pyro_bnn.infer.hfl.solver import Solver
 from tests.common import assert_close
@@ -163,3 +163,25 @@ def test_the_residual_of_paired_runs_is_what_is_left_in_the_metric_of_the_curvat
     expected = (left @ covariance * left).sum(-1).sqrt() / sd
     assert expected.max() > 0.05
     assert_close(result.residual, expected.max(), rtol=0.05)
+
+
+def test_steps_shrink_where_a_batch_is_more_curved_than_all_the_data(flat):
+    """Of 20 batches of one row one has nearly all the curvature, and counts twenty times when it is seen."""
+    guide, (x, y), _ = flat
+    x, y = x.clone(), y.clone()
+    x[0] *= 30
+    batches = list(zip(x.split(1), y.split(1), strict=True))
+    problem, _ = set_up(guide, batches, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+
+    def push(offsets, batch):
+        return torch.ones_like(offsets)
+
+    rate = 0.3 / float(torch.linalg.eigvalsh(problem.operator(torch.eye(3)))[-1])
+    start = torch.zeros(1, 3)
+    found = [_descend(problem, solver, rate / 2**k, start, None, push, 4) is None for k in (0, 3, 6, 9)]
+    assert found == sorted(found, reverse=True)  # diverges from some rate on
+    assert found[0]
+    assert not found[-1]
+    offsets = fine_tune(problem, solver, 1, push, num_epochs=4)
+    assert float(offsets.norm()) < 10 * (1 + float(problem.latent.norm()))
