@@ -304,6 +304,12 @@ def test_export():
         np.testing.assert_allclose(tree["observed_data"]["obs"], y[:5])
         assert tree["log_likelihood"]["obs"].shape[-1] == 5
         assert tree["posterior"]["net.0.weight"].shape[-2:] == (2, 1)
+        if method == "hfl":
+            with pytest.raises(ValueError, match="pass X"):
+                reg.to_datatree()
+        else:
+            draws = reg.to_datatree(num_samples=number, weights=True)
+            assert list(draws.children) == ["posterior"]
     clf = BayesianClassifier(**SMALL).fit(X, np.where(y > 3, "high", "low"))
     assert (
         clf.to_datatree(X[:4], ["low"] * 4, num_samples=5)["observed_data"]["obs"].values.tolist() == [1] * 4
