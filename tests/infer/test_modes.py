@@ -200,3 +200,17 @@ def test_errors_of_the_model_pass_through_the_search(words: str, float64: bool) 
     with pytest.raises(RuntimeError) as found:
         guide.polish(data, float64=float64)
     assert str(found.value).startswith("float64=True: the model mixes precisions" if explained else words)
+
+
+def test_a_search_in_single_precision_has_the_data_as_they_are() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Any:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ weight, 0.5), obs=y)
+
+    x, y = linear_data(20)
+    guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+    assert guide.loc.dtype == torch.float32
+    assert_close(guide.loc.detach(), linear_posterior(x, y)[0], rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 
 from pyro_bnn.curvature import kronecker
 from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.ops import memory
 from tests.common import assert_close
 
 
@@ -105,3 +106,22 @@ def test_rows_in_another_order_are_another_map(order):
     guide = AutoLaplace(model, structure="kronecker").initialize(*batches[0])
     with pytest.raises(ValueError, match="in different ways"):
         guide.laplace_approximation(batches, map_tolerance=float("inf"))
+
+
+def test_entries_that_are_not_recognised_need_memory(monkeypatch):
+    """Their columns of the Jacobian, and what forms them, are asked for before they are made."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        v = pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal((x * w).sum(-1) + (x[:, :3] * v.exp()).sum(-1), 0.5), obs=y)
+
+    x, y = torch.randn(5, 4), torch.randn(5)
+    guide = AutoLaplace(model).initialize(x, y)
+    needed = (3 + 3) * 5 * 8
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(MemoryError, match="site 'obs'"):
+        guide.laplace_approximation((x, y), map_tolerance=float("inf"))

@@ -26,9 +26,11 @@ from pyro_bnn.curvature.uses import ElementwiseUse, find_layout
 from pyro_bnn.distributions.precision_normal import BlockNormal
 from pyro_bnn.ops import memory
 from pyro_bnn.ops.families import reparametrised
+from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.krylov import largest_eigenvalue, leading_eigenpairs, nystrom_preconditioner, ritz_pairs
 from pyro_bnn.ops.newton import _exact_step, _spectrum, _steihaug, lbfgs
 from pyro_bnn.ops.options import require_choice, require_count, require_number
+from pyro_bnn.ops.square_root import symmetric_root
 from tests.common import assert_close
 
 
@@ -400,3 +402,39 @@ def test_numbers_at_the_ends_of_their_ranges():
     require_choice("x", "b", "a", "b")
     with pytest.raises(ValueError, match="x must be 'a', 'b' or 'c', found 'd'"):
         require_choice("x", "d", "a", "b", "c")
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 1), (1, 3)])
+@pytest.mark.parametrize("C", [1, 2, 4])
+def test_roots_of_matrices_in_any_batch(shape, C):
+    half = torch.randn(*shape, C, max(1, C - 1))
+    matrix = half @ half.mT
+    root = matrix_square_root(matrix)
+    assert_close(root @ root.mT, matrix, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("B", [2, 3])
+def test_examples_lie_in_the_first_dimension_that_keeps_them_apart(B):
+    x, u = torch.randn(B, 3, 4), torch.randn(8, requires_grad=True)
+    for mixes, dim in ((False, 0), (True, 1)):
+        with Capture(u) as capture:
+            y = F.linear(x, u.view(2, 4)).sin()
+            y = y + y.mean(0) if mixes else y
+        jacobian = ExampleJacobian(capture, u, y)
+        assert (jacobian.dim, jacobian.B) == (dim, (B, 3)[dim])
+        assert not len(jacobian.generic)
+
+
+def test_the_symmetric_root_is_smooth_where_eigenvalues_meet():
+    half = torch.randn(2, 3, 3)
+    half[1] = torch.linalg.qr(half[1]).Q  # three equal eigenvalues
+    half.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda h: symmetric_root(h @ h.mT), half)
+    assert torch.autograd.gradcheck(symmetric_root, torch.rand(2, 1, 1).add(0.5).requires_grad_(True))
+    root = symmetric_root((half @ half.mT).detach())
+    assert_close(root @ root, (half @ half.mT).detach(), rtol=1e-9, atol=1e-12)
+    assert_close(root, root.mT, atol=1e-12)
+    # what has no variance stays without
+    flat = torch.diag(torch.tensor([4.0, 0.0])).requires_grad_(True)
+    (slope,) = torch.autograd.grad(symmetric_root(flat).sum(), flat)
+    assert_close(slope, torch.tensor([[0.25, 0.5], [0.5, 0.0]]), atol=1e-9)
