@@ -30,6 +30,7 @@ from pyro_bnn.nn.pyro_class import become, to_pyro_
 from pyro_bnn.nn.rank1 import Rank1Linear
 from pyro_bnn.nn.rank1_options import Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
+from pyro_bnn.nn.silent import silence_
 from pyro_bnn.nn.sites import SiteModule, describe_module
 from pyro_bnn.nn.subclassed import holder_class, subclass_layer
 
@@ -259,6 +260,7 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
             module.use_nested_tensor = False
     if fold:
         Folding(net, batch_dim)
+    silence_(net)
     _FrozenParameters(net)
 
 

@@ -65,19 +65,19 @@ def laplace(
     tokens), with a warning unless they are frozen.
 
     Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` of
-    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
-    for the mode, and may prefer a prior precision that is off by orders of magnitude where they are not: an
-    :class:`UnconvergedMAPWarning` then says how far away the mode is. Held-out data (``validation=``) choose without that
-    assumption, and ``polish=True`` goes to the mode.
+    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The
+    evidence takes the weights for the mode, and may prefer a prior precision that is off by orders of magnitude where they are
+    not: by default it is then not used, and an :class:`UnconvergedMAPWarning` says how far away the mode is. Held-out data
+    (``validation=``) choose without that assumption, and ``polish=True`` goes to the mode.
 
-    ====================== ===================================================================================
+    ====================== =========================================================================================
     ``tune``               what chooses a multiplier of the prior precision, and the noise unless it is given
-    ====================== ===================================================================================
+    ====================== =========================================================================================
     ``"evidence"``         their joint evidence, from one decomposition of the curvature
     ``"validation"``       the log predictive density of the held-out data
-    ``"auto"``             the latter if there are held-out data, the former otherwise
+    ``"auto"``             held-out data if there are any; else the evidence if the weights are the mode; else ``None``
     ``None``               nothing; the noise is the root mean square of the residuals
-    ====================== ===================================================================================
+    ====================== =========================================================================================
 
     :param net: a trained network.
     :param data: a loader, or list, of batches ``(x, y)`` or of mappings; or one batch. Every row comes once in a pass, in any
@@ -95,8 +95,8 @@ def laplace(
     :param str per: ``"global"``, ``"layer"`` or ``"site"``: what has a multiplier of its own.
     :param candidates: multipliers for ``"validation"``.
     :param bool polish: whether to move the weights to the mode under the prior, before its precision is tuned, first.
-    :param float map_tolerance: the distance from the mode, in posterior standard deviations, above which the warning comes;
-        ``float("inf")`` for none.
+    :param float map_tolerance: the distance from the mode, in posterior standard deviations, up to which the weights pass for it;
+        with ``float("inf")`` they do wherever they are, and there is no warning.
     :param int event_dim: the number of dimensions of one target; by default that of the first batch, where a single number is
         none. Needed without data.
     :param int class_dim: of the classes in the outputs of a classifier, 1 or -1; by default the one that the labels fit.
@@ -146,9 +146,10 @@ def laplace(
             guide.to_point_estimate().polish(data)
         guide.laplace_approximation(data, map_tolerance=inf, generator=generator)
 
-    Tuning(guide, model, approximate, found, per, candidates).run(method, validation)
-    if method != "validation":
-        _warn_of_distance(guide, map_tolerance, method)
+    limit = map_tolerance if tune == "auto" else inf
+    done = Tuning(guide, model, approximate, found, per, candidates, limit).run(method, validation)
+    if done != "validation":
+        _warn_of_distance(guide, map_tolerance, method, done)
     return guide
 
 
@@ -206,18 +207,27 @@ def _start_of(found: Survey | None) -> Any:
     return start
 
 
-def _warn_of_distance(guide: AutoLaplace, tolerance: float, tune: str | None) -> None:
+def _warn_of_distance(guide: AutoLaplace, tolerance: float, method: str | None, done: str | None) -> None:
+    """Warns where the weights are no mode, whether or not a method of tuning has been used."""
     assert guide.map_report is not None
     distance = guide.map_report.newton_decrement
-    if distance > tolerance:
-        evidence = (
-            "The evidence takes them for it, and the prior precision that it chose may be far off. "
-            if tune
-            else ""
-        )
-        warn_user(
-            f"the weights are {distance:.3g} posterior standard deviations away from their mode under the prior (Newton "
-            f"decrement), as weights are that were trained without it. {evidence}Pass held-out data as validation=, which need no "
-            "mode; or polish=True, which moves the weights there; or map_tolerance=float('inf') to leave it at that.",
-            UnconvergedMAPWarning,
-        )
+    if not distance > tolerance:
+        return
+    tuned = {
+        (None, None): "",
+        (
+            "evidence",
+            "evidence",
+        ): "The evidence takes them for it, and the prior precision that it chose may be far off. ",
+        (
+            "evidence",
+            None,
+        ): "The evidence would take them for it, so that the prior, and the noise, were left as they are: "
+        "tune='evidence' tunes them nonetheless. ",
+    }[method, done]
+    warn_user(
+        f"the weights are {distance:.3g} posterior standard deviations away from their mode under the prior (Newton "
+        f"decrement), as weights are that were trained without it. {tuned}Pass held-out data as validation=, which need no "
+        "mode; or polish=True, which moves the weights there; or map_tolerance=float('inf') to leave it at that.",
+        UnconvergedMAPWarning,
+    )

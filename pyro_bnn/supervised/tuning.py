@@ -41,6 +41,7 @@ class Tuning:
     :ivar found: what is known of the data.
     :ivar per: what has a multiplier of the prior precision of its own.
     :ivar candidates: multipliers for held-out data.
+    :ivar limit: the distance from the mode up to which the evidence is used.
     """
 
     guide: AutoLaplace
@@ -49,13 +50,17 @@ class Tuning:
     found: Survey
     per: Per
     candidates: Sequence[float] | None
+    limit: float
 
-    def run(self, tune: str | None, validation: Any) -> None:
-        """Approximates and tunes."""
+    def run(self, tune: str | None, validation: Any) -> str | None:
+        """Approximates and tunes; returns the method that has been used."""
         learns_noise = self.model.settings.get("noise") == "parameter"
         if learns_noise:
             self._set_noise(self.found.residual)
         self.approximate()
+        assert self.guide.map_report is not None
+        if tune == "evidence" and self.guide.map_report.newton_decrement > self.limit:
+            return None
         options: dict[str, Any] = {"per": self.per, "method": tune}
         if tune == "validation":
             options |= {"data": validation, "candidates": self.candidates}
@@ -69,6 +74,7 @@ class Tuning:
             report = self.guide.optimize_hyperparameters(**options)
             noise = f", noise {float(self.model.noise.detach()):.4g}" if learns_noise else ""
             logger.info("laplace: by %s, the prior precision times %s%s", tune, report.tau, noise)
+        return tune
 
     def _with_noise(self, tune: str, validation: Any) -> tuple[float | None, float]:
         # scores are squared in the one; the other is not positive definite under every noise

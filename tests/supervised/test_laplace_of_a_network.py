@@ -290,8 +290,14 @@ def test_polish_goes_to_the_mode_and_its_absence_warns() -> None:
         "noise": 0.5,
         "prior": dist.Normal(0.0, 1.0),
     }
-    with pytest.warns(UnconvergedMAPWarning, match="validation=.*polish=True"):
+    with pytest.warns(
+        UnconvergedMAPWarning, match="were left as they are: tune='evidence'.*validation=.*polish=True"
+    ):
         guide = pyro_bnn.laplace(net, (x, y), **options)
+    assert guide.tau is None
+    with pytest.warns(UnconvergedMAPWarning, match="that it chose may be far off"):
+        told = pyro_bnn.laplace(net, (x, y), tune="evidence", **options)
+    assert told.tau is not None
     J, residual = rows(net, x)[:, 0], y - net(x).detach()[:, 0]
     gradient = weights(net) - J.mT @ residual / 0.25
     precision = J.mT @ J / 0.25 + torch.eye(len(gradient))
@@ -303,6 +309,7 @@ def test_polish_goes_to_the_mode_and_its_absence_warns() -> None:
     )
     assert_close(guide.loc.detach(), weights(net))
     polished = pyro_bnn.laplace(net, (x, y), polish=True, **options)
+    assert polished.tau is not None
     u = polished.loc.detach().clone().requires_grad_(True)
     shapes = {name: p.shape for name, p in net.named_parameters()}
     parts = u.split([shape.numel() for shape in shapes.values()])
@@ -425,7 +432,7 @@ def test_export_holds_the_model() -> None:
             "the residuals of the network are all zero",
         ),
         (
-            lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True),
+            lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True, **FAR),
             "tune='evidence' does not find the noise from one decomposition",
         ),
         (

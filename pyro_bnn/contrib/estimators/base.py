@@ -111,7 +111,13 @@ class BayesianNetwork(BaseEstimator):
             raise TypeError(
                 f"network(in_features, out_features) must return a torch.nn.Module, found {type(net).__name__}"
             )
-        return net.double()
+        found = net.double().eval()(torch.zeros(2, self.n_features_in_, dtype=torch.float64))
+        if tuple(found.shape) != (2, outputs):
+            raise ValueError(
+                f"network({self.n_features_in_}, {outputs}) gives outputs of shape {tuple(found.shape)} for 2 rows, expected "
+                f"(2, {outputs})"
+            )
+        return net.train()
 
     def _fit(self, data: tuple[Tensor, ...], outputs: int, settings: Settings, noise: Tensor | None) -> Self:
         """Fits the posterior to tensors."""
@@ -185,14 +191,12 @@ class BayesianNetwork(BaseEstimator):
         :return: an :class:`xarray.DataTree`.
         """
         check_is_fitted(self)
-        if X is None and self.method == "hfl":
+        if X is None and self.posterior_.data:
             raise ValueError("method='hfl' has a posterior at the inputs that it is asked for: pass X")
         x = None if X is None else self._inputs(X)
         data = (x,) if y is None else (x, self._targets(y))
         with isolated(check_random_state(random_state).randint(2**31 - 1)):
-            posterior = self.posterior_.draws if x is None and self.posterior_.guide is None else None
-            if posterior is None:
-                posterior = self.posterior_.guide if x is None else self.posterior_.at(x)
+            posterior = self.posterior_.at(x)
             if isinstance(posterior, dict):
                 options.setdefault("num_chains", self.posterior_.chains)
             return to_datatree(self.model_, posterior, None if x is None else data, **options)

@@ -38,8 +38,8 @@ class TabularPosterior:
     chains: int = 1
     data: tuple[Tensor, ...] = ()
 
-    def at(self, x: Tensor) -> Any:
-        """The guide for predictions at some inputs, or the draws."""
+    def at(self, x: Tensor | None) -> Any:
+        """The guide for predictions at some inputs, which only Hessian-free Laplace needs, or the draws."""
         if self.guide is None or not self.data:
             return self.draws if self.guide is None else self.guide
         guide = AutoHessianFreeLaplace(self.model, curvature="ggn", tolerance=1e-8).initialize(*self.data)
@@ -109,7 +109,7 @@ def fit_posterior(mode: Mode) -> TabularPosterior:
         return TabularPosterior(model, stacked([first]), first, data=mode.data if s.method == "hfl" else ())
     if s.method == "rank1":
         return rank1(mode, first.median())
-    members = [first, *map(mode.settle, others)]
+    members = [first, *map(mode.follow, others)]
     if s.method == "ensemble":
         return TabularPosterior(model, stacked(members), chains=s.members)
     guide = AutoLaplaceMixture(model, s.members, structure=s.structure).initialize(*mode.data)
