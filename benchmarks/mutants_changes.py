@@ -61,7 +61,7 @@ DROPPED = {
 #: ``strict``, an assertion.
 INDIFFERENT = {
     "validate_args", "default", "chunk_size", "block_size", "budget", "seed", "stacklevel", "max_steps", "max_iter",
-    "max_rounds", "strict",
+    "max_rounds", "oversampling", "strict",
 }  # fmt: skip
 TRANSPOSES = {"mT", "T", "mH", "H"}
 

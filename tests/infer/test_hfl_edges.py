@@ -185,3 +185,27 @@ def test_steps_shrink_where_a_batch_is_more_curved_than_all_the_data(flat):
     assert not found[-1]
     offsets = fine_tune(problem, solver, 1, push, num_epochs=4)
     assert float(offsets.norm()) < 10 * (1 + float(problem.latent.norm()))
+
+
+def test_the_regulariser_of_a_score_follows_the_outputs():
+    """A weight beside zero is pulled to zero and not beyond, so that the score is less than that of a constant pull."""
+    x, share, epsilon = torch.randn(10), 0.3, 0.1
+    P = 1 + x @ x / NOISE**2
+    weight = share * epsilon / P.sqrt()
+    y = x * weight * P / (x @ x / NOISE**2)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x * w, NOISE), obs=y)
+
+    guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+    assert_close(guide.loc.detach(), weight.reshape(1), rtol=1e-6)
+    targets = torch.tensor([1.0, -2.0])
+    linear = targets.abs() * x.abs().mean() / P
+    options = {"calibrate": 0, "tolerance": 1e-10}
+    assert_close(hfl.regvar(guide, (x, y), (targets,), num_epochs=None, **options).score, linear, rtol=1e-6)
+    found = hfl.regvar(guide, (x, y), (targets,), num_epochs=60, epsilon=epsilon, **options).score
+    # the outputs change sign around the minimum, and so does the pull
+    assert (found < 0.5 * linear).all()
+    assert (found > 0.05 * linear).all()
