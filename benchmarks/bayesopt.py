@@ -15,7 +15,7 @@ takes a few points in many dimensions for nothing but noise, where the acquisiti
 regret. The score is the simple regret, the best value so far minus the minimum.
 
     python benchmarks/bayesopt.py --out benchmarks/results/bayesopt.json
-    python benchmarks/bayesopt.py --table benchmarks/results/bayesopt.json
+    python benchmarks/bayesopt.py --table benchmarks/results/bayesopt.json > docs/source/tables/bayesopt.rst
 """
 
 import argparse
@@ -23,7 +23,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,20 +185,27 @@ def run(problem: str, method: str, seed: int, smoke: bool) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Median and quartiles of the simple regret after the budget, and CPU seconds of a run."""
-    lines = [f"{'problem':<12}{'method':<20}{'runs':>5}{'median':>10}{'quartiles':>22}{'CPU s':>8}"]
-    for problem in PROBLEMS:
+    """Median and quartiles of the simple regret after the budget, and CPU seconds of a run, as a table of the docs."""
+    widths = (24, 20, 4, 8, 18, 9)
+    rule = "  ".join("=" * width for width in widths)
+    heads = ("problem", "method", "runs", "median", "quartiles", "CPU s")
+    lines = [rule, _line(heads, widths), rule]
+    for problem, (_, start, budget) in PROBLEMS.items():
         for method in METHODS:
             mine = [row for row in rows if row["problem"] == problem and row["method"] == method]
-            if mine:
-                regret = torch.tensor([row["regret"] for row in mine], dtype=torch.float64)
-                low, middle, high = regret.quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-                cost = sum(row["cpu_seconds"] for row in mine) / len(mine)
-                spread = f"{low:.3g} to {high:.3g}"
-                lines.append(
-                    f"{problem:<12}{method:<20}{len(mine):>5}{middle:>10.3g}{spread:>22}{cost:>8.1f}"
-                )
-    return "\n".join(lines)
+            if not mine:
+                continue
+            regret = torch.tensor([row["regret"] for row in mine], dtype=torch.float64)
+            low, middle, high = regret.quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+            cost = sum(row["cpu_seconds"] for row in mine) / len(mine)
+            name = f"{problem}, {start} + {budget - start}"
+            cells = (name, method, str(len(mine)), f"{middle:.3g}", f"{low:.3g} to {high:.3g}", f"{cost:.1f}")
+            lines.append(_line(cells, widths))
+    return "\n".join([*lines, rule])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def main() -> None:

@@ -57,10 +57,11 @@ DROPPED = {
     "transpose", "t", "flip", "cumsum", "logsumexp", "softmax", "log_softmax", "clone", "masked_fill", "sort", "expand",
     "movedim", "triu", "tril",
 }  # fmt: skip
-#: Arguments of which another value changes the cost, or is as good: sizes of chunks, seeds, limits of iterations.
+#: Arguments of which another value changes the cost, or is as good: sizes of chunks, seeds, limits of iterations; and
+#: ``strict``, an assertion.
 INDIFFERENT = {
     "validate_args", "default", "chunk_size", "block_size", "budget", "seed", "stacklevel", "max_steps", "max_iter",
-    "max_rounds",
+    "max_rounds", "strict",
 }  # fmt: skip
 TRANSPOSES = {"mT", "T", "mH", "H"}
 
@@ -166,6 +167,9 @@ class Finder(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         name = ast.unparse(node.func)
+        if name.endswith("manual_seed"):
+            self.visit(node.func)
+            return
         if name in ("warnings.warn", "cast", "super", "TypeVar", "Literal"):
             return
         if isinstance(node.func, ast.Attribute):

@@ -44,7 +44,8 @@ def run(path: Path, names: dict[str, Any]) -> dict[str, Any]:
     for block in found:
         # a page's long runs say how long a run of a user is; here they need only go through
         block = re.sub(r"\b(num_steps|num_epochs|epochs)=[\d_]+", r"\1=20", block)
-        exec(re.sub(r"\b(num_samples|warmup_steps)=[\d_]+", r"\1=5", block), names)
+        block = re.sub(r"\bwarmup_steps=[\d_]+", "warmup_steps=1, num_chains=2", block)
+        exec(re.sub(r"\bnum_samples=[\d_]+", "num_samples=5", block), names)
     return names
 
 
@@ -150,6 +151,15 @@ def test_hfl() -> None:
     names["value"] = names["guide"].median()["sigma"].detach()
     names = run(PAGES / "hfl.rst", names)
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
+
+
+def test_bayesopt() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(PAGES / "bayesopt.rst"):
+        exec(block.replace("range(20)", "range(1)"), names)
+    assert names["x"].shape == (9, 2)
+    assert names["slope"].abs().min() > 0
+    assert names["functions"].requires_grad
 
 
 def test_predict() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bnn
-from pyro_bnn.infer import load_guide, save_guide
 from tests.common import assert_close
 
 # what the pages say of the weights is not what these examples are about
@@ -89,19 +88,26 @@ def test_script_1_probabilities() -> None:
 
 def test_script_2_error_bars_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    net, x, y = small_data()
-    train_loader, x_test = loader(x, y), torch.randn(7, 2)
+    x, x_test = torch.randn(60, 2), torch.randn(7, 2)
+    y = torch.sin(2 * x[:, 0]) + 0.2 * torch.randn(60)
+    train_loader, val_loader = loader(x[:16], y[:16]), loader(x[16:], y[16:])
 
     def Regressor() -> nn.Module:
-        return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+        return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
 
+    net = Regressor()
+    optimizer = torch.optim.Adam(net.parameters(), 0.03)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x[:16])[:, 0], y[:16]).backward()
+        optimizer.step()
     # [script 2, training]
-    guide = pyro_bnn.laplace(net, train_loader, likelihood="regression")
-    save_guide(guide, "posterior.pt")
+    guide = pyro_bnn.laplace(net, train_loader, likelihood="regression", validation=val_loader)
+    pyro_bnn.save_guide(guide, "posterior.pt")
     # [end script 2, training]
     trained = guide
     # [script 2, serving]
-    guide = load_guide(pyro_bnn.laplace(Regressor(), likelihood="regression"), "posterior.pt")
+    guide = pyro_bnn.load_guide(pyro_bnn.laplace(Regressor(), likelihood="regression"), "posterior.pt")
     predictive = guide.predictive(x_test)["obs"]  # a Normal with .mean, .stddev, .icdf
     # [end script 2, serving]
     assert_close(predictive.mean, net(x_test).detach()[:, 0], rtol=1e-12)

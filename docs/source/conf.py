@@ -42,6 +42,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
     "reset_modules": ("matplotlib", "seaborn", "isolate.reset"),
+    "within_subsection_order": "order.position",
     "min_reported_time": 1,
     "write_computation_times": False,  # that page loads scripts from elsewhere
     # The figures of the published site come from full runs; a smoke build checks that pages render.

@@ -12,11 +12,13 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.estimator import BayesianNetwork, Evidence, validate_data
-from pyro_bnn.contrib.modes import Method
-from pyro_bnn.contrib.tabular import isolated, spread
+from pyro_bnn.contrib.estimators.base import BayesianNetwork, Evidence, validate_data
+from pyro_bnn.contrib.estimators.model import isolated, spread
+from pyro_bnn.contrib.estimators.modes import Method
 from pyro_bnn.distributions.mixture import marginal_quantile
 from pyro_bnn.infer.autoguide.laplace import Structure
+
+__all__ = ["BayesianClassifier", "BayesianRegressor"]
 
 
 class BayesianRegressor(RegressorMixin, BayesianNetwork):
@@ -124,14 +126,13 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
         :param sample_weight: factors of the rows' log likelihoods, shape (n_rows,); a weight of 2 is the row twice.
         :return: the estimator itself.
         """
-        X, y = validate_data(
+        rows, targets = validate_data(
             self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
         )
         settings = self._settings("evidence" if isinstance(self.noise, str) else self.noise)
-        data = tuple(
-            torch.tensor(np.asarray(v, dtype=np.float64)) for v in self._weighted(X, y, sample_weight)
-        )
-        outputs = 1 if y.ndim == 1 else y.shape[1]
+        arrays = self._weighted(rows, targets, sample_weight)
+        data = tuple(torch.tensor(np.asarray(value, dtype=np.float64)) for value in arrays)
+        outputs = 1 if targets.ndim == 1 else targets.shape[1]
         self._fit(data, outputs, settings, self._noise(*data[1:]))
         self.noise_ = self.model_.noise.detach().numpy()
         return self
@@ -246,16 +247,16 @@ class BayesianClassifier(ClassifierMixin, BayesianNetwork):
         :param sample_weight: factors of the rows' log likelihoods, shape (n_rows,); a weight of 2 is the row twice.
         :return: the estimator itself.
         """
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
-        check_classification_targets(y)
+        rows, targets = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        check_classification_targets(targets)
         settings = self._settings()
-        X, y, *weights = self._weighted(X, y, sample_weight)
-        self.classes_, labels = np.unique(y, return_inverse=True)
+        rows, targets, *weights = self._weighted(rows, targets, sample_weight)
+        self.classes_, labels = np.unique(targets, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least two classes, and the data have 1 class: {self.classes_[0]!r}"
             )
-        data = (torch.tensor(X), torch.tensor(labels), *(torch.tensor(w) for w in weights))
+        data = (torch.tensor(rows), torch.tensor(labels), *(torch.tensor(w) for w in weights))
         return self._fit(data, 1 if self._likelihood == "binary" else len(self.classes_), settings, None)
 
     @property

@@ -220,8 +220,6 @@ class Capture(TorchFunctionMode):
             return value if index is None else index
 
         moved = func(*tree_map(position, args), **tree_map(position, kwargs))
-        if name == "__get__":
-            moved = getattr(self._index(args[0]), operations.name_of(func))
         for value, index in zip(operations.leaves(result), operations.leaves(moved), strict=True):
             if isinstance(value, Tensor):
                 self._track(value, index)

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from typing_extensions import override
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator
 from pyro_bnn.curvature.kronecker import KroneckerPart
 from pyro_bnn.curvature.low_rank import LowRankPart, placed_rows
-from pyro_bnn.curvature.parts import Part
+from pyro_bnn.curvature.parts import NotAMinimumError, Part
 from pyro_bnn.curvature.prior import diagonal_of_diagonal
 from pyro_bnn.curvature.stream import FisherKind, SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
@@ -224,12 +225,14 @@ class LaplaceEvidence(Described):
     :param log_joint: the log joint density at the point estimate, for :math:`\tau = 1`.
     :param prior_gradient: the gradient of the negative log prior there, shape ``(p,)``.
     :param loc: the point estimate, shape ``(p,)``.
+    :param indefinite: whether the curvature of the likelihood may be negative by more than rounding.
     """
 
     parts: Sequence[Part]
     log_joint: Tensor
     prior_gradient: Tensor
     loc: Tensor
+    indefinite: bool = False
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:
@@ -261,14 +264,14 @@ class LaplaceEvidence(Described):
             distances = [_distance(part, self.prior_gradient[part.index]).double().sum() for part in parts]
             constants = [constant.double() for _, constant in spectra]
             found.append((values, torch.stack(distances).sum(), torch.stack(constants).sum()))
-        return EvidenceSpectrum(self.log_joint, found)
+        return EvidenceSpectrum(self.log_joint, found, self.indefinite)
 
     def maximise(
         self, groups: Groups, *, tolerance: float = 1e-6, max_steps: int = 100
     ) -> HyperparameterReport:
         """
-        The best multipliers, by Newton's method in their logarithms, in which the evidence is concave, until its
-        gradient is below the tolerance.
+        The best multipliers, by Newton's method in their logarithms, in which the evidence is concave where the curvature
+        is positive, until its gradient is below the tolerance.
         """
         split = groups.split(self.parts)
         if split is None:
@@ -283,8 +286,12 @@ class LaplaceEvidence(Described):
                 break
             # a vanishing second derivative of what has no maximum must not turn the step around
             step = (slope / bend.abs().clamp(min=1e-12)).clamp(-2.0, 2.0)
-            log_tau = (log_tau + step).clamp(-LIMIT, LIMIT)
+            # halfway to where the precision has an eigenvalue of zero, instead of beyond
+            log_tau = torch.maximum((log_tau + step).clamp(-LIMIT, LIMIT), (log_tau + spectrum.floor) / 2)
         report = groups.report(log_tau.exp(), history)
+        for name, margin in zip(report.tau, (log_tau - spectrum.floor).tolist(), strict=True):
+            if margin < 1e-3:
+                raise _unbounded(name, report.tau[name])
         warn_of_runaways(report, bend.tolist())
         return report
 
@@ -319,6 +326,15 @@ class LaplaceEvidence(Described):
         return search(groups, candidates, score)
 
 
+def _unbounded(name: str, tau: float) -> NotAMinimumError:
+    """The error for an evidence that is infinite where a smaller multiplier makes the point a saddle."""
+    return NotAMinimumError(
+        f"optimize_hyperparameters: the evidence rises without end as the multiplier of the prior precision of {name!r} falls to "
+        f"{tau:.3g}, where the Hessian is no longer positive definite: along some directions the prior alone makes the point a "
+        "minimum. Use method='validation', or curvature='ggn', whose evidence has a maximum."
+    )
+
+
 @dataclass(frozen=True)
 class EvidenceSpectrum:
     """
@@ -327,10 +343,12 @@ class EvidenceSpectrum:
     :param log_joint: the log joint density for multipliers of 1.
     :param groups: by group the eigenvalues of the curvature relative to the prior's, the squared distance from the prior
         mean and the log determinant of the prior's.
+    :param indefinite: whether negative eigenvalues are more than rounding.
     """
 
     log_joint: Tensor
     groups: list[tuple[Tensor, Tensor, Tensor]]
+    indefinite: bool = False
 
     def value(self, log_tau: Tensor) -> Tensor:
         """The log evidence, differentiable."""
@@ -339,6 +357,12 @@ class EvidenceSpectrum:
             total = total + 0.5 * (len(values) * (t.log() + math.log(2 * math.pi)) - (t - 1) * distance)
             total = total - 0.5 * (constant + torch.log(t + values).sum())
         return total
+
+    @cached_property
+    def floor(self) -> Tensor:
+        """By group the logarithm of the multiplier below which the precision is indefinite, shape (G,)."""
+        lowest = torch.stack([values.min() for values, _, _ in self.groups])
+        return (-lowest).clamp(min=0).log() if self.indefinite else torch.full_like(lowest, -math.inf)
 
     def derivatives(self, log_tau: Tensor) -> tuple[Tensor, Tensor]:
         """The first two derivatives in each log multiplier; they do not interact."""

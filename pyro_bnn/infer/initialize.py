@@ -217,8 +217,11 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         try:
             first, named = arguments_of(args[0])
             guide._setup_prototype(*first, **named)
-        except Exception:
+        except Exception as other:
             guide.prototype_trace = None
+            error.add_note(
+                f"As data, whose first batch holds the arguments of the model, it fails too: {type(other).__name__}: {other}"
+            )
             raise error from None
 
 

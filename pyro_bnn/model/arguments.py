@@ -188,21 +188,21 @@ def takes_data(
         leading, names = _parameters(method)
         names = names.union(*(_parameters(other)[1] for other in also))
         name = method.__name__
+        required = {
+            n for n in after if inspect.signature(method).parameters[n].default is inspect.Parameter.empty
+        }
 
         @functools.wraps(method)
         def call(guide: Any, *args: Any, **kwargs: Any) -> R:
             given = {key: kwargs.pop(key) for key in [*kwargs] if key in names or key in leading}
             args, lead = _split(args, leading, given)
-            if after and after[0] not in given and not kwargs:
-                if len(args) > 1 + len(after):
-                    raise TypeError(
-                        f"{name}: {len(args)} arguments by position, at most data, {', '.join(after)}. Arguments of the model "
-                        f"go one by one where {after[0]} is named, as in {name}(x, y, {after[0]}=(x_test,))."
-                    )
-                args, rest = args[:1], args[1:]
-                given |= dict(zip(after, rest, strict=False))
             if optional and not args and not kwargs:
                 return method(guide, *lead, **given)
+            in_order = bool(after) and after[0] not in given and not kwargs
+            if in_order:
+                args = _take_after(args, after, given, name)
+            if required - given.keys():
+                raise TypeError(f"{name} needs {after[0]}. {_how_to_name(name, after[0])}")
             model, seen = getattr(guide, "model", guide), getattr(guide, "argument_kinds", None)
             data = as_data(model, args, kwargs, name, options=given.keys() - leading.keys(), seen=seen)
             if one_batch:
@@ -210,12 +210,36 @@ def takes_data(
             try:
                 return method(guide, *lead, data, **given)
             except Exception as error:
-                explain_arrays(error, data, given.get("targets"))
+                if isinstance(error, (TypeError, AttributeError)) or "numpy" in str(error):
+                    explain_arrays(error, data, given.get("targets"))
+                if in_order and after[0] in given and isinstance(data, Arguments):
+                    error.add_note(
+                        f"The arguments were read as data and {after[0]}. {_how_to_name(name, after[0])}"
+                    )
                 raise
 
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _take_after(
+    args: tuple[Any, ...], after: tuple[str, ...], given: dict[str, Any], method: str
+) -> tuple[Any, ...]:
+    """Data alone; what follows them by position is put among the options."""
+    if len(args) > 1 + len(after):
+        raise TypeError(
+            f"{method}: {len(args)} arguments by position, at most data, {', '.join(after)}. {_how_to_name(method, after[0])}"
+        )
+    given |= dict(zip(after, args[1:], strict=False))
+    return args[:1]
+
+
+def _how_to_name(method: str, option: str) -> str:
+    return (
+        f"Pass data as one object, as in {method}((x, y), (x_test,)), or arguments of the model one by one with {option} by name, "
+        f"as in {method}(x, y, {option}=(x_test,))."
+    )
 
 
 def explain_arrays(error: Exception, *data: Any) -> None:

@@ -9,7 +9,7 @@ difference counts only where central differences at two step sizes, and the diff
 agree much better with each other than with the slope: at kinks, jumps and within rounding errors nothing is said.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -93,7 +93,8 @@ class Probe:
         with _Embeddings():
             trace = model.trace(self.leaf, batch, sites)
         self.log_likelihood = float(model.log_likelihood(trace, require_finite=False).detach())
-        value, found = self._combine(trace), [None] * (len(sites) + 1)
+        value = self._combine(trace)
+        found: Sequence[Tensor | None] = [None] * (len(sites) + 1)
         if value.requires_grad:
             places = [*sites.values(), self.leaf]
             found = torch.autograd.grad(value, places, create_graph=hessian, allow_unused=True)

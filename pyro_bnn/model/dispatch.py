@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -19,14 +20,55 @@ _LIBRARIES = tuple(
     str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, Path(__file__).parent)
 )
 
-#: What operations are given beside tensors and lists of them.
-_PLAIN = (int, float, type(None), torch.dtype, torch.device)
-
 _HALF = (torch.float16, torch.bfloat16)
 _NUMBERS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
-class Watch(TorchDispatchMode):
+class _Watching:
+    """
+    The methods of :class:`Watch`. Of a function that a mode defines itself torch makes one that the compiler skips, and for
+    that imports the compiler, a second or more in the first prediction of a process.
+    """
+
+    def __init__(self, sources: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        # as long as they live: an address that is free again may be given to others
+        self._derived: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        for tensor in sources:
+            self._derive(tensor.untyped_storage())
+        self.total = 0
+        self.where = ""
+        self.half = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = (*args, *kwargs.values()) if kwargs else args
+        held = {t.untyped_storage().data_ptr() for t in _tensors(given)}
+        derived = any(place in self._derived for place in held)
+        if derived and func in _NUMBERS and not self.where:
+            self.where = _place()
+        counts = not runs_samples_alone()
+        for tensor in _tensors((out,)):
+            self.half = self.half or tensor.dtype in _HALF
+            storage = tensor.untyped_storage()
+            # views, and what an operation in place returns, take no memory of their own
+            if counts and storage.data_ptr() not in held:
+                self.total += tensor.numel() * tensor.element_size()
+            if derived:
+                self._derive(storage)
+        return out
+
+    def _derive(self, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes():
+            self._derived[storage.data_ptr()] = storage
+
+    @property
+    def reason(self) -> str:
+        """What was found, for messages."""
+        return f"{self.where} decides by a value that depends on the draws, for all of them at once"
+
+
+class Watch(_Watching, TorchDispatchMode):
     """
     Watches the operations of a run.
 
@@ -37,53 +79,17 @@ class Watch(TorchDispatchMode):
     :ivar bool half: whether something is computed in half precision, as under autocast.
     """
 
-    def __init__(self, sources: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self._kept = [tensor.untyped_storage() for tensor in sources]
-        self._derived = {storage.data_ptr() for storage in self._kept if storage.nbytes()}
-        self.total = 0
-        self.where = ""
-        self.half = False
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # or the first prediction of a process imports a compiler, for a second or more
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = (*args, *kwargs.values()) if kwargs else args
-        held = {t.untyped_storage().data_ptr() for t in _tensors(given)}
-        derived = not held.isdisjoint(self._derived)
-        if derived and func in _NUMBERS and not self.where:
-            self.where = _place()
-        counts = not runs_samples_alone()
-        for tensor in _tensors(out):
-            self.half = self.half or tensor.dtype in _HALF
-            storage = tensor.untyped_storage()
-            # views, and what an operation in place returns, take no memory of their own
-            if (place := storage.data_ptr()) not in held:
-                if counts:
-                    self.total += tensor.numel() * tensor.element_size()
-                if derived and storage.nbytes():
-                    self._kept.append(storage)
-                    self._derived.add(place)
-            elif derived:
-                self._derived.add(place)
-        return out
-
-    @property
-    def reason(self) -> str:
-        """What was found, for messages."""
-        return f"{self.where} decides by a value that depends on the draws, for all of them at once"
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in arguments or results of an operation."""
-    if isinstance(tree, Tensor):
-        return [tree] if tree.layout == torch.strided else []
-    if isinstance(tree, (tuple, list)):
-        return [tensor for value in tree if not isinstance(value, _PLAIN) for tensor in _tensors(value)]
-    return []
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments or results of an operation, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+    return found
 
 
 def _place() -> str:

@@ -73,8 +73,10 @@ def fan_in(module: nn.Module, shape: torch.Size) -> int | None:
 class BayesianMixin(SiteModule):
     """Makes the parameters of a torch layer sample sites."""
 
-    def _make_bayesian(self, prior: PriorLike, prefix: str = "") -> None:
+    def _make_bayesian(self, prior: PriorLike, prefix: str = "", keep_frozen: bool = False) -> None:
         for name, value in self._own_parameters().items():
+            if keep_frozen and not value.requires_grad:
+                continue
             resolved = resolve_prior(prior, prefix + name, value.shape, fan_in=fan_in(self, value.shape))
             if resolved is not None:
                 placed = place_prior(resolved, self, name, value.shape, value)

@@ -30,6 +30,7 @@ from pyro_bnn.nn.pyro_class import become, to_pyro_
 from pyro_bnn.nn.rank1 import Rank1Linear
 from pyro_bnn.nn.rank1_options import Rank1Options, check_rank1_keys
 from pyro_bnn.nn.recurrent import Rank1GRU, Rank1GRUCell, Rank1LSTM, Rank1LSTMCell, Rank1RNN, Rank1RNNCell
+from pyro_bnn.nn.silent import silence_
 from pyro_bnn.nn.sites import SiteModule, describe_module
 from pyro_bnn.nn.subclassed import holder_class, subclass_layer
 
@@ -113,6 +114,7 @@ def bayesian_(
     packed: bool = False,
     only: Selector | Iterable[Selector] | None = None,
     skip: Selector | Iterable[Selector] = (),
+    keep_frozen: bool = False,
     batch_dim: int = 0,
     fold: bool = True,
 ) -> Any:
@@ -128,6 +130,8 @@ def bayesian_(
         per site dominates the training of small networks. All priors must then be Normal.
     :param only: convert only these modules: a path or paths, classes, or ``callable(name, module)``.
     :param skip: leave these modules as they are; paths of parameters keep the warning from naming them.
+    :param bool keep_frozen: whether parameters that are frozen (``requires_grad=False``) stay what they are, instead of
+        becoming random.
     :param int batch_dim: the batch dimension of the network's arguments, 0 or 1.
     :param bool fold: ``False`` leaves sample dimensions to broadcasting.
     :return: ``net``.
@@ -154,7 +158,7 @@ def bayesian_(
         ties = _Ties(net)
         for name, layer, _ in layers:
             ties.redirect(name, layer)
-            layer._make_bayesian(prior, join_path(name, ""))
+            layer._make_bayesian(prior, join_path(name, ""), keep_frozen)
         ties.check()
         if packed:
             PackedSite(net, [(name, layer) for name, layer, _ in layers])
@@ -256,6 +260,7 @@ def _finish(net: Any, fold: bool, batch_dim: int) -> None:
             module.use_nested_tensor = False
     if fold:
         Folding(net, batch_dim)
+    silence_(net)
     _FrozenParameters(net)
 
 

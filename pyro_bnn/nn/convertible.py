@@ -30,7 +30,7 @@ _WRAPPERS = {
 
 def torch_class(module: nn.Module) -> type:
     """The class of a module before it became a PyroModule and before its parameters were parametrized."""
-    cls = type(module)
+    cls: type = getattr(type(module), "speaking_class", type(module))
     if issubclass(cls, PyroModule) and cls.__name__.startswith("Pyro") and len(cls.__mro__) > 1:
         base = cls.__mro__[1]
         cls = base if issubclass(base, nn.Module) and pyro_class(base) is cls else cls

@@ -3,7 +3,7 @@
 """A Laplace approximation of a trained network in one call."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from pyro_bnn.infer.autoguide.laplace import LikelihoodCurvature, Structure
 from pyro_bnn.infer.hyperparameters import Per
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.nn import bayesian_, init_to_trained
-from pyro_bnn.nn.priors import FanInNormal, PriorLike, check_keys
+from pyro_bnn.nn.priors import PriorLike
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice
 from pyro_bnn.supervised.likelihoods import Likelihood
@@ -30,6 +30,8 @@ from pyro_bnn.supervised.survey import Survey, survey
 from pyro_bnn.supervised.tuning import Tuning
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def laplace(
     net: nn.Module,
     data: Any = None,
@@ -59,22 +61,23 @@ def laplace(
     prior, starts a guide at the trained weights, computes the curvature there, and tunes the prior precision, and the noise
     of a regression. **The network passed is not changed, and the weights are kept**: the mean of the linearised predictions is
     the output of the network in evaluation mode, in which it runs whatever its mode is. Parameters that are frozen
-    (``requires_grad=False``), and those of normalisation layers, stay what they are.
+    (``requires_grad=False``), and those of normalisation layers, stay what they are; so do tensors that belong to no layer (class
+    tokens), with a warning unless they are frozen.
 
     Trained weights are the mode of the model only if they were trained under this prior (a weight decay :math:`\lambda` of
-    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The evidence takes the weights
-    for the mode, and may prefer a prior precision that is off by orders of magnitude where they are not: an
-    :class:`UnconvergedMAPWarning` then says how far away the mode is. Held-out data (``validation=``) choose without that
-    assumption, and ``polish=True`` goes to the mode.
+    the mean negative log likelihood of N rows is the prior :math:`N(0, 1/(N\lambda))`). The curvature is defined anywhere. The
+    evidence takes the weights for the mode, and may prefer a prior precision that is off by orders of magnitude where they are
+    not: by default it is then not used, and an :class:`UnconvergedMAPWarning` says how far away the mode is. Held-out data
+    (``validation=``) choose without that assumption, and ``polish=True`` goes to the mode.
 
-    ====================== ===================================================================================
+    ====================== =========================================================================================
     ``tune``               what chooses a multiplier of the prior precision, and the noise unless it is given
-    ====================== ===================================================================================
+    ====================== =========================================================================================
     ``"evidence"``         their joint evidence, from one decomposition of the curvature
     ``"validation"``       the log predictive density of the held-out data
-    ``"auto"``             the latter if there are held-out data, the former otherwise
+    ``"auto"``             held-out data if there are any; else the evidence if the weights are the mode; else ``None``
     ``None``               nothing; the noise is the root mean square of the residuals
-    ====================== ===================================================================================
+    ====================== =========================================================================================
 
     :param net: a trained network.
     :param data: a loader, or list, of batches ``(x, y)`` or of mappings; or one batch. Every row comes once in a pass, in any
@@ -92,8 +95,8 @@ def laplace(
     :param str per: ``"global"``, ``"layer"`` or ``"site"``: what has a multiplier of its own.
     :param candidates: multipliers for ``"validation"``.
     :param bool polish: whether to move the weights to the mode under the prior, before its precision is tuned, first.
-    :param float map_tolerance: the distance from the mode, in posterior standard deviations, above which the warning comes;
-        ``float("inf")`` for none.
+    :param float map_tolerance: the distance from the mode, in posterior standard deviations, up to which the weights pass for it;
+        with ``float("inf")`` they do wherever they are, and there is no warning.
     :param int event_dim: the number of dimensions of one target; by default that of the first batch, where a single number is
         none. Needed without data.
     :param int class_dim: of the classes in the outputs of a classifier, 1 or -1; by default the one that the labels fit.
@@ -143,9 +146,10 @@ def laplace(
             guide.to_point_estimate().polish(data)
         guide.laplace_approximation(data, map_tolerance=inf, generator=generator)
 
-    Tuning(guide, model, approximate, found, per, candidates).run(method, validation)
-    if method != "validation":
-        _warn_of_distance(guide, map_tolerance, method)
+    limit = map_tolerance if tune == "auto" else inf
+    done = Tuning(guide, model, approximate, found, per, candidates, limit).run(method, validation)
+    if done != "validation":
+        _warn_of_distance(guide, map_tolerance, method, done)
     return guide
 
 
@@ -183,36 +187,12 @@ def _convert(net: nn.Module, prior: PriorLike | None) -> None:
             f"all {len(parameters)} parameters of the network are frozen (requires_grad=False), and frozen parameters stay what "
             "they are: call requires_grad_(True) on those that shall be random."
         )
-    check_keys(prior, parameters)
-    chosen = FanInNormal() if prior is None else prior
-    if frozen:
-        bayesian_(net, prior=_Unfrozen(chosen, parameters.keys() - frozen), skip=[_is_frozen, *frozen])
-    else:
-        bayesian_(net, prior=chosen)
+    bayesian_(net, prior=prior, keep_frozen=True, skip=[_is_frozen, *frozen])
 
 
 def _is_frozen(name: str, module: nn.Module) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and not any(p.requires_grad for p in parameters)
-
-
-class _Unfrozen(Mapping[str, Any]):
-    """Priors of all parameters but frozen ones; a mapping without names of its own, as any parameter may have one."""
-
-    def __init__(self, prior: PriorLike, names: set[str]) -> None:
-        self.prior, self.names = prior, names
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> Any:
-        return self.prior
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _start_of(found: Survey | None) -> Any:
@@ -227,18 +207,27 @@ def _start_of(found: Survey | None) -> Any:
     return start
 
 
-def _warn_of_distance(guide: AutoLaplace, tolerance: float, tune: str | None) -> None:
+def _warn_of_distance(guide: AutoLaplace, tolerance: float, method: str | None, done: str | None) -> None:
+    """Warns where the weights are no mode, whether or not a method of tuning has been used."""
     assert guide.map_report is not None
     distance = guide.map_report.newton_decrement
-    if distance > tolerance:
-        evidence = (
-            "The evidence takes them for it, and the prior precision that it chose may be far off. "
-            if tune
-            else ""
-        )
-        warn_user(
-            f"the weights are {distance:.3g} posterior standard deviations away from their mode under the prior (Newton "
-            f"decrement), as weights are that were trained without it. {evidence}Pass held-out data as validation=, which need no "
-            "mode; or polish=True, which moves the weights there; or map_tolerance=float('inf') to leave it at that.",
-            UnconvergedMAPWarning,
-        )
+    if not distance > tolerance:
+        return
+    tuned = {
+        (None, None): "",
+        (
+            "evidence",
+            "evidence",
+        ): "The evidence takes them for it, and the prior precision that it chose may be far off. ",
+        (
+            "evidence",
+            None,
+        ): "The evidence would take them for it, so that the prior, and the noise, were left as they are: "
+        "tune='evidence' tunes them nonetheless. ",
+    }[method, done]
+    warn_user(
+        f"the weights are {distance:.3g} posterior standard deviations away from their mode under the prior (Newton "
+        f"decrement), as weights are that were trained without it. {tuned}Pass held-out data as validation=, which need no "
+        "mode; or polish=True, which moves the weights there; or map_tolerance=float('inf') to leave it at that.",
+        UnconvergedMAPWarning,
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.infer.initialize import explain_failure
 from pyro_bnn.model.data import Batch, Batches, repeatable_batches
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.supervised.likelihoods import targets
@@ -63,7 +64,11 @@ def survey(net: nn.Module, data: Any, likelihood: Any, noise: Any, options: dict
     with evaluation_mode(net):
         for number, batch in enumerate(batches):
             x, y = _inputs_and_targets(probe, batch)
-            f = probe.outputs(x)
+            try:
+                f = probe.outputs(x)
+            except Exception as error:
+                explain_failure(error, batch)
+                raise
             if not number:
                 _read_dimensions(probe, f, y, options)
             d = probe.distribution(f, rows_in(x))

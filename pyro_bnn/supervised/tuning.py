@@ -26,6 +26,7 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import EvidenceSpectrum, LaplaceEvidence
 from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, Per, warn_of_edges
 from pyro_bnn.model.data import iter_batches
+from pyro_bnn.ops.notice import logger
 from pyro_bnn.supervised.likelihoods import targets
 from pyro_bnn.supervised.model import SupervisedModel
 from pyro_bnn.supervised.survey import Survey
@@ -40,6 +41,7 @@ class Tuning:
     :ivar found: what is known of the data.
     :ivar per: what has a multiplier of the prior precision of its own.
     :ivar candidates: multipliers for held-out data.
+    :ivar limit: the distance from the mode up to which the evidence is used.
     """
 
     guide: AutoLaplace
@@ -48,13 +50,17 @@ class Tuning:
     found: Survey
     per: Per
     candidates: Sequence[float] | None
+    limit: float
 
-    def run(self, tune: str | None, validation: Any) -> None:
-        """Approximates and tunes."""
+    def run(self, tune: str | None, validation: Any) -> str | None:
+        """Approximates and tunes; returns the method that has been used."""
         learns_noise = self.model.settings.get("noise") == "parameter"
         if learns_noise:
             self._set_noise(self.found.residual)
         self.approximate()
+        assert self.guide.map_report is not None
+        if tune == "evidence" and self.guide.map_report.newton_decrement > self.limit:
+            return None
         options: dict[str, Any] = {"per": self.per, "method": tune}
         if tune == "validation":
             options |= {"data": validation, "candidates": self.candidates}
@@ -65,16 +71,21 @@ class Tuning:
             if tune == "validation" and self.per == "global":
                 options = {"method": "grid", "candidates": [tau]}
         if tune is not None:
-            self.guide.optimize_hyperparameters(**options)
+            report = self.guide.optimize_hyperparameters(**options)
+            noise = f", noise {float(self.model.noise.detach()):.4g}" if learns_noise else ""
+            logger.info("laplace: by %s, the prior precision times %s%s", tune, report.tau, noise)
+        return tune
 
     def _with_noise(self, tune: str, validation: Any) -> tuple[float | None, float]:
-        if tune == "validation":
-            return by_held_out(self.guide, self.model, validation, self.candidates)
-        if self.guide.curvature == "hessian":
+        # scores are squared in the one; the other is not positive definite under every noise
+        refused = "empirical_fisher" if tune == "validation" else "hessian"
+        if self.guide.curvature == refused:
             raise ValueError(
-                "curvature='hessian': the evidence of the noise is not a function of one decomposition. Pass noise=, or a "
+                f"curvature={refused!r}: tune={tune!r} does not find the noise from one decomposition. Pass noise=, or a "
                 "distribution as noise=, which makes it a latent site; or curvature='ggn'."
             )
+        if tune == "validation":
+            return by_held_out(self.guide, self.model, validation, self.candidates)
         noise = float(self.model.noise.detach())
         return None, noise_by_evidence(self.guide, noise, self.found.num_elements, self.per)
 

@@ -25,6 +25,7 @@ from gpytorch.kernels import ConstantKernel, LinearKernel
 from gpytorch.means import ZeroMean
 
 from pyro_bnn.contrib.botorch import DrawsModel, LaplaceMixtureModel, LaplaceModel, surrogate
+from pyro_bnn.contrib.surrogates.base import check_rows
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
 from tests.common import assert_close
 
@@ -331,3 +332,10 @@ def test_what_is_not_exact_is_refused_by_name():
         LaplaceModel(AutoLaplace(linear).initialize(x, y))
     with pytest.raises(ValueError, match="no observed site"):
         surrogate(laplace(linear, x, y), site="y")
+
+
+def test_rounding_where_an_output_happens_to_vanish_is_no_sign_of_other_rows():
+    x, found = torch.rand(3, 1, 2), torch.tensor([[1e-17], [2.0], [-1.0]])
+    check_rows("obs", x, found, torch.tensor([[-2e-17]]))
+    with pytest.raises(ValueError, match="must not depend on the others"):
+        check_rows("obs", x, found, torch.tensor([[1e-9]]))

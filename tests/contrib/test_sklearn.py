@@ -3,8 +3,10 @@
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.validation import validate_data
 
+from pyro_bnn.contrib.estimators import validation
 from pyro_bnn.contrib.sklearn import BayesianClassifier, BayesianRegressor
 
 joblib = pytest.importorskip("joblib")  # scikit-learn has it
@@ -32,7 +36,7 @@ SMALL = {"hidden": (2,), "max_iter": 1, "n_members": 2, "n_samples": 20, "n_step
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
-@parametrize_with_checks([BayesianRegressor(**SMALL), BayesianClassifier(**SMALL)])
+@parametrize_with_checks([BayesianRegressor(**SMALL), BayesianClassifier(**SMALL, prior_scale=1.0)])
 def test_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -300,6 +304,12 @@ def test_export():
         np.testing.assert_allclose(tree["observed_data"]["obs"], y[:5])
         assert tree["log_likelihood"]["obs"].shape[-1] == 5
         assert tree["posterior"]["net.0.weight"].shape[-2:] == (2, 1)
+        if method == "hfl":
+            with pytest.raises(ValueError, match="pass X"):
+                reg.to_datatree()
+        else:
+            draws = reg.to_datatree(num_samples=number, weights=True)
+            assert list(draws.children) == ["posterior"]
     clf = BayesianClassifier(**SMALL).fit(X, np.where(y > 3, "high", "low"))
     assert (
         clf.to_datatree(X[:4], ["low"] * 4, num_samples=5)["observed_data"]["obs"].values.tolist() == [1] * 4
@@ -333,6 +343,10 @@ def test_networks_of_ones_own():
     }
     with pytest.raises(ValueError, match=r"\['1.weight', '1.bias'\] are in layers that have no priors"):
         BayesianRegressor(network=normalised).fit(X, y)
+    with pytest.raises(ValueError, match=r"network\(1, 1\) gives outputs of shape \(2, 3\) for 2 rows"):
+        BayesianRegressor(network=lambda inputs, _: torch.nn.Linear(inputs, 3)).fit(X, y)
+    with pytest.raises(TypeError, match=r"must return a torch\.nn\.Module, found NoneType"):
+        BayesianRegressor(network=lambda inputs, outputs: None).fit(X, y)
 
 
 @pytest.mark.parametrize(
@@ -374,3 +388,43 @@ def test_a_fit_cut_short_says_so_and_rows_held_out_stop_the_bound():
     options = SMALL | {"method": "rank1", "early_stopping": True, "validation_fraction": 0.25, "n_steps": 100}
     reg = BayesianRegressor(**options).fit(X, y)
     assert np.isfinite(reg.predict(X)).all()
+
+
+def test_older_versions_check_alike():
+    """What stands in for the checks of scikit-learn 1.6 does what they do."""
+    pd = pytest.importorskip("pandas")
+    frame, y = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [0, 1, 0]}), [1, 2, 3]
+    refused = [
+        {"X": frame.rename(columns={"b": "c"})},
+        {"X": frame[["a"]]},
+        {"X": frame * np.nan},
+        {"X": frame, "y": None, "reset": True},
+        {"X": frame, "y": [1, 2], "reset": True},
+    ]
+    for check in (validate_data, validation.validate_data):
+        reg = BayesianRegressor()
+        X, targets = check(reg, frame, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        assert X.dtype == np.float64
+        assert list(targets) == y
+        assert (reg.n_features_in_, list(reg.feature_names_in_)) == (2, ["a", "b"])
+        np.testing.assert_array_equal(check(reg, frame, reset=False), frame.to_numpy())
+        for arguments in refused:
+            with pytest.raises(ValueError, match=r"feature|NaN|requires y|inconsistent"):
+                check(reg, **{"reset": False, **arguments})
+
+
+def test_programs_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "source" / "sklearn.rst").read_text()
+    programs = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", page)
+    names = {}
+    for program in programs:
+        small = textwrap.dedent(program).replace("split(X, y,", "split(X[:60], y[:60],")
+        small = small.replace("X_test, y_test)", "X_test, y_test, num_samples=20)")
+        exec(
+            re.sub(r"(Regressor|Classifier)\((hidden=\(20,\), )?", r"\1(hidden=(4,), max_iter=1, ", small),
+            names,
+        )
+    assert names["draws"].shape == (15, 10)
+    assert (names["total"] > names["function"]).all()
+    counts = [sum(map(bool, program.split("\n"))) for program in programs[:2]]
+    assert re.findall(r"     - (\d+)\n     - \d+:", page) == list(map(str, counts))

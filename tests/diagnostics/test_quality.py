@@ -131,5 +131,5 @@ def test_agreement_with_nuts() -> None:
     poor(x, y)
     with torch.no_grad():
         poor.loc.copy_(good.loc)
-    bad = compare_with_nuts(linear_model, poor, (x, y), num_samples=100, warmup_steps=100, num_chains=2)
+    bad = compare_with_nuts(linear_model, poor, (x, y), num_samples=50, warmup_steps=50, num_chains=2)
     assert float(bad["scale_ratio"].max()) < 0.3

@@ -18,6 +18,7 @@ from pyro_bnn.distributions.mixture import (
     PackedMixture,
     SharedIndexMixture,
     WeightedMixture,
+    marginal_quantile,
     mixture_quantile,
 )
 from pyro_bnn.distributions.precision_normal import BlockNormal
@@ -247,3 +248,35 @@ def test_components_on_subspaces_have_no_density_elsewhere():
     expected = torch.stack([one + math.log(0.25), one + math.log(0.75), *[one - torch.inf] * 3])
     expected[3] = expected[0]  # the same point up to rounding
     assert_close(d.log_prob(at), expected, rtol=1e-12)
+
+
+def test_fixed_coordinates_agree_up_to_rounding():
+    """Of components on subspaces: relative to the size of the coordinate from 1 on, absolute below."""
+    for fixed, size in ((0.0, 1.0), (1e6, 1e6), (-3e-9, 1.0)):
+        part = BlockNormal(
+            torch.tensor([0.0, fixed]), [(torch.tensor([0]), DiagonalNormal(torch.zeros(1), torch.ones(1)))]
+        )
+        d = PackedMixture([part, part], torch.tensor([0.4, 0.6]).log())
+        eps = torch.finfo(torch.float64).eps
+        inside, outside = fixed + 0.5e4 * eps * size, fixed + 3e4 * eps * size
+        expected = td.Normal(0.0, 1.0).log_prob(torch.tensor(0.3))
+        assert_close(d.log_prob(torch.tensor([0.3, inside])), expected)
+        assert d.log_prob(torch.tensor([0.3, outside])) == -math.inf
+
+
+def test_what_mixtures_take_from_their_components():
+    parts = [td.Gamma(torch.full((2,), a), torch.ones(2)) for a in (1.0, 4.0)]
+    d = WeightedMixture(parts, torch.tensor([0.25, 0.75]).log())
+    assert d.support is parts[0].support
+    packed = PackedMixture([FullNormal(torch.randn(3), torch.eye(3)) for _ in range(2)], torch.zeros(2))
+    expanded = packed.expand((4,))
+    assert expanded.batch_shape == (4,)
+    assert expanded.event_shape == (3,)
+    assert packed.has_rsample
+    one = td.Normal(torch.randn(1, 5), 1.0)
+    assert_close(marginal_quantile(one, 0.3), one.icdf(torch.tensor(0.3))[0])
+    two = td.Normal(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [0.5]]))
+    for weights in (None, torch.tensor([0.9, 0.1])):
+        q = marginal_quantile(two, 0.7, weights)
+        mixed = (two.cdf(q) * (torch.full((2,), 0.5) if weights is None else weights)[:, None]).sum(0)
+        assert_close(mixed, torch.tensor([0.7]), rtol=1e-9)

@@ -161,6 +161,14 @@ def test_too_many_positions_and_a_stock_guide() -> None:
     guide = AutoLaplace(linear_model).initialize(x, y).polish(x, y)
     with pytest.raises(TypeError, match=r"solve: 4 arguments by position.*solve\(x, y, targets="):
         hfl.solve(guide, x, y, (x,), None)
+    free = AutoHessianFreeLaplace(linear_model).initialize(x, y)
+    with pytest.raises(
+        TypeError, match=r"laplace_approximation needs targets. Pass data as one object.*by name"
+    ):
+        free.laplace_approximation((x, y))
+    with pytest.raises(ValueError, match="has no observation here") as caught:
+        free.laplace_approximation(x, y)
+    assert "read as data and targets" in caught.value.__notes__[-1]
     stock = pyro.infer.autoguide.AutoDelta(linear_model)
     stock(x, y)
     stock.weight = guide.median()["weight"]

@@ -165,6 +165,7 @@ def test_optimised_multiplier_is_the_best_of_the_evidence(structure):
     after = guide.log_evidence()
     assert after > before
     assert_close(report.objective[-1], after, rtol=1e-9)
+    assert_close(report.objective[0], before, rtol=1e-9)  # a multiplier of 1
     tau = torch.tensor(report.tau["all"])
     for factor in (0.95, 1.05):
         assert guide.log_evidence(tau * factor) < after

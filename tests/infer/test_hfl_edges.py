@@ -2,15 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hessian-free Laplace where something is zero: the curvature of a prior, the variance of a functional."""
 
+import copy
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_bnn.curvature.diagonal import DiagonalNormal
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.nystrom import inverse_root
+from pyro_bnn.infer.hfl.paired import fine_tune
+from pyro_bnn.infer.hfl.setup import set_up
+from pyro_bnn.infer.hfl.solver import Solver
 from tests.common import assert_close
 
 NOISE = 0.5
@@ -74,3 +81,85 @@ def test_a_functional_without_variance_has_none_under_the_low_rank_guide():
     assert_close(W @ W.mT, torch.linalg.inv(P), rtol=1e-7, atol=1e-10)
     # what the responses do not resolve is left out
     assert low_rank_factor(J, D, C, 2 * float(torch.linalg.matrix_norm(C, 2))).shape == (6, 0)
+
+
+def test_a_run_at_the_minimum_stays_there(flat):
+    """Without a push, with all data in one batch, whatever the number of rounds."""
+    guide, data, _ = flat
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+    for rounds in (1, 2):
+        offsets = fine_tune(
+            problem, solver, 2, lambda o, batch: torch.zeros_like(o), num_epochs=6, rounds=rounds
+        )
+        assert_close(offsets, torch.zeros(2, 3), atol=1e-12)
+
+
+def test_a_push_moves_the_minimum_by_the_inverse_curvature(flat):
+    guide, (x, y), covariance = flat
+    batches = [(x[i::4], y[i::4]) for i in range(4)]
+    problem, _ = set_up(guide, batches, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+    push = torch.tensor([[1.0, 0.0, -2.0], [0.0, 3.0, 0.5]])
+    offsets = fine_tune(problem, solver, 2, lambda o, batch: push, num_epochs=60, rounds=3)
+    expected = -push @ covariance
+    assert_close(offsets, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+
+
+def test_the_residual_is_the_worst_and_curvatures_are_those_met(flat):
+    guide, data, covariance = flat
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    P, rhs = torch.linalg.inv(covariance), torch.randn(3, 3)
+    rhs[1] = 0.0
+    solver = Solver(problem, tolerance=1e-12, max_iter=1, block_size=2)
+    found = solver(rhs)
+    left = (rhs - found @ P).norm(dim=-1) / rhs.norm(dim=-1).clamp(min=1e-300)
+    assert left.max() > 1e-3
+    assert_close(solver.residual, left.max(), rtol=1e-6)
+    values = torch.linalg.eigvalsh(P)
+    assert values[0] * (1 - 1e-9) <= solver.smallest_curvature <= solver.largest_curvature
+    assert solver.largest_curvature <= values[-1] * (1 + 1e-9)
+    whole = Solver(problem, tolerance=1e-10)
+    assert_close(whole(torch.eye(3)), covariance, rtol=1e-8, atol=1e-12)
+    assert whole.products == 3
+    assert_close(whole.smallest_curvature, values[0], rtol=1e-6)
+    assert_close(whole.largest_curvature, values[-1], rtol=1e-6)
+    before = whole.residual
+    whole(rhs, tolerance=0.5)  # to another tolerance than the solver's
+    assert whole.residual == before
+    with pytest.raises(ValueError, match="1 of 2 gradients to solve for are not finite"):
+        solver(torch.tensor([[1.0, 0.0, 0.0], [0.0, torch.nan, 0.0]]))
+
+
+def test_a_guide_is_a_preconditioner_of_models_of_its_size(flat):
+    guide, data, covariance = flat
+    fitted = copy.deepcopy(guide).laplace_approximation(data)
+    problem, _ = set_up(guide, data, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-10, preconditioner=fitted, block_size=1)
+    assert_close(solver(torch.eye(3)), covariance, rtol=1e-8, atol=1e-12)
+    assert solver.iterations == 3  # the preconditioned matrix is the identity
+    other = LinearPrior(torch.zeros(4))
+    with pytest.raises(ValueError, match="has 4 latents, expected 3"):
+        Solver(problem, tolerance=1e-10, preconditioner=other)
+
+
+class LinearPrior:
+    """A guide, as far as a solver looks at it."""
+
+    def __init__(self, loc):
+        self.posterior = DiagonalNormal(loc, torch.ones_like(loc))
+
+
+def test_the_residual_of_paired_runs_is_what_is_left_in_the_metric_of_the_curvature(flat):
+    r"""In a quadratic loss :math:`r_j = P d_j - g_j` per unit of the shift, whose size is 1 / sd."""
+    guide, (x, y), covariance = flat
+    batches = [(x[i::2], y[i::2]) for i in range(2)]
+    targets = torch.tensor([[1.0, 0.0, 0.0], [1.0, 2.0, -1.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hfl.HFLWarning)
+        result = hfl.solve(guide, batches, (targets,), method="paired", num_epochs=4)
+    left = result.displacements @ torch.linalg.inv(covariance) - targets
+    sd = (targets @ covariance * targets).sum(-1).sqrt()
+    expected = (left @ covariance * left).sum(-1).sqrt() / sd
+    assert expected.max() > 0.05
+    assert_close(result.residual, expected.max(), rtol=0.05)

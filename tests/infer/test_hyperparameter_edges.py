@@ -3,6 +3,7 @@
 
 """Searches that end at the edge of their range are said, with the numbers."""
 
+import math
 import warnings
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from pyro_bnn.curvature.dense import DensePart
+from pyro_bnn.curvature.parts import NotAMinimumError
 from pyro_bnn.infer.autoguide import AutoLaplace
-from pyro_bnn.infer.hyperparameters import HyperparameterWarning
+from pyro_bnn.infer.evidence import LaplaceEvidence
+from pyro_bnn.infer.hyperparameters import Groups, HyperparameterWarning
 from tests.common import assert_close
 from tests.infer.models import NOISE, linear_data, linear_model
 
@@ -72,3 +76,31 @@ def test_an_optimum_is_found_in_silence() -> None:
         guide.optimize_hyperparameters(method="grid", candidates=[1.0])
         guide.optimize_hyperparameters(method="grid", candidates=[1.0, 30.0])
     assert_close(torch.tensor(report.tau["all"]).log(), expected, atol=1e-5, rtol=0)
+
+
+def saddle(lowest: float, distance: float) -> tuple[Groups, LaplaceEvidence]:
+    """A Hessian of the likelihood beside a prior precision of 1, at a distance from the prior mean along its second axis."""
+    loc = torch.tensor([0.0, distance])
+    hessian = torch.tensor([lowest, 10.0]).diag()
+    part = DensePart(index=torch.arange(2), curvature=hessian, prior=torch.eye(2))
+    evidence = LaplaceEvidence([part], torch.zeros(()), loc, loc, indefinite=True)
+    return Groups({"w": slice(0, 2)}, loc, None, "global"), evidence
+
+
+def test_evidence_that_is_infinite_at_a_saddle() -> None:
+    """From a multiplier of 1 the evidence rises towards 1/2, where the precision has an eigenvalue of zero."""
+    groups, evidence = saddle(-0.5, 1.0)
+    with pytest.raises(NotAMinimumError, match=r"of 'all' falls to 0\.5.*no longer positive definite"):
+        evidence.maximise(groups)
+
+
+def test_evidence_of_a_hessian_with_a_maximum() -> None:
+    groups, evidence = saddle(-0.1, 0.1)
+    (tau,) = evidence.maximise(groups).tau.values()
+
+    def loss(log_tau: float) -> float:
+        t = math.exp(log_tau)
+        return -(log_tau - (t - 1) * 0.01 / 2 - math.log(t - 0.1) / 2 - math.log(t + 10) / 2)
+
+    best = minimize_scalar(loss, bounds=(0.0, 9.0), method="bounded", options={"xatol": 1e-9})
+    assert_close(tau, math.exp(best.x), rtol=1e-4)

@@ -91,7 +91,8 @@ def test_draws_of_nothing() -> None:
         posterior_draws({}, 3)
 
 
-def hierarchy(y: Tensor) -> None:
+def hierarchy(y: Any) -> None:
+    y = torch.as_tensor(y)
     spread = pyro.sample("spread", dist.HalfCauchy(5.0))
     with pyro.plate("groups", len(y)):
         effect = pyro.sample("effect", dist.Normal(0.0, spread))
@@ -108,5 +109,15 @@ def test_a_scale_that_training_drives_to_zero_is_named() -> None:
             NotAMinimumError, match=r"'spread' is the scale of other sites.*no maximum.*non-centred"
         ) as e:
             guide.laplace_approximation(y, **options)
+        with pytest.raises(NotAMinimumError):  # arrays, which this model takes, are not to blame
+            guide.laplace_approximation(y.numpy(), **options)
         if make is AutoLaplace:
             assert "or use curvature='ggn'" not in str(e.value)  # which it is
+
+
+def test_a_container_that_fits_in_no_way_says_both() -> None:
+    x, y = linear_data()
+    for guide in (AutoLaplace(linear_model), AutoMixture(linear_model)):
+        with pytest.raises(AttributeError, match="dict") as caught:
+            guide.initialize({"X": x, "y": y})
+        assert any("unexpected keyword argument 'X'" in note for note in caught.value.__notes__)

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
@@ -177,3 +178,39 @@ def test_guides_say_what_they_are() -> None:
     assert "method='cg'" in repr(AutoHessianFreeLaplace(linear_model))
     assert repr(AutoMixture(linear_model, 2)) == "AutoMixture(2 x 'normal', rest='delta', not initialised)"
     assert "3 latents" in repr(AutoMixture(linear_model, 2).initialize(x, y))
+
+
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize("words", ["the pump is off", "a dtype of the pump"])
+def test_errors_of_the_model_pass_through_the_search(words: str, float64: bool) -> None:
+    """Only one about precisions, met in double precision, is explained."""
+    torch.set_default_dtype(torch.float32)
+    start = torch.zeros(3)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Any:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        if not bool((weight == start).all()) and (weight.dtype == torch.float64) == float64:
+            raise RuntimeError(words)
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal((x * weight).sum(-1), 0.5), obs=y)
+
+    data = linear_data(6)
+    guide = AutoLaplace(model, init_loc_fn=init_to_value(values={"weight": start})).initialize(*data)
+    explained = float64 and "dtype" in words
+    with pytest.raises(RuntimeError) as found:
+        guide.polish(data, float64=float64)
+    assert str(found.value).startswith("float64=True: the model mixes precisions" if explained else words)
+
+
+def test_a_search_in_single_precision_has_the_data_as_they_are() -> None:
+    torch.set_default_dtype(torch.float32)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Any:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ weight, 0.5), obs=y)
+
+    x, y = linear_data(20)
+    guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+    assert guide.loc.dtype == torch.float32
+    assert_close(guide.loc.detach(), linear_posterior(x, y)[0], rtol=1e-4, atol=1e-5)

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions of converted networks: draws together, one at a time inside the network, and in a loop."""
 
+import copy
+import pickle
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -94,6 +98,47 @@ def test_chunks_equal_the_loop(
     # draws run through the network one by one where the weight of a draw can be built
     can = conversion not in ("additive", "full weights", "packed")
     assert (max(chosen, default=0) == 6) == (one_by_one and can)
+
+
+class Gain(nn.Module):
+    """A module with a parameter of torch's, one of Pyro's and one that is random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x + self.shift + self.noise  # type: ignore[operator]
+
+
+def test_samples_one_by_one_make_statements_of_pyro_parameters_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    net: Any = rank1_(nn.Sequential(nn.Linear(6, 5), Gain(), nn.Linear(5, 3)), apply="materialise")
+    net[1].gain = PyroParam(torch.tensor(2.0), constraint=dist.constraints.positive)
+    net[1].noise = PyroSample(dist.Normal(0.0, 1.0))
+    x = torch.randn(ROWS, 6)
+    heard: list[str] = []
+
+    class Listen(Messenger):
+        def _pyro_param(self, msg: Any) -> None:
+            if folding.runs_samples_alone():
+                heard.append(msg["name"])
+
+    with poutine.block():
+        model = poutine.condition(classifier(net, Listen), {"1.noise": torch.tensor(0.7)})
+        guide = AutoMixture(model, 2).initialize(x, torch.randint(3, (ROWS,)))
+    draws = {n: v + 0.3 * torch.randn(v.shape) for n, v in guide.sample_posterior((7,)).items()}
+    loop = posterior_predictive(model, draws, (x,), vectorize=False)
+    many = posterior_predictive(model, draws, (x,))
+    assert many.vectorized
+    assert_close(many["obs"].mean, loop["obs"].mean, rtol=1e-12, atol=1e-12)
+    assert set(heard) == {"1.gain"}
+
+
+def test_copies_and_files_of_networks_keep_the_classes_of_their_modules() -> None:
+    net = rank1_(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
+    loaded = pickle.loads(pickle.dumps(net))
+    assert [type(m) for m in net] == [type(m) for m in copy.deepcopy(net)] == [type(m) for m in loaded]
+    assert isinstance(net[1], PyroModule[nn.BatchNorm1d])
 
 
 def test_handlers_of_the_model_hear_every_site() -> None:

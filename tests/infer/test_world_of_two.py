@@ -247,3 +247,28 @@ def test_the_score_is_that_of_the_outputs_of_both(world: World) -> None:
     slope = ((x @ mean).sign()[:, None] * x).mean(0)
     for score in world.run(found):
         assert_close(score, (targets @ covariance @ slope).abs(), rtol=1e-6)
+
+
+def test_kronecker_factors_add_up(world: World) -> None:
+    """Sums of outer products of inputs and of gradients over both, the former over the number of all rows."""
+
+    def classes(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+        with pyro.plate("data", 24, subsample_size=len(x)):
+            pyro.sample("obs", dist.Categorical(logits=torch.nn.functional.linear(x, w)), obs=y)
+
+    x, _ = data()
+    y = (x[:, 0] > 0).long()
+    point = 0.3 * torch.arange(6.0) - 1
+
+    def found(rank: int) -> Tensor:
+        mine = x[PARTS[rank]], y[PARTS[rank]]
+        guide = AutoLaplace(classes, structure="kronecker").initialize(*mine)
+        guide.loc.data = point.clone()
+        guide.laplace_approximation(mine, map_tolerance=float("inf"))
+        return guide.posterior.multiply(torch.eye(6))
+
+    p = torch.softmax(x @ point.reshape(2, 3).mT, -1)
+    G = torch.diag(p.sum(0)) - p.mT @ p
+    for precision in world.run(found):
+        assert_close(precision, torch.kron(G, x.mT @ x / 24) + torch.eye(6), rtol=1e-9, atol=1e-12)

@@ -132,6 +132,7 @@ GENERIC = {
     "a weight of which a part mixes examples": lambda u, x: torch.cat(
         [x @ u[:8].view(4, 2), x @ u[4:12].view(4, 2) - (x @ u[4:12].view(4, 2)).mean(0), x * u[11:15]], 1
     ),
+    "a call of another form": lambda u, x: torch.matmul(x, u[:8].view(4, 2), out=None),
     "exponentials": lambda u, x: torch.exp(u[:4]) * x,
     "softplus": lambda u, x: x @ F.softplus(u[:8]).view(4, 2),
     "an input of a layer": lambda u, x: F.linear(u[:4].expand(B, 4) * x, torch.ones(2, 4)),

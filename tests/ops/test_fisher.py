@@ -211,3 +211,67 @@ def test_a_distribution_is_built_again_from_no_parameters():
     rule = fisher_rule(d)
     value = torch.randn(4)
     assert_close(rule.build(d, {}).log_prob(value), d.log_prob(value), rtol=1e-12)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_gaussians_in_two_batch_dimensions(low_rank):
+    shape = (2, 5)
+    loc, factor, diagonal = torch.randn(*shape, 3), torch.randn(*shape, 3, 2), torch.rand(*shape, 3) + 0.5
+    if low_rank:
+        d = td.LowRankMultivariateNormal(loc, factor, diagonal)
+    else:
+        d = td.MultivariateNormal(loc, factor @ factor.mT + torch.diag_embed(diagonal))
+    found = fisher_rule(d).information(d)
+    for i, j in itertools.product(range(2), range(5)):
+        one = (
+            td.LowRankMultivariateNormal(loc[i, j], factor[i, j], diagonal[i, j])
+            if low_rank
+            else td.MultivariateNormal(loc[i, j], d.covariance_matrix[i, j])
+        )
+        assert_close(found[i, j], fisher_rule(one).information(one), rtol=1e-9, atol=1e-12)
+    names = list(fisher_rule(d).parameters(d))[1:]
+    assert_close(fisher_rule(d).block(d, names), found[..., 3:, 3:], rtol=1e-12)
+
+
+def test_probabilities_and_logits_are_one_parameter():
+    """Of a family without a rule, in its logits, which are natural: the information is the variance."""
+    d = td.ContinuousBernoulli(probs=torch.tensor([0.2, 0.8, 0.3]))
+    rule = MonteCarloFisher(200_000)
+    assert list(rule.parameters(d)) == ["logits"]
+    assert_close(rule.information(d)[:, 0, 0], d.variance, rtol=5 * (5 / 200_000) ** 0.5)
+
+
+class Unbroadcast(td.Normal):
+    """Keeps its arguments in the shapes that they have."""
+
+    def __init__(self, loc, scale, validate_args=None):
+        super().__init__(loc, scale, validate_args=validate_args)
+        self.scale = scale
+
+    def log_prob(self, value):
+        return -0.5 * ((value - self.loc) / self.scale) ** 2 - self.scale.log() - 0.5 * np.log(2 * np.pi)
+
+    def sample(self, sample_shape=()):
+        with torch.no_grad():
+            return self.loc + self.scale * torch.randn(self._extended_shape(sample_shape))
+
+    rsample = None
+    has_rsample = False
+
+
+def test_arguments_of_fewer_dimensions_than_the_batch():
+    """Each element of the batch has a scale of its own in the information."""
+    d = Unbroadcast(torch.randn(3), torch.tensor(0.7))
+    rule = MonteCarloFisher(100_000)
+    assert {name: value.shape for name, value in rule.parameters(d).items()} == {
+        "loc": (3, 1),
+        "scale": (3, 1),
+    }
+    expected = torch.diag(torch.tensor([0.7**-2, 2.0])).expand(3, 2, 2)
+    assert_close(rule.information(d), expected, atol=0.06, rtol=0.03)
+
+
+def test_one_class_has_no_information():
+    for d in (td.Categorical(logits=torch.randn(4, 1)), td.OneHotCategorical(logits=torch.randn(4, 1))):
+        root = fisher_rule(d).root(d, ["logits"])
+        assert_close(root, torch.zeros(4, 1, 1), rtol=0)

@@ -6,19 +6,31 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from pyro_bnn.curvature.capture import Capture
 from pyro_bnn.curvature.dense import FullNormal
 from pyro_bnn.curvature.diagonal import DiagonalNormal
+from pyro_bnn.curvature.jacobian import ExampleJacobian, Pulled
 from pyro_bnn.curvature.kronecker import KroneckerNormal
-from pyro_bnn.curvature.low_rank import LowRankNormal
+from pyro_bnn.curvature.linear_maps import (
+    dense_covariance,
+    independent_covariance,
+    kronecker_covariance,
+    kronecker_inputs,
+    squared_rows,
+)
+from pyro_bnn.curvature.low_rank import LowRankNormal, LowRankSum
 from pyro_bnn.curvature.parts import indefinite, lowest_entry, lowest_pair, places
 from pyro_bnn.curvature.uses import ElementwiseUse, find_layout
 from pyro_bnn.distributions.precision_normal import BlockNormal
 from pyro_bnn.ops import memory
 from pyro_bnn.ops.families import reparametrised
+from pyro_bnn.ops.fisher import matrix_square_root
 from pyro_bnn.ops.krylov import largest_eigenvalue, leading_eigenpairs, nystrom_preconditioner, ritz_pairs
 from pyro_bnn.ops.newton import _exact_step, _spectrum, _steihaug, lbfgs
 from pyro_bnn.ops.options import require_choice, require_count, require_number
+from pyro_bnn.ops.square_root import symmetric_root
 from tests.common import assert_close
 
 
@@ -106,6 +118,8 @@ def test_rows_of_examples_are_found_at_any_scale(size):
     one_wrong[2, 1, 0] += 0.01 * size
     assert find_layout(use, plain, one_wrong, weights, eps=1e-16) is None
     assert find_layout(use, plain, plain * math.nan, weights, eps=1e-16) is None
+    none = torch.empty(4, 0)
+    assert find_layout(ElementwiseUse(torch.arange(0)), none, none, weights, eps=1e-16).dim == 0
     # two rows for each example, next to each other or one after all the others
     twice = size * torch.randn(8, 3)
     for weight, major in ((weights.repeat_interleave(2), True), (weights.repeat(2), False)):
@@ -173,6 +187,107 @@ def test_a_preconditioner_of_all_directions_is_the_inverse():
     M = nystrom_preconditioner(lambda v: v @ P, P[0], 3, passes=6)(torch.eye(23))
     values = torch.linalg.eigvals(M @ P).real.sort().values
     assert_close(values, torch.tensor([1.0] * 20 + [50.0] * 3), rtol=1e-3)
+
+
+# ---------------------------------------------------------------- linear maps and rows
+
+
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("into", [1, 3])
+@pytest.mark.parametrize("K", [1, 2])
+def test_covariances_of_linear_maps(T, into, K):
+    """J P^-1 J' for J = sum_t g_t x_t', by forming J."""
+    B, out = 5, 2
+    g, x = [torch.randn(B, T, out) for _ in range(K)], torch.randn(B, T, into)
+    variances = torch.rand(out, into) + 0.1
+    J = torch.stack([torch.einsum("bto,bti->boi", gk, x).flatten(1) for gk in g], 1)
+    assert_close(
+        independent_covariance(g, x, variances), (J * variances.flatten()) @ J.mT, rtol=1e-9, atol=1e-12
+    )
+    ro, ri = torch.randn(out, out), torch.randn(into, into)
+    R = torch.kron(ro, ri)
+    expected = ((J @ R) * variances.flatten()) @ (J @ R).mT
+    assert_close(kronecker_covariance(g, x, (ro, ri), variances), expected, rtol=1e-9, atol=1e-12)
+    squares, offset = squared_rows(g, x)
+    assert_close(squares.flatten(), J.square().sum((0, 1)), rtol=1e-9)
+    if T == 1:
+        assert_close(offset, sum(gk.square().sum((0, 1)) for gk in g), rtol=1e-9)
+        full = torch.randn(out * into + 1, out * into + 1)
+        S, places = full @ full.mT, torch.randperm(out * into + 1)[: out * into].reshape(out, into)
+        at = places.flatten()
+        assert_close(dense_covariance(g, x, S, places), J @ S[at[:, None], at] @ J.mT, rtol=1e-9, atol=1e-12)
+    present = torch.rand(B, T) > 0.5
+    present[0] = False
+    x = x * present.unsqueeze(-1)
+    rows = x[present]
+    gram, count = kronecker_inputs(x, "expand", present)
+    assert_close(gram, rows.mT @ rows)
+    assert count == len(rows)
+    means = torch.stack([x[b][present[b]].mean(0) for b in range(B) if bool(present[b].any())])
+    gram, count = kronecker_inputs(x, "reduce", present)
+    assert_close(gram, means.mT @ means)
+    assert count == len(means)
+
+
+@pytest.mark.parametrize("chosen", [[1, 4, 9], [8, 9], [3], []])
+def test_rows_of_some_entries(chosen):
+    """Products with the Jacobian in entries of which a block has all, some or none, in any order."""
+    u, x = torch.randn(12, requires_grad=True), torch.randn(5, 4)
+
+    def f(u):  # two entries enter in no way that is recognised
+        return F.linear(x, u[:8].view(2, 4), u[8:10]).sin() * u[10:].exp()
+
+    with Capture(u) as capture:
+        y = f(u)
+    jacobian, cotangents = ExampleJacobian(capture, u, y), torch.randn(3, 5, 2)
+    J = torch.autograd.functional.jacobian(f, u)
+    expected = torch.einsum("kbm,bmp->kbp", cotangents, J).reshape(15, 12)
+    for order in (chosen, [*chosen, 11][::-1]):
+        at = torch.tensor(order, dtype=torch.long)
+        found = Pulled(jacobian, cotangents).placed_rows(places(at, 12), len(at))
+        assert_close(found, expected[:, at], rtol=1e-9, atol=1e-12)
+    pieces = list(Pulled(jacobian, cotangents).split(2))
+    assert [len(piece) for piece in pieces] == [2, 1]
+    at = torch.arange(12)
+    whole = torch.cat([piece.placed_rows(places(at, 12), 12) for piece in pieces])
+    assert_close(whole, expected, rtol=1e-9, atol=1e-12)
+    assert_close(jacobian.dense(cotangents).reshape(15, 12), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["function_space", "nystrom", "low_rank"])
+def test_memory_of_rows_is_asked_for_once(method):
+    """Of 10 rows from 10 examples in two chunks; what does not fit is refused before the first is there."""
+    rows, prior = torch.randn(10, 3), torch.rand(3) + 0.5
+    formed = []
+
+    def stream(reserve):
+        for part in rows.split(5):
+            reserve(5, 5)
+            formed.append(len(part))
+            yield part
+
+    def total(limit):
+        return LowRankSum(
+            torch.arange(3),
+            torch.zeros(3),
+            method=method,
+            rank=3,
+            rows=stream,
+            num_examples=10,
+            memory_limit=limit,
+        ).parts(lambda index: prior)[0]
+
+    # ten rows, and their decomposition in float64; four landmarks for each feature
+    number = 10 if method == "function_space" else 12
+    needed = 8 * number * 3 + 8 * (2 * number * 3 + 3 * 3**2)
+    part = total(needed)
+    scaled = rows / prior.sqrt()
+    assert_close((part.vectors * part.values) @ part.vectors.mT, scaled.mT @ scaled, rtol=1e-9, atol=1e-12)
+    formed.clear()
+    if method != "low_rank":  # which keeps no rows
+        with pytest.raises(MemoryError, match=f"with {number} rows"):
+            total(needed - 1)
+        assert not formed
 
 
 # ---------------------------------------------------------------- steps in a trust region
@@ -287,3 +402,39 @@ def test_numbers_at_the_ends_of_their_ranges():
     require_choice("x", "b", "a", "b")
     with pytest.raises(ValueError, match="x must be 'a', 'b' or 'c', found 'd'"):
         require_choice("x", "d", "a", "b", "c")
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (3, 1), (1, 3)])
+@pytest.mark.parametrize("C", [1, 2, 4])
+def test_roots_of_matrices_in_any_batch(shape, C):
+    half = torch.randn(*shape, C, max(1, C - 1))
+    matrix = half @ half.mT
+    root = matrix_square_root(matrix)
+    assert_close(root @ root.mT, matrix, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("B", [2, 3])
+def test_examples_lie_in_the_first_dimension_that_keeps_them_apart(B):
+    x, u = torch.randn(B, 3, 4), torch.randn(8, requires_grad=True)
+    for mixes, dim in ((False, 0), (True, 1)):
+        with Capture(u) as capture:
+            y = F.linear(x, u.view(2, 4)).sin()
+            y = y + y.mean(0) if mixes else y
+        jacobian = ExampleJacobian(capture, u, y)
+        assert (jacobian.dim, jacobian.B) == (dim, (B, 3)[dim])
+        assert not len(jacobian.generic)
+
+
+def test_the_symmetric_root_is_smooth_where_eigenvalues_meet():
+    half = torch.randn(2, 3, 3)
+    half[1] = torch.linalg.qr(half[1]).Q  # three equal eigenvalues
+    half.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda h: symmetric_root(h @ h.mT), half)
+    assert torch.autograd.gradcheck(symmetric_root, torch.rand(2, 1, 1).add(0.5).requires_grad_(True))
+    root = symmetric_root((half @ half.mT).detach())
+    assert_close(root @ root, (half @ half.mT).detach(), rtol=1e-9, atol=1e-12)
+    assert_close(root, root.mT, atol=1e-12)
+    # what has no variance stays without
+    flat = torch.diag(torch.tensor([4.0, 0.0])).requires_grad_(True)
+    (slope,) = torch.autograd.grad(symmetric_root(flat).sum(), flat)
+    assert_close(slope, torch.tensor([[0.25, 0.5], [0.5, 0.0]]), atol=1e-9)

@@ -187,6 +187,52 @@ def test_the_network_is_unchanged_and_its_outputs_are_kept() -> None:
     assert_close(mean, net(x).log_softmax(-1).detach(), rtol=1e-12)
 
 
+def test_frozen_parameters_of_every_layer_are_kept_and_no_others() -> None:
+    """A token, the weight of a layer, a layer as a whole, and one tensor of an attention layer, which renames its own."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 1, 4))
+            self.embed, self.first, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.cat([self.token.expand(len(x), -1, -1), self.first(self.embed(x))], 1)
+            return self.head(self.mix(h, h, h)[0][:, 0])
+
+    net, x, y = Encoder(), torch.randn(12, 5, 2), torch.arange(12) % 3
+    kept = {"token": net.token, "embed.weight": net.embed.weight, "embed.bias": net.embed.bias}
+    kept |= {"first.weight": net.first.weight, "mix.in_proj_bias": net.mix.in_proj_bias}
+    for parameter in kept.values():
+        parameter.requires_grad_(False)
+    guide = pyro_bnn.laplace(net, (x, y), likelihood="classification", structure="diagonal", tune=None, **FAR)
+    random = {
+        "first.bias",
+        "head.weight",
+        "head.bias",
+        "mix.in_proj_weight",
+        "mix.out_proj_weight",
+        "mix.out_proj_bias",
+    }
+    assert set(guide.median()) == {f"net.{name}" for name in random}
+    assert len(guide.loc) == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    found = dict(guide.model.net.named_parameters())
+    for name, value in kept.items():
+        assert_close(found[name], value, rtol=0)
+        assert not found[name].requires_grad
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_contexts_without_gradients(context: Any) -> None:
+    x, y = data()
+    net = network()
+    reference = pyro_bnn.laplace(net, (x, y), likelihood="regression", **FAR)
+    with context():
+        guide = pyro_bnn.laplace(net, (x.clone(), y), likelihood="regression", **FAR)
+        assert_close(guide.predictive(x)["obs"].stddev, reference.predictive(x)["obs"].stddev)
+
+
 def test_loaders_of_every_form_are_the_same_data() -> None:
     x, y = torch.randn(23, 2), torch.arange(23) % 3
     net = network(3)
@@ -244,8 +290,14 @@ def test_polish_goes_to_the_mode_and_its_absence_warns() -> None:
         "noise": 0.5,
         "prior": dist.Normal(0.0, 1.0),
     }
-    with pytest.warns(UnconvergedMAPWarning, match="validation=.*polish=True"):
+    with pytest.warns(
+        UnconvergedMAPWarning, match="were left as they are: tune='evidence'.*validation=.*polish=True"
+    ):
         guide = pyro_bnn.laplace(net, (x, y), **options)
+    assert guide.tau is None
+    with pytest.warns(UnconvergedMAPWarning, match="that it chose may be far off"):
+        told = pyro_bnn.laplace(net, (x, y), tune="evidence", **options)
+    assert told.tau is not None
     J, residual = rows(net, x)[:, 0], y - net(x).detach()[:, 0]
     gradient = weights(net) - J.mT @ residual / 0.25
     precision = J.mT @ J / 0.25 + torch.eye(len(gradient))
@@ -257,6 +309,7 @@ def test_polish_goes_to_the_mode_and_its_absence_warns() -> None:
     )
     assert_close(guide.loc.detach(), weights(net))
     polished = pyro_bnn.laplace(net, (x, y), polish=True, **options)
+    assert polished.tau is not None
     u = polished.loc.detach().clone().requires_grad_(True)
     shapes = {name: p.shape for name, p in net.named_parameters()}
     parts = u.split([shape.numel() for shape in shapes.values()])
@@ -379,8 +432,12 @@ def test_export_holds_the_model() -> None:
             "the residuals of the network are all zero",
         ),
         (
-            lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True),
-            "the evidence of the noise is not a function of one decomposition",
+            lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True, **FAR),
+            "tune='evidence' does not find the noise from one decomposition",
+        ),
+        (
+            lambda o, x, y: o.update(curvature="empirical_fisher", validation=(x, y)),
+            "tune='validation' does not find the noise from one decomposition",
         ),
     ],
 )  # fmt: skip
@@ -390,3 +447,12 @@ def test_refused(change: Any, says: str) -> None:
     change(options, x, y)
     with pytest.raises(ValueError, match=says):
         pyro_bnn.laplace(**options)
+
+
+def test_a_network_that_fails_is_shown_its_arguments() -> None:
+    x, y = data()
+    with pytest.raises(TypeError, match=r"argument 0 of the model is a numpy array of shape \(30, 2\)"):
+        pyro_bnn.laplace(network(), (x.numpy(), y), likelihood="regression")
+    with pytest.raises(RuntimeError) as caught:
+        pyro_bnn.laplace(network(), (x[:, :1], y), likelihood="regression")
+    assert "argument 0 of shape (30, 1), argument 1 of shape (30,)" in caught.value.__notes__[0]

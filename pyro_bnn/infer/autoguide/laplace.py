@@ -365,12 +365,10 @@ class AutoLaplace(LinearizedGuide):
             differentiable; by default those in use. They are exact for Gaussian priors; other priors are replaced by
             the Gaussian with the same gradient and curvature at the point estimate.
         :param args: with the data of the approximation, as in ``log_evidence(data=loader)`` or ``log_evidence(x=x, y=y)``,
-            the evidence at the present values of the model's parameters, differentiable in all of them; see
+            the evidence at the present parameters of the model, differentiable in all of them; see
             :func:`~pyro_bnn.infer.evidence.differentiable_evidence`.
-        :param kwargs: keyword arguments of the model.
         :return: a scalar, in nats.
         :raises RuntimeError: before ``laplace_approximation(data)``.
-        :raises TypeError: if ``tau`` is no tensor or number: data are named, or come after ``tau``.
         """
         if is_container(tau):
             raise TypeError(
@@ -384,7 +382,9 @@ class AutoLaplace(LinearizedGuide):
     def _evidence(self) -> LaplaceEvidence:
         assert self.log_joint is not None
         assert self.prior_gradient is not None
-        return LaplaceEvidence(self.part_store.get(), self.log_joint, self.prior_gradient, self.loc)
+        return LaplaceEvidence(
+            self.part_store.get(), self.log_joint, self.prior_gradient, self.loc, self.curvature == "hessian"
+        )
 
     @takes_data(optional=True)
     @torch.inference_mode(False)

@@ -27,13 +27,16 @@ from pyro_bnn.infer.autoguide.families import (
     site_role,
 )
 from pyro_bnn.infer.autoguide.initialization import init_component
-from pyro_bnn.infer.autoguide.summary import GuideSummary, summarize
+from pyro_bnn.infer.autoguide.summary import GuideSummary, outline, summarize
 from pyro_bnn.infer.initialize import check_latents, initialize_with, run_model
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, observed_names
 from pyro_bnn.model.observations import check_labels, check_shape
-from pyro_bnn.nn.sites import SITE_KEY
+from pyro_bnn.nn.sites import SITE_KEY, module_path
 from pyro_bnn.ops.options import require_choice
+
+#: Options that representations show.
+_SHOWN = ("num_components", "component")
 
 
 class AutoMixture(ComponentParameters):
@@ -143,7 +146,7 @@ class AutoMixture(ComponentParameters):
         )
 
     def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
+        return outline(self, _SHOWN)
 
     def summary(self) -> GuideSummary:
         """
@@ -166,7 +169,7 @@ class AutoMixture(ComponentParameters):
             site  shape  latents  family  location  sd between  sd within
             z      (3,)        3  normal         1           0        0.5
         """
-        return summarize(self, ("num_components", "component"))
+        return summarize(self, _SHOWN)
 
     # ------------------------------------------------------------------ life cycle
 
@@ -211,7 +214,7 @@ class AutoMixture(ComponentParameters):
         self._index = next((s for s in self.sites if s.kind == "index"), None)
         for key in list(pyro.get_param_store().keys()):
             # a guide that is initialised starts at its own values, not at those of an earlier guide of this name
-            if key.startswith(self._pyro_name + "."):
+            if key.startswith(module_path(self) + "."):
                 del pyro.get_param_store()[key]
         self._make_parameters(nodes)
 
@@ -235,9 +238,8 @@ class AutoMixture(ComponentParameters):
         :return: whether a call is nothing but draws of the components of the named sites, which :meth:`draw` gives
             too.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks  # which nothing public lists
         own = type(self).forward is AutoMixture.forward and self.create_plates is None
-        return own and not hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
+        return own and not self._has_hooks and not any(s.kind in ("low_rank", "index") for s in self.sites)
 
     # ------------------------------------------------------------------ sampling
 
@@ -326,7 +328,7 @@ class AutoMixture(ComponentParameters):
         low_rank = self._low_rank()
         blocks = [*([] if low_rank is None else [low_rank]), *self.component_distributions().values()]
         latent = pyro.sample(
-            f"_{self._pyro_name}_latent", SharedIndexMixture(blocks), infer={"is_auxiliary": True}
+            f"_{module_path(self)}_latent", SharedIndexMixture(blocks), infer={"is_auxiliary": True}
         )
         sizes = [s.size if s.kind == "low_rank" else s.shape.numel() for s in self._mixed]
         for site, piece in zip(self._mixed, latent.split(sizes, -1), strict=True):
@@ -349,7 +351,7 @@ class AutoMixture(ComponentParameters):
         joint = dist.LowRankMultivariateNormal(
             place(joint.loc), place(joint.cov_factor), place(joint.cov_diag)
         )
-        latent = pyro.sample(f"_{self._pyro_name}_low_rank", joint, infer={"is_auxiliary": True})
+        latent = pyro.sample(f"_{module_path(self)}_low_rank", joint, infer={"is_auxiliary": True})
         for site, raw in self._split_low_rank(latent):
             values[site.name] = self._sample_piece(site, raw, plates)
 

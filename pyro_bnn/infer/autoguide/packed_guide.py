@@ -13,7 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.infer.autoguide.summary import GuideSummary, summarize
+from pyro_bnn.infer.autoguide.summary import GuideSummary, outline, summarize
 from pyro_bnn.infer.initialize import check_latents, check_observations, initialize_with, run_model
 from pyro_bnn.model.arguments import argument_kinds, takes_data
 from pyro_bnn.model.data import Batch
@@ -102,7 +102,7 @@ class PackedGuide(AutoContinuous):
         return summarize(self, self._shown)
 
     def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
+        return outline(self, self._shown)
 
     def _prototype(self, args: Any, kwargs: Any) -> tuple[Trace, list[torch.nn.Module]]:
         """Makes Pyro's prototype; returns a run of the model and the modules that it called."""

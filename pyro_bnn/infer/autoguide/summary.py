@@ -127,6 +127,18 @@ def summarize(guide: Any, options: Sequence[str]) -> GuideSummary:
     return GuideSummary(_title(guide, options), facts, sites)
 
 
+def outline(guide: Any, options: Sequence[str]) -> str:
+    """What a guide is, without a computation, as a table for notebooks."""
+    rows = {name: repr(getattr(guide, name)) for name in options if getattr(guide, name) is not None}
+    if guide.prototype_trace is None:
+        return as_html(type(guide).__name__, rows | {"state": "not initialised"})
+    sizes = [site["value"].numel() for _, site in guide.prototype_trace.iter_stochastic_nodes()]
+    rows["latents"] = f"{sum(sizes):,} in {len(sizes)} sites"
+    if hasattr(guide, "is_fitted"):
+        rows["state"] = "Gaussian" if guide.is_fitted else "point estimate"
+    return as_html(type(guide).__name__, rows | {"more": "guide.summary()"})
+
+
 def _prior_scale(guide: Any) -> Tensor | None:
     """Standard deviations of the prior's Gaussian approximation, shape ``(p,)``, where a guide knows them."""
     if not guide.is_fitted or not hasattr(guide, "part_store"):

@@ -93,7 +93,7 @@ class Solver:
             if tolerance is None:
                 self.residual = max(self.residual, float(result.residual.max()))
             parts.append(result.solution)
-        return torch.cat(parts) if parts else torch.zeros_like(rhs)
+        return torch.cat(parts)
 
     def scaled(self, r: Tensor) -> Tensor:
         """The preconditioner's image of tensors of shape ``(S, p)``."""
@@ -133,7 +133,8 @@ class Solver:
         problem = self.problem
         leaf = problem.latent.clone().requires_grad_(True)
         trace = problem.model.trace(leaf, next(iter_batches(problem.data)))
-        prior = prior_curvature(problem.model, leaf, trace, chunk_size=problem.chunk_size)
+        value = -problem.model.log_prior(leaf, trace)
+        prior = prior_curvature(value, leaf, chunk_size=problem.chunk_size)
         diagonal = prior.diagonal(torch.arange(len(leaf), device=leaf.device)) + problem.proximal
         largest = diagonal.max()
         if not largest > 0:

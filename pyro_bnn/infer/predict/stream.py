@@ -206,7 +206,7 @@ def joint_term(site: Site, lead: torch.Size) -> Tensor:
     if not site["is_observed"] and not (inside := site["fn"].support.check(site["value"])).all():
         log_prob = log_prob.masked_fill(~inside, -torch.inf)  # validation, which would say so, is off
     term = torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
-    return term.expand(torch.broadcast_shapes(term.shape, log_prob.shape, lead))
+    return torch.broadcast_tensors(term, log_prob, term.new_empty(lead))[0]
 
 
 def _observed(site: Site, ndim: int) -> Tensor:

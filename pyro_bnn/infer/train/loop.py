@@ -96,7 +96,8 @@ def fit(
     :param callbacks: functions of a :class:`FitState`, called after each step; a true value stops the run. See
         :class:`~pyro_bnn.infer.EarlyStopping` and :class:`~pyro_bnn.infer.ConvergenceTest`.
     :param bool progress_bar: whether to show a bar with the loss, its parts where the bound reports them, and
-        the rate; only terminals and notebooks show it.
+        the rate; only terminals and notebooks show it. Elsewhere the logger ``pyro_bnn`` has a line every 30 seconds, at
+        level ``INFO``.
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint`, or a path, which is saved every minute. If the file
         exists, the run continues from it, and takes the same steps that the run would have taken without the
         interruption, bit by bit on one device. This is logged once. Settings (learning rate, bound, prior, ...) that

@@ -73,7 +73,7 @@ class TabularModel(SupervisedModel):
     every row may have a weight, the factor of its log likelihood.
     """
 
-    def __init__(self, net: Any, likelihood: str, data: Sequence[Tensor], **options: Any) -> None:
+    def __init__(self, net: Any, likelihood: Any, data: Sequence[Tensor], **options: Any) -> None:
         super().__init__(net, likelihood, **options)
         x, y, *weights = data
         self.register_buffer("x_mean", average(x, *weights))
@@ -105,12 +105,14 @@ class TabularModel(SupervisedModel):
             return nn.functional.binary_cross_entropy_with_logits(f.squeeze(-1), y.to(f), reduction="none")
         return nn.functional.cross_entropy(f, y, reduction="none")
 
-    def forward(self, x: Tensor, y: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Any = None, y: Tensor | None = None, weights: Tensor | None = None, **inputs: Any
+    ) -> Any:
         """The model."""
         if weights is None:
-            return super().forward(x, y)
+            return super().forward(x, y, **inputs)
         with _ScaleRows(weights):
-            return super().forward(x, y)
+            return super().forward(x, y, **inputs)
 
 
 class _ScaleRows(pyro.poutine.messenger.Messenger):

@@ -8,11 +8,15 @@ import numpy as np
 from sklearn.utils.validation import check_array, check_X_y
 
 
-def validate_data(estimator: Any, X: Any, y: Any = None, *, reset: bool = True, **options: Any) -> Any:
+def validate_data(
+    estimator: Any, X: Any, y: Any = "no_validation", *, reset: bool = True, **options: Any
+) -> Any:
     """What :func:`sklearn.utils.validation.validate_data` does, which is there from scikit-learn 1.6 on."""
     columns = getattr(X, "columns", ())
-    names = np.asarray(list(columns), dtype=object) if all(isinstance(c, str) for c in columns) else []
+    names: Any = np.asarray(list(columns), dtype=object) if all(isinstance(c, str) for c in columns) else []
     if y is None:
+        raise ValueError(f"{type(estimator).__name__} requires y to be passed, but the target y is None")
+    if isinstance(y, str) and y == "no_validation":
         options = {key: value for key, value in options.items() if key not in ("multi_output", "y_numeric")}
         result = X = check_array(X, **options)
     else:

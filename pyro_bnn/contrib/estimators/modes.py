@@ -11,7 +11,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.tabular import ROWS, ScaledPrior, TabularModel
+from pyro_bnn.contrib.estimators.model import ROWS, ScaledPrior, TabularModel
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.nn import bayesian_
 from pyro_bnn.ops.newton import lbfgs, newton_cg, value_and_gradient
@@ -91,6 +91,7 @@ class Mode:
         self.rows = float(data[2].sum()) if len(data) > 2 else len(data[0])
         self.history: list[float] = []
         self.converged = False
+        self.path = [[value.clone() for value in self._tuned()]]
 
     def start(self) -> AutoLaplace:
         """A guide at a draw of the prior."""
@@ -145,6 +146,27 @@ class Mode:
         self.descend(guide, LONG)
         return guide
 
+    def follow(self, guide: AutoLaplace) -> AutoLaplace:
+        """
+        Moves another start to its mode along the hyperparameters that :meth:`find` went through: the final ones, which
+        trust the data, would leave it in the nearest of many wiggly modes.
+        """
+        *passed, last = self.path
+        for values in passed:
+            self._set(values)
+            self.descend(guide, ROUND)
+        self._set(last)
+        return self.settle(guide)
+
+    def _tuned(self) -> list[Tensor]:
+        """The hyperparameters, which are changed in place."""
+        return [*self.prior.scales.values(), *([] if self.floor is None else [self.model.noise])]
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for mine, value in zip(self._tuned(), values, strict=True):
+            mine.copy_(value)
+
     def approximate(self, guide: AutoLaplace) -> AutoLaplace:
         """The Laplace approximation at a point estimate."""
         return guide.laplace_approximation(self.data, map_tolerance=math.inf)
@@ -165,6 +187,7 @@ class Mode:
             if self.converged:
                 break
             self.update(guide)
+            self.path.append([value.clone() for value in self._tuned()])
             guide.to_point_estimate()
         self.approximate(self.settle(guide.to_point_estimate()))
         self.history.append(float(guide.log_evidence()))

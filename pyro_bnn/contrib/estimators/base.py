@@ -16,9 +16,9 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.modes import Method, Mode, Settings
-from pyro_bnn.contrib.posteriors import TabularPosterior, fit_posterior
-from pyro_bnn.contrib.tabular import TabularModel, isolated, network
+from pyro_bnn.contrib.estimators.model import TabularModel, isolated, network
+from pyro_bnn.contrib.estimators.modes import Method, Mode, Settings
+from pyro_bnn.contrib.estimators.posteriors import TabularPosterior, fit_posterior
 from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer.autoguide.laplace import Structure
@@ -27,7 +27,7 @@ from pyro_bnn.ops.options import require_count, require_number
 try:
     from sklearn.utils.validation import validate_data
 except ImportError:  # before scikit-learn 1.6
-    from pyro_bnn.contrib.validation import validate_data
+    from pyro_bnn.contrib.estimators.validation import validate_data
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -111,7 +111,13 @@ class BayesianNetwork(BaseEstimator):
             raise TypeError(
                 f"network(in_features, out_features) must return a torch.nn.Module, found {type(net).__name__}"
             )
-        return net.double()
+        found = net.double().eval()(torch.zeros(2, self.n_features_in_, dtype=torch.float64))
+        if tuple(found.shape) != (2, outputs):
+            raise ValueError(
+                f"network({self.n_features_in_}, {outputs}) gives outputs of shape {tuple(found.shape)} for 2 rows, expected "
+                f"(2, {outputs})"
+            )
+        return net.train()
 
     def _fit(self, data: tuple[Tensor, ...], outputs: int, settings: Settings, noise: Tensor | None) -> Self:
         """Fits the posterior to tensors."""
@@ -185,14 +191,12 @@ class BayesianNetwork(BaseEstimator):
         :return: an :class:`xarray.DataTree`.
         """
         check_is_fitted(self)
-        if X is None and self.method == "hfl":
+        if X is None and self.posterior_.data:
             raise ValueError("method='hfl' has a posterior at the inputs that it is asked for: pass X")
         x = None if X is None else self._inputs(X)
         data = (x,) if y is None else (x, self._targets(y))
         with isolated(check_random_state(random_state).randint(2**31 - 1)):
-            posterior = self.posterior_.draws if x is None and self.posterior_.guide is None else None
-            if posterior is None:
-                posterior = self.posterior_.guide if x is None else self.posterior_.at(x)
+            posterior = self.posterior_.at(x)
             if isinstance(posterior, dict):
                 options.setdefault("num_chains", self.posterior_.chains)
             return to_datatree(self.model_, posterior, None if x is None else data, **options)

@@ -13,8 +13,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.contrib.modes import Mode
-from pyro_bnn.contrib.tabular import ROWS, TabularModel
+from pyro_bnn.contrib.estimators.model import ROWS, TabularModel
+from pyro_bnn.contrib.estimators.modes import Mode
 from pyro_bnn.infer import EarlyStopping, LinearAnnealing, Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.nn import rank1_
@@ -38,8 +38,8 @@ class TabularPosterior:
     chains: int = 1
     data: tuple[Tensor, ...] = ()
 
-    def at(self, x: Tensor) -> Any:
-        """The guide for predictions at some inputs, or the draws."""
+    def at(self, x: Tensor | None) -> Any:
+        """The guide for predictions at some inputs, which only Hessian-free Laplace needs, or the draws."""
         if self.guide is None or not self.data:
             return self.draws if self.guide is None else self.guide
         guide = AutoHessianFreeLaplace(self.model, curvature="ggn", tolerance=1e-8).initialize(*self.data)
@@ -109,7 +109,7 @@ def fit_posterior(mode: Mode) -> TabularPosterior:
         return TabularPosterior(model, stacked([first]), first, data=mode.data if s.method == "hfl" else ())
     if s.method == "rank1":
         return rank1(mode, first.median())
-    members = [first, *map(mode.settle, others)]
+    members = [first, *map(mode.follow, others)]
     if s.method == "ensemble":
         return TabularPosterior(model, stacked(members), chains=s.members)
     guide = AutoLaplaceMixture(model, s.members, structure=s.structure).initialize(*mode.data)
