@@ -43,7 +43,7 @@ SMOKE = "PYRO_BNN_SMOKE" in os.environ
 READING, EPOCHS = (5, 1) if SMOKE else (700, 50)
 WORDS, LENGTH, WIDTH = 2000, 24, 48
 NAMES = ("numpy", "scipy", "sklearn", "torch", "pytorch", "python")
-random.seed(0)
+random.seed(1)
 pyro.set_rng_seed(0)
 torch.set_num_threads(1)
 
