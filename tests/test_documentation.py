@@ -44,7 +44,8 @@ def run(path: Path, names: dict[str, Any]) -> dict[str, Any]:
     for block in found:
         # a page's long runs say how long a run of a user is; here they need only go through
         block = re.sub(r"\b(num_steps|num_epochs|epochs)=[\d_]+", r"\1=20", block)
-        exec(re.sub(r"\b(num_samples|warmup_steps)=[\d_]+", r"\1=5", block), names)
+        block = re.sub(r"\bwarmup_steps=[\d_]+", "warmup_steps=1, num_chains=2", block)
+        exec(re.sub(r"\bnum_samples=[\d_]+", "num_samples=5", block), names)
     return names
 
 

@@ -205,11 +205,11 @@ def accumulate_operators(total: CurvatureSum, accumulator: CurvatureAccumulator,
 
 def _start(model: PackedModel, latent: Tensor, trace: Trace, chunk_size: int = 256) -> Accumulated:
     """What the first trace tells of the prior, before the likelihood is summed."""
-    prior = prior_curvature(model, latent, trace, chunk_size=chunk_size)
-    log_prior = model.log_prior(latent, trace).detach()
+    log_prior = model.log_prior(latent, trace)
+    prior = prior_curvature(-log_prior, latent, chunk_size=chunk_size)
     log_likelihood = latent.new_zeros((), dtype=torch.float64)
     gradient = torch.zeros_like(wide(latent.detach()))
-    return Accumulated(prior, log_prior, log_likelihood, gradient)
+    return Accumulated(prior, log_prior.detach(), log_likelihood, gradient)
 
 
 def _over_processes(found: Accumulated | None, total: CurvatureSum) -> Accumulated:

@@ -3,10 +3,8 @@
 """The curvature of the prior."""
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.ops.jacobian import LinearMap, dense, hvp_operator, wide
 
 
@@ -68,11 +66,8 @@ class PriorCurvature:
         return 0.5 * (block + block.mT)
 
 
-def prior_curvature(
-    model: PackedModel, latent: Tensor, trace: Trace, *, chunk_size: int = 256
-) -> PriorCurvature:
-    """The curvature of the prior at the packed vector that a trace was made at, which requires a gradient."""
-    value = -model.log_prior(latent, trace)
+def prior_curvature(value: Tensor, latent: Tensor, *, chunk_size: int = 256) -> PriorCurvature:
+    """The curvature of a negative log prior, a scalar, at the packed vector that it depends on, which requires a gradient."""
     gradient = torch.zeros_like(latent)
     if value.requires_grad:
         (gradient,) = torch.autograd.grad(value, latent, retain_graph=True, materialize_grads=True)

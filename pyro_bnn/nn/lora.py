@@ -160,7 +160,7 @@ def merged_weights(net: nn.Module, latents: Mapping[str, Tensor] | None = None) 
 
 def _require_mergeable(adapter: "Adapter") -> None:
     base = adapter.base
-    plain = base.plain_class if isinstance(base, _Adapted) else torch_class(base)
+    plain: Any = base.plain_class if isinstance(base, _Adapted) else torch_class(base)
     reason = "has a forward method of its own"
     if plain.forward is nn.Linear.forward or is_inputs_first(base):
         bias = {"bias"} & {

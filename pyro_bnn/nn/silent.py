@@ -8,8 +8,9 @@ from typing import Any
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_bnn.nn.convertible import become, torch_class
+from pyro_bnn.nn.convertible import torch_class
 from pyro_bnn.nn.folding import runs_samples_alone
+from pyro_bnn.nn.pyro_class import become, pyro_class
 
 _PyroModule: Any = PyroModule
 
@@ -38,7 +39,7 @@ class Silent(_PyroModule):
 @cache
 def silent_class(cls: type) -> type:
     """Pyro's class of a torch class or the user's, as a :class:`Silent` one of the same name."""
-    base: Any = PyroModule[cls]
+    base = pyro_class(cls)
     attributes = {"__module__": __name__, "__reduce__": _reduce, "speaking_class": base}
     made: type = type(base)(base.__name__, (base, Silent), attributes)
     return made
@@ -58,5 +59,5 @@ def silence_(net: nn.Module) -> None:
     """Makes those modules of a network silent whose classes Pyro made."""
     for module in net.modules():
         cls = torch_class(module)
-        if type(module) is not cls and type(module) is PyroModule[cls]:
+        if type(module) is not cls and type(module) is pyro_class(cls):
             become(module, silent_class(cls))

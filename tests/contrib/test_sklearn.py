@@ -36,7 +36,7 @@ SMALL = {"hidden": (2,), "max_iter": 1, "n_members": 2, "n_samples": 20, "n_step
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
 
-@parametrize_with_checks([BayesianRegressor(**SMALL), BayesianClassifier(**SMALL)])
+@parametrize_with_checks([BayesianRegressor(**SMALL), BayesianClassifier(**SMALL, prior_scale=1.0)])
 def test_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -304,6 +304,12 @@ def test_export():
         np.testing.assert_allclose(tree["observed_data"]["obs"], y[:5])
         assert tree["log_likelihood"]["obs"].shape[-1] == 5
         assert tree["posterior"]["net.0.weight"].shape[-2:] == (2, 1)
+        if method == "hfl":
+            with pytest.raises(ValueError, match="pass X"):
+                reg.to_datatree()
+        else:
+            draws = reg.to_datatree(num_samples=number, weights=True)
+            assert list(draws.children) == ["posterior"]
     clf = BayesianClassifier(**SMALL).fit(X, np.where(y > 3, "high", "low"))
     assert (
         clf.to_datatree(X[:4], ["low"] * 4, num_samples=5)["observed_data"]["obs"].values.tolist() == [1] * 4
@@ -412,7 +418,12 @@ def test_programs_of_the_page():
     programs = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", page)
     names = {}
     for program in programs:
-        exec(textwrap.dedent(program).replace("split(X, y,", "split(X[:60], y[:60],"), names)
+        small = textwrap.dedent(program).replace("split(X, y,", "split(X[:60], y[:60],")
+        small = small.replace("X_test, y_test)", "X_test, y_test, num_samples=20)")
+        exec(
+            re.sub(r"(Regressor|Classifier)\((hidden=\(20,\), )?", r"\1(hidden=(4,), max_iter=1, ", small),
+            names,
+        )
     assert names["draws"].shape == (15, 10)
     assert (names["total"] > names["function"]).all()
     counts = [sum(map(bool, program.split("\n"))) for program in programs[:2]]

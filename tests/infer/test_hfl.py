@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import functools
+
 import pytest
 import torch
 from pyro.infer import Predictive, Trace_ELBO
@@ -22,17 +24,22 @@ from tests.models import in_between_data, linear_regression, logistic_regression
 TARGETS = torch.linspace(-2, 2, 12, dtype=torch.float64).unsqueeze(-1)
 
 
-def fitted_pair(seed, **options):
-    """The exact Laplace approximation on the in-between toy and an HFL guide at the same polished MAP."""
+@functools.cache
+def exact_laplace(seed, curvature):
+    """The exact Laplace approximation on the in-between toy, which no test changes."""
     x, y = in_between_data(seed)
     torch.manual_seed(seed)
-    exact = AutoLaplace(
-        tanh_network(), curvature=options.get("curvature", "hessian"), init_loc_fn=init_to_sample
-    )
-    exact.initialize(x, y).polish((x, y)).laplace_approximation((x, y))
-    guide = AutoHessianFreeLaplace(tanh_network(), **options).initialize(x, y)
+    exact = AutoLaplace(tanh_network(), curvature=curvature, init_loc_fn=init_to_sample)
+    return exact.initialize(x, y).polish((x, y)).laplace_approximation((x, y)), (x, y)
+
+
+def fitted_pair(seed, **options):
+    """The exact approximation, and an HFL guide at the same polished MAP."""
+    exact, data = exact_laplace(seed, options.get("curvature", "hessian"))
+    torch.manual_seed(seed)
+    guide = AutoHessianFreeLaplace(tanh_network(), **options).initialize(*data)
     guide.loc.data.copy_(exact.loc.data)
-    return exact, guide, (x, y)
+    return exact, guide, data
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

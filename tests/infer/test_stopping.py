@@ -21,7 +21,7 @@ from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model
 quiet = partial(fit, progress_bar=False)
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.8, 0.95])
+@pytest.mark.parametrize("correlation", [0.0, 0.95])
 def test_false_alarm_rate(correlation: float) -> None:
     """
     On stationary losses the rate of each false alarm in any of 20 checks stays below alpha, also where the noise
@@ -101,7 +101,7 @@ def test_held_out_loss_ignores_the_schedule() -> None:
     for anneal_in_elbo in (True, False):
         schedule = LinearAnnealing(10**6, final=0.5)
         guide = AutoMixture(linear_model, 1)
-        stopping = EarlyStopping(held_out, every=3, num_samples=2000)
+        stopping = EarlyStopping(held_out, every=3, num_samples=600)
         options = {"elbo": Mixture_ELBO(kl_scale=schedule)} if anneal_in_elbo else {"kl_scale": schedule}
         seen = {}
 

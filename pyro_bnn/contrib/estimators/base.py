@@ -191,14 +191,12 @@ class BayesianNetwork(BaseEstimator):
         :return: an :class:`xarray.DataTree`.
         """
         check_is_fitted(self)
-        if X is None and self.method == "hfl":
+        if X is None and self.posterior_.data:
             raise ValueError("method='hfl' has a posterior at the inputs that it is asked for: pass X")
         x = None if X is None else self._inputs(X)
         data = (x,) if y is None else (x, self._targets(y))
         with isolated(check_random_state(random_state).randint(2**31 - 1)):
-            posterior = self.posterior_.draws if x is None and self.posterior_.guide is None else None
-            if posterior is None:
-                posterior = self.posterior_.guide if x is None else self.posterior_.at(x)
+            posterior = self.posterior_.at(x)
             if isinstance(posterior, dict):
                 options.setdefault("num_chains", self.posterior_.chains)
             return to_datatree(self.model_, posterior, None if x is None else data, **options)

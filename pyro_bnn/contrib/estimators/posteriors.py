@@ -38,8 +38,8 @@ class TabularPosterior:
     chains: int = 1
     data: tuple[Tensor, ...] = ()
 
-    def at(self, x: Tensor) -> Any:
-        """The guide for predictions at some inputs, or the draws."""
+    def at(self, x: Tensor | None) -> Any:
+        """The guide for predictions at some inputs, which only Hessian-free Laplace needs, or the draws."""
         if self.guide is None or not self.data:
             return self.draws if self.guide is None else self.guide
         guide = AutoHessianFreeLaplace(self.model, curvature="ggn", tolerance=1e-8).initialize(*self.data)

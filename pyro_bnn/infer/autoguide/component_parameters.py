@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from typing_extensions import override
 
 from pyro_bnn.infer.autoguide.components import LatentSite
 from pyro_bnn.infer.autoguide.data_rows import RowSource, num_rows
@@ -53,6 +54,8 @@ class ComponentParameters(_Guide):
     component, the sites side by side, and one tensor for each site that all components share.
     """
 
+    #: whether hooks were ever registered, of which nothing public gives a list
+    _has_hooks = False
     scale_constraint = constraints.softplus_positive
     # parameters, made by initialize
     loc: Any
@@ -71,6 +74,16 @@ class ComponentParameters(_Guide):
     _groups: list[tuple[bool, list[LatentSite], list[Span]]]  # drawn together: whether per example
     _row_sources: list[RowSource]
     _component: int | None = None  # the one that is drawn; all if None
+
+    @override
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_hooks = True
+        return super().register_forward_hook(*args, **kwargs)
+
+    @override
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_hooks = True
+        return super().register_forward_pre_hook(*args, **kwargs)
 
     def _arrange(self, sites: list[LatentSite]) -> None:
         """Gives the sites their columns: scaled sites first, so that scales align with the first columns of locations."""

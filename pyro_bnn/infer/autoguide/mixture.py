@@ -96,9 +96,6 @@ class AutoMixture(ComponentParameters):
         torch.Size([10, 3])
     """
 
-    #: whether hooks were ever registered, of which nothing public gives a list
-    _has_hooks = False
-
     def __init__(
         self,
         model: Callable[..., Any],
@@ -235,16 +232,6 @@ class AutoMixture(ComponentParameters):
     def is_single(self) -> bool:
         """Whether a call is one draw from one component: no index, no noise per example."""
         return self.num_components == 1 and self.noise == "shared" and self.index_name is None
-
-    @override
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        self._has_hooks = True
-        return super().register_forward_hook(*args, **kwargs)
-
-    @override
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        self._has_hooks = True
-        return super().register_forward_pre_hook(*args, **kwargs)
 
     def is_factorized(self) -> bool:
         """

@@ -133,7 +133,8 @@ class Solver:
         problem = self.problem
         leaf = problem.latent.clone().requires_grad_(True)
         trace = problem.model.trace(leaf, next(iter_batches(problem.data)))
-        prior = prior_curvature(problem.model, leaf, trace, chunk_size=problem.chunk_size)
+        value = -problem.model.log_prior(leaf, trace)
+        prior = prior_curvature(value, leaf, chunk_size=problem.chunk_size)
         diagonal = prior.diagonal(torch.arange(len(leaf), device=leaf.device)) + problem.proximal
         largest = diagonal.max()
         if not largest > 0:
