@@ -5,6 +5,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from math import inf
 from typing import Any, NamedTuple
 
 from pyro.nn import PyroModule
@@ -258,6 +259,10 @@ def _attach(net: nn.Module, only: Any, skip: Any, rank: int, alpha: float | None
     """Freezes a network and gives its linear layers adapters that change nothing yet."""
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be an integer of at least 1, found {rank!r}.")
+    if alpha is not None and not 0 < alpha < inf:
+        raise ValueError(
+            f"alpha must be a positive number, found {alpha!r}: the scale of the adapters is alpha / rank."
+        )
     refused = [skip] if isinstance(skip, (str, type)) or callable(skip) else list(skip)
     layers = convertible(
         net, only, [*refused, nn.MultiheadAttention], {nn.Linear: _adapted(nn.Linear)}, _adaptable

@@ -298,6 +298,8 @@ def test_errors_name_what_is_wrong_and_change_nothing() -> None:
         lora_(net, clip=1.0)
     with pytest.raises(ValueError, match="rank must be an integer of at least 1, found 0"):
         lora_(net, rank=0)
+    with pytest.raises(ValueError, match="alpha must be a positive number, found 0"):
+        lora_(net, rank=2, alpha=0.0)
     with pytest.raises(ValueError, match="only names '5', which is no module"):
         lora_(net, only="5")
     with pytest.raises(ValueError, match=r"prior has keys \['lora_C'\]"):

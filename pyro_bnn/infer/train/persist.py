@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
 from pyro_bnn.infer.train.files import atomic_save, checked_load
+from pyro_bnn.infer.train.reading import differences, read
 from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.networks import model_tensors
@@ -106,6 +107,7 @@ def save_guide(
         "state": {name: value for name, value in guide.state_dict().items() if isinstance(value, Tensor)},
         "example": example,
         "network": tensors,
+        "reading": _reading(guide, model, example),
     }
     atomic_save(saved, path)
 
@@ -123,7 +125,8 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, mo
     :param callable model: the model, for a guide without an attribute ``model``.
     :return: the guide.
     :raises ValueError: naming the file, if it is damaged or no saved guide; if it belongs to another class of guide, to
-        one with other settings (``structure="kronecker"`` in the file, ``"diagonal"`` here) or to another model; or if
+        one with other settings (``structure="kronecker"`` in the file, ``"diagonal"`` here) or to another model, also
+        one of the same tensors whose outputs are others (at the median of the guide and inputs that are no data); or if
         the shapes of the data are needed and neither stored nor given.
 
     Example::
@@ -163,7 +166,25 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, mo
     if not hasattr(guide, EXAMPLE):
         setattr(guide, EXAMPLE, saved["example"])  # so that it can be saved again
     _load_network(guide, model, saved.get("network"), path, batch)
+    _require_same_reading(saved, _reading(guide, model, saved["example"]), path)
     return guide
+
+
+def _reading(guide: Any, model: Any, example: dict[str, Any] | None) -> Any:
+    model = _model_of(guide, model)
+    return None if model is None or example is None else read(guide, model, batch_of(example, _device(guide)))
+
+
+def _require_same_reading(saved: dict[str, Any], own: Any, path: str) -> None:
+    """Raises for a model of the same tensors that makes something else of them."""
+    if saved.get("reading") is None or own is None:
+        return
+    found = differences(saved["reading"], own)
+    if found:
+        raise ValueError(
+            f"{path} belongs to a model of the same tensors that computes something else: with the same latents and inputs "
+            f"{found[0]}. Build the model as when the guide was saved: activations, scales of adapters, the likelihood."
+        )
 
 
 def digest(tensor: Tensor) -> str:
