@@ -89,3 +89,12 @@ def test_perturbations_that_single_precision_does_not_resolve(
         warnings.simplefilter("always")
         hfl.solve(guide, (x, y), (x[:1],), method=method, epsilon=epsilon, curvature="ggn", check=False)
     assert any("float32 resolves perturbations" in str(w.message) for w in caught) == is_said
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float64, 1e-3), (torch.float32, 3e-3)])
+def test_perturbations_are_small_by_default(dtype: torch.dtype, epsilon: float) -> None:
+    torch.set_default_dtype(dtype)
+    x, y = linear_data(12)
+    guide = AutoLaplace(linear_model).initialize(x, y).polish((x, y))
+    found = hfl.solve(guide, (x, y), (x[:1],), method="central", curvature="ggn", check=False)
+    assert found.epsilon == epsilon
