@@ -191,7 +191,8 @@ def _entries(leaf: Any) -> Tensor:
 
 def check_finite(batch: Batch) -> None:
     """
-    Checks that the floating-point tensors of a batch are finite, in nested containers too.
+    Checks that the floating-point tensors of a batch are finite, in nested containers too. Tensors of zeros and minus
+    infinity are masks to be added to attention weights.
 
     :param batch: ``(args, kwargs)`` as :func:`as_batch` returns them.
     :raises ValueError: naming the argument and the number of entries that are not finite.
@@ -202,7 +203,7 @@ def check_finite(batch: Batch) -> None:
         if not value.is_floating_point() or bool(torch.isfinite(value.detach().sum())):
             continue
         bad = int((~torch.isfinite(value)).sum())
-        if bad:
+        if bad and not bool(((value == 0) | (value == -torch.inf)).all()):
             raise ValueError(
                 f"{argument_name(path)} of the model holds {bad} non-finite entries (shape {tuple(value.shape)}): "
                 "remove them, or replace them by numbers (torch.nan_to_num) and pass the model what is missing as an argument, "
