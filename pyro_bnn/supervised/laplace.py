@@ -147,7 +147,7 @@ def laplace(
         guide.laplace_approximation(data, map_tolerance=inf, generator=generator)
 
     limit = map_tolerance if tune == "auto" else inf
-    done = Tuning(guide, model, approximate, found, per, candidates, limit).run(method, validation)
+    done = Tuning(guide, model, approximate, found, per, candidates, limit, polish).run(method, validation)
     if done != "validation":
         _warn_of_distance(guide, map_tolerance, method, done)
     return guide

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -24,12 +25,20 @@ class Survey:
     :ivar num_rows: N.
     :ivar num_elements: the number of elements of all targets.
     :ivar squares: the sum of squared residuals of a regression in units of the noise given, or of 1.
+    :ivar log_likelihood: at the noise given, or 1; ``None`` where targets lie outside of the support.
     """
 
     options: dict[str, Any]
     num_rows: int
     num_elements: int
     squares: float
+    log_likelihood: float | None
+
+    def log_likelihood_at(self, noise: float) -> float | None:
+        """The log likelihood of a regression without a noise given, at another noise than 1."""
+        if self.log_likelihood is None:
+            return None
+        return self.log_likelihood + 0.5 * self.squares * (1 - noise**-2) - self.num_elements * log(noise)
 
     @property
     def residual(self) -> float:
@@ -87,6 +96,7 @@ def survey(net: nn.Module, data: Any, likelihood: Any, noise: Any, options: dict
     )
     rows = elements = 0
     squares = torch.zeros((), dtype=torch.float64)
+    likelihoods: list[float | None] = []
     with evaluation_mode(net):
         for number, batch in enumerate(batches):
             x, y = _inputs_and_targets(probe, batch)
@@ -100,10 +110,20 @@ def survey(net: nn.Module, data: Any, likelihood: Any, noise: Any, options: dict
             d = probe.distribution(f, rows_in(x))
             y = targets(y, d, likelihood)
             rows, elements = rows + len(y), elements + y.numel()
+            likelihoods.append(_log_likelihood(d, y))
             if likelihood == "regression":
                 squares += ((y - d.mean) / probe.noise).double().square().sum().cpu()
     found = {"event_dim": probe.event_dim, "class_dim": probe.class_dim, "target": probe.target}
-    return Survey(found, rows, elements, float(squares))
+    total = None if None in likelihoods else sum(value for value in likelihoods if value is not None)
+    return Survey(found, rows, elements, float(squares), total)
+
+
+def _log_likelihood(d: Any, y: Tensor) -> float | None:
+    """The sum over rows; ``None`` for targets that the distribution does not take, which the fit says."""
+    try:
+        return float(d.log_prob(y).double().sum())
+    except Exception:
+        return None
 
 
 def _inputs_and_targets(model: SupervisedModel, batch: Batch) -> tuple[Any, Tensor]:

@@ -26,7 +26,7 @@ from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import EvidenceSpectrum, LaplaceEvidence
 from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, Per, warn_of_edges
 from pyro_bnn.model.data import iter_batches
-from pyro_bnn.ops.notice import logger
+from pyro_bnn.ops.notice import logger, warn_user
 from pyro_bnn.supervised.likelihoods import targets
 from pyro_bnn.supervised.model import SupervisedModel
 from pyro_bnn.supervised.survey import Survey
@@ -42,6 +42,7 @@ class Tuning:
     :ivar per: what has a multiplier of the prior precision of its own.
     :ivar candidates: multipliers for held-out data.
     :ivar limit: the distance from the mode up to which the evidence is used.
+    :ivar moves: whether ``approximate`` moves the weights.
     """
 
     guide: AutoLaplace
@@ -51,6 +52,7 @@ class Tuning:
     per: Per
     candidates: Sequence[float] | None
     limit: float
+    moves: bool = False
 
     def run(self, tune: str | None, validation: Any) -> str | None:
         """Approximates and tunes; returns the method that has been used."""
@@ -58,6 +60,8 @@ class Tuning:
         if learns_noise:
             self._set_noise(self.found.residual)
         self.approximate()
+        if not self.moves:
+            self._compare_passes(learns_noise)
         assert self.guide.map_report is not None
         if tune == "evidence" and self.guide.map_report.newton_decrement > self.limit:
             return None
@@ -75,6 +79,21 @@ class Tuning:
             noise = f", noise {float(self.model.noise.detach()):.4g}" if learns_noise else ""
             logger.info("laplace: by %s, the prior precision times %s%s", tune, report.tau, noise)
         return tune
+
+    def _compare_passes(self, learns_noise: bool) -> None:
+        """Warns if the data of the fit were others than those of the pass before."""
+        found, guide = self.found, self.guide
+        before = found.log_likelihood_at(found.residual) if learns_noise else found.log_likelihood
+        if before is None or self.model.settings.get("noise") == "latent":
+            return
+        here = float(guide.log_joint.double() - guide.log_prior.double())
+        tolerance = 1e-6 if guide.loc.dtype == torch.float64 else 1e-3
+        if not abs(here - before) <= tolerance * max(abs(before), found.num_elements):
+            warn_user(
+                f"the data differ between passes: the log likelihood of the same weights was {before:.6g}, and then {here:.6g}. "
+                "Data that are drawn anew in every pass (augmentation, noise) have no posterior: pass a loader that gives the "
+                "same rows each time."
+            )
 
     def _with_noise(self, tune: str, validation: Any) -> tuple[float | None, float]:
         # scores are squared in the one; the other is not positive definite under every noise

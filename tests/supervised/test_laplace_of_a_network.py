@@ -5,6 +5,7 @@
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import pyro_bnn
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
@@ -415,6 +416,37 @@ def test_export_holds_the_model() -> None:
     found = torch.as_tensor(tree["log_likelihood"]["obs"].values)
     assert found.shape == (1, 8, 30)
     assert {"net.0.weight", "net.2.bias"} <= set(tree["posterior"].data_vars)
+
+
+@pytest.mark.parametrize("likelihood", ["regression", "classification"])
+def test_data_that_differ_between_passes_are_named(likelihood: Any) -> None:
+    x, y = data()
+    labels = (y > 0).long() if likelihood == "classification" else y
+
+    class Augmented(Dataset[Any]):
+        scale = 0.1
+
+        def __len__(self) -> int:
+            return len(x)
+
+        def __getitem__(self, i: int) -> Any:
+            return x[i] + self.scale * torch.randn(2), labels[i]
+
+    rows, net = Augmented(), network(2 if likelihood == "classification" else 1)
+    with pytest.warns(UserWarning, match="the data differ between passes"):
+        pyro_bnn.laplace(net, DataLoader(rows, 7), likelihood=likelihood, **FAR)
+    rows.scale = 0.0
+    for kind in (torch.float64, torch.float32):
+        x, labels = x.to(kind), labels.to(kind) if likelihood == "regression" else labels
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.set_default_dtype(kind)
+            try:
+                pyro_bnn.laplace(
+                    net.to(kind), DataLoader(rows, 7, shuffle=True), likelihood=likelihood, **FAR
+                )
+            finally:
+                torch.set_default_dtype(torch.float64)
 
 
 def test_two_networks_of_a_process_keep_their_noise(tmp_path: Path) -> None:
