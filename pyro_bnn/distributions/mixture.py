@@ -191,6 +191,19 @@ class EqualMixture(TorchDistribution):
     def variance(self) -> Tensor:
         return self.components.variance.mean(0) + self.components.mean.var(0, correction=0)
 
+    @property
+    def probs(self) -> Tensor:
+        """The probabilities of labels, of each element of an event by itself; other families have none."""
+        base: Any = self.components
+        while isinstance(base, td.Independent):
+            base = base.base_dist
+        if not isinstance(base, td.Categorical | td.Bernoulli | td.OneHotCategorical):
+            raise AttributeError(
+                f"EqualMixture of {type(base).__name__} has no attribute 'probs': labels have"
+            )
+        each: Tensor = base.probs
+        return each.mean(0)
+
 
 class WeightedMixture(TorchDistribution):
     r"""

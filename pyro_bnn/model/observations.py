@@ -104,6 +104,13 @@ def is_validated(site: Site) -> bool:
     return all(getattr(d, "_validate_args", False) for d in (site["fn"], unwrap(site["fn"])[0]))
 
 
+_EXPECTED = {
+    "Categorical": "Labels of C classes are the integers from 0 to C - 1",
+    "Bernoulli": "Labels are 0 and 1; for -1 and 1 pass (y > 0)",
+    "Poisson": "Counts are the integers from 0",
+}
+
+
 def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     """
     Raises, naming the site, if observations do not have a type that their distribution takes, or lie outside of its support
@@ -131,8 +138,8 @@ def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
         some = value[wrong].reshape(-1)[:3].tolist() if wrong.shape == value.shape[: wrong.dim()] else []
         raise ValueError(
             f"Site {name!r}: {int(wrong.sum())} of {wrong.numel()} observations, {some} among them, lie outside the "
-            f"support {support} of {family}. Labels of C classes are the integers from 0 to C - 1; mask what is missing "
-            "with poutine.mask."
+            f"support {support} of {family}. {_EXPECTED.get(family, 'Transform them')}; mask what is missing with "
+            "poutine.mask, in a model of your own."
         )
 
 

@@ -280,3 +280,11 @@ def test_what_mixtures_take_from_their_components():
         q = marginal_quantile(two, 0.7, weights)
         mixed = (two.cdf(q) * (torch.full((2,), 0.5) if weights is None else weights)[:, None]).sum(0)
         assert_close(mixed, torch.tensor([0.7]), rtol=1e-9)
+
+
+def test_probabilities_of_labels_are_averaged() -> None:
+    logits = torch.randn(5, 4, 2, 3)
+    d = EqualMixture(td.Independent(td.Categorical(logits=logits), 1))
+    assert_close(d.probs, logits.softmax(-1).mean(0))
+    assert_close(EqualMixture(td.Bernoulli(logits=logits)).probs, logits.sigmoid().mean(0))
+    assert not hasattr(EqualMixture(td.Normal(logits, 1.0)), "probs")
