@@ -67,7 +67,7 @@ def convertible(
     settled: set[nn.Module] = set()
     inside: set[nn.Module] = set()
     for name, module in net.named_modules():
-        _check_wrapper(name, module)
+        check_wrapper(name, module)
         if any(_matches(s, name, module) for s in refused):
             settled.update(module.modules())
             continue
@@ -162,7 +162,8 @@ def _check_selectors(
                 )
 
 
-def _check_wrapper(name: str, module: nn.Module) -> None:
+def check_wrapper(name: str, module: nn.Module) -> None:
+    """Raises for a module that stands for another one, or for compiled code."""
     advice = _WRAPPERS.get(torch_class(module).__name__)
     if isinstance(module, torch.jit.ScriptModule):
         advice = "convert the network before TorchScript compiles it"

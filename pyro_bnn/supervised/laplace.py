@@ -21,6 +21,7 @@ from pyro_bnn.infer.autoguide.laplace import LikelihoodCurvature, Structure
 from pyro_bnn.infer.hyperparameters import Per
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.nn import bayesian_, init_to_trained
+from pyro_bnn.nn.convertible import check_wrapper
 from pyro_bnn.nn.priors import PriorLike
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice
@@ -176,6 +177,8 @@ def _require_plain(net: Any) -> None:
             "the network has been converted already (bayesian_, rank1_): pass one of torch, with its prior as prior=; or build "
             "AutoLaplace(SupervisedModel(net, likelihood, num_data=N), init_loc_fn=init_to_trained) around it."
         )
+    for name, module in net.named_modules():
+        check_wrapper(name, module)
 
 
 def _convert(net: nn.Module, prior: PriorLike | None) -> None:

@@ -486,6 +486,7 @@ def test_two_networks_of_a_process_keep_their_noise(tmp_path: Path) -> None:
         ),
         (lambda o, x, y: o.update(data=(x, y.sign()), likelihood="binary", **FAR), "Labels are 0 and 1; for -1 and 1"),
         (lambda o, x, y: o.update(data=(x, y), likelihood="poisson", **FAR), "Counts are the integers from 0"),
+        (lambda o, x, y: o.update(net=torch.compile(o["net"])), "convert the network before torch.compile"),
         (lambda o, x, y: o.update(noise=torch.ones(30)), r"noise has shape \(30,\), expected .* the shape \(\) of one target"),
         (
             lambda o, x, y: o.update(net=network(2), data=(x, torch.stack([y, y], -1)), noise=torch.ones(3)),
