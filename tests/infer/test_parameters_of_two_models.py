@@ -12,7 +12,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor
 
-from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture, AutoMixture
+from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoLaplaceMixture
 from tests.common import assert_close
 
 
@@ -38,7 +38,6 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "mixture of laplace": lambda m: (
         AutoLaplaceMixture(m, 2).initialize(X, X).polish((X, X)).laplace_approximation((X, X))
     ),
-    "mixture": lambda m: AutoMixture(m, 2).initialize(X, X),
 }
 
 
