@@ -33,7 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from mutants_changes import Mutant, draw
-from mutants_suite import Outcomes, Session, Suite, collect, in_fork, measure, missing, owners
+from mutants_suite import (
+    Outcomes,
+    Session,
+    Suite,
+    collect,
+    in_fork,
+    lines_of_import,
+    measure,
+    missing,
+    owners,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.json")
@@ -211,10 +221,11 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     suite = Suite(root, cache, parts)
     chosen, same = drawn(options, root)
     trials = [Trial(root, mutant, suite, options.budget) for mutant in chosen]
+    imported, _ = in_fork(lines_of_import, root, cpu=600, root=root)
 
     def use(session: Session) -> list[Any]:
         for trial in trials:
-            if trial.result is None:
+            if trial.result is None and trial.mutant.line not in imported.get(trial.mutant.path, ()):
                 trial.in_session(session)
         return [(trial.result, trial.seconds) for trial in trials]
 

@@ -61,7 +61,7 @@ DROPPED = {
 #: ``strict``, an assertion.
 INDIFFERENT = {
     "validate_args", "default", "chunk_size", "block_size", "budget", "seed", "stacklevel", "max_steps", "max_iter",
-    "max_rounds", "strict",
+    "max_rounds", "oversampling", "strict",
 }  # fmt: skip
 TRANSPOSES = {"mT", "T", "mH", "H"}
 
@@ -102,6 +102,10 @@ class Finder(ast.NodeVisitor):
         ]:
             if value is not None and arg.arg not in INDIFFERENT:
                 self.visit(value)
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
         for statement in node.body:
             self.visit(statement)
 
@@ -170,6 +174,8 @@ class Finder(ast.NodeVisitor):
         if name.endswith("manual_seed"):
             self.visit(node.func)
             return
+        if name.startswith("logger."):
+            return
         if name in ("warnings.warn", "cast", "super", "TypeVar", "Literal"):
             return
         if isinstance(node.func, ast.Attribute):
@@ -196,7 +202,7 @@ class Finder(ast.NodeVisitor):
         if isinstance(node.value, ast.Constant):
             return  # a docstring
         if isinstance(node.value, ast.Call) and not ast.unparse(node.value.func).startswith(
-            ("super", "warnings")
+            ("super", "warnings", "logger")
         ):
             self.add(node, "pass", "dropped statement")
         self.generic_visit(node)

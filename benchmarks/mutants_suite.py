@@ -10,6 +10,7 @@ the changed code; a change of anything else, such as a constant of a module, nee
 import ast
 import gc
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -248,6 +249,21 @@ def _measure(session: Session, part: str, root: Path) -> dict[str, Any]:
                     called = tests[context]["functions"].setdefault(name, [])
                     called += [] if names[line] in called else [names[line]]
     return {"tests": tests, "sources": sources, "failed": outcomes.failed}
+
+
+def lines_of_import(root: Path) -> dict[str, list[int]]:
+    """By file, the lines that an import of the package executes; changes there need a process that imports it anew."""
+    from coverage import Coverage
+
+    sys.path.insert(0, str(root))
+    coverage = Coverage(data_file=None, source=[str(root / "pyro_bnn")], config_file=False)
+    coverage.start()
+    for path in sorted((root / "pyro_bnn").rglob("*.py")):
+        with suppress(ImportError):  # of what is not installed
+            importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+    coverage.stop()
+    data = coverage.get_data()
+    return {str(Path(file).relative_to(root)): data.lines(file) or [] for file in data.measured_files()}
 
 
 def _cached(root: Path, cache: Path, part: str) -> tuple[Path, str]:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_bnn.diagnostics import metrics, table
 from pyro_bnn.infer import Mixture_ELBO, fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
-from pyro_bnn.nn import bayesian_, init_to_trained, lora_, merged_weights
+from pyro_bnn.nn import FanInNormal, bayesian_, init_to_trained, lora_, merged_weights
 
 try:
     from transformers import BertConfig, BertModel
@@ -42,7 +42,8 @@ except ImportError:  # a plain encoder of torch serves
 SMOKE = "PYRO_BNN_SMOKE" in os.environ
 READING, EPOCHS = (5, 1) if SMOKE else (700, 50)
 WORDS, LENGTH, WIDTH = 2000, 24, 48
-random.seed(0)
+NAMES = ("numpy", "scipy", "sklearn", "torch", "pytorch", "python")
+random.seed(1)
 pyro.set_rng_seed(0)
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ torch.set_num_threads(1)
 # Sentences
 # ---------
 #
-# Four classes, and the standard library as a fifth that the network never sees.
+# Four classes, and the standard library as a fifth that the network never sees. Package names are struck out.
 
 PACKAGES = {
     "numpy": "numpy numpy.fft numpy.linalg numpy.ma numpy.random",
@@ -63,50 +64,62 @@ PACKAGES = {
 }
 
 
-def sentences(modules):
-    """Sentences of 7 to 24 words without code from the docstrings of modules, each once, without the packages' names."""
-    found = []
+def docstrings(modules):
+    """Docstrings as lists of sentences of 7 to 24 words without code, each once, without the packages' names."""
+    found, seen = [], set()
     for module in map(importlib.import_module, modules.split()):
         for name in dir(module):
             value = getattr(module, name) if name[0] != "_" else None
+            texts = []
             for part in re.split(
                 r"(?<=[a-z])\.\s+|\n\s*\n", (callable(value) and inspect.getdoc(value)) or ""
             ):
-                words = re.findall("[a-z]+", part.lower())
-                if 7 <= len(words) <= LENGTH and not re.search(r"[>|_=`\[\]{}]|::|\.\.", part):
-                    found.append(
-                        tuple(w for w in words if w not in ("numpy", "scipy", "sklearn", "torch", "python"))
-                    )
-    return list(dict.fromkeys(found))
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of names that the packages are about to drop
-    corpus = [sentences(modules) for modules in PACKAGES.values()]
-seen = {words for texts in corpus[:4] for words in texts}
-labelled = [(words, label) for label, texts in enumerate(corpus[:4]) for words in random.sample(texts, 650)]
-random.shuffle(labelled)
-print({name: len(texts) for name, texts in zip(PACKAGES, corpus, strict=True)})
-print(" ".join(labelled[0][0]), "->", list(PACKAGES)[labelled[0][1]])
+                words = tuple(w for w in re.findall("[a-z]+", part.lower()) if w not in NAMES)
+                if (
+                    7 <= len(words) <= LENGTH
+                    and words not in seen
+                    and not re.search(r"[>|_=`\[\]{}]|::|\.\.", part)
+                ):
+                    texts.append(words)
+                    seen.add(words)
+            found += [texts] if texts else []
+    return random.sample(found, len(found))
 
 
 def tokens(texts):
-    """Words hashed to 2 ... WORDS - 1; 0 fills up, 1 masks."""
+    """Words hashed to 2 ... WORDS - 1; 0 fills up."""
     rows = [[zlib.crc32(word.encode()) % (WORDS - 2) + 2 for word in words] for words in texts]
     return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
 
 
-x, y = tokens([words for words, _ in labelled]), torch.tensor([label for _, label in labelled])
-x_train, y_train, x_held, y_held, x_test, y_test = x[:500], y[:500], x[500:800], y[500:800], x[800:], y[800:]
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of names that the packages are about to drop
+    corpus = {package: docstrings(modules) for package, modules in PACKAGES.items()}
+other = [words for texts in corpus.pop("Python") for words in texts]
+train, held, test, reading = [], [], [], []
+for label, texts in enumerate(corpus.values()):
+    for part, size in ((held, 50), (test, 300)):  # whole docstrings that nobody reads before
+        while sum(of == label for _, of in part) < size:
+            part += [(words, label) for words in texts.pop(0)]
+    reading += [t for t in texts if len(t) > 1]
+    train += [(words, label) for words in random.sample([words for t in texts for words in t], 125)]
+print(
+    f"{len(train)} labelled sentences, {len(held)} held out, {len(test)} for the test, {len(other)} of Python, "
+    f"{len(reading)} docstrings to read"
+)
+print(" ".join(train[0][0]), "->", list(PACKAGES)[train[0][1]])
+(x_train, y_train), (x_held, y_held), (x_test, y_test) = (
+    (tokens([words for words, _ in part]), torch.tensor([label for _, label in part]))
+    for part in (train, held, test)
+)
+x_other = tokens(other)
 loader = DataLoader(TensorDataset(x_train, y_train), batch_size=100, shuffle=True)
-x_other = tokens([words for words in corpus[4] if words not in seen])
-unlabelled = tokens(sorted(seen - {words for words, _ in labelled[800:]}))  # the test sentences stay unread
 
 # %%
 # Learning to read
 # ----------------
 #
-# An encoder and a loop of plain torch: words are masked, and the network guesses them.
+# Without labels: among 64 sentences, which one stands in the same docstring as a given one? Encoder and loop are plain torch.
 
 
 class Encoder(nn.Module):
@@ -143,24 +156,31 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder, self.head = Encoder(), nn.Linear(WIDTH, 4)
 
-    def forward(self, tokens):
+    def features(self, tokens):
         there = (tokens > 0).unsqueeze(-1)
-        return self.head((self.encoder(tokens) * there).sum(1) / there.sum(1))
+        return (self.encoder(tokens) * there).sum(1) / there.sum(1)
+
+    def forward(self, tokens):
+        return self.head(self.features(tokens))
 
 
-pretrained, guesses = Classifier(), nn.Linear(WIDTH, WORDS)
-optimizer = torch.optim.Adam([*pretrained.parameters(), *guesses.parameters()], 2e-3)
+pretrained = Classifier()
+optimizer = torch.optim.Adam(pretrained.parameters(), 2e-3)
 start = time.process_time()
 for step in range(READING):
-    batch = unlabelled[torch.randint(len(unlabelled), (64,))]
-    masked = (torch.rand(batch.shape) < 0.15) & (batch > 0)
-    hidden = pretrained.encoder(batch.masked_fill(masked, 1))
-    loss = F.cross_entropy(guesses(hidden[masked]), batch[masked])
+    pairs = [random.sample(texts, 2) for texts in random.sample(reading, 64)]
+    left, right = (
+        pretrained.features(tokens([words for pair in pairs for words in pair])).view(64, 2, -1).unbind(1)
+    )
+    scores = F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).mT / 0.1
+    loss = F.cross_entropy(scores, torch.arange(64))
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     if step in (0, READING - 1):
-        print(f"step {step}: cross-entropy of the masked words {float(loss.detach()):.2f}")
+        print(
+            f"step {step}: found {float((scores.argmax(-1) == torch.arange(64)).float().mean()):.0%} of the partners"
+        )
 print(f"{time.process_time() - start:.0f} s")
 
 # %%
@@ -188,16 +208,19 @@ with torch.no_grad():
 # which a posterior takes the place of. The guide is a Delta until ``laplace_approximation``.
 
 
-def adapted(family):
+def adapted(family, **options):
     """The pretrained network with random adapters and a random head, and a Pyro model of the labels."""
     net = copy.deepcopy(pretrained).eval()
     lora_(
         net,
         rank=4,
         family=family,
+        **options,
         only=lambda name, module: name.endswith(("query", "value", "linear1", "linear2")),
     )
-    bayesian_(net, only="head")
+    bayesian_(
+        net, only="head", prior=dist.Normal(0.0, 1.0)
+    )  # means of hidden states differ little: larger weights
 
     def model(tokens, label=None):
         logits = net.eval()(tokens)
@@ -225,23 +248,33 @@ with torch.no_grad():
 answers["adapters, MAP"] = tuple(merged)
 
 # %%
-# The evidence chooses the precision of the prior; so could held-out sentences.
+# What multiplies the precision of the prior is chosen by the evidence, which takes the weights for the mode, or by the
+# held-out sentences, which do not.
 
-guide.optimize_hyperparameters()
-print(f"evidence: precision of the prior times {float(guide.tau.max()):.3g}")
-answers["adapters, Laplace"] = tuple(
-    guide.predictive(t)["package"].logits.detach().log_softmax(-1) for t in (x_test, x_other)
-)
+
+def predict_with(method, *data, **options):
+    """Chooses the precision and predicts."""
+    guide.optimize_hyperparameters(*data, method=method, **options)
+    print(f"{method}: precision of the prior times {float(guide.tau.max()):.3g}")
+    answers[f"Laplace, {method}"] = tuple(
+        guide.predictive(t)["package"].logits.detach().log_softmax(-1) for t in (x_test, x_other)
+    )
+
+
+predict_with("evidence")
+# single precision does not bear much smaller multipliers
+predict_with("validation", (x_held, y_held), candidates=torch.logspace(-2, 2, 17).tolist())
 print(f"{time.process_time() - start:.0f} s")
 
 # %%
 # A mixture over the components of the adapters
 # ---------------------------------------------
 #
-# A and B are parameters that all components share; each has its own four numbers per adapter, and its own head.
+# All components share A and B, which have the same prior as before and are estimated by MAP; each has its own four numbers
+# per adapter, and its own head.
 
 start = time.process_time()
-net, model = adapted("rank1")
+net, model = adapted("rank1", weight_prior=FanInNormal())
 guide = AutoMixture(model, num_components=4, init_scale=0.05, init_loc_fn=init_to_trained)
 fit(
     model,
@@ -262,7 +295,7 @@ print(f"{time.process_time() - start:.0f} s")
 # Calibration
 # -----------
 #
-# On sentences of the four packages that nobody has read, and on those of the standard library, where the best answer is
+# On sentences from docstrings that nobody has read, and on those of the standard library, where the best answer is
 # to be unsure: how well does the entropy of the prediction tell them apart?
 
 rows = {}
@@ -279,6 +312,11 @@ for name, (inside, outside) in answers.items():
 print(table(rows, digits=3))
 
 # %%
+# Fine-tuning all weights ends overconfident. Most of the cure is that adapters are few and have a prior: their MAP is as
+# accurate, and nearly calibrated. Laplace takes another step in the same direction, a small one where 500 sentences have
+# settled 1,732 numbers. The mixture does no more than the MAP here: four factors per adapter are too few to disagree in.
+# Nobody does well on the standard library, whose documentation reads much like the rest.
+#
 # Stated confidence against how often it is right; on the dashed line the two agree.
 
 figure, ax = plt.subplots(figsize=(5, 4), layout="constrained")

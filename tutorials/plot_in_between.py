@@ -82,13 +82,9 @@ start = time.process_time()
 laplace = AutoLaplace(model, curvature="hessian", init_loc_fn=pyro.infer.autoguide.init_to_sample)
 fit(model, laplace, (x, y), num_steps=50 if SMOKE else 1000, optim=0.02)
 laplace.polish((x, y))
+point = {name: value[None] for name, value in laplace.median().items()}  # one draw: the MAP itself
 with torch.no_grad():
-    record(
-        "MAP",
-        start,
-        posterior_predictive(model, laplace, (grid,), num_samples=1).mean[0],
-        torch.zeros(len(grid)),
-    )
+    record("MAP", start, posterior_predictive(model, point, (grid,)).mean[0], torch.zeros(len(grid)))
 
 laplace.laplace_approximation((x, y))
 print(laplace.map_report)
@@ -142,6 +138,7 @@ mcmc = MCMC(
     NUTS(model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=7),
     num_samples=10 if SMOKE else 250,
     warmup_steps=10 if SMOKE else 250,
+    disable_progbar=True,
 )
 mcmc.run(x, y)
 prediction = posterior_predictive(model, mcmc, (grid,))

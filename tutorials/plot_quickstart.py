@@ -5,7 +5,8 @@ Quickstart
 ==========
 
 A network learns to tell two cultivars of wine apart. Then it is asked about 48 wines of a third one, which it has never
-seen. The MAP, that is the trained network by itself, is sure of its answer for half of them. Five posteriors over the
+seen. The MAP, that is the trained network by itself, is more
+than 95 % sure of its answer for most of them. Five posteriors over the
 weights of the same network answer the same question, and differ.
 """
 
@@ -213,9 +214,10 @@ fig.savefig("quickstart.png", dpi=110)
 plt.show()
 
 # %%
-# On wines like those it was trained on no method is worse: all have about the same likelihood on the test wines. The
-# difference is on the others. ``> 0.95`` is the share of unseen wines that get an answer with more than 95 %, ``AUROC`` how
-# well the confidence tells test wines from unseen ones (0.5: not at all).
+# On wines like those it was trained on the network by itself is good: the MAP and the ensemble have a negative log
+# likelihood of about 0.2 on the test wines, the others up to 0.28. The difference is on the unseen ones. ``> 0.95`` is the
+# share of unseen wines that get an answer with more than 95 %, ``AUROC`` how well the confidence tells test wines from
+# unseen ones (0.5: not at all).
 
 rows = {}
 for name in ORDER:

@@ -208,6 +208,11 @@ def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         args, kwargs = (kwargs["data"],), {}
     if len(args) == 1 and not kwargs and isinstance(args[0], Arguments):
         args, kwargs = args[0]
+    with local_parameters():
+        _set_up(guide, args, kwargs)
+
+
+def _set_up(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         guide._setup_prototype(*args, **kwargs)
     except Exception as error:

@@ -46,6 +46,7 @@ from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.local_latents import local_names
 from pyro_bnn.model.observations import check_run, validated_names
 from pyro_bnn.model.outputs import SiteOutputs, depends_on, site_outputs
+from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.plates import Rows, Sites, close, dims_of, find_rows, plates_of, rows_of
 from pyro_bnn.model.reach import require_reach
 from pyro_bnn.ops.distributed import rank
@@ -115,8 +116,8 @@ class PackedModel:
 
     def trace(self, latent: Tensor, batch: Batch, frozen: Mapping[str, Any] | None = None) -> Trace:
         """
-        Runs the model at given latents, and given values of further sites such as subsample indices. Validation is off, so
-        that the run can be differentiated many times.
+        Runs the model at given latents, and given values of further sites such as subsample indices, with the parameters of
+        its own modules. Validation is off, so that the run can be differentiated many times.
         """
         # tensors made in inference mode cannot take part in a graph
         args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
@@ -126,7 +127,7 @@ class PackedModel:
             module.training = False
         try:
             # the only attention that can be differentiated twice
-            with pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
+            with local_parameters(), pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
                 model = RowsMessenger(more=True)(_Latents(values, self._shapes)(self.model))
                 trace = poutine.trace(model).get_trace(*args, **kwargs)
         finally:

@@ -44,7 +44,22 @@ def _elements(f: Tensor, model: Any, num_rows: int | None, what: str) -> Tensor:
 def _regression(f: Tensor, model: Any, num_rows: int | None) -> Any:
     loc = _elements(f, model, num_rows, "outputs")
     noise = model.noise
+    if model.settings["noise"] == "fixed":
+        _require_event(noise, loc, model.event_dim)
     return dist.Normal(loc, noise).to_event(model.event_dim)
+
+
+def _require_event(noise: Tensor, loc: Tensor, event_dim: int) -> None:
+    """Raises for a standard deviation that is not one for all targets, or one for each element of a target."""
+    event = loc.shape[loc.dim() - event_dim :]
+    fits = noise.dim() <= event_dim and all(
+        n in (1, e) for n, e in zip(reversed(noise.shape), reversed(event), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, expected a number or what broadcasts to the shape {tuple(event)} of one target. "
+            "Rows with a noise of their own: likelihood='heteroscedastic', or a callable."
+        )
 
 
 def _heteroscedastic(f: Tensor, model: Any, num_rows: int | None) -> Any:

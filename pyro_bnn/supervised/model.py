@@ -51,7 +51,8 @@ class SupervisedModel(_Module):
         ``pyro.plate("data", num_data, subsample=...)``; by default the rows of a call are all of them.
     :param noise: standard deviation of a regression: a number, or a tensor that broadcasts to the event, stays what it is; a
         distribution is the prior of a latent site ``"noise"``; by default it is a positive parameter ``model.noise`` that
-        starts at 1 and is set by ``model.noise = value``.
+        starts at 1 and is set by ``model.noise = value``. Two models of a process have a noise each in everything of this
+        package. Pyro's own SVI and Predictive share parameters by name: there use ``pyro.settings.set(module_local_params=True)``.
     :param int event_dim: the number of dimensions of one target: 0 for a number or a label, 1 for a vector, 3 for an image.
     :param int class_dim: the dimension of the classes in the outputs of a classifier: -1, the last, or 1, as in
         :func:`torch.nn.functional.cross_entropy`.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from pyro_bnn.infer.initialize import explain_failure
 from pyro_bnn.model.data import Batch, Batches, repeatable_batches
@@ -38,17 +39,42 @@ class Survey:
 
 def check_loader(data: Any) -> Batches:
     """Data that give every row once in every pass; raises for loaders that leave rows out or draw them at random."""
-    if getattr(data, "drop_last", False) and len(data.dataset) % (data.batch_size or 1):
+    batches = getattr(
+        data, "batch_sampler", None
+    )  # one's own holds the options that the loader does not show
+    size = getattr(batches, "batch_size", None) or getattr(data, "batch_size", None) or 1
+    sampler = _sampler(data)
+    if getattr(batches, "drop_last", False) or getattr(data, "drop_last", False):
+        _require_no_rest(sampler, size)
+    if getattr(sampler, "replacement", False):
         raise ValueError(
-            f"the loader has drop_last=True and leaves out {len(data.dataset) % data.batch_size} of {len(data.dataset)} rows, "
-            "other ones in every pass if it shuffles; a posterior needs all of them: drop_last=False."
-        )
-    if getattr(getattr(data, "sampler", None), "replacement", False):
-        raise ValueError(
-            f"the loader draws rows with replacement ({type(data.sampler).__name__}), so that some count twice and others not "
+            f"the loader draws rows with replacement ({type(sampler).__name__}), so that some count twice and others not "
             "at all: pass a loader that gives every row once."
         )
+    drawn = getattr(sampler, "num_samples", None)
+    if isinstance(sampler, RandomSampler) and drawn != len(sampler.data_source):
+        raise ValueError(
+            f"the loader draws {drawn} of {len(sampler.data_source)} rows, other ones in every pass (RandomSampler with "
+            "num_samples=): pass a loader that gives every row once, of a torch.utils.data.Subset if only some shall count."
+        )
     return repeatable_batches(data)
+
+
+def _require_no_rest(sampler: Any, size: int) -> None:
+    """Raises if batches of this size leave rows out, or may."""
+    total = len(sampler) if hasattr(sampler, "__len__") else None
+    if total is None or total % size:
+        rest = "what is left of a stream" if total is None else f"{total % size} of {total} rows"
+        raise ValueError(
+            f"the loader has drop_last=True and leaves out {rest}, other ones in every pass if it shuffles; a posterior needs all "
+            "of them: drop_last=False."
+        )
+
+
+def _sampler(data: Any) -> Any:
+    """What draws the rows of a loader; of a loader with a batch sampler of one's own, what that one draws from."""
+    inner = getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    return inner if inner is not None else getattr(data, "sampler", None)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.nystrom import inverse_root
-from pyro_bnn.infer.hfl.paired import fine_tune
+from pyro_bnn.infer.hfl.paired import _descend, fine_tune
 from pyro_bnn.infer.hfl.setup import set_up
 from pyro_bnn.infer.hfl.solver import Solver
 from tests.common import assert_close
@@ -163,3 +163,49 @@ def test_the_residual_of_paired_runs_is_what_is_left_in_the_metric_of_the_curvat
     expected = (left @ covariance * left).sum(-1).sqrt() / sd
     assert expected.max() > 0.05
     assert_close(result.residual, expected.max(), rtol=0.05)
+
+
+def test_steps_shrink_where_a_batch_is_more_curved_than_all_the_data(flat):
+    """Of 20 batches of one row one has nearly all the curvature, and counts twenty times when it is seen."""
+    guide, (x, y), _ = flat
+    x, y = x.clone(), y.clone()
+    x[0] *= 30
+    batches = list(zip(x.split(1), y.split(1), strict=True))
+    problem, _ = set_up(guide, batches, (torch.eye(3),), None, "ggn", chunk_size=256)
+    solver = Solver(problem, tolerance=1e-8)
+
+    def push(offsets, batch):
+        return torch.ones_like(offsets)
+
+    rate = 0.3 / float(torch.linalg.eigvalsh(problem.operator(torch.eye(3)))[-1])
+    start = torch.zeros(1, 3)
+    found = [_descend(problem, solver, rate / 2**k, start, None, push, 4) is None for k in (0, 3, 6, 9)]
+    assert found == sorted(found, reverse=True)  # diverges from some rate on
+    assert found[0]
+    assert not found[-1]
+    offsets = fine_tune(problem, solver, 1, push, num_epochs=4)
+    assert float(offsets.norm()) < 10 * (1 + float(problem.latent.norm()))
+
+
+def test_the_regulariser_of_a_score_follows_the_outputs():
+    """A weight beside zero is pulled to zero and not beyond, so that the score is less than that of a constant pull."""
+    x, share, epsilon = torch.randn(10), 0.3, 0.1
+    P = 1 + x @ x / NOISE**2
+    weight = share * epsilon / P.sqrt()
+    y = x * weight * P / (x @ x / NOISE**2)
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x * w, NOISE), obs=y)
+
+    guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+    assert_close(guide.loc.detach(), weight.reshape(1), rtol=1e-6)
+    targets = torch.tensor([1.0, -2.0])
+    linear = targets.abs() * x.abs().mean() / P
+    options = {"calibrate": 0, "tolerance": 1e-10}
+    assert_close(hfl.regvar(guide, (x, y), (targets,), num_epochs=None, **options).score, linear, rtol=1e-6)
+    found = hfl.regvar(guide, (x, y), (targets,), num_epochs=60, epsilon=epsilon, **options).score
+    # the outputs change sign around the minimum, and so does the pull
+    assert (found < 0.5 * linear).all()
+    assert (found > 0.05 * linear).all()

@@ -3,11 +3,15 @@
 """A result of Hessian-free Laplace says that it is inaccurate from the documented sizes on, and not before."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
+from pyro_bnn.infer import hfl
+from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hfl.diagnostics import Diagnostics, HFLWarning
+from tests.infer.models import linear_data, linear_model
 
 EPS = torch.finfo(torch.float64).eps
 GOOD = {
@@ -62,3 +66,35 @@ def test_costs_and_rows() -> None:
     more = Diagnostics(**GOOD, epsilon=0.1, agreement=0.2, proximal=0.3, captured=0.5, captured_error=0.1)  # type: ignore[arg-type]
     assert more.rows()["captured variance"] == "0.5000 +- 0.1000"
     assert len(more.rows()) == 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "epsilon", "is_said"),
+    [
+        (torch.float32, "central", 0.9e-3, True),
+        (torch.float32, "central", 1.1e-3, False),
+        (torch.float32, "one_sided", 2.9e-2, False),
+        (torch.float32, "one_sided", 3.1e-2, True),
+        (torch.float32, "cg", 1e-6, False),
+        (torch.float64, "central", 1e-5, False),
+    ],
+)
+def test_perturbations_that_single_precision_does_not_resolve(
+    dtype: torch.dtype, method: Any, epsilon: float, is_said: bool
+) -> None:
+    torch.set_default_dtype(dtype)
+    x, y = linear_data(12)
+    guide = AutoLaplace(linear_model).initialize(x, y).polish((x, y))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hfl.solve(guide, (x, y), (x[:1],), method=method, epsilon=epsilon, curvature="ggn", check=False)
+    assert any("float32 resolves perturbations" in str(w.message) for w in caught) == is_said
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float64, 1e-3), (torch.float32, 3e-3)])
+def test_perturbations_are_small_by_default(dtype: torch.dtype, epsilon: float) -> None:
+    torch.set_default_dtype(dtype)
+    x, y = linear_data(12)
+    guide = AutoLaplace(linear_model).initialize(x, y).polish((x, y))
+    found = hfl.solve(guide, (x, y), (x[:1],), method="central", curvature="ggn", check=False)
+    assert found.epsilon == epsilon

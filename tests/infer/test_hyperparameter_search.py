@@ -4,6 +4,8 @@
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from pyro_bnn.curvature.dense import DensePart
 from pyro_bnn.curvature.diagonal import DiagonalPart
 from pyro_bnn.curvature.guard import _shows
 from pyro_bnn.curvature.selection import largest
+from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.hyperparameters import (
     LIMIT,
     Groups,
@@ -160,3 +163,21 @@ def test_scores_that_show_half_of_the_examples():
         (1e-3, 1e-3, False),
     ):
         assert _shows(torch.tensor([[2.0], [small], [0.0], [0.0]]), eps) is seen
+
+
+def test_a_joint_search_says_that_it_ran_off():
+    """Sites that are coupled are searched together; one that sits at its prior mean has no best multiplier."""
+    x = torch.randn(12, 2)
+
+    def model(x, y=None):
+        a, b = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "ab")
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x[:, 0] * a + x[:, 1] * b, 0.5), obs=y)
+
+    y = x @ torch.tensor([2.0, 0.0])
+    guide = AutoLaplace(model).initialize(x, y)
+    guide.loc.data = torch.tensor([2.0, 0.0])
+    guide.laplace_approximation((x, y), map_tolerance=float("inf"))
+    with pytest.warns(HyperparameterWarning, match="no maximum in the multiplier .* of 'b'"):
+        report = guide.optimize_hyperparameters(per="site")
+    assert report.tau["a"] < 1 < 1e6 < report.tau["b"]

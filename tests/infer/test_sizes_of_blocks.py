@@ -51,7 +51,7 @@ def test_offsets_of_a_map(monkeypatch, limit, sharing):
             return pyro.sample("obs", dist.Categorical(logits=logits), obs=y)
 
     x, y = torch.randn(9, 2), torch.randint(0, 3, (9,))
-    x[3] = 0.0
+    x[3], x[5, 0], x[6, 1] = 0.0, 0.0, 0.0
     guide = AutoLaplace(model, structure="kronecker", sharing=sharing).initialize(x, y)
     guide.loc.data = torch.randn(9)
     guide.laplace_approximation((x, y), map_tolerance=float("inf"))

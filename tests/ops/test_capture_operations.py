@@ -35,6 +35,8 @@ FOUND = {
     "addmm of known offsets": lambda u, x: torch.addmm(torch.ones(2), x, u[:8].view(4, 2)),
     "scale": lambda u, x: x * u[:4],
     "scale from the left": lambda u, x: u[:4] * x.tanh(),
+    "scale of what is overwritten": lambda u, x: (x + 1).mul_(u[:4]),
+    "scale by an operator in place": lambda u, x: operator.imul(x.sin(), u[:4]),
     "torch.mul": lambda u, x: torch.mul(x, u[:4]),
     "multiply": lambda u, x: torch.multiply(u[0], x),
     "scale of one column each": lambda u, x: u[:4].view(4, 1) * x.unsqueeze(-1).expand(B, 4, 2),

@@ -253,3 +253,19 @@ def test_arguments_of_transforms_may_be_latent(name):
     wanted = F + torch.diag(torch.tensor([1.0, 1 / 0.09]))
     found = torch.linalg.inv(guide.posterior.covariance_matrix)
     assert float((found - wanted).abs().max() / wanted.max()) < 0.05
+
+
+def test_parameters_that_components_share():
+    """Cut points of a mixture of ordered logits: each component of each element has its own in the information."""
+    cuts = torch.tensor([-1.0, 0.0, 1.5])
+    d = dist.MixtureSameFamily(
+        td.Categorical(logits=torch.randn(4, 2)), dist.OrderedLogistic(torch.randn(4, 2), cuts)
+    )
+    rule = fisher_rule(d)
+    found = rule.parameters(d)
+    assert found["component.predictor"].shape == (4, 2)
+    assert_close(
+        found["component.steps"], torch.cat([cuts[:1], cuts.diff().log()]).expand(4, 2, 3).flatten(1)
+    )
+    value = torch.randint(0, 4, (4,))
+    assert_close(rule.build(d, found).log_prob(value), d.log_prob(value), rtol=1e-10)

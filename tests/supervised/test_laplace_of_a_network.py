@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import pyro_bnn
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
@@ -26,6 +27,14 @@ from tests.common import assert_close
 
 ROOT = Path(__file__).parents[2]
 FAR = {"map_tolerance": math.inf}  # networks of random weights are no modes
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.rows = list(zip(x, y, strict=True))
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
 
 
 def network(outputs: int = 1) -> nn.Sequential:
@@ -408,6 +417,20 @@ def test_export_holds_the_model() -> None:
     assert {"net.0.weight", "net.2.bias"} <= set(tree["posterior"].data_vars)
 
 
+def test_two_networks_of_a_process_keep_their_noise(tmp_path: Path) -> None:
+    x, y = data()
+    guides, expected = [], []
+    for i, factor in enumerate((1.0, 10.0)):
+        guides.append(pyro_bnn.laplace(network(), (x, factor * y), likelihood="regression", **FAR))
+        expected.append(guides[i].predictive(x)["obs"].stddev)
+        save_guide(guides[i], tmp_path / f"{i}.pt")
+    assert not dict(pyro.get_param_store())
+    for i, (guide, wanted) in enumerate(zip(guides, expected, strict=True)):
+        assert_close(guide.predictive(x)["obs"].stddev, wanted)
+        fresh = pyro_bnn.laplace(network(), likelihood="regression", event_dim=0)
+        assert_close(load_guide(fresh, tmp_path / f"{i}.pt").predictive(x)["obs"].stddev, wanted)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -417,6 +440,22 @@ def test_export_holds_the_model() -> None:
                 data=DataLoader(TensorDataset(x, y), 7, sampler=RandomSampler(TensorDataset(x), replacement=True))
             ),
             "draws rows with replacement",
+        ),
+        (
+            lambda o, x, y: o.update(
+                data=DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(RandomSampler(x), 7, drop_last=True))
+            ),
+            "leaves out 2 of 30 rows",
+        ),
+        (lambda o, x, y: o.update(data=DataLoader(Stream(x, y), 15, drop_last=True)), "leaves out what is left of a stream"),
+        (
+            lambda o, x, y: o.update(data=DataLoader(TensorDataset(x, y), 7, sampler=RandomSampler(x, num_samples=20))),
+            "draws 20 of 30 rows, other ones in every pass",
+        ),
+        (lambda o, x, y: o.update(noise=torch.ones(30)), r"noise has shape \(30,\), expected .* the shape \(\) of one target"),
+        (
+            lambda o, x, y: o.update(net=network(2), data=(x, torch.stack([y, y], -1)), noise=torch.ones(3)),
+            r"noise has shape \(3,\), expected .* the shape \(2,\)",
         ),
         (lambda o, x, y: o.update(data=iter([(x, y)])), "an iterator, which can be run through once only"),
         (lambda o, x, y: o.update(data=(x,)), "the data have no targets: a batch holds inputs alone"),

@@ -21,6 +21,7 @@ from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import init_flat
 from pyro_bnn.model.handlers import SubstituteMessenger, latent_names
 from pyro_bnn.model.packed import PackedModel, SiteOutputs
+from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.prototype import detach_prototypes
 
 
@@ -71,7 +72,8 @@ class PackedGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._is_starting = True
         try:
-            trace, modules = self._prototype(args, kwargs)
+            with local_parameters():
+                trace, modules = self._prototype(args, kwargs)
         finally:
             self._is_starting = False
         detach_prototypes(self)
