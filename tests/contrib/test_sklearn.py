@@ -46,12 +46,6 @@ def test_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
-@pytest.mark.slow
-@parametrize_with_checks([BayesianRegressor(), BayesianClassifier()])
-def test_checks_of_scikit_learn_by_default(estimator, check):
-    check(estimator)
-
-
 def curve(n=40, seed=0):
     rng = np.random.RandomState(seed)
     x = np.sort(rng.uniform(-2, 2, n))
