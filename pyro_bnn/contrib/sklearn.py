@@ -17,6 +17,7 @@ from pyro_bnn.contrib.estimators.model import isolated, spread
 from pyro_bnn.contrib.estimators.modes import Method
 from pyro_bnn.distributions.mixture import marginal_quantile
 from pyro_bnn.infer.autoguide.laplace import Structure
+from pyro_bnn.ops.options import require_number
 
 __all__ = ["BayesianClassifier", "BayesianRegressor"]
 
@@ -47,7 +48,8 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
     :param hidden: the units of each hidden layer; ``()`` for a linear model.
     :param str activation: ``"tanh"`` or ``"relu"``.
     :param callable network: ``callable(in_features, out_features)`` that returns a :class:`torch.nn.Module`, in the place of
-        ``hidden`` and ``activation``; all of its parameters must be in layers that :func:`~pyro_bnn.nn.bayesian_` converts.
+        ``hidden`` and ``activation``; all of its parameters must be in layers that :func:`~pyro_bnn.nn.bayesian_` converts. It
+        is copied, and runs in evaluation mode: dropout is off.
     :param str method: see the table.
     :param str structure: of the curvature, see :class:`~pyro_bnn.infer.autoguide.AutoLaplace`; ``"full"`` takes memory
         :math:`p^2` in the number of weights, ``"kronecker"`` or ``"diagonal"`` are for large networks. All methods use it for
@@ -63,7 +65,7 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
     :param bool early_stopping: whether rows held out stop variational inference (:class:`~pyro_bnn.infer.EarlyStopping`);
         the other methods stop by the evidence.
     :param float validation_fraction: of rows held out for it.
-    :param random_state: a seed, a generator of numpy, or ``None`` for numpy's global one. Nothing else that is global changes.
+    :param random_state: a seed, a :class:`numpy.random.RandomState`, or ``None`` for numpy's global one. Nothing else that is global changes.
     :ivar model_: the :class:`~pyro_bnn.supervised.SupervisedModel`, of data in their own units, whose network is ``model_.net``.
     :ivar noise_: the standard deviation of the noise, shape ``()`` or (n_outputs,).
     :ivar prior_scales_: :math:`s` by parameter.
@@ -132,6 +134,12 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
         settings = self._settings("evidence" if isinstance(self.noise, str) else self.noise)
         arrays = self._weighted(rows, targets, sample_weight)
         data = tuple(torch.tensor(np.asarray(value, dtype=np.float64)) for value in arrays)
+        scale = spread(*data[1:])
+        if not bool(((scale > 1e-100) & (scale < 1e100)).all()):
+            raise ValueError(
+                f"y has the standard deviation {scale.numpy()}, whose powers are no numbers in double precision: pass y in "
+                "other units."
+            )
         outputs = 1 if targets.ndim == 1 else targets.shape[1]
         self._fit(data, outputs, settings, self._noise(*data[1:]))
         self.noise_ = self.model_.noise.detach().numpy()
@@ -160,13 +168,13 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
             without the noise.
         :return: the mean, shape (n_rows,) or (n_rows, n_outputs), or the mean and the standard deviation.
         """
+        if not (isinstance(return_std, bool | np.bool_) or str(return_std) == "epistemic"):
+            raise ValueError(f"return_std must be False, True or 'epistemic', found {return_std!r}")
         x = self._inputs(X)
         with isolated(0), torch.no_grad():
-            if isinstance(return_std, str) and return_std != "epistemic":
-                raise ValueError(f"return_std must be False, True or 'epistemic', found {return_std!r}")
-            if return_std is False:
+            if not return_std:
                 return torch.tensordot(self.posterior_.weights(), self.posterior_.means(x), 1).numpy()
-            weights, normals = self.posterior_.normals(x, noise=return_std is True)
+            weights, normals = self.posterior_.normals(x, noise=str(return_std) != "epistemic")
             mean = torch.tensordot(weights, normals.mean, 1)
             moments = normals.variance + (normals.mean - mean).square()
             return mean.numpy(), torch.tensordot(weights, moments, 1).sqrt().numpy()
@@ -179,8 +187,7 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
         :param float level: the probability of the interval.
         :return: lower and upper limits, shape (n_rows,) or (n_rows, n_outputs).
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level must be between 0 and 1, found {level!r}")
+        require_number("level", level, above=0, below=1)
         x = self._inputs(X)
         with isolated(0), torch.no_grad():
             weights, normals = self.posterior_.normals(x)
@@ -195,7 +202,7 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
 
         :param X: inputs, shape (n_rows, n_features).
         :param int n_samples: the number of draws.
-        :param random_state: a seed, or a generator of numpy.
+        :param random_state: a seed, or a :class:`numpy.random.RandomState`.
         :return: shape (n_rows, n_samples) or (n_rows, n_outputs, n_samples).
         """
         return self._samples(X, n_samples, random_state)
@@ -309,7 +316,7 @@ class BayesianClassifier(ClassifierMixin, BayesianNetwork):
 
         :param X: inputs, shape (n_rows, n_features).
         :param int n_samples: the number of draws.
-        :param random_state: a seed, or a generator of numpy.
+        :param random_state: a seed, or a :class:`numpy.random.RandomState`.
         :return: labels, shape (n_rows, n_samples).
         """
         index = self._samples(X, n_samples, random_state).astype(int)

@@ -251,6 +251,10 @@ class _TrustRegion:
         length = float(step.norm())
         # close to the minimum the value no longer changes in floating point: accept what does not increase it
         rounding = 4 * self.eps * float(self.value.abs())
+        if (
+            predicted + rounding == 0
+        ):  # at a value of zero, where squares of the gradient are too small for numbers
+            return True
         ratio = float(self.value - value + rounding) / (predicted + rounding)
         if not ratio > 0.1:  # also where the value is not a number
             self.radius = 0.25 * length

@@ -33,10 +33,15 @@ METHODS = ["laplace", "mixture_of_laplace", "rank1", "ensemble", "hfl"]
 #: of a fit that takes a tenth of a second
 SMALL = {"hidden": (2,), "max_iter": 1, "n_members": 2, "n_samples": 20, "n_steps": 40, "random_state": 0}
 
-pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore:method='ensemble'"),
+]
 
 
-@parametrize_with_checks([BayesianRegressor(**SMALL), BayesianClassifier(**SMALL, prior_scale=1.0)])
+@parametrize_with_checks(
+    [BayesianRegressor(**SMALL, prior_scale=1.0, noise=0.5), BayesianClassifier(**SMALL, prior_scale=1.0)]
+)
 def test_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -227,7 +232,7 @@ def test_columns_of_a_frame_pipelines_and_searches():
         scores = cross_val_score(BayesianRegressor(**SMALL), X, y, cv=2, n_jobs=2)
     again = cross_val_score(BayesianRegressor(**SMALL), X, y, cv=2)
     np.testing.assert_allclose(scores, again, rtol=1e-9)
-    search = GridSearchCV(pipe, {"bayesianregressor__method": METHODS}, cv=2).fit(frame, y)
+    search = GridSearchCV(pipe, {"bayesianregressor__method": ["laplace", "ensemble"]}, cv=2).fit(frame, y)
     assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
@@ -330,6 +335,13 @@ class Residual(torch.nn.Module):
         return self.skip(x) + self.last(torch.tanh(self.first(x)))
 
 
+class Centred(torch.nn.Linear):
+    """A network whose outputs depend on the other rows."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
 def normalised(inputs, outputs):
     return torch.nn.Sequential(torch.nn.Linear(inputs, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, outputs))
 
@@ -341,6 +353,15 @@ def test_networks_of_ones_own():
     assert set(reg.prior_scales_) == {
         f"{m}.{n}" for m in ("skip", "first", "last") for n in ("weight", "bias")
     }
+    shared = Residual(1, 1).float()  # returned at every call, and left as it is
+    other = BayesianRegressor(network=lambda *_: shared, max_iter=5, random_state=0).fit(X, y)
+    assert other.log_evidence_ == pytest.approx(reg.log_evidence_)
+    assert next(shared.parameters()).dtype == torch.float32
+    batches = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1, affine=False))
+    with pytest.raises(ValueError, match=r"its layers \['1'\] normalise batches"):
+        BayesianRegressor(network=lambda *_: batches).fit(X, y)
+    with pytest.raises(ValueError, match="other outputs for a row alone than beside another one"):
+        BayesianRegressor(network=Centred).fit(X, y)
     with pytest.raises(ValueError, match=r"\['1.weight', '1.bias'\] are in layers that have no priors"):
         BayesianRegressor(network=normalised).fit(X, y)
     with pytest.raises(ValueError, match=r"network\(1, 1\) gives outputs of shape \(2, 3\) for 2 rows"):
@@ -355,6 +376,13 @@ def test_networks_of_ones_own():
         ({"method": "map"}, "unknown method 'map'"),
         ({"structure": "dense"}, "unknown structure"),
         ({"activation": "gelu"}, "activation must be one of"),
+        ({"hidden": 5}, r"hidden must hold the units of each hidden layer, such as \(50,\) .* found 5"),
+        ({"hidden": (3.5,)}, "hidden must be a whole number of at least 1, found 3.5"),
+        ({"prior_scale": np.ones(2)}, "prior_scale must be a number above 0"),
+        (
+            {"method": "rank1", "early_stopping": True, "validation_fraction": 0.99},
+            "of 40 rows leaves none to fit",
+        ),
         ({"noise": 0.0}, "noise must be positive"),
         ({"noise": "auto"}, "noise must be 'evidence' or positive"),
         ({"prior_scale": -1.0}, "prior_scale must be a number above 0"),
@@ -373,12 +401,54 @@ def test_data_are_refused_by_name():
     reg = BayesianRegressor(**SMALL).fit(X, y)
     with pytest.raises(ValueError, match="sample_weight must be finite and not negative"):
         reg.fit(X, y, sample_weight=-np.ones(10))
-    with pytest.raises(ValueError, match="level must be between 0 and 1"):
+    with pytest.raises(ValueError, match="level must be a number above 0 and below 1, found 95"):
         reg.predict_interval(X, 95)
     with pytest.raises(ValueError, match="return_std must be False, True or 'epistemic'"):
         reg.predict(X, return_std="total")
     with pytest.raises(ValueError, match="1 class"):
         BayesianClassifier(**SMALL).fit(X, np.zeros(10))
+
+
+@pytest.mark.parametrize("answer", [np.True_, True])
+def test_flags_of_numpy_are_flags(answer):
+    X, y = curve()
+    reg = BayesianRegressor(**SMALL).fit(X, y)
+    total = reg.predict(X, return_std=answer)[1]
+    epistemic = reg.predict(X, return_std="epistemic")[1]
+    np.testing.assert_allclose(total**2, epistemic**2 + reg.noise_**2, rtol=1e-12)
+    np.testing.assert_array_equal(reg.predict(X, return_std=not answer), reg.predict(X))
+    for unclear in (1, None, "noise"):
+        with pytest.raises(ValueError, match="return_std must be False, True or 'epistemic'"):
+            reg.predict(X, return_std=unclear)
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-8, 1e8, 1e200])
+def test_units_do_not_matter(unit):
+    X, y = curve()
+    mean, sd = BayesianRegressor(**SMALL).fit(X, y).predict(X, return_std=True)
+    found = BayesianRegressor(**SMALL).fit(X * unit, y).predict(X * unit, return_std=True)
+    np.testing.assert_allclose(found, [mean, sd], rtol=1e-6)
+    if 1e-100 < unit < 1e100:
+        found = BayesianRegressor(**SMALL).fit(X, y * unit).predict(X, return_std=True)
+        np.testing.assert_allclose(found, [mean * unit, sd * unit], rtol=1e-6)
+    else:
+        with pytest.raises(ValueError, match=r"y has the standard deviation .* pass y in other units"):
+            BayesianRegressor(**SMALL).fit(X, y * unit)
+
+
+def test_fits_in_inference_mode():
+    X, y = curve()
+    expected = BayesianRegressor(**SMALL).fit(X, y).predict(X, return_std=True)
+    with torch.inference_mode():
+        found = BayesianRegressor(**SMALL).fit(X, y).predict(X, return_std=True)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_ensemble_of_one_mode_says_so():
+    X, y = curve()
+    with pytest.warns(UserWarning, match="the 2 members are the same function"):
+        reg = BayesianRegressor(**SMALL | {"method": "ensemble", "hidden": ()}).fit(X, y)
+    np.testing.assert_allclose(reg.predict(X, return_std="epistemic")[1], 0, atol=1e-6)
 
 
 def test_a_fit_cut_short_says_so_and_rows_held_out_stop_the_bound():
@@ -418,10 +488,11 @@ def test_programs_of_the_page():
     programs = re.findall(r"code-block:: python\n\n((?: {4}.*\n|\n)+)", page)
     names = {}
     for program in programs:
-        small = textwrap.dedent(program).replace("split(X, y,", "split(X[:60], y[:60],")
+        small = textwrap.dedent(program).replace("split(X, y,", "split(X.iloc[:60, :4], y[:60],")
+        small = small.replace("cv=3", "cv=2")
         small = small.replace("X_test, y_test)", "X_test, y_test, num_samples=20)")
         exec(
-            re.sub(r"(Regressor|Classifier)\((hidden=\(20,\), )?", r"\1(hidden=(4,), max_iter=1, ", small),
+            re.sub(r"(Regressor|Classifier)\((hidden=\(20,\), )?", r"\1(hidden=(2,), max_iter=1, ", small),
             names,
         )
     assert names["draws"].shape == (15, 10)

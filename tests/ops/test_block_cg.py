@@ -151,3 +151,9 @@ def test_newton_resolves_small_negative_curvature_beside_large_ones():
     result = newton_cg(terms, start, tolerance=1e-8, dense_limit=12)
     assert not result.indefinite
     assert_close((Q @ result.point).abs(), torch.ones(12), rtol=1e-5)
+
+
+def test_newton_ends_where_the_value_is_too_small_for_a_number():
+    start = torch.full((2,), 1e-170, dtype=torch.float64)
+    result = newton_cg(lambda u: [u @ u], start, tolerance=1e-8)
+    assert_close(result.point, start)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the estimators for scikit-learn share: arguments, fits and predictions of arrays."""
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.estimators.model import TabularModel, isolated, network
+from pyro_bnn.contrib.estimators.model import TabularModel, isolated, network, require_rowwise
 from pyro_bnn.contrib.estimators.modes import Method, Mode, Settings
 from pyro_bnn.contrib.estimators.posteriors import TabularPosterior, fit_posterior
 from pyro_bnn.curvature.accumulate import check_option
@@ -83,7 +84,8 @@ class BayesianNetwork(BaseEstimator):
         for name in ("n_members", "n_samples", "max_iter", "n_steps"):
             require_count(name, getattr(self, name))
         require_number("tol", self.tol, least=0)
-        if self.prior_scale != "evidence":
+        tune_prior = isinstance(self.prior_scale, str) and self.prior_scale == "evidence"
+        if not tune_prior:
             require_number("prior_scale", self.prior_scale, above=0)
         if self.early_stopping and not 0 < self.validation_fraction < 1:
             raise ValueError(
@@ -92,7 +94,7 @@ class BayesianNetwork(BaseEstimator):
         return Settings(
             method=self.method,
             structure=self.structure,
-            tune_prior=self.prior_scale == "evidence",
+            tune_prior=tune_prior,
             tune_noise=noise == "evidence",
             members=self.n_members,
             samples=self.n_samples,
@@ -106,28 +108,33 @@ class BayesianNetwork(BaseEstimator):
         """A new network for the data at hand."""
         if self.network is None:
             return network(self.n_features_in_, outputs, self.hidden, self.activation).double()
-        net = self.network(self.n_features_in_, outputs)
+        net = copy.deepcopy(self.network(self.n_features_in_, outputs))  # which may return the same one twice
         if not isinstance(net, nn.Module):
             raise TypeError(
                 f"network(in_features, out_features) must return a torch.nn.Module, found {type(net).__name__}"
             )
-        found = net.double().eval()(torch.zeros(2, self.n_features_in_, dtype=torch.float64))
+        x = torch.linspace(-1, 1, 2 * self.n_features_in_, dtype=torch.float64).view(2, -1)
+        found = net.double().eval()(x)
         if tuple(found.shape) != (2, outputs):
             raise ValueError(
                 f"network({self.n_features_in_}, {outputs}) gives outputs of shape {tuple(found.shape)} for 2 rows, expected "
                 f"(2, {outputs})"
             )
+        require_rowwise(net, x, found)
         return net.train()
 
     def _fit(self, data: tuple[Tensor, ...], outputs: int, settings: Settings, noise: Tensor | None) -> Self:
         """Fits the posterior to tensors."""
-        gain = 1.0 if self.prior_scale == "evidence" else float(self.prior_scale)
+        gain = 1.0 if settings.tune_prior else float(self.prior_scale)
         options: dict[str, Any] = {} if noise is None else {"event_dim": data[1].dim() - 1}
 
         def make_model(net: nn.Module, scale: Any) -> TabularModel:
             return TabularModel(net, self._likelihood, data, noise=scale, **options)
 
-        with isolated(check_random_state(self.random_state).randint(2**31 - 1)):
+        seed = check_random_state(self.random_state).randint(2**31 - 1)
+        with isolated(seed), torch.inference_mode(False):
+            data = tuple(value.clone() for value in data)  # what is made in inference mode has no gradients
+            noise = None if noise is None else noise.clone()
             mode = Mode(partial(self._net, outputs), make_model, gain, noise, data, settings)
             self.posterior_ = fit_posterior(mode)
         self.model_ = self.posterior_.model
@@ -186,7 +193,7 @@ class BayesianNetwork(BaseEstimator):
         :param X: inputs, shape (n_rows, n_features); ``None`` exports the draws alone (not for ``method="hfl"``, whose
             posterior is that at some inputs).
         :param y: targets; with them the tree has their log likelihood.
-        :param random_state: a seed, or a generator of numpy.
+        :param random_state: a seed, or a :class:`numpy.random.RandomState`.
         :param options: of :func:`~pyro_bnn.diagnostics.to_datatree`, e.g. ``num_samples`` or ``weights=True``.
         :return: an :class:`xarray.DataTree`.
         """

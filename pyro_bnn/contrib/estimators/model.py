@@ -12,8 +12,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_bnn.nn import FanInNormal
+from pyro_bnn.ops.options import require_count
 from pyro_bnn.supervised import SupervisedModel
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -60,11 +62,38 @@ def network(inputs: int, outputs: int, hidden: Sequence[int], activation: str) -
     """A multilayer perceptron."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, found {activation!r}")
+    if isinstance(hidden, str) or not hasattr(hidden, "__iter__"):
+        raise ValueError(
+            f"hidden must hold the units of each hidden layer, such as (50,) or () for none, found {hidden!r}"
+        )
     layers: list[nn.Module] = []
     for size in hidden:
+        require_count("hidden", size)
         layers += [nn.Linear(inputs, size), ACTIVATIONS[activation]()]
         inputs = size
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+@torch.no_grad()
+def require_rowwise(net: nn.Module, x: Tensor, found: Tensor) -> None:
+    """
+    :param net: a network in evaluation mode.
+    :param x: inputs.
+    :param found: its outputs at these.
+    :raises ValueError: if it normalises batches, or a row alone gives something else.
+    """
+    norms = [name for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+    if norms:
+        raise ValueError(
+            f"network: its layers {norms} normalise batches, whose statistics the search for a mode, on all rows at once and in "
+            "evaluation mode, does not collect: leave such layers out."
+        )
+    alone = torch.cat([net(row) for row in x.split(1)])
+    if not torch.allclose(alone, found):
+        raise ValueError(
+            "network gives other outputs for a row alone than beside another one: it is random, or rows interact in it. "
+            "Outputs must be a function of the parameters and the row."
+        )
 
 
 class TabularModel(SupervisedModel):
@@ -134,6 +163,8 @@ def average(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def spread(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """The standard deviation over rows, 1 of what is constant."""
+    largest = values.abs().amax(0)
+    unit = torch.where(largest > 0, largest, 1.0)  # squares of very large and small numbers are no numbers
+    values = values / unit
     found = average((values - average(values, weights)).square(), weights).sqrt()
-    constant = found <= 10 * torch.finfo(found.dtype).eps * values.abs().amax(0)
-    return torch.where(constant, 1.0, found)
+    return torch.where(found <= 10 * torch.finfo(found.dtype).eps, 1.0, found * unit)

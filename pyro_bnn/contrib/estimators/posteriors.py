@@ -3,6 +3,7 @@
 """Posteriors around modes of networks on tables, and their predictions."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +112,24 @@ def fit_posterior(mode: Mode) -> TabularPosterior:
         return rank1(mode, first.median())
     members = [first, *map(mode.follow, others)]
     if s.method == "ensemble":
-        return TabularPosterior(model, stacked(members), chains=s.members)
+        posterior = TabularPosterior(model, stacked(members), chains=s.members)
+        warn_of_one_mode(posterior.means(mode.data[0]))
+        return posterior
     guide = AutoLaplaceMixture(model, s.members, structure=s.structure).initialize(*mode.data)
     guide.set_modes(members).laplace_approximation(mode.data)
     return TabularPosterior(model, stacked(members), guide)
+
+
+def warn_of_one_mode(means: Tensor) -> None:
+    """Warns if the members of an ensemble, shape (S, N, ...), are one function: then it is a point estimate."""
+    between, across = (means - means[0]).abs().max(), (means - means.mean(1, keepdim=True)).abs().max()
+    if len(means) > 1 and bool(between <= 1e-3 * across):
+        warnings.warn(
+            f"method='ensemble': the {len(means)} members are the same function (the network is linear, or nearly so at the "
+            "scales that the evidence chose), and their variance misses all uncertainty of the weights: pass a number for "
+            "prior_scale, or take method='laplace' or 'mixture_of_laplace'.",
+            stacklevel=5,
+        )
 
 
 def stacked(guides: Sequence[Any]) -> dict[str, Tensor]:
@@ -154,6 +169,10 @@ def variational(model: TabularModel, guide: AutoMixture, mode: Mode) -> None:
     if s.held_out:
         order = torch.randperm(len(data[0]))
         kept = max(1, round(s.held_out * len(order)))
+        if kept == len(order):
+            raise ValueError(
+                f"validation_fraction={s.held_out} of {kept} rows leaves none to fit: take a smaller one"
+            )
         held_out = tuple(value[order[:kept]] for value in data)
         data = tuple(value[order[kept:]] for value in data)
         callbacks = [EarlyStopping(held_out, metric="nll", every=max(1, s.steps // 20), patience=5)]
