@@ -137,7 +137,7 @@ def noise_by_evidence(guide: Any, noise: float, num_elements: int, per: Per) -> 
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return float(logs.detach()[-1].exp())
+    return float(logs.detach()[-1].clamp(-LIMIT, LIMIT).exp())
 
 
 def _joint_evidence(
@@ -145,13 +145,9 @@ def _joint_evidence(
 ) -> Tensor:
     """The evidence, up to a constant, in the logarithms of one multiplier per group and, last, of that of the precision of the noise."""
     rho = logs[-1].exp()
-    total = 0.5 * (num_elements * logs[-1] - rho * squares)
-    for log_tau, (values, distance, _) in zip(logs[:-1], spectrum.groups, strict=True):
-        tau = log_tau.exp()
-        total = total + 0.5 * (
-            len(values) * log_tau - tau * distance - (tau + rho**power * values).log().sum()
-        )
-    return total
+    likelihood = 0.5 * (num_elements * logs[-1] - rho * squares)
+    groups = [(rho**power * values, distance, c) for values, distance, c in spectrum.groups]
+    return EvidenceSpectrum(likelihood, groups).value(logs[:-1])
 
 
 def by_held_out(guide: Any, model: Any, data: Any, candidates: Sequence[float] | None) -> tuple[float, float]:
