@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import EvidenceSpectrum, LaplaceEvidence
-from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, Per, warn_of_edges
+from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, climb, warn_of_edges
 from pyro_bnn.model.data import iter_batches
 from pyro_bnn.ops.notice import logger
 from pyro_bnn.supervised.likelihoods import targets
@@ -122,22 +122,12 @@ def noise_by_evidence(guide: Any, noise: float, num_elements: int, per: Per) -> 
     likelihood = float(guide.log_joint.double() - guide.log_prior.double())
     squares = -2 * likelihood - num_elements * log(2 * pi * noise**2)
     power = 2 if guide.curvature == "empirical_fisher" else 1
-    logs = torch.zeros(len(split) + 1, dtype=torch.float64, device=guide.loc.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logs], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = (
-            -_joint_evidence(spectrum, logs.clamp(-LIMIT, LIMIT), squares, num_elements, power) / num_elements
-        )
-        value.backward()
-        return value.detach()
+    def objective(logs: Tensor) -> Tensor:
+        return _joint_evidence(spectrum, logs, squares, num_elements, power) / num_elements
 
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return float(logs.detach()[-1].clamp(-LIMIT, LIMIT).exp())
+    start = torch.zeros(len(split) + 1, dtype=torch.float64, device=guide.loc.device)
+    return float(climb(objective, start, max_iter=500)[0][-1].exp())
 
 
 def _joint_evidence(
