@@ -9,7 +9,7 @@ score                         what it is                                        
 ============================  ===========================================================  =======================
 :func:`predictive_entropy`    :math:`H[E_z\,p(y\mid z)]`, aleatoric and epistemic          labels are ambiguous, too
 :func:`mutual_information`    :math:`H[E_z\,p(y\mid z)] - E_z H[p(y\mid z)]`, BALD         posterior draws disagree
-:func:`functional_variance`   :math:`\operatorname{Var}_z f(x)`, summed over outputs       posterior draws disagree
+:func:`functional_variance`   :math:`\operatorname{Var}_z f(x)`, summed over classes       posterior draws disagree
 ============================  ===========================================================  =======================
 
 Each takes predictions under draws (:func:`~pyro_bnn.infer.posterior_predictive`), or the closed-form Gaussian over the
@@ -94,10 +94,10 @@ def mutual_information(
 
 def functional_variance(source: Any, *, site: str | None = None) -> Tensor:
     """
-    The variance of the function over the posterior, summed over the outputs of an observation.
+    The variance of the function over the posterior, of labels summed over the classes.
 
     Of draws, the variance of the mean of the observation: class probabilities for labels. In closed form, that of the
-    parameters which the network gives: the location, or the logits.
+    location, or of the logits. Elements of an event have variances of their own.
 
     :param source: see :func:`predictive_entropy`.
     :param str site: the observed site, if there are several.
@@ -111,10 +111,19 @@ def functional_variance(source: Any, *, site: str | None = None) -> Tensor:
     """
     found = _read(source, site)
     if isinstance(found, LinearizedOutputs):
-        return found.variance.clamp(min=0).sum(-1)
+        return _of_outputs(found)
     mean = check_numbers(need(found.mean, "the mean under each draw"), "mean")
     spread = mean.var(0, correction=0)
     return spread.sum(-1) if found.kind == "classes" else spread
+
+
+def _of_outputs(found: LinearizedOutputs) -> Tensor:
+    """The variance of the location of each element, without that of its scale, or of all parameters where there is none."""
+    variance = found.variance.clamp(min=0)
+    if found.names[:1] != ("loc",):
+        return variance.sum(-1)
+    location = variance[..., : found.site.sizes[0]]
+    return location if found.site.base.event_shape else location.squeeze(-1)
 
 
 def _read(source: Any, site: str | None) -> LinearizedOutputs | SitePrediction:

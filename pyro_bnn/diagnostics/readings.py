@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tree says of a model's sites: predictions batch by batch, joined."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from pyro_bnn.infer.predict.stream import Found, Wanted, predictions
 from pyro_bnn.model.coverage import other_prior
 from pyro_bnn.model.join import Join
 from pyro_bnn.model.plates import close
+from pyro_bnn.ops.notice import warn_user
 
 
 @dataclass
@@ -111,9 +111,8 @@ def _joined_values(join: Join, parts: list[Found], deterministic: Sequence[str])
             left_out.add(name)
     names = [name for name in deterministic if name in left_out]
     if names:
-        warnings.warn(
+        warn_user(
             f"The deterministic sites {names} are left out: they are not in every run of the model, or their values "
             "depend on the batch.",
-            stacklevel=2,
         )
     return found

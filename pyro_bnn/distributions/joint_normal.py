@@ -32,6 +32,13 @@ def cholesky(covariance: Tensor) -> Tensor:
     return factor.to(covariance)
 
 
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """From ``(..., n, k, k)`` to ``(..., n k, n k)``."""
+    n, k = blocks.shape[-3], blocks.shape[-1]
+    same = torch.eye(n, dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
+    return (blocks.unsqueeze(-2) * same).reshape(blocks.shape[:-3] + (n * k, n * k))
+
+
 class JointNormal(TorchDistribution):
     r"""
     :math:`y \sim N(\mu, \Sigma)`, or :math:`\log y \sim N(\mu, \Sigma)`, with the elements of an event of any shape in one

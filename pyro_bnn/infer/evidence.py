@@ -27,7 +27,14 @@ from pyro_bnn.curvature.parts import NotAMinimumError, Part
 from pyro_bnn.curvature.prior import diagonal_of_diagonal
 from pyro_bnn.curvature.stream import FisherKind, SiteExamples
 from pyro_bnn.distributions.precision_normal import PrecisionNormal
-from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, search, warn_of_runaways
+from pyro_bnn.infer.hyperparameters import (
+    LIMIT,
+    Groups,
+    HyperparameterReport,
+    climb,
+    search,
+    warn_of_runaways,
+)
 from pyro_bnn.model.data import iter_batches, repeatable_batches
 from pyro_bnn.ops.described import Described, first_of
 from pyro_bnn.ops.distributed import all_reduce_sum, rank
@@ -297,21 +304,9 @@ class LaplaceEvidence(Described):
 
     def _maximise_jointly(self, groups: Groups, max_steps: int) -> HyperparameterReport:
         """Multipliers of groups that parts span several of: L-BFGS on the log evidence itself."""
-        log_tau = torch.zeros(len(groups), dtype=self.loc.dtype, device=self.loc.device, requires_grad=True)
-        optimizer = torch.optim.LBFGS(
-            [log_tau], max_iter=max_steps, tolerance_change=1e-10, line_search_fn="strong_wolfe"
-        )
-        history: list[float] = []
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = -self.value(groups.expand(log_tau.clamp(-LIMIT, LIMIT).exp()))
-            value.backward()
-            history.append(-float(value.detach()))
-            return value.detach()
-
-        optimizer.step(loss)
-        report = groups.report(log_tau.detach().clamp(-LIMIT, LIMIT).exp(), history)
+        start = torch.zeros(len(groups), dtype=self.loc.dtype, device=self.loc.device)
+        log_tau, history = climb(lambda t: self.value(groups.expand(t.exp())), start, max_iter=max_steps)
+        report = groups.report(log_tau.exp(), history)
         warn_of_runaways(report, None)
         return report
 

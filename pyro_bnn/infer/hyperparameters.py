@@ -134,6 +134,30 @@ def search(
     return report
 
 
+def climb(
+    objective: Callable[[Tensor], Tensor], start: Tensor, *, max_iter: int
+) -> tuple[Tensor, list[float]]:
+    """
+    Logarithms of multipliers at a maximum of an objective, by L-BFGS within the range of searches, and its values on the way.
+    """
+    logs = start.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [logs], max_iter=max_iter, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+    history: list[float] = []
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -objective(logs.clamp(-LIMIT, LIMIT))
+        value.backward()
+        history.append(-float(value.detach()))
+        return value.detach()
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return logs.detach().clamp(-LIMIT, LIMIT), history
+
+
 @torch.no_grad()
 def validation_score(guide: Any, data: Any, *, num_samples: int = 100, seed: int = 0) -> float:
     """

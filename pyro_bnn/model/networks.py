@@ -168,7 +168,7 @@ def network_at(network: Callable[..., Any], latents: Mapping[str, Tensor]) -> Ca
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = _Given(latents)
-        with poutine.block(), given, evaluation_mode(network):
+        with local_parameters(), poutine.block(), given, evaluation_mode(network):
             result = network(*args, **kwargs)
         if not given.met:
             raise ValueError(

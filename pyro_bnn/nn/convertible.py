@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules of a network a conversion takes, and what speaks against it."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from pyro_bnn.nn.pyro_class import become, pyro_class
 from pyro_bnn.nn.sites import SiteModule, describe_module
+from pyro_bnn.ops.notice import warn_user
 
 #: Selects modules: a dotted path (with everything below it), a class, or ``callable(name, module) -> bool``.
 Selector = str | type | Callable[[str, nn.Module], bool]
@@ -99,10 +99,9 @@ def convertible(
             f"nothing to convert: the network holds {classes}, of which the selectors admit no {names}{done}."
         )
     if left:
-        warnings.warn(
+        warn_user(
             f"the conversion leaves out {left[:10]}{' and more' if len(left) > 10 else ''}, which keep their values: name "
             "them in skip= if that is intended.",
-            stacklevel=3,
         )
     return found
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside the frozen weights of a pretrained network, random in whole or in their components."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from math import inf
@@ -19,6 +18,7 @@ from pyro_bnn.nn.rank1 import Rank1Mixin
 from pyro_bnn.nn.rank1_options import Rank1Options
 from pyro_bnn.nn.sites import SiteModule, describe_module, module_path
 from pyro_bnn.nn.subclassed import Made, is_inputs_first
+from pyro_bnn.ops.notice import warn_user
 
 _Linear: Any = PyroModule[nn.Linear]
 FAMILIES = ("full", "rank1")
@@ -326,10 +326,9 @@ def _warn_of_attention(net: nn.Module, only: Any, skip: list[Selector]) -> None:
         if isinstance(module, nn.MultiheadAttention) and name not in skip
     ]
     if left:
-        warnings.warn(
+        warn_user(
             f"lora_ leaves out {left[:10]}{' and more' if len(left) > 10 else ''}: torch's MultiheadAttention reads its "
             "weights itself, without the linear layers that adapters go beside. Name it in skip= if that is intended.",
-            stacklevel=4,
         )
 
 

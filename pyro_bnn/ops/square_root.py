@@ -35,7 +35,8 @@ class _SymmetricRoot(torch.autograd.Function):
 
 def symmetric_root(matrix: Tensor) -> Tensor:
     """
-    The symmetric square root, a smooth function of the matrix where that is positive definite; it can be differentiated once.
+    The symmetric square root, a smooth function of the matrix where that is positive definite; it can be differentiated once,
+    and where there is no variance has a derivative of zero.
 
     :param matrix: symmetric, positive semi-definite up to rounding, shape ``(..., C, C)``.
     :return: symmetric R with ``R @ R == matrix``, shape ``(..., C, C)``.
@@ -46,4 +47,7 @@ def symmetric_root(matrix: Tensor) -> Tensor:
         tensor([[2., 0.],
                 [0., 3.]])
     """
-    return matrix.clamp(min=0).sqrt() if matrix.shape[-1] == 1 else _SymmetricRoot.apply(matrix)
+    if matrix.shape[-1] > 1:
+        return _SymmetricRoot.apply(matrix)
+    nothing = matrix <= 0
+    return torch.where(nothing, 1.0, matrix).sqrt().masked_fill(nothing, 0.0)

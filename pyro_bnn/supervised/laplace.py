@@ -216,18 +216,14 @@ def _warn_of_distance(guide: AutoLaplace, tolerance: float, method: str | None, 
     distance = guide.map_report.newton_decrement
     if not distance > tolerance:
         return
-    tuned = {
-        (None, None): "",
-        (
-            "evidence",
-            "evidence",
-        ): "The evidence takes them for it, and the prior precision that it chose may be far off. ",
-        (
-            "evidence",
-            None,
-        ): "The evidence would take them for it, so that the prior, and the noise, were left as they are: "
-        "tune='evidence' tunes them nonetheless. ",
-    }[method, done]
+    tuned = ""
+    if done is not None:
+        tuned = "The evidence takes them for it, and the prior precision that it chose may be far off. "
+    elif method is not None:
+        tuned = (
+            "The evidence would take them for it, so that the prior, and the noise, were left as they are: tune='evidence' "
+            "tunes them nonetheless. "
+        )
     warn_user(
         f"the weights are {distance:.3g} posterior standard deviations away from their mode under the prior (Newton "
         f"decrement), as weights are that were trained without it. {tuned}Pass held-out data as validation=, which need no "

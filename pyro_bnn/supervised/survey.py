@@ -48,9 +48,8 @@ class Survey:
 
 def check_loader(data: Any) -> Batches:
     """Data that give every row once in every pass; raises for loaders that leave rows out or draw them at random."""
-    batches = getattr(
-        data, "batch_sampler", None
-    )  # one's own holds the options that the loader does not show
+    # one of the user's own holds the options that the loader does not show
+    batches = getattr(data, "batch_sampler", None)
     size = getattr(batches, "batch_size", None) or getattr(data, "batch_size", None) or 1
     sampler = _sampler(data)
     if getattr(batches, "drop_last", False) or getattr(data, "drop_last", False):

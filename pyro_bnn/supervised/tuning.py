@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.infer.evidence import EvidenceSpectrum, LaplaceEvidence
-from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, Per, warn_of_edges
+from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport, Per, climb, warn_of_edges
 from pyro_bnn.model.data import iter_batches
 from pyro_bnn.ops.notice import logger, warn_user
 from pyro_bnn.supervised.likelihoods import targets
@@ -141,22 +141,12 @@ def noise_by_evidence(guide: Any, noise: float, num_elements: int, per: Per) -> 
     likelihood = float(guide.log_joint.double() - guide.log_prior.double())
     squares = -2 * likelihood - num_elements * log(2 * pi * noise**2)
     power = 2 if guide.curvature == "empirical_fisher" else 1
-    logs = torch.zeros(len(split) + 1, dtype=torch.float64, device=guide.loc.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logs], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = (
-            -_joint_evidence(spectrum, logs.clamp(-LIMIT, LIMIT), squares, num_elements, power) / num_elements
-        )
-        value.backward()
-        return value.detach()
+    def objective(logs: Tensor) -> Tensor:
+        return _joint_evidence(spectrum, logs, squares, num_elements, power) / num_elements
 
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return float(logs.detach()[-1].exp())
+    start = torch.zeros(len(split) + 1, dtype=torch.float64, device=guide.loc.device)
+    return float(climb(objective, start, max_iter=500)[0][-1].exp())
 
 
 def _joint_evidence(
@@ -164,13 +154,9 @@ def _joint_evidence(
 ) -> Tensor:
     """The evidence, up to a constant, in the logarithms of one multiplier per group and, last, of that of the precision of the noise."""
     rho = logs[-1].exp()
-    total = 0.5 * (num_elements * logs[-1] - rho * squares)
-    for log_tau, (values, distance, _) in zip(logs[:-1], spectrum.groups, strict=True):
-        tau = log_tau.exp()
-        total = total + 0.5 * (
-            len(values) * log_tau - tau * distance - (tau + rho**power * values).log().sum()
-        )
-    return total
+    likelihood = 0.5 * (num_elements * logs[-1] - rho * squares)
+    groups = [(rho**power * values, distance, c) for values, distance, c in spectrum.groups]
+    return EvidenceSpectrum(likelihood, groups).value(logs[:-1])
 
 
 def by_held_out(guide: Any, model: Any, data: Any, candidates: Sequence[float] | None) -> tuple[float, float]:

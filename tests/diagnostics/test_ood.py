@@ -77,6 +77,25 @@ def test_closed_forms_of_a_normal() -> None:
         predictive_entropy(outputs, site="other")
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+def test_the_variance_of_the_function_is_that_of_the_location_alone(vectors: bool) -> None:
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3, 2), 1.0).to_event(2))
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        f, scale = x @ weight, (0.1 * x @ slope).exp()
+        root = scale[:, None, None] * torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=x.dtype)
+        with pyro.plate("data", len(x)):
+            joint = dist.MultivariateNormal(f, scale_tril=root)
+            pyro.sample("obs", joint if vectors else dist.Normal(f, scale.unsqueeze(-1)).to_event(1), obs=y)
+
+    x, y = linear_data()
+    guide = AutoLaplace(model).initialize(x, torch.stack([y, -y], -1))
+    guide.laplace_approximation((x, torch.stack([y, -y], -1)), map_tolerance=math.inf)
+    draws = guide.sample_posterior((20_000,), generator=torch.Generator().manual_seed(0))
+    expected = (X_OUT @ draws["weight"]).var(0)
+    assert_close(functional_variance(guide.linearized_outputs(X_OUT)), expected, rtol=0.05, atol=0.0)
+
+
 def test_a_binary_label_by_quadrature() -> None:
     x, _ = linear_data()
     y = (x.sum(-1) > 0).to(x.dtype)

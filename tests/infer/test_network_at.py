@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.nn import PyroModule, PyroSample
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -102,3 +102,20 @@ def test_modules_of_pyro_and_what_is_refused() -> None:
         network_at(net, {"w": weight})(x)
     with pytest.raises(ValueError, match=r"the network \(Linear\) samples no site: convert it"):
         network_at(nn.Linear(2, 1), {"weight": weight})(x)
+
+
+def test_networks_of_the_same_names_keep_their_own_parameters() -> None:
+    class Scaled(PyroModule):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = PyroParam(torch.tensor(scale), dist.constraints.positive)
+            self.weight = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.weight * x
+
+    latents, x = {"weight": torch.tensor(3.0)}, torch.ones(2)
+    pyro.clear_param_store()
+    for scale in (1.0, 2.0):
+        assert_close(network_at(Scaled(scale), latents)(x), 3.0 * scale * x)
+    assert not list(pyro.get_param_store().keys())

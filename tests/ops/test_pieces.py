@@ -438,3 +438,13 @@ def test_the_symmetric_root_is_smooth_where_eigenvalues_meet():
     flat = torch.diag(torch.tensor([4.0, 0.0])).requires_grad_(True)
     (slope,) = torch.autograd.grad(symmetric_root(flat).sum(), flat)
     assert_close(slope, torch.tensor([[0.25, 0.5], [0.5, 0.0]]), atol=1e-9)
+
+
+@pytest.mark.parametrize("C", [1, 2])
+def test_the_symmetric_root_of_nothing_has_no_slope(C):
+    nothing = torch.zeros(C, C, requires_grad=True)
+    root = symmetric_root(nothing)
+    (slope,) = torch.autograd.grad(root.sum(), nothing)
+    assert not root.any()
+    assert not slope.any()
+    assert symmetric_root(torch.full((1, 1), torch.nan)).isnan().all()

@@ -126,9 +126,8 @@ def only_site(names: Iterable[str], wanted: str | None) -> str:
 def check_rows(site: str | None, X: Tensor, found: Tensor, alone: Tensor) -> None:
     """Raises where outputs at all points, rows first, are not one for each, or not those of the first points alone."""
     rows = X.shape[:-1].numel()
-    size = (
-        float(found.detach().abs().max()) if found.numel() else 0.0
-    )  # where some outputs happen to be near zero
+    # of all, where some outputs happen to be near zero
+    size = float(found.detach().abs().max()) if found.numel() else 0.0
     if found.dim() < 1 or found.shape[0] != rows or not close(found[: len(alone)], alone, floor=size):
         raise ValueError(
             f"site {site!r} has outputs of shape {tuple(found.shape)} at {rows} rows: the first dimension must be that of the "

@@ -22,7 +22,7 @@ from pyro_bnn.contrib.surrogates.base import (
     only_site,
     rows_alone,
 )
-from pyro_bnn.distributions.joint_normal import cholesky
+from pyro_bnn.distributions.joint_normal import block_diagonal, cholesky
 from pyro_bnn.infer.autoguide import AutoLaplaceMixture
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
 from pyro_bnn.ops.families import of_family
@@ -161,8 +161,8 @@ class LaplaceModel(Surrogate, FantasizeMixin):  # type: ignore[misc]  # the mixi
                 f"the noise of site {self.site!r} depends on the latents, so that observations are not Gaussian: give "
                 "observation_noise= (posterior) or noise= (condition_on_observations), variances of shape batch + (q, m)."
             )
-        noise = _block_diagonal(noise.reshape((len(rows), -1) + noise.shape[-2:]))
-        return _block_diagonal(noise.reshape(X.shape[:-1] + noise.shape[-2:])).to(X.dtype)
+        noise = block_diagonal(noise.reshape((len(rows), -1) + noise.shape[-2:]))
+        return block_diagonal(noise.reshape(X.shape[:-1] + noise.shape[-2:])).to(X.dtype)
 
     def _joint(self, X: Tensor, observation_noise: bool | Tensor) -> GPyTorchPosterior:
         mean, covariance = self.moments(X, observation_noise)
@@ -255,13 +255,6 @@ class LaplaceMixtureModel(Surrogate):
         moments = [member.moments(X, observation_noise) for member in self._members]
         mean, covariance = (torch.stack(parts, MCMC_DIM) for parts in zip(*moments, strict=True))
         return GaussianMixturePosterior(multivariate(mean, covariance))
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """From ``(..., n, k, k)`` to ``(..., n k, n k)``."""
-    n, k = blocks.shape[-3], blocks.shape[-1]
-    same = torch.eye(n, dtype=blocks.dtype, device=blocks.device)[:, None, :, None]
-    return (blocks.unsqueeze(-2) * same).reshape(blocks.shape[:-3] + (n * k, n * k))
 
 
 def _has_graph(X: Tensor) -> bool:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters of a mixture guide, and the distributions and draws they stand for."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -18,6 +17,7 @@ from typing_extensions import override
 
 from pyro_bnn.infer.autoguide.components import LatentSite
 from pyro_bnn.infer.autoguide.data_rows import RowSource, num_rows
+from pyro_bnn.ops.notice import warn_user
 
 _Guide: Any = AutoGuide
 
@@ -115,10 +115,9 @@ class ComponentParameters(_Guide):
         self.loc = PyroParam(loc, constraints.real)
         sizes = self._scaled_sizes()
         if K > 1 and not sizes and bool((loc == loc[0]).all()):
-            warnings.warn(
+            warn_user(
                 f"all {K} components start at the same values and have no noise, so that they stay together: pass "
                 "an init_loc_fn that differs between calls, such as init_component.",
-                stacklevel=2,
             )
         if sizes:
             width = len(sizes) if self.scale_mode == "shared" else sum(sizes)

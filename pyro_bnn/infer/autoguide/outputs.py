@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.distributions.joint_normal import JointNormal, cholesky
+from pyro_bnn.distributions.joint_normal import JointNormal, block_diagonal, cholesky
 from pyro_bnn.distributions.mixture import EqualMixture
 from pyro_bnn.model.packed import SiteOutputs
 from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
@@ -226,8 +226,7 @@ class LinearizedOutputs(Described):
         joint = self.event_covariance
         E, C = self.event_size, self.mean.shape[-1]
         blocks = noise.expand(self.mean.shape + (C,)).reshape(joint.shape[:-2] + (E, C, C))
-        same = torch.eye(E, dtype=joint.dtype, device=joint.device)[:, None, :, None]
-        return joint + (blocks.unsqueeze(-2) * same).reshape(joint.shape)
+        return joint + block_diagonal(blocks)
 
     def log_density(
         self, value: Tensor, *, num_samples: int = 100, generator: torch.Generator | None = None
@@ -245,9 +244,8 @@ class LinearizedOutputs(Described):
         value = value.expand(observed.shape + site.base.event_shape)
         if bool(observed.all()):
             return self.distribution(num_samples=num_samples, generator=generator).log_prob(value)
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # values that the distribution can take, without a part in the density
+        # values that the distribution can take, without a part in the density
+        with torch.random.fork_rng(devices=()):
             filler = site.build(self.mean).sample().to(value.dtype)
         some = observed.reshape(observed.shape + (1,) * len(site.base.event_shape))
         value = torch.where(some, value, filler)

@@ -140,12 +140,7 @@ def solve(
         True
     """
     (data,) = args
-    if method == "regvar":
-        raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
-    check_option("method", method, Method)
-    check_option("curvature", curvature, Curvature)
-    if robust and method == "probe":
-        raise ValueError("robust=True needs the displacement of every functional: use method='cg'")
+    _check_options(method, curvature, robust)
     check_accuracy(epsilon, tolerance)
     check_sizes(
         rank=rank, block_size=block_size, num_probes=num_probes, num_epochs=num_epochs, chunk_size=chunk_size,
@@ -160,43 +155,62 @@ def solve(
     double = problem.latent.dtype == torch.float64
     epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
     tolerance = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
-    notes: list[str] = []
-    if not double and method in ("one_sided", "central") and not 1e-3 <= epsilon <= 3e-2:
-        notes.append(
-            f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
-            "epsilon=3e-3, float64, or method='cg'"
-        )
-    notes += set_proximal(problem, proximal)
+    notes = [*_resolution(method, epsilon, double=double), *set_proximal(problem, proximal)]
     for text in notes:  # now, because what follows may raise
         warn_user(text, HFLWarning)
     solver = Solver(
-        problem,
-        tolerance=tolerance,
-        max_iter=max_iter,
-        preconditioner=preconditioner,
-        rank=rank,
+        problem, tolerance=tolerance, max_iter=max_iter, preconditioner=preconditioner, rank=rank,
         block_size=block_size,
-    )
+    )  # fmt: skip
     task = Task(problem, functionals, solver, epsilon, num_epochs, num_probes, check)
     found = METHODS[method](task)
     scores = sandwich(problem.model, problem.latent, data, found.displacements) if robust else None
-    result = HFLResult(
+    options: dict[str, Any] = {
+        "method": method,
+        "curvature": curvature,
+        "sandwich": scores,
+        "warnings": notes,
+    }
+    result = _result(task, found, **options)
+    result.warn(tolerance=tolerance, largest_curvature=solver.largest_curvature, map_tolerance=map_tolerance)
+    return result
+
+
+def _check_options(method: str, curvature: str, robust: bool) -> None:
+    if method == "regvar":
+        raise ValueError("method='regvar' is a score, not a covariance: call hfl.regvar, or hfl.variance")
+    check_option("method", method, Method)
+    check_option("curvature", curvature, Curvature)
+    if robust and method == "probe":
+        raise ValueError("robust=True needs the displacement of every functional: use method='cg'")
+
+
+def _resolution(method: str, epsilon: float, *, double: bool) -> list[str]:
+    """What to say of perturbations that the precision of the numbers does not resolve."""
+    if double or method not in ("one_sided", "central") or 1e-3 <= epsilon <= 3e-2:
+        return []
+    return [
+        f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
+        "epsilon=3e-3, float64, or method='cg'"
+    ]
+
+
+def _result(task: Task, found: Found, *, method: str, **options: Any) -> HFLResult:
+    """What has been found, and what it took."""
+    problem, solver = task.problem, task.solver
+    return HFLResult(
         **vars(found),
+        **options,
         method=method,
-        curvature=curvature,
-        shape=functionals.shape,
-        mean=functionals.values,
-        sandwich=scores,
-        epsilon=epsilon if method in ("one_sided", "central", "paired") else None,
+        shape=task.functionals.shape,
+        mean=task.functionals.values,
+        epsilon=task.epsilon if method in ("one_sided", "central", "paired") else None,
         proximal=problem.proximal,
         smallest_curvature=solver.smallest_curvature,
         iterations=solver.iterations,
         products=solver.products,
         gradient_evaluations=problem.gradient_evaluations,
-        warnings=notes,
     )
-    result.warn(tolerance=tolerance, largest_curvature=solver.largest_curvature, map_tolerance=map_tolerance)
-    return result
 
 
 @takes_data(after=("targets",))
