@@ -40,8 +40,7 @@ def surrogate(
     ============================================================== ============================ ============================
     posterior                                                      BoTorch model                posterior at X
     ============================================================== ============================ ============================
-    :class:`~pyro_bnn.infer.autoguide.AutoLaplace` (any            :class:`LaplaceModel`        Gaussian, in closed form
-    structure), Hessian-free Laplace
+    :class:`~pyro_bnn.infer.autoguide.AutoLaplace`, Hessian-free   :class:`LaplaceModel`        Gaussian, in closed form
     :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`          :class:`LaplaceMixtureModel` mixture of Gaussians
     any other guide, MCMC, draws by site                           :class:`DrawsModel`          ensemble of fixed draws
     ============================================================== ============================ ============================

@@ -41,14 +41,12 @@ Laplace: 1e-6).
 
 Of the cells {exact} are exact (median error {median:.0e}, largest {largest:.0e} in float64) and {refused} are refused.{failing}
 
-.. contents::
-   :local:
-
 When does a cell exist?
 -----------------------
 
 .. list-table::
    :header-rows: 1
+   :widths: 24 9 8 8 12 39
 
    * - operation
      - programs
@@ -69,7 +67,8 @@ def read(path: Path) -> set[tuple[str, str]]:
 
 def table(names: list[str], cells: Cells) -> list[str]:
     """The rows of one kind of program: errors of what is exact, messages of what is refused."""
-    lines = [".. list-table::", "   :header-rows: 1", "", "   * - program", "     - exact", "     - refused"]
+    lines = [".. list-table::", "   :class: stack", "   :header-rows: 1", "   :widths: 32 14 54", ""]
+    lines += ["   * - program", "     - exact", "     - refused"]
     for name in names:
         found = cells[name]
         exact = [v.error for v in found.values() if v.outcome == "exact"]
@@ -78,10 +77,15 @@ def table(names: list[str], cells: Cells) -> list[str]:
             if v.outcome != "exact":
                 by_message.setdefault(short(v), []).append(operation)
         refused = [f"{'; '.join(operations)}: *{m}*" for m, operations in by_message.items()]
-        lines += [f"   * - ``{name}``", f"     - {len(exact)} ({max(exact, default=0.0):.0e})"]
+        lines += [f"   * - ``{name}``", f"     - {shown(exact)}"]
         lines += [f"     - * {refused[0]}" if refused else "     -"]
         lines += [f"       * {group}" for group in refused[1:]]
     return [*lines, ""]
+
+
+def shown(errors: list[float]) -> str:
+    """How many cells are exact, and their largest error."""
+    return f"{len(errors)}\u00a0({max(errors):.0e})".replace("-", "\u2011") if errors else "0"
 
 
 def short(verdict: Verdict) -> str:
