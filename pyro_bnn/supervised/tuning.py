@@ -86,6 +86,8 @@ class Tuning:
         before = found.log_likelihood_at(found.residual) if learns_noise else found.log_likelihood
         if before is None or self.model.settings.get("noise") == "latent":
             return
+        assert guide.log_joint is not None
+        assert guide.log_prior is not None
         here = float(guide.log_joint.double() - guide.log_prior.double())
         tolerance = 1e-6 if guide.loc.dtype == torch.float64 else 1e-3
         if not abs(here - before) <= tolerance * max(abs(before), found.num_elements):
