@@ -54,7 +54,7 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
     :param str structure: of the curvature, see :class:`~pyro_bnn.infer.autoguide.AutoLaplace`; ``"full"`` takes memory
         :math:`p^2` in the number of weights, ``"kronecker"`` or ``"diagonal"`` are for large networks. All methods use it for
         the evidence.
-    :param prior_scale: :math:`g`, or ``"evidence"`` to tune all :math:`s`, from :math:`g = 1`.
+    :param prior_scale: :math:`g`, or ``"evidence"`` to tune all :math:`s`, from :math:`g = 1`, within 0.001 and 30.
     :param noise: the standard deviation of the noise in the units of the targets, a number or one per output, or
         ``"evidence"``.
     :param int n_members: modes or components, where the method has several.

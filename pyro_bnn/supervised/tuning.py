@@ -192,5 +192,10 @@ def _best_noise(guide: Any, model: Any, data: Any) -> tuple[float, float]:
         peak += float(highest.double().sum())
         distance += float(2 * (highest - d.log_prob(y)).double().sum())
         size += y.numel()
+    if not distance > 0:
+        raise ValueError(
+            "validation: the held-out targets are predicted exactly, so that the noise has no estimate: pass noise=, the standard "
+            "deviation of the targets given the inputs."
+        )
     rho = size / distance
     return peak + 0.5 * size * (log(rho) - 1), rho

@@ -506,6 +506,10 @@ def test_two_networks_of_a_process_keep_their_noise(tmp_path: Path) -> None:
             "the residuals of the network are all zero",
         ),
         (
+            lambda o, x, y: o.update(validation=(x, o["net"](x).detach())),
+            "the held-out targets are predicted exactly",
+        ),
+        (
             lambda o, x, y: o.update(curvature="hessian", structure="full", polish=True, **FAR),
             "tune='evidence' does not find the noise from one decomposition",
         ),
