@@ -3,8 +3,14 @@
 """Configuration of the documentation."""
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike
+from sphinx.application import Sphinx
+from sphinx.util.typing import stringify_annotation
 
 from pyro_bnn import __version__
 
@@ -33,6 +39,7 @@ exclude_patterns = ["gallery/**/*.ipynb", "tables"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_preserve_defaults = True  # as the source writes them
 # Names from libraries that are not cross-referenced; everything of this project must resolve.
 nitpicky = False
 
@@ -49,3 +56,16 @@ sphinx_gallery_conf = {
     "plot_gallery": "PYRO_BNN_DOCS_NO_GALLERY" not in os.environ,
     "download_all_examples": False,
 }
+
+
+def plain_types(app: Sphinx, *_: Any) -> None:
+    """numpy's union of everything like an array goes by its name; types beside a ``Literal`` are not parsed again."""
+    union = stringify_annotation(ArrayLike, "smart")
+    for annotations in app.env.current_document.autodoc_annotations.values():
+        for argument, text in annotations.items():
+            text = text.replace(union, "ArrayLike")
+            annotations[argument] = re.sub(r"~(\w+\.)+", "", text) if "Literal[" in text else text
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("object-description-transform", plain_types, priority=100)  # before autodoc writes them
