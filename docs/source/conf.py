@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from numpy.typing import ArrayLike
 from sphinx.application import Sphinx
 from sphinx.util.typing import stringify_annotation
@@ -67,5 +68,23 @@ def plain_types(app: Sphinx, *_: Any) -> None:
             annotations[argument] = re.sub(r"~(\w+\.)+", "", text) if "Literal[" in text else text
 
 
+def written(found: nodes.field_list) -> set[str]:
+    """The arguments and attributes that a list of fields describes in words."""
+    names = [(field[0].astext().split(), field[1].astext()) for field in found]
+    return {words[-1] for words, text in names if len(words) > 1 and words[0] != "type" and text}
+
+
+def once(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
+    """autodoc adds the types of all arguments to every list of fields; those that another list describes go."""
+    lists = [node for node in content.children if isinstance(node, nodes.field_list)]
+    everything = set().union(*map(written, lists))
+    for found in lists:
+        others = everything - written(found)
+        found[:] = [field for field in found if field[0].astext().split()[-1] not in others]
+        if not len(found):
+            content.remove(found)
+
+
 def setup(app: Sphinx) -> None:
     app.connect("object-description-transform", plain_types, priority=100)  # before autodoc writes them
+    app.connect("object-description-transform", once, priority=900)
