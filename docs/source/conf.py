@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
+    "capture_repr": (),  # a page shows what a script prints
     "reset_modules": ("matplotlib", "seaborn", "isolate.reset"),
     "within_subsection_order": "order.position",
     "min_reported_time": 1,
