@@ -159,8 +159,8 @@ exports = {
     "mixture": to_inference_data(model, mixture, train, num_samples=DRAWS, prior_samples=20),
     "laplace": to_inference_data(laplace_model, laplace, train, num_samples=DRAWS),
 }
-print(az.summary(exports["mixture"], var_names=["sigma"]))
-print(az.compare(exports))
+print(az.summary(exports["mixture"], var_names=["sigma"]).to_string())
+print(az.compare(exports).to_string())
 exports["mixture"].to_netcdf(str(folder / "mixture.nc"))
 print("groups on disk:", *(name.strip("/") for name in az.from_netcdf(str(folder / "mixture.nc")).groups()))
 

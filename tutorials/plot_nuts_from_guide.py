@@ -80,7 +80,7 @@ for name, start_from in (("from the prior", None), ("from the guide", guide)):
 # %%
 # The weights of a network are not identified: hidden units permute and change sign together, so that R-hat of weights
 # says little. R-hat of predictions is the one to look at. In the run of this page the guide saved little in warm-up and
-# a quarter of the steps afterwards, with the lower R-hat and, because steps are longer, some divergences; neither run is
+# an eighth of the steps afterwards, with the lower R-hat and, because steps are longer, some divergences; neither run is
 # long enough for a reference, which should have R-hat of all predictions below 1.01.
 #
 # How good was the guide?

@@ -91,8 +91,8 @@ for name, tail in tails.items():
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 4))
 for name, density in densities.items():
-    axes[0].plot(middle, density, label=name, lw=1.3)
-    axes[1].semilogy(middle, density.clamp_min(1e-6), lw=1.3)
+    axes[0].plot(middle, density, lw=1.3)
+    axes[1].semilogy(middle, density.clamp_min(1e-6), label=name, lw=1.3)
 for name, density in CLOSED_FORMS.items():
     axes[1].semilogy(middle, density, "k:", lw=0.8, label="closed forms" if name == "N(0, 1)" else None)
 axes[0].set_ylim(0, 1.2)
@@ -101,7 +101,6 @@ axes[1].set_ylim(1e-5, 5)
 axes[1].set_title("the same, logarithmic: tails")
 for ax in axes:
     ax.set_xlabel("w' / σ")
-axes[0].legend(fontsize=7, loc="upper right")
-axes[1].legend(fontsize=7, loc="upper right")
+axes[1].legend(fontsize=8, loc="lower center")
 figure.tight_layout()
 plt.show()

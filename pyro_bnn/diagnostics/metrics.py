@@ -33,7 +33,7 @@ from pyro_bnn.diagnostics.scored import as_prediction as as_prediction
 from pyro_bnn.infer.predict.predictive import SitePrediction as SitePrediction
 
 #: Nominal coverages of a calibration curve.
-LEVELS = tuple(np.arange(1, 20) / 20)
+LEVELS = tuple(k / 20 for k in range(1, 20))
 
 
 def nll(log_likelihood: Any, *, site: str | None = None) -> float:

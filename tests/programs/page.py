@@ -67,7 +67,7 @@ def read(path: Path) -> set[tuple[str, str]]:
 
 def table(names: list[str], cells: Cells) -> list[str]:
     """The rows of one kind of program: errors of what is exact, messages of what is refused."""
-    lines = [".. list-table::", "   :class: stack", "   :header-rows: 1", "   :widths: 32 14 54", ""]
+    lines = [".. list-table::", "   :class: stack exact", "   :header-rows: 1", "   :widths: 32 14 54", ""]
     lines += ["   * - program", "     - exact", "     - refused"]
     for name in names:
         found = cells[name]

@@ -265,6 +265,13 @@ class AutoMixture(ComponentParameters):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """
+        Draws all latent sites, as every Pyro guide does.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: a dictionary from site names to draws.
+        """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)

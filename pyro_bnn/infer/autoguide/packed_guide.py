@@ -168,7 +168,7 @@ class PackedGuide(AutoContinuous):
         Coherent draws of the linearised function: one draw of the latents gives the outputs at all inputs, as
         Thompson sampling needs.
 
-        :param int num_samples: S.
+        :param int num_samples: the number S of functions.
         :param args: arguments of the model; observations are not needed.
         :param generator: source of random numbers; torch's default if ``None``. One with the same seed gives the same functions
             in every call.

@@ -228,7 +228,7 @@ class MonteCarloFisher(FisherRule):
     An unbiased approximation with relative error about :math:`\sqrt{2/S}`; the draws come from a fixed seed, so
     that the same distribution gives the same matrix.
 
-    :param num_samples: S.
+    :param num_samples: the number S of draws.
     """
 
     def __init__(self, num_samples: int = 1024) -> None:
