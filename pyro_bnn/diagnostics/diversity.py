@@ -132,7 +132,7 @@ def diversity(
         >>> print(diversity(model, guide, y))  # doctest: +ELLIPSIS
         2 components on 5 observations of 'obs'
           NLL of the members     1.4189 to 1.4189, mean 1.4189
-          NLL of the mixture     1.4189 (gain 0.0000)
+          NLL of the mixture     1.4189 (gain ...0.0000)
           ...
           The members have collapsed: the mixture predicts like a single one of them.
     """
