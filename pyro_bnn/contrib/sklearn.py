@@ -12,7 +12,7 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor, nn
 
-from pyro_bnn.contrib.estimators.base import BayesianNetwork, Evidence, validate_data
+from pyro_bnn.contrib.estimators.base import BayesianNetwork, Evidence, merged, validate_data
 from pyro_bnn.contrib.estimators.model import isolated, spread
 from pyro_bnn.contrib.estimators.modes import Method
 from pyro_bnn.distributions.mixture import marginal_quantile
@@ -133,7 +133,7 @@ class BayesianRegressor(RegressorMixin, BayesianNetwork):
         )
         settings = self._settings("evidence" if isinstance(self.noise, str) else self.noise)
         arrays = self._weighted(rows, targets, sample_weight)
-        data = tuple(torch.tensor(np.asarray(value, dtype=np.float64)) for value in arrays)
+        data = merged(*(torch.tensor(np.asarray(value, dtype=np.float64)) for value in arrays))
         scale = spread(*data[1:])
         if not bool(((scale > 1e-100) & (scale < 1e100)).all()):
             raise ValueError(
@@ -263,7 +263,7 @@ class BayesianClassifier(ClassifierMixin, BayesianNetwork):
             raise ValueError(
                 f"{type(self).__name__} needs at least two classes, and the data have 1 class: {self.classes_[0]!r}"
             )
-        data = (torch.tensor(rows), torch.tensor(labels), *(torch.tensor(w) for w in weights))
+        data = merged(torch.tensor(rows), torch.tensor(labels), *(torch.tensor(w) for w in weights))
         return self._fit(data, 1 if self._likelihood == "binary" else len(self.classes_), settings, None)
 
     @property

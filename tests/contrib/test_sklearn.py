@@ -499,3 +499,26 @@ def test_programs_of_the_page():
     assert (names["total"] > names["function"]).all()
     counts = [sum(map(bool, program.split("\n"))) for program in programs[:2]]
     assert re.findall(r"     - (\d+)\n     - \d+:", page) == list(map(str, counts))
+
+
+@pytest.mark.parametrize("method", ["laplace", "rank1"])
+def test_rows_that_come_twice_are_rows_of_weight_two(method: str) -> None:
+    rng = np.random.RandomState(0)
+    X = rng.randn(12, 2)
+    y, counts = np.sin(X[:, 0]), rng.randint(1, 4, 12)
+    order = rng.permutation(counts.sum())
+    options = {
+        "hidden": (3,),
+        "method": method,
+        "n_steps": 5,
+        "max_iter": 2,
+        "tol": 10.0,
+        "n_members": 2,
+        "random_state": 0,
+    }
+    repeated = BayesianRegressor(**options).fit(np.repeat(X, counts, 0)[order], np.repeat(y, counts)[order])
+    weighted = BayesianRegressor(**options).fit(X, y, sample_weight=counts)
+    single = BayesianRegressor(**options).fit(X, y)
+    for found, expected in zip(*(e.predict(X, return_std=True) for e in (repeated, weighted)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.allclose(single.predict(X), weighted.predict(X))

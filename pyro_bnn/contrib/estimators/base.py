@@ -36,6 +36,25 @@ if TYPE_CHECKING:
 Evidence = Literal["evidence"]
 
 
+def merged(x: Tensor, y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """
+    The same rows once, with the sum of their weights; data without repeated rows and weights as they are. A row that comes
+    twice and one of weight 2 are then the same numbers in the same order.
+
+    :param x: inputs, shape (N, d).
+    :param y: targets, shape ``(N, ...)``.
+    :param weights: of the rows, shape (N,), or nothing.
+    """
+    table = torch.cat([x, y.reshape(len(y), -1).to(x.dtype)], 1).numpy()
+    _, first, groups = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    if len(first) < 2 or (len(first) == len(x) and not weights):
+        return x, y, *weights
+    total = torch.zeros(len(first), dtype=torch.float64)
+    counts = weights[0] if weights else torch.ones(len(x), dtype=torch.float64)
+    first, groups = torch.as_tensor(first), torch.as_tensor(groups).reshape(-1)
+    return x[first], y[first], total.index_add_(0, groups, counts)
+
+
 class BayesianNetwork(BaseEstimator):
     """What both estimators share."""
 
