@@ -103,11 +103,11 @@ def test_script_2_error_bars_in_another_process(tmp_path: Path, monkeypatch: pyt
         optimizer.step()
     # [script 2, training]
     guide = pyro_bnn.laplace(net, train_loader, likelihood="regression", validation=val_loader)
-    pyro_bnn.save_guide(guide, "posterior.pt")
+    guide.save("posterior.pt")
     # [end script 2, training]
     trained = guide
     # [script 2, serving]
-    guide = pyro_bnn.load_guide(pyro_bnn.laplace(Regressor(), likelihood="regression"), "posterior.pt")
+    guide = pyro_bnn.laplace(Regressor(), likelihood="regression").load("posterior.pt")
     predictive = guide.predictive(x_test)["obs"]  # a Normal with .mean, .stddev, .icdf
     # [end script 2, serving]
     assert_close(predictive.mean, net(x_test).detach()[:, 0], rtol=1e-12)

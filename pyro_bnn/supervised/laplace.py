@@ -25,6 +25,7 @@ from pyro_bnn.nn.convertible import check_wrapper
 from pyro_bnn.nn.priors import PriorLike
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice
+from pyro_bnn.supervised.guide import AutoNetworkLaplace
 from pyro_bnn.supervised.likelihoods import Likelihood
 from pyro_bnn.supervised.model import SupervisedModel
 from pyro_bnn.supervised.survey import Survey, survey
@@ -54,7 +55,7 @@ def laplace(
     target: str = "labels",
     generator: torch.Generator | None = None,
     **options: Any,
-) -> AutoLaplace:
+) -> AutoNetworkLaplace:
     r"""
     A Laplace approximation around the weights of a trained network.
 
@@ -104,7 +105,8 @@ def laplace(
     :param str target: the name of the targets in batches that are mappings.
     :param generator: source of random numbers for random curvatures.
     :param options: of :class:`~pyro_bnn.infer.autoguide.AutoLaplace`.
-    :return: the fitted guide; ``guide.model`` is the model, ``guide.model.net`` the converted copy of the network.
+    :return: the fitted guide, with ``predictive``, ``save``, ``load`` and ``to_datatree``; ``guide.model`` is the model,
+        ``guide.model.net`` the converted copy of the network.
     :raises ValueError: for a loader that leaves rows out or repeats them, for outputs or targets that the likelihood does not take,
         and where all parameters are frozen.
 
@@ -134,7 +136,7 @@ def laplace(
         net, likelihood, noise=noise, num_data=None if found is None else found.num_rows, **given
     )
     start = partial(init_to_trained, fallback=_start_of(found))
-    guide = AutoLaplace(
+    guide = AutoNetworkLaplace(
         model, structure=structure, curvature=curvature, sites=sites, init_loc_fn=start, **options
     )
     if found is None:

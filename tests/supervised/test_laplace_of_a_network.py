@@ -22,7 +22,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 import pyro_bnn
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
-from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer import load_guide, save_guide
 from tests.common import assert_close
 
@@ -373,7 +372,6 @@ def test_labels_of_pixels_find_their_classes() -> None:
 SERVE = """
 import torch, pyro_bnn
 from torch import nn
-from pyro_bnn.infer import load_guide
 torch.set_default_dtype(torch.float64)
 class Served(nn.Module):
     def __init__(self):
@@ -381,7 +379,7 @@ class Served(nn.Module):
         self.body, self.norm, self.head = nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
     def forward(self, x):
         return self.head(torch.tanh(self.norm(self.body(x))))
-guide = load_guide(pyro_bnn.laplace(Served(), likelihood="regression"), "posterior.pt")
+guide = pyro_bnn.laplace(Served(), likelihood="regression").load("posterior.pt")
 d = guide.predictive(torch.load("x.pt"))["obs"]
 torch.save({"mean": d.mean, "sd": d.stddev}, "served.pt")
 """
@@ -395,7 +393,7 @@ def test_a_second_process_serves_the_same(tmp_path: Path) -> None:
     net = scope["Served"]()
     net(x)
     guide = pyro_bnn.laplace(net, [(x[:20], y[:20]), (x[20:], y[20:])], likelihood="regression", **FAR)
-    save_guide(guide, tmp_path / "posterior.pt")
+    guide.save(tmp_path / "posterior.pt")
     torch.save(x, tmp_path / "x.pt")
     run = [sys.executable, "-W", "error", "-c", SERVE]
     subprocess.run(run, check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
@@ -412,7 +410,7 @@ def test_a_second_process_serves_the_same(tmp_path: Path) -> None:
 def test_export_holds_the_model() -> None:
     x, y = data()
     guide = pyro_bnn.laplace(network(), (x, y), likelihood="regression", noise=0.5, tune=None, **FAR)
-    tree = to_datatree(guide.model, guide, (x, y), num_samples=8)
+    tree = guide.to_datatree((x, y), num_samples=8)
     found = torch.as_tensor(tree["log_likelihood"]["obs"].values)
     assert found.shape == (1, 8, 30)
     assert {"net.0.weight", "net.2.bias"} <= set(tree["posterior"].data_vars)

@@ -51,8 +51,8 @@ def merged(x: Tensor, y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return x, y, *weights
     total = torch.zeros(len(first), dtype=torch.float64)
     counts = weights[0] if weights else torch.ones(len(x), dtype=torch.float64)
-    first, groups = torch.as_tensor(first), torch.as_tensor(groups).reshape(-1)
-    return x[first], y[first], total.index_add_(0, groups, counts)
+    total.index_add_(0, torch.as_tensor(groups).reshape(-1), counts)
+    return x[torch.as_tensor(first)], y[torch.as_tensor(first)], total
 
 
 class BayesianNetwork(BaseEstimator):
