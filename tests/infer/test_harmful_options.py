@@ -96,3 +96,15 @@ def test_more_draws_than_memory_holds(predict, fitted):
     for number in (0, -1, 2.5, torch.inf):
         with pytest.raises(ValueError, match="num_samples must be a whole number"):
             predict(model, guide, data, num_samples=number)
+
+
+@pytest.mark.parametrize("name", ["likelihood", "kl", "batch"])
+def test_choices_of_bounds(name):
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        Mixture_ELBO(**{name: "both"})
+
+
+def test_curvature_of_a_solve(fitted):
+    _, guide, data = fitted
+    with pytest.raises(ValueError, match="unknown curvature 'fisher'"):
+        hfl.solve(guide, data, data[:1], curvature="fisher")
