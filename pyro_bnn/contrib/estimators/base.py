@@ -18,11 +18,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from pyro_bnn.contrib.estimators.model import TabularModel, isolated, network, require_rowwise
-from pyro_bnn.contrib.estimators.modes import Method, Mode, Settings
+from pyro_bnn.contrib.estimators.modes import SCALES, Method, Mode, Settings
 from pyro_bnn.contrib.estimators.posteriors import TabularPosterior, fit_posterior
 from pyro_bnn.curvature.accumulate import check_option
 from pyro_bnn.diagnostics import to_datatree
 from pyro_bnn.infer.autoguide.laplace import Structure
+from pyro_bnn.ops.notice import logger
 from pyro_bnn.ops.options import require_count, require_number
 
 try:
@@ -158,6 +159,11 @@ class BayesianNetwork(BaseEstimator):
             self.posterior_ = fit_posterior(mode)
         self.model_ = self.posterior_.model
         self.prior_scales_ = {name: float(scale) for name, scale in mode.prior.scales.items()}
+        edges = {name: scale for name, scale in self.prior_scales_.items() if scale in SCALES}
+        if edges and settings.tune_prior:
+            logger.info(
+                "%s: scales of priors at the ends of their range %s: %s", type(self).__name__, SCALES, edges
+            )
         self.log_evidence_ = mode.history[-1]
         self.n_iter_ = max(1, len(mode.history) - 1)
         if not mode.converged:

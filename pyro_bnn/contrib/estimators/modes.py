@@ -23,6 +23,8 @@ ROUND, LONG = 100, 2000
 LEAST = 0.01
 #: So many latents get exact Newton steps, which cost next to nothing there.
 FEW = 200
+#: Between which values the evidence chooses scales of priors.
+SCALES = (1e-3, 30.0)
 #: The smallest noise, in standard deviations of the targets: data may have none to speak of.
 NOISE_FLOOR = 1e-3
 
@@ -209,7 +211,7 @@ class Mode:
         for name, scale in self.prior.scales.items():
             w, v = values[f"net.{name}"], spread[f"net.{name}"]
             effective = (w.numel() - v.sum() / scale.square()).clamp(min=1e-3)
-            scale.copy_((w.square().sum() / effective).sqrt().clamp(1e-3, 30.0))
+            scale.copy_((w.square().sum() / effective).sqrt().clamp(*SCALES))
 
     def _update_noise(self, guide: AutoLaplace) -> None:
         x, y, *weights = self.data

@@ -82,7 +82,7 @@ def _parameters(fn: Any) -> dict[str, Any]:
 def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and a == b
-    if a.shape != b.shape:
+    if a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
         return False
     least = torch.promote_types(a.dtype, b.dtype)
     tolerance = 1e-5 if least == torch.float64 else 2e-2  # reduced precision of matrix products among them
