@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from pyro_bnn.infer.autoguide.empirical import AutoEmpirical
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
 from pyro_bnn.infer.predict.density import guide_log_prob, model_terms, total_of
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import seeded_by
+from pyro_bnn.infer.predict.weighted import systematic_index
 from pyro_bnn.model.data import Arguments, Batch, as_batches
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_factor, unwrap
@@ -93,22 +95,33 @@ class ImportanceWeights(Described):
             )
         return torch.tensordot(self.weights.to(values), values, 1)
 
-    def resample(self, num_samples: int, generator: torch.Generator | None = None) -> Draws:
+    def resample(self, num_samples: int) -> Draws:
         """
-        Draws of equal weight, by systematic resampling: a draw of weight w comes :math:`nw` times, rounded up or down.
+        Draws of equal weight that stand for these: a draw of weight w comes :math:`nw` times, rounded up or down.
 
-        They go where draws go, ``posterior_predictive(model, guide, data, draws=found.resample(200))``; with the guide, predictions
-        are those of its linearised model, which is what ``space="functions"`` needs.
+        They go where draws go, ``posterior_predictive(model, guide, data, draws=found.resample(200))``; with a Laplace guide,
+        predictions are those of its linearised model, which is what ``space="functions"`` needs.
 
         :param int num_samples: the number of draws n.
-        :param generator: source of random numbers; torch's default if ``None``.
         :return: by latent site, shape ``(n,) + site shape``.
         """
         require_count("num_samples", num_samples)
-        start = torch.rand((), dtype=torch.float64, generator=generator)
-        levels = (torch.arange(num_samples) + start) / num_samples
-        index = torch.searchsorted(self.weights.cpu().cumsum(0), levels).clamp(max=len(self.weights) - 1)
+        index = systematic_index(self.weights.cpu(), num_samples)
         return {name: value[index.to(value.device)] for name, value in self.draws.items()}
+
+    def guide(self) -> AutoEmpirical:
+        """
+        The weighted draws as a guide, for everything that takes one.
+
+        :return: the guide.
+        :raises ValueError: in function space: a guide of draws predicts by the model, not by the linearised one.
+        """
+        if self.space == "functions":
+            raise ValueError(
+                "these are draws for the linearised model of a guide, and a guide of draws predicts by the model itself: predict with "
+                "posterior_predictive(model, guide, data, draws=found.resample(n)) and the guide that they come from."
+            )
+        return AutoEmpirical(self.model, self.draws, weights=self.weights)
 
 
 @torch.no_grad()
