@@ -125,7 +125,12 @@ class _Leaves(TorchFunctionMode):
     """Lets Pyro ask parameters that require gradients to require them, which batching refuses."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.requires_grad_ and args[0].requires_grad and not kwargs and args[1:] in ((), (True,)):
+        if (
+            func is Tensor.requires_grad_
+            and args[0].requires_grad
+            and not kwargs
+            and args[1:] in ((), (True,))
+        ):
             return args[0]
         return func(*args, **(kwargs or {}))
 
