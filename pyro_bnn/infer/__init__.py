@@ -12,6 +12,7 @@ from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
+from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
 from pyro_bnn.infer.train.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ __all__ = [
     "fit",
     "load_guide",
     "log_density",
+    "mclmc",
     "network_at",
     "nuts",
     "posterior_draws",
