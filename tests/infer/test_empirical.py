@@ -95,7 +95,7 @@ def numbers(found: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_draws_come_by_weight_with_all_their_sites(weights: Tensor | None) -> None:
     pyro.set_rng_seed(1)
-    found, size, (x, _) = guide(weights), 4000, data()
+    found, size, (x, _) = guide(weights), 300, data()
     names = list(draws())
     single = [found(x) for _ in range(200)]
     ways = {
