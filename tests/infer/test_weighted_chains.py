@@ -3,6 +3,7 @@
 """Weights of chains against dense weighted means, wherever draws are read."""
 
 import math
+from pathlib import Path
 
 import arviz as az
 import numpy as np
@@ -11,9 +12,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_bnn.diagnostics import diversity, prediction_draws, to_datatree
+from pyro_bnn.diagnostics import compare_with_nuts, diversity, prediction_draws, to_datatree
 from pyro_bnn.diagnostics.metrics import nll
 from pyro_bnn.infer import ChainResult, NUTSResult, posterior_draws, posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoEmpirical
@@ -235,3 +237,31 @@ def test_guides_of_pyros_runs() -> None:
     assert all(torch.equal(guide.get_samples()[n], v) for n, v in drawn.items())
     trees = [to_datatree(model, posterior, (x, y)) for posterior in (mcmc, guide)]
     assert trees[0]["log_likelihood"].to_dataset().equals(trees[1]["log_likelihood"].to_dataset())
+
+
+def test_a_list_of_runs_is_one_chain_of_each(tmp_path: Path) -> None:
+    x, y = data()
+    runs = [chains(), chains([0.0, 0.0, 1.0, 0.0], draws=6), chains(None, draws=10).guide(model, x, y)]
+    tree = to_datatree(model, runs, (x, y), path=tmp_path / "tree.nc", block_size=5)
+    assert dict(tree["posterior"].sizes)["draw"] == 24  # of the shortest
+    for number, run in enumerate(runs):
+        expected = posterior_draws(run, 24)["scale"]
+        np.testing.assert_array_equal(tree["posterior"]["scale"].values[number], expected.numpy())
+    tree.close()
+    with pytest.raises(ValueError, match=r"guides or stored draws.*\['ChainResult', 'AutoNormal'\]"):
+        to_datatree(model, [chains(), AutoNormal(model)], (x, y))
+
+
+def test_streamed_exports_of_weighted_chains(tmp_path: Path) -> None:
+    x, y = data()
+    whole = to_datatree(model, chains(), (x, y), num_samples=16)
+    parts = to_datatree(model, chains(), (x, y), num_samples=16, path=tmp_path / "tree.nc", block_size=5)
+    for name in ("posterior", "log_likelihood", "sample_stats"):
+        assert whole[name].to_dataset().equals(parts[name].to_dataset().load()), name
+    parts.close()
+
+
+def test_a_comparison_with_nuts_takes_all_stored_draws() -> None:
+    x, y = data()
+    found = compare_with_nuts(model, chains(None), (x, y), num_samples=10, warmup_steps=3, num_chains=2)
+    assert {"w", "scale", "obs_mean"} == set(found["quantity"].values)
