@@ -156,7 +156,7 @@ class Chains:
             for chain, indices in enumerate(divergences.values()):
                 diverging[chain, indices] = True
             found = {"diverging": diverging}
-        return {name: self._taken(value) for name, value in found.items()} | self._sources()
+        return {name: self._taken(value) for name, value in _named(found).items()} | self._sources()
 
     def _sources(self) -> dict[str, Tensor]:
         if self.weights is None:
@@ -175,12 +175,17 @@ class Chains:
     def warmup(self) -> tuple[Draws, dict[str, Tensor]]:
         """Draws and statistics of the warm-up that a run recorded, ``(chains, steps) + ...``; else nothing."""
         warmup: Draws = getattr(self._recorded, "warmup", {})
-        return (warmup, self._recorded.warmup_stats) if warmup else ({}, {})
+        return (warmup, _named(self._recorded.warmup_stats)) if warmup else ({}, {})
 
     @property
     def kind(self) -> str:
         """The name of the posterior's class."""
         return type(self.guides[0] if self.guides else self.posterior).__name__
+
+
+def _named(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics as a tree has them, in which ``lp`` is the density of the latents themselves."""
+    return {"lp_unconstrained" if name == "lp" else name: value for name, value in stats.items()}
 
 
 def _is_stored(posterior: Any) -> bool:

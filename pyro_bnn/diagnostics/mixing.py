@@ -86,7 +86,7 @@ def mixing(
     posterior: Any,
     data: Any,
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Sequence[Any] | str | None = None,
     num_samples: int | None = None,
     num_chains: int = 1,
     batch_size: int | None = None,
@@ -108,7 +108,8 @@ def mixing(
     :param posterior: a :class:`~pyro_bnn.infer.ChainResult`, an :class:`~pyro.infer.MCMC` run, a mapping of draws, or any other
         posterior, see :func:`~pyro_bnn.diagnostics.to_datatree`.
     :param data: where to predict; observations are not needed.
-    :param groups: a label for each chain, such as the number of its mode; chains of one label are compared.
+    :param groups: a label for each chain, such as the number of its mode; chains of one label are compared. Or the name of a
+        statistic that is the same for all draws of a chain: ``groups="mode"``.
     :param int num_samples: the number of draws in all chains together.
     :param int num_chains: chains in a mapping of draws.
     :param int batch_size: splits one batch of tensors into pieces of this many rows.
@@ -138,9 +139,9 @@ def mixing(
         True
     """
     if isinstance(posterior, WeightedChains):
-        num_chains = posterior.num_chains
         kept = _counted(posterior)
-        _check_groups(groups, num_chains)
+        groups = _labels(posterior, groups)
+        _check_groups(groups, posterior.num_chains)
         groups = None if groups is None else [groups[k] for k in kept]
         num_chains = len(kept)
         posterior = {name: value[kept].flatten(0, 1) for name, value in posterior.samples.items()}
@@ -155,6 +156,10 @@ def mixing(
     )
     if groups is None:
         return MixingReport(prediction_diagnostics(predictions), predictions)
+    if isinstance(groups, str):
+        raise ValueError(
+            f"groups={groups!r} is a statistic of a result of a sampler; pass a label for each chain."
+        )
     _check_groups(groups, predictions.sizes["chain"])
     return MixingReport(_of_groups(predictions, list(groups)), predictions)
 
@@ -166,6 +171,19 @@ def _counted(posterior: WeightedChains) -> list[int]:
         raise ValueError("mixing compares chains, but the draws of a chain have weights of their own.")
     found: list[int] = weights[:, 0].nonzero().squeeze(-1).tolist()
     return found
+
+
+def _labels(posterior: Any, groups: Sequence[Any] | str | None) -> Sequence[Any] | None:
+    """A label for each chain, which a statistic may be."""
+    if not isinstance(groups, str):
+        return groups
+    stats = posterior.sample_stats
+    if groups not in stats:
+        raise ValueError(f"groups={groups!r} is no statistic of the chains, which are {sorted(stats)}.")
+    if not bool((stats[groups] == stats[groups][:, :1]).all()):
+        raise ValueError(f"groups={groups!r}: the statistic changes within chains.")
+    labels: list[Any] = stats[groups][:, 0].tolist()
+    return labels
 
 
 def _check_groups(groups: Sequence[Any] | None, chains: int) -> None:

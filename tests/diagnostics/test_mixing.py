@@ -82,6 +82,18 @@ def test_chains_are_compared_within_groups() -> None:
     for label, part in (("left", values[:2]), ("right", values[2:])):
         expected = [split_rank_r_hat(part[..., n]) for n in range(len(X))]
         np.testing.assert_allclose(report.values["obs_r_hat"].sel(group=label), expected, rtol=1e-9)
+    modes = torch.tensor([[0], [0], [1], [1]]).expand(-1, 300)
+    named = ChainResult(found.samples, {"mode": modes, "step": torch.arange(1200).reshape(4, 300)})
+    other = mixing(model, named, X, groups="mode")
+    np.testing.assert_array_equal(other.values["obs_r_hat"].values, report.values["obs_r_hat"].values)
+    for name, message in (
+        ("step", "changes within chains"),
+        ("modes", r"no statistic of the chains.*\['mode', 'step'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixing(model, named, X, groups=name)
+    with pytest.raises(ValueError, match="groups='mode' is a statistic of a result"):
+        mixing(model, {"w": found.samples["w"].flatten(0, 1)}, X, groups="mode", num_chains=4)
     assert report.largest_r_hat < mixing(model, found, X).largest_r_hat - 0.4
     assert "in 2 groups" in repr(report)
 

@@ -159,6 +159,25 @@ def test_the_export_is_that_of_the_weighted_posterior() -> None:
     assert dict(prediction_draws(model, run, x).sizes) == {"chain": 1, "draw": 32, "data": 5}
 
 
+def test_the_log_density_of_a_tree_is_that_of_the_latents_themselves() -> None:
+    """Samplers record the one of the unconstrained latents, here with the Jacobian of the scale."""
+    x, y = data()
+    plain = chains(None)
+    recorded = torch.zeros(4, 8, dtype=torch.float64)
+    for c in range(4):
+        for s in range(8):
+            w, scale = plain.samples["w"][c, s], plain.samples["scale"][c, s]
+            prior = dist.Normal(0.0, 1.0).log_prob(w).sum() + dist.LogNormal(0.0, 1.0).log_prob(scale)
+            recorded[c, s] = prior + dist.Normal(x @ w, scale).log_prob(y).sum() + scale.log()
+    run = ChainResult(plain.samples, {"lp": recorded}, plain.samples, {"lp": recorded})
+    tree = to_datatree(model, run, (x, y))
+    np.testing.assert_array_equal(tree["sample_stats"]["lp_unconstrained"].values, recorded.numpy())
+    np.testing.assert_array_equal(tree["warmup_sample_stats"]["lp_unconstrained"].values, recorded.numpy())
+    expected = recorded - plain.samples["scale"].log()
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values, expected.numpy(), rtol=1e-12)
+    assert "lp" not in to_datatree(model, run)["sample_stats"]
+
+
 def test_without_data_the_statistics_are_exported_too() -> None:
     run = chains(None)
     tree = to_datatree(model, run)
