@@ -191,7 +191,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
 
     @property
     @override
-    def samples(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def samples(self) -> dict[str, Tensor]:
         """The stored draws by site, shape ``(chains, draws) + site shape``."""
         return {name: self._site(name, ()) for name in self._require()._layout}
 
@@ -234,9 +234,10 @@ class AutoEmpirical(WeightedChains, AutoGuide):
             f"_{self._pyro_name}_draw", _DrawIndex(self._require().draw_weights), infer={"is_auxiliary": True}
         )
         plates = self._create_plates(*args, **kwargs)
+        prototype: Any = self.prototype_trace
         values = {}
         for name in self._layout:
-            site = self.prototype_trace.nodes[name]
+            site = prototype.nodes[name]
             batch = len(site["fn"].batch_shape)
             # draws in a dimension of their own lie left of the plates of the site
             lead = index.shape[: max(0, index.dim() - batch)]

@@ -5,7 +5,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -284,7 +284,7 @@ def _check_class(guide: Any, saved: dict[str, Any], path: str) -> None:
 def _restore_draws(guide: torch.nn.Module, state: dict[str, Any], path: str) -> None:
     """Gives guides of stored draws those of the file: others of a list are initialised by a call, for which they are needed."""
     for prefix, part in guide.named_modules():
-        if isinstance(part, WeightedChains):
+        if isinstance(cast(Any, part), WeightedChains):
             start = f"{prefix}." if prefix else ""
             own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
             try:
