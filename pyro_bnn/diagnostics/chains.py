@@ -10,9 +10,9 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pyro_bnn.infer.nuts import recorded_run
 from pyro_bnn.infer.predict.density import guide_log_prob
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.sample.nuts import recorded_run
 from pyro_bnn.model.data import Batch
 from pyro_bnn.ops.options import require_count
 

@@ -18,9 +18,9 @@ from pyro_bnn.diagnostics.axes import new_axes
 from pyro_bnn.diagnostics.export import Contents, Exporter
 from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
-from pyro_bnn.infer.nuts import nuts
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import posterior_predictive
+from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
