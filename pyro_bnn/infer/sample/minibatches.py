@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.train.randomness import random_state, set_random_state
 from pyro_bnn.model.data import Batch, Batches
-from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.model.packed import PackedModel, moved_from
 from pyro_bnn.model.plates import Rows, close, plates_of
 from pyro_bnn.ops.options import require_choice, require_count
 
@@ -106,6 +106,22 @@ class Minibatches:
 
     # ------------------------------------------------------------------ set-up
 
+    def prepare(self, point: Tensor) -> tuple[Tensor, float]:
+        """
+        Reads and checks the data near a point ``(p,)``; a point and the log density of all data there.
+
+        :raises ValueError: if the model is no function of its latents, or batches do not give its log density without bias.
+        """
+        self.packed.require_function(point, self.batches)
+        probe = moved_from(point)
+        value, gradient = self.survey(probe)
+        self.check_unbiased(probe, value, gradient)
+        return probe, float(value)
+
+    def density(self, point: Tensor) -> float:
+        """The log density of all data at a point ``(p,)``."""
+        return float(self.of_all_data(point.unsqueeze(0))[0])
+
     @torch.enable_grad()
     def survey(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -129,7 +145,7 @@ class Minibatches:
                 left_out = repeats.add(trace, self.packed.likelihood_names(trace), batch)
                 self.packed.leave_out(trace, left_out)
                 times |= {name: times.get(name, 0) + 1 for name in left_out}
-            term = self.packed.log_likelihood(trace)
+            term = self.packed.log_likelihood(trace)  # raises where it is not finite
             if number == 1:
                 term = term + self.packed.log_prior(latent, trace)
             gradient = gradient + torch.autograd.grad(term, latent)[0]
@@ -186,6 +202,15 @@ class Minibatches:
                 f"{float((gradient - gradients.sum(0)).abs().max()):.3g}. Rows of a batch interact, or passes of the loader hold other rows "
                 "(drop_last with shuffle, sampling with replacement): pass all the data in one batch, with batch_size if rows do not interact."
             )
+
+    def of_all_data(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities ``(K,)`` and gradients ``(K, p)`` by all data at points ``(K, p)``."""
+        estimate = Estimator(self.packed, self.once)
+        if self.batches.is_single:
+            return estimate(points, Weighted(self.batches.first, 1.0))
+        found = [estimate(points, given) for given in self._loaded()]
+        values, gradients = zip(*found, strict=True)
+        return torch.stack(values).mean(0), torch.stack(gradients).mean(0)
 
     def _partition(self) -> Iterator[Weighted]:
         """The batches of one pass, without random numbers where rows are cut."""

@@ -13,20 +13,12 @@ stationary for every M.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Whitener(Protocol):
-    """A square root R of a covariance, one for each chain."""
-
-    def forward(self, direction: Tensor) -> Tensor:
-        """R applied to the rows, shape ``(C, p)``."""
-
-    def transposed(self, gradient: Tensor) -> Tensor:
-        """R^T applied to the rows, shape ``(C, p)``."""
+from pyro_bnn.infer.sample.microcanonical import Whitener
 
 
 class Chains(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_bnn.infer.sample import schemes
 from pyro_bnn.infer.sample.schemes import SCHEMES, Chains, Step
 from tests.common import assert_close
-from tests.infer.linear_chains import Affine, as_map, covariance, stationary, transition
+from tests.infer.sample.linear_chains import Affine, as_map, covariance, stationary, transition
 
 
 class Root:
