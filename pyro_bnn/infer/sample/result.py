@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What samplers return: chains with what was recorded of them, and the weights of chains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor
 from typing_extensions import override
 
+from pyro_bnn.infer.autoguide.empirical import AutoEmpirical
 from pyro_bnn.infer.predict.weighted import WeightedChains, as_weights
 from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 
@@ -77,6 +78,29 @@ class ChainResult(WeightedChains, Described):
             tensor([0.9000, 0.1000], dtype=torch.float64)
         """
         return replace(self, weights=as_weights(weights, self.num_chains, what="chain"))
+
+    def guide(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> AutoEmpirical:
+        """
+        The draws, their statistics and weights as a guide, which predicts, saves and exports like any other.
+
+        :param callable model: the Pyro model that was sampled.
+        :param args: arguments of the model, **with observations**, or data; they initialise the guide.
+        :param kwargs: keyword arguments of the model.
+        :return: an :class:`~pyro_bnn.infer.autoguide.AutoEmpirical`, which is not initialised where no arguments are given.
+
+        Example::
+
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> def model(y):
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(y)):
+            ...         pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+            >>> guide = ChainResult({"z": torch.arange(10.0).reshape(2, 5)}).guide(model, torch.ones(3))
+            >>> guide.num_chains, guide.median()["z"]
+            (2, tensor(4.))
+        """
+        guide = AutoEmpirical(model, self)
+        return guide.initialize(*args, **kwargs) if args or kwargs else guide
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:
