@@ -11,6 +11,7 @@ from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing,
 from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
 from pyro_bnn.infer.train.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ __all__ = [
     "FitResult",
     "FitState",
     "LinearAnnealing",
+    "LogDensity",
     "Mixture_ELBO",
     "NUTSResult",
     "NonFiniteLossError",
@@ -44,6 +46,7 @@ __all__ = [
     "dusenberry2020",
     "fit",
     "load_guide",
+    "log_density",
     "network_at",
     "nuts",
     "posterior_draws",
