@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
+from pyro_bnn.infer.sample.evaluation import Evaluator
+from pyro_bnn.infer.sample.joint import Share
 from pyro_bnn.infer.train.randomness import random_state, set_random_state
 from pyro_bnn.model.data import Batch, Batches
-from pyro_bnn.model.packed import PackedModel, moved_from
+from pyro_bnn.model.packed import moved_from
 from pyro_bnn.model.plates import Rows, close, plates_of
 from pyro_bnn.ops.options import require_choice, require_count
 
@@ -31,10 +32,11 @@ Order = Literal["symmetric", "forward", "independent"]
 
 
 class Weighted(NamedTuple):
-    """A batch and what each of its rows counts."""
+    """A batch, what each of its rows counts, and whether it is always the same."""
 
     batch: Batch
     weight: float
+    stays: bool = False
 
 
 #: The batches of one pass; it may draw random numbers.
@@ -43,33 +45,21 @@ Pass = Callable[[], Iterator[Weighted]]
 
 class Estimator:
     """
-    The log density and its gradient by a batch, at several points.
+    The log density and its gradient by a batch, at several points in one pass.
 
-    :param packed: the model.
+    :param evaluator: of the model.
     :param once: the terms of the likelihood that every batch holds as a whole.
     """
 
-    def __init__(self, packed: PackedModel, once: frozenset[str] = frozenset()) -> None:
-        self.packed, self.once = packed, once
+    def __init__(self, evaluator: Evaluator, once: frozenset[str] = frozenset()) -> None:
+        self.evaluator, self.once = evaluator, once
 
     def __call__(self, points: Tensor, given: Weighted) -> tuple[Tensor, Tensor]:
         """Values ``(C,)`` and gradients ``(C, p)`` at points ``(C, p)``."""
-        found = [self._at(point, given) for point in points]
-        values, gradients = zip(*found, strict=True)
-        return torch.stack(values), torch.stack(gradients)
-
-    @torch.enable_grad()
-    def _at(self, point: Tensor, given: Weighted) -> tuple[Tensor, Tensor]:
-        latent = point.detach().clone().requires_grad_(True)
-        trace = self.packed.trace(latent, given.batch)
-        every = frozenset(self.packed.likelihood_names(trace))
-        with pyro.validation_enabled(False):
-            total = self.packed.log_prior(latent, trace)
-            for names, weight in ((every - self.once, given.weight), (every & self.once, 1.0)):
-                self.packed.leave_out(trace, every - names)
-                total = total + weight * self.packed.log_likelihood(trace, require_finite=False)
-        (gradient,) = torch.autograd.grad(total, latent)
-        return total.detach().to(point.dtype), gradient
+        share = Share(given.batch, scaled=True, once=self.once)
+        weight = torch.tensor(given.weight, dtype=torch.float64, device=points.device)
+        values, gradients = self.evaluator(points, share, weight, keep="all" if given.stays else None)
+        return values.to(points), gradients.to(points)
 
 
 class Minibatches:
@@ -81,9 +71,10 @@ class Minibatches:
     :ivar once: the terms of the likelihood that every batch holds as a whole.
     """
 
-    def __init__(self, packed: PackedModel, batches: Batches, batch_size: int | None, order: Order) -> None:
+    def __init__(self, evaluator: Evaluator, batches: Batches, batch_size: int | None, order: Order) -> None:
         require_choice("order", order, "symmetric", "forward", "independent")
-        self.packed, self.batches, self.order = packed, batches, order
+        self.evaluator, self.packed = evaluator, evaluator.joint.packed
+        self.batches, self.order = batches, order
         self.rows: Rows | None = None
         self.batch_size = self._checked_size(batch_size)
         self.number = 1
@@ -112,6 +103,11 @@ class Minibatches:
 
         :raises ValueError: if the model is no function of its latents, or batches do not give its log density without bias.
         """
+        for name in self.evaluator.joint.moving:
+            raise ValueError(
+                f"the support of observed site {name!r} depends on latents: the density ends where data leave it, which no gradient "
+                "of a batch tells. Use nuts or mclmc with all data, or a likelihood with a fixed support."
+            )
         self.packed.require_function(point, self.batches)
         probe = moved_from(point)
         value, gradient = self.survey(probe)
@@ -174,7 +170,8 @@ class Minibatches:
             )
         if batch_size > rows.size:
             raise ValueError(f"batch_size={batch_size} is more than the {rows.size} rows of the data.")
-        self.rows, self.once = rows, frozenset(self.packed.likelihood_names(trace)) - rows.axes.keys()
+        names = self.packed.likelihood_names(trace)
+        self.rows, self.once = rows, frozenset(names).difference(rows.axes)
         self.number = -(-rows.size // batch_size)
 
     def check_unbiased(self, point: Tensor, value: Tensor, gradient: Tensor) -> None:
@@ -183,7 +180,7 @@ class Minibatches:
         """
         if self.number == 1:
             return
-        estimate = Estimator(self.packed, self.once)
+        estimate = Estimator(self.evaluator, self.once)
         found = [(w.weight, *estimate(point.unsqueeze(0), w)) for w in self._partition()]
         shares = [1 / self.number] * len(found)
         if self.rows is not None and self.order == "independent":
@@ -205,7 +202,7 @@ class Minibatches:
 
     def of_all_data(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities ``(K,)`` and gradients ``(K, p)`` by all data at points ``(K, p)``."""
-        estimate = Estimator(self.packed, self.once)
+        estimate = Estimator(self.evaluator, self.once)
         if self.batches.is_single:
             return estimate(points, Weighted(self.batches.first, 1.0))
         found = [estimate(points, given) for given in self._loaded()]
@@ -229,7 +226,8 @@ class Minibatches:
     def one_pass(self) -> Iterator[Weighted]:
         """The batches of one pass, or of a pass forward and the same backward, or one random batch."""
         if self.number == 1:
-            yield Weighted(self.batches.first if self.batches.is_single else next(iter(self.batches)), 1.0)
+            single = self.batches.is_single
+            yield Weighted(self.batches.first if single else next(iter(self.batches)), 1.0, single)
         elif self.rows is not None and self.order == "independent":
             yield self._random_rows()
         else:

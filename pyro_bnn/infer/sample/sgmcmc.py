@@ -11,8 +11,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
-from pyro_bnn.infer.initialize import check_latents, check_observations, run_model
+from pyro_bnn.infer.initialize import run_model
 from pyro_bnn.infer.predict.draws import component_draws, posterior_draws
+from pyro_bnn.infer.sample.log_density import evaluator_of
 from pyro_bnn.infer.sample.microcanonical import Whitener
 from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Estimate, Plan, Records, Resumption, Run
 from pyro_bnn.infer.sample.minibatches import Estimator, Minibatches, Order, Stream
@@ -22,24 +23,13 @@ from pyro_bnn.infer.sample.whitening import Gaussians, Scales, gaussian_of, prio
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
 from pyro_bnn.infer.train.settings import describe_sites
-from pyro_bnn.model.data import Batch, Batches, repeatable_batches
-from pyro_bnn.model.evaluation import evaluation_mode
+from pyro_bnn.model.data import Batch, repeatable_batches
 from pyro_bnn.model.packed import PackedModel
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.distributed import world_size
 from pyro_bnn.ops.options import require_choice, require_count
 
 SchemeName = Literal["baoa", "sghmc", "sgld"]
-
-
-def _packed(model: Callable[..., Any], guide: Any, batches: Batches) -> PackedModel:
-    """The model on its packed latents, in evaluation mode."""
-    batch = batches.first
-    with local_parameters(), poutine.block(), evaluation_mode() as modules:
-        trace = run_model(model, batch)
-    check_observations(trace, batch)
-    check_latents(trace, guide, continuous=True)
-    return PackedModel(model, trace, modules)
 
 
 def sgmcmc(
@@ -161,15 +151,16 @@ def sgmcmc(
         checkpoint = Checkpoint(checkpoint)
     batches, generators = repeatable_batches(data), loader_generators(data)
     with same_random_numbers(generators):
-        packed = _packed(model, guide, batches)
-        minibatches = Minibatches(packed, batches, batch_size, order)
+        evaluator = evaluator_of(model, batches.first)
+        packed = evaluator.joint.packed
+        minibatches = Minibatches(evaluator, batches, batch_size, order)
         modes = _modes(packed, guide, batches.first)
         if num_chains % len(modes):
             raise ValueError(
                 f"num_chains={num_chains} is no multiple of the {len(modes)} modes of the guide."
             )
         probe = minibatches.prepare(modes[0])
-        estimate: Estimate = Estimator(packed, minibatches.once)
+        estimate: Estimate = Estimator(evaluator, minibatches.once)
         if control_variates:
             estimate = ControlVariates(estimate, modes, *minibatches.of_all_data(modes))
         whitener = _whitener(packed, guide, batches.first, modes, num_chains, whiten)

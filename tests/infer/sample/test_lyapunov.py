@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.initialize import run_model
+from pyro_bnn.infer.sample.log_density import evaluator_of
 from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Plan, Records, Run
 from pyro_bnn.infer.sample.minibatches import Minibatches, Stream, Weighted
 from pyro_bnn.infer.sample.steps import CyclicalSteps, PolynomialSteps, as_schedule
 from pyro_bnn.infer.sample.whitening import Dense, Gaussians
 from pyro_bnn.model.data import Batches
-from pyro_bnn.model.packed import PackedModel
 from tests.infer.models import NOISE, linear_data, linear_model
 from tests.infer.sample.linear_chains import (
     Affine,
@@ -52,8 +51,12 @@ def chains(
 ) -> tuple[Run, Minibatches]:
     """A run of so many chains from the mode, of so many steps, all of which are kept."""
     batches = Batches(data)
-    packed = PackedModel(linear_model, run_model(linear_model, batches.first))
-    batched = Minibatches(packed, batches, options.get("batch_size"), options.get("order", "forward"))
+    batched = Minibatches(
+        evaluator_of(linear_model, batches.first),
+        batches,
+        options.get("batch_size"),
+        options.get("order", "forward"),
+    )
     mode = on.posterior()[0]
     batched.prepare(mode)
     estimate: Any = by_hand
@@ -67,7 +70,7 @@ def chains(
     run = Run(
         plan,
         estimate,
-        packed.space,
+        batched.packed.space,
         Gaussians([Dense(root)]),
         start,
         Stream(batched.one_pass, [], keeps=False),

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from pyro_bnn.infer.initialize import run_model
+from pyro_bnn.infer.sample.log_density import evaluator_of
 from pyro_bnn.infer.sample.minibatches import Estimator, Minibatches, Stream
 from pyro_bnn.model.data import Batches
-from pyro_bnn.model.packed import PackedModel
 from tests.common import assert_close
 from tests.infer.models import linear_data, linear_model
 
@@ -25,7 +24,7 @@ Density = Callable[[Tensor], Tensor]
 
 def cut(model: Any, data: Any, size: int | None, order: Any = "forward") -> Minibatches:
     batches = Batches(data)
-    return Minibatches(PackedModel(model, run_model(model, batches.first)), batches, size, order)
+    return Minibatches(evaluator_of(model, batches.first), batches, size, order)
 
 
 def surveyed(model: Any, data: Any, size: int | None, order: Any = "forward") -> Minibatches:
@@ -70,7 +69,7 @@ def test_the_mean_of_a_pass_is_the_gradient_of_all_data(form: str) -> None:
     u = torch.randn(2, 3, requires_grad=True)
     expected = torch.stack([plain_density(x, y, row) for row in u])
     (gradient,) = torch.autograd.grad(expected.sum(), u)
-    estimate = Estimator(found.packed, found.once)
+    estimate = Estimator(found.evaluator, found.once)
     results = [(w, *estimate(u, w)) for w in found.one_pass()]
     assert_close(torch.stack([v for _, v, _ in results]).mean(0), expected.detach(), rtol=1e-12)
     assert_close(torch.stack([g for _, _, g in results]).mean(0), gradient, rtol=1e-11)
@@ -86,7 +85,7 @@ def test_random_rows_are_unbiased() -> None:
     found = surveyed(model_with_terms, (x, y), 2, "independent")
     u = torch.randn(1, 3, requires_grad=True)
     (expected,) = torch.autograd.grad(plain_density(x, y, u[0]), u)
-    estimate = Estimator(found.packed, found.once)
+    estimate = Estimator(found.evaluator, found.once)
     draws = []
     for given in islice(Stream(found.one_pass, [], keeps=False), 400):
         assert given.weight == 3.5
@@ -123,7 +122,7 @@ def test_a_table_that_every_batch_holds_counts_once() -> None:
     for data in ([(table, part) for part in x.split(4)], [(table, part) for part in x.split(1)]):
         found = surveyed(model, data, None)
         assert found.once == {"table"}
-        estimate = Estimator(found.packed, found.once)
+        estimate = Estimator(found.evaluator, found.once)
         assert_close(torch.stack([estimate(z, w)[1][0] for w in found.one_pass()]).mean(0), expected)
 
 
