@@ -16,14 +16,15 @@ import torch
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
-#: Effective number of steps that the estimate of a step size remembers (Robnik et al., 2023, appendix).
-MEMORY = 150
+#: Steps that the estimate of a step size remembers at most (Robnik et al., 2023, appendix), and the share of all so far: what the way
+#: from a start far outside asked for is soon forgotten.
+MEMORY, RECENT = 150, 0.25
 #: Standard deviation, in factors of e of the step size, of the weights of what other step sizes say about the right one.
 TRUST = 1.5
 #: Momentum length in units of the autocorrelation length (Robnik et al., 2023).
 LENGTH_FACTOR = 0.4
 #: Coordinates whose autocorrelation is measured.
-MOST_COORDINATES = 256
+MOST_COORDINATES = 100
 #: Steps below which no autocorrelation is measured.
 FEWEST_STEPS = 20
 
@@ -49,6 +50,7 @@ class EnergyTuner:
     :ivar limit: below those that left the finite numbers.
     :ivar weight: of the average.
     :ivar average: of the ratio to the target over the sixth power of the step, times ``weight``.
+    :ivar count: updates so far.
     """
 
     step: Tensor
@@ -56,6 +58,7 @@ class EnergyTuner:
     weight: Tensor
     average: Tensor
     target: float
+    count: int = 0
 
     @classmethod
     def start(cls, step: Tensor, target: float) -> Self:
@@ -65,7 +68,9 @@ class EnergyTuner:
 
     def update(self, errors: Tensor, refused: Tensor, dim: int) -> None:
         """Takes the energy errors ``(C,)`` of a step, and whether it was refused."""
-        num_modes, decay = len(self.step), (MEMORY - 1) / (MEMORY + 1)
+        self.count += 1
+        memory = min(MEMORY, 2 + RECENT * self.count)
+        num_modes, decay = len(self.step), (memory - 1) / (memory + 1)
         ratio = errors.double().square() / (dim * self.target) + 1e-8
         weight = (-0.5 * (ratio.log() / (6 * TRUST)).square()).exp() * ~refused
         self.weight = decay * self.weight + pooled(weight, num_modes)

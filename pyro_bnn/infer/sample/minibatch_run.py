@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of a minibatch sampler: its steps, what it keeps of them, and how it goes on from a file."""
 
-import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +13,18 @@ from tqdm.auto import tqdm
 
 from pyro_bnn.infer.sample.microcanonical import Whitener
 from pyro_bnn.infer.sample.minibatches import Stream, Weighted
+from pyro_bnn.infer.sample.records import Records
 from pyro_bnn.infer.sample.schemes import SCHEMES, Chains, Step
 from pyro_bnn.infer.sample.steps import StepSchedule, step_at
-from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.progress import shows_bars
-from pyro_bnn.infer.train.settings import describe, differences
+from pyro_bnn.infer.train.settings import describe
 from pyro_bnn.infer.train.state import deferred_interrupt
 from pyro_bnn.model.latent_space import LatentSpace
-from pyro_bnn.ops.memory import require_memory
 from pyro_bnn.ops.notice import logger
 from pyro_bnn.ops.options import require_choice, require_count, require_number
 
 #: Values ``(C,)`` and gradients ``(C, p)`` of the log density, or estimates by a batch, at points ``(C, p)``.
 Estimate = Callable[[Tensor, Weighted], tuple[Tensor, Tensor]]
-
-#: The entries of a checkpoint.
-KEYS = {"sampler", "settings", "probe", "probe_value", "step", "chains", "records", "stream"}
 
 
 class ControlVariates:
@@ -99,52 +93,6 @@ class Plan:
     def step(self, number: int) -> Step:
         """The sizes of a step, which explores or samples."""
         return Step(step_at(self.schedule, number), self.friction, float(self.schedule.is_sampling(number)))
-
-
-class Records:
-    """
-    What is kept of C chains in p dimensions.
-
-    :ivar positions: shape ``(draws, C, p)``, of which ``count`` are filled.
-    :ivar stats: by name, shape ``(draws, C)``, the same.
-    """
-
-    def __init__(self, plan: Plan, start: Tensor, memory_limit: float | None) -> None:
-        self.count = 0
-        shape, size = (plan.draws, *start.shape), start.element_size()
-        require_memory(
-            2.0 * math.prod(shape) * size,  # once more, by site, in the result
-            f"num_samples={plan.num_samples} of {len(start)} chains and the warm-up",
-            start.device,
-            "Take fewer draws, or every k-th one by thinning=k.",
-            memory_limit,
-        )
-        self.positions = start.new_empty(shape)
-        self.stats: dict[str, Tensor] = {}
-
-    def add(self, position: Tensor, stats: dict[str, Any]) -> None:
-        """Keeps positions ``(C, p)`` with numbers, of all chains or of each."""
-        self.positions[self.count] = position
-        for name, value in stats.items():
-            row = torch.as_tensor(value).cpu()
-            if name not in self.stats:
-                kind = row.dtype if row.dtype == torch.int64 else torch.float64
-                self.stats[name] = torch.zeros(self.positions.shape[:2], dtype=kind)
-            self.stats[name][self.count] = row
-        self.count += 1
-
-    def state(self) -> dict[str, Any]:
-        """What has been kept."""
-        stats = {name: value[: self.count].clone() for name, value in self.stats.items()}
-        return {"positions": self.positions[: self.count].clone(), "stats": stats}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Puts what an earlier run kept into the first places."""
-        self.count = len(state["positions"])
-        self.positions[: self.count] = state["positions"].to(self.positions)
-        for name, value in state["stats"].items():
-            self.stats[name] = value.new_zeros(self.positions.shape[:2])
-            self.stats[name][: self.count] = value
 
 
 class Run:
@@ -243,7 +191,7 @@ class Run:
 
     # ------------------------------------------------------------------ loop
 
-    def go(self, progress_bar: bool, files: "Resumption") -> None:
+    def go(self, progress_bar: bool, save: Callable[[], object], is_due: Callable[[int], bool]) -> None:
         """Takes steps until all draws are there, or Ctrl-C."""
         shown = progress_bar and shows_bars()
         bar = tqdm(
@@ -265,9 +213,9 @@ class Run:
                 if interrupted():
                     self.stopped_by = "interrupted"
                     break
-                if files.is_due(self.step):
-                    files.save(self)
-            files.save(self)
+                if is_due(self.step):
+                    save()
+            save()
         logger.info("sgmcmc: %d steps, %.3g s, ended by %s", self.step, self.elapsed, self.stopped_by)
 
     def state(self) -> dict[str, Any]:
@@ -284,65 +232,14 @@ class Run:
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes to where another run was."""
+        kept = len(state["records"]["positions"])
+        if kept > self.plan.draws:
+            raise ValueError(
+                f"checkpoint: the file holds {kept - self.plan.warmup_draws} draws of each chain, more than num_samples="
+                f"{self.plan.num_samples}."
+            )
         self.step, self.sampled, self.elapsed = state["step"], state["sampled"], state["elapsed"]
         self.gradients = state["gradients"]
         self.chains = Chains(*(value.to(self.chains.position) for value in state["chains"]))
         self.records.load(state["records"])
         self.stream.load(state["stream"])
-
-
-@dataclass
-class Resumption:
-    """
-    How a run is saved and goes on.
-
-    :param checkpoint: the file, or ``None``.
-    :param settings: what must be the same in both runs, in plain values.
-    :param probe: a point, shape ``(p,)``, and the log density of all data there, by which other data and other models are told.
-    :param density: of all data at a point ``(p,)``.
-    """
-
-    checkpoint: Checkpoint | None
-    settings: dict[str, Any]
-    probe: tuple[Tensor, float]
-    density: Callable[[Tensor], float]
-
-    def is_due(self, step: int) -> bool:
-        """Whether it is time to save."""
-        return self.checkpoint is not None and self.checkpoint.is_due(step)
-
-    def save(self, run: Run) -> None:
-        """Writes the file."""
-        if self.checkpoint is not None:
-            point, value = self.probe
-            about = {"sampler": "sgmcmc", "settings": self.settings, "probe": point, "probe_value": value}
-            self.checkpoint.save({**about, **run.state()}, run.step)
-
-    def load(self, run: Run) -> None:
-        """
-        Goes on with the run in the file, if there is one.
-
-        :raises ValueError: if it was made with other settings, another model or other data.
-        """
-        state = None if self.checkpoint is None else self.checkpoint.load(KEYS)
-        if state is None or self.checkpoint is None:
-            return
-        path = os.fspath(self.checkpoint.path)
-        advice = "Pass what the interrupted run had, or Checkpoint(path, resume=False) to start again."
-        found = differences(state["settings"], self.settings)
-        if found:
-            raise ValueError(
-                f"checkpoint: {path} cannot be continued with {'; '.join(found.values())}. {advice}"
-            )
-        point, old = state["probe"].to(self.probe[0]), state["probe_value"]
-        new = self.density(point)
-        if not abs(old - new) <= 1e4 * torch.finfo(point.dtype).eps * max(abs(old), 1.0):
-            raise ValueError(
-                f"checkpoint: {path} belongs to another model or other data: at the same latents the log density is {old:.8g} there "
-                f"and {new:.8g} here. {advice}"
-            )
-        if len(state["records"]["positions"]) > run.plan.draws:
-            raise ValueError(f"checkpoint: {path} holds more draws than num_samples={run.plan.num_samples}.")
-        self.probe = point, old
-        run.load(state)
-        logger.warning("sgmcmc: resuming from step %d of %s", run.step, path)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minibatch sampling: stochastic gradient Langevin and Hamiltonian dynamics for any Pyro model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -10,21 +10,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
-from pyro_bnn.infer.initialize import run_model
-from pyro_bnn.infer.predict.draws import component_draws, posterior_draws
 from pyro_bnn.infer.sample.log_density import evaluator_of
 from pyro_bnn.infer.sample.microcanonical import Whitener
-from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Estimate, Plan, Records, Resumption, Run
+from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Estimate, Plan, Run
 from pyro_bnn.infer.sample.minibatches import Estimator, Minibatches, Order, Stream
+from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
+from pyro_bnn.infer.sample.starts import Mode, modes_of, points_of, prior_draws
 from pyro_bnn.infer.sample.steps import StepSchedule, as_schedule
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, gaussian_of, prior_scales
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_scales
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
-from pyro_bnn.infer.train.settings import describe_sites
-from pyro_bnn.model.data import Batch, repeatable_batches
-from pyro_bnn.model.packed import PackedModel
+from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.distributed import world_size
 from pyro_bnn.ops.options import require_choice, require_count
@@ -37,14 +34,14 @@ def sgmcmc(
     guide: Any,
     data: Any,
     *,
+    step_size: float | StepSchedule | Callable[[int], float],
     scheme: SchemeName = "baoa",
-    step_size: float | StepSchedule | Callable[[int], float] = 0.1,
     friction: float = 1.0,
     batch_size: int | None = None,
     order: Order = "symmetric",
     control_variates: bool = False,
     whiten: Literal["guide", "prior"] | None = "guide",
-    start: Literal["mode", "draw"] = "mode",
+    start: Literal["mode", "draws"] = "mode",
     num_samples: int = 500,
     warmup_steps: int = 500,
     thinning: int = 1,
@@ -95,13 +92,14 @@ def sgmcmc(
     all. Errors of chains by the noise of gradients are therefore correlated, and R-hat sees only what the injected noise does.
 
     :param callable model: a Pyro model; terms outside the plate of the data count once, not with the weight of the batch.
-    :param guide: a fitted guide: where chains start, the centre of control variates, the preconditioner. ``None`` starts at draws
-        from the prior.
+    :param guide: where chains start, the centres of control variates, the preconditioner. A mixture guide has one mode for each
+        component, any other guide one, a list has those of its items: guides (an ensemble), or values by site. With ``None`` each
+        chain starts at a draw of the prior.
     :param data: one batch with all data, or an iterable of batches that covers them in every pass; see ``batch_size``.
-    :param str scheme: see above.
     :param step_size: h, in whitened units (posterior standard deviations of the guide; with ``whiten=None`` those of the latents),
         or a schedule: :class:`~pyro_bnn.infer.PolynomialSteps`, :class:`~pyro_bnn.infer.CyclicalSteps`, a function of the number of
         the step. Explicit steps are unstable from :math:`2/\sqrt{\lambda}` on.
+    :param str scheme: see above.
     :param float friction: :math:`\gamma`, in reciprocal whitened time; "sgld" has none.
     :param int batch_size: rows of a minibatch, cut from data that are one batch; by default every step takes all of it.
     :param str order: ``"symmetric"``, a pass through a random partition of the rows, then the same batches backward (Paulin et al.,
@@ -112,11 +110,11 @@ def sgmcmc(
         gradient per mode.
     :param str whiten: ``"guide"``, R from the covariance of the guide (full, block, Kronecker, low rank, diagonal); ``"prior"``, the
         scales of the prior; ``None``, the identity.
-    :param str start: ``"mode"`` or ``"draw"`` of the guide.
+    :param str start: ``"mode"`` (of a Gaussian guide its median) or ``"draws"`` of each mode's approximation.
     :param int num_samples: draws per chain that are kept.
     :param int warmup_steps: steps before, whose draws are in ``warmup``.
     :param int thinning: steps from one draw to the next.
-    :param int num_chains: C; the chains of a guide's modes one after the other, equally many.
+    :param int num_chains: chains for each mode; they follow one another in the result.
     :param float memory_limit: bytes that draws may take; by default what is free.
     :param bool progress_bar: whether to show a bar, in terminals and notebooks.
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint` or a path. If the file exists, the run goes on as it would have without the
@@ -147,46 +145,42 @@ def sgmcmc(
     plan = Plan(scheme, as_schedule(step_size), friction, num_samples, warmup_steps, thinning)
     require_count("num_chains", num_chains)
     _check_options(guide, control_variates, whiten, start)
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
     batches, generators = repeatable_batches(data), loader_generators(data)
-    with same_random_numbers(generators):
+    with same_random_numbers(generators):  # looking at the data leaves their shuffling as it was
         evaluator = evaluator_of(model, batches.first)
-        packed = evaluator.joint.packed
         minibatches = Minibatches(evaluator, batches, batch_size, order)
-        modes = _modes(packed, guide, batches.first)
-        if num_chains % len(modes):
-            raise ValueError(
-                f"num_chains={num_chains} is no multiple of the {len(modes)} modes of the guide."
-            )
-        probe = minibatches.prepare(modes[0])
+        modes = [] if guide is None else modes_of(guide, evaluator.joint.packed.space, batches.first)
+        probe = minibatches.prepare(points_of(modes, "mode", 1)[0] if modes else evaluator.anchors[0])
         estimate: Estimate = Estimator(evaluator, minibatches.once)
         if control_variates:
-            estimate = ControlVariates(estimate, modes, *minibatches.of_all_data(modes))
-        whitener = _whitener(packed, guide, batches.first, modes, num_chains, whiten)
-        settings = plan.settings() | {
-            "batch_size": batch_size,
-            "order": order,
-            "control_variates": control_variates,
-            "whiten": whiten,
-            "num_chains": num_chains,
-            "start": start,
-            "guide": _fingerprint(modes, whitener, num_chains),
-            **describe_sites(model, batches.first),
-        }
-    points = _points(packed, guide, batches.first, modes, num_chains, start)
+            centers = points_of(modes, "mode", 1)
+            estimate = ControlVariates(estimate, centers, *minibatches.of_all_data(centers))
+    points = _points(model, minibatches, modes, start, num_chains)
+    whitener = _whitener(whiten, model, minibatches, modes, points[:: num_chains if modes else 1])
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
     stream = Stream(minibatches.one_pass, generators, keeps=checkpoint is not None and minibatches.number > 1)
-    run = Run(plan, estimate, packed.space, whitener, points, stream, Records(plan, points, memory_limit))
-    files = Resumption(checkpoint, settings, probe, minibatches.density)
+    records = Records(plan.draws, points, memory_limit)
+    run = Run(plan, estimate, minibatches.packed.space, whitener, points, stream, records)
+    settings = plan.settings() | {
+        "batch_size": batch_size,
+        "order": order,
+        "control_variates": control_variates,
+        "whiten": whiten,
+        "start": start,
+        "chains": len(points),
+        "scales": _fingerprint(whitener, points),
+    }
+    files = Resumption("sgmcmc", checkpoint, settings, probe, minibatches.density)
     files.load(run)
-    run.go(progress_bar, files)
-    return _result(run, minibatches)
+    run.go(progress_bar, lambda: files.save(run), files.is_due)
+    return _result(run, minibatches, max(len(modes), 1))
 
 
 def _check_options(guide: Any, control_variates: bool, whiten: str | None, start: str) -> None:
     if whiten is not None:
         require_choice("whiten", whiten, "guide", "prior")
-    require_choice("start", start, "mode", "draw")
+    require_choice("start", start, "mode", "draws")
     if guide is None and (control_variates or whiten == "guide"):
         raise ValueError(
             "sgmcmc: control_variates and whiten='guide' need a guide, and guide is None: pass one, or whiten='prior'."
@@ -195,76 +189,66 @@ def _check_options(guide: Any, control_variates: bool, whiten: str | None, start
         raise ValueError("sgmcmc samples in one process: run it without torch.distributed.")
 
 
-def _modes(packed: PackedModel, guide: Any, batch: Batch) -> Tensor:
-    """The modes of a guide, or a draw of the prior, as packed vectors ``(K, p)``."""
-    with local_parameters(), torch.no_grad(), poutine.block():
-        if guide is None:
-            sites = run_model(packed.model, batch).nodes
-            return packed.space.pack({n: sites[n]["value"] for n in packed.space.slices}).detach()[None]
-        if isinstance(guide, AutoLaplaceMixture):
-            return torch.stack([part.loc.detach() for part in guide.components])
-        return packed.space.pack(guide.median(*batch[0], **batch[1])).detach()[None]
-
-
 def _points(
-    packed: PackedModel, guide: Any, batch: Batch, modes: Tensor, num_chains: int, start: str
+    model: Callable[..., Any], minibatches: Minibatches, modes: Sequence[Mode], start: str, num_chains: int
 ) -> Tensor:
-    """Where chains start, ``(C, p)``."""
-    each = num_chains // len(modes)
-    if guide is None:
-        return torch.cat([_modes(packed, None, batch) for _ in range(num_chains)])
-    if start == "mode":
-        return modes.repeat_interleave(each, 0)
-    if len(modes) > 1:
-        return packed.space.pack(
-            {n: v.flatten(0, 1) for n, v in component_draws(guide, each).items()}
-        ).detach()
-    return packed.space.pack(posterior_draws(guide, num_chains, batch=batch)).detach()
+    """Where the chains start, ``(C, p)``."""
+    if modes:
+        points = points_of(modes, start, num_chains)
+    else:
+        points = prior_draws(model, minibatches.packed.space, minibatches.batches.first, num_chains)
+    return points.detach().to(minibatches.evaluator.anchors)
 
 
+@torch.no_grad()
 def _whitener(
-    packed: PackedModel, guide: Any, batch: Batch, modes: Tensor, num_chains: int, whiten: str | None
+    whiten: str | None,
+    model: Callable[..., Any],
+    minibatches: Minibatches,
+    modes: Sequence[Mode],
+    centers: Tensor,
 ) -> Whitener:
-    """The preconditioner of all chains."""
+    """The preconditioner of all chains, which start at or around points ``(K, p)``."""
     if whiten is None:
-        return Scales(torch.ones_like(modes[0]))
-    if whiten == "prior":
-        scales = prior_scales(packed.model, batch, packed.space, modes)
-        return Scales(scales.repeat_interleave(num_chains // len(modes), 0))
-    parts = guide.components if isinstance(guide, AutoLaplaceMixture) else [guide]
-    return Gaussians([gaussian_of(part, packed.space, batch) for part in parts])
+        return Scales(torch.ones_like(centers[0]))
+    with local_parameters(), poutine.block():
+        if whiten == "guide":
+            return Gaussians([mode.gaussian() for mode in modes])
+        return Scales(prior_scales(model, minibatches.batches.first, minibatches.packed.space, centers))
 
 
-def _fingerprint(modes: Tensor, whitener: Whitener, num_chains: int) -> str:
-    """A few digits by which two guides are told apart."""
-    rows = torch.linspace(-1, 1, modes.shape[1], dtype=modes.dtype, device=modes.device).expand(
-        num_chains, -1
-    )
-    return f"modes {float(modes.norm()):.6g}, scales {float(whitener.forward(rows).norm()):.6g}"
+def _fingerprint(whitener: Whitener, points: Tensor) -> str:
+    """A few digits by which preconditioners are told apart."""
+    rows = torch.linspace(-1, 1, points.shape[1], dtype=points.dtype, device=points.device)
+    return f"{float(whitener.forward(rows.expand_as(points).contiguous()).norm()):.6g}"
 
 
-def _result(run: Run, minibatches: Minibatches) -> ChainResult:
+def _result(run: Run, minibatches: Minibatches, num_modes: int) -> ChainResult:
     """What has been kept, by site, with the facts of the run."""
-    plan, records = run.plan, run.records
-    split, count = min(plan.warmup_draws, records.count), records.count
-    warmup, draws = (
-        run.space.unpack(records.positions[part].transpose(0, 1))
-        for part in (slice(split), slice(split, count))
-    )
-    stats = {name: value[:count].T for name, value in records.stats.items()}
+    first, last = run.plan.warmup_draws, run.records.count
+    if last <= first:
+        raise KeyboardInterrupt(
+            "sgmcmc was interrupted before the first draw; a checkpoint, if there is one, holds its state."
+        )
+    unpack = run.space.unpack
+    (early, early_stats), (positions, stats) = run.records.part(0, first), run.records.part(first, last)
     info = {
-        "method": f"SGMCMC ({plan.scheme})",
-        "minibatch gradients": run.gradients,
-        "gradients": round(run.gradients / minibatches.number, 1),
-        "batch": "all data" if minibatches.number == 1 else f"1 of {minibatches.number} of a pass",
+        "method": f"SGMCMC ({run.plan.scheme})",
+        "modes": num_modes,
+        "batches_of_a_pass": minibatches.number,
+        "minibatch_gradients": run.gradients,
+        "gradients": run.gradients / minibatches.number,
         "steps": run.step,
         "seconds": run.elapsed,
-        "stopped by": run.stopped_by,
     }
+    if run.stopped_by != "num_samples":
+        info["stopped_by"] = run.stopped_by
+    samples = unpack(early) if first else {}
     return ChainResult(
-        draws,
-        {name: value[:, split:] for name, value in stats.items()},
-        warmup if split else {},
-        {name: value[:, :split] for name, value in stats.items()} if split else {},
-        info=info,
+        unpack(positions), _typed(stats), samples, _typed(early_stats) if first else {}, info=info
     )
+
+
+def _typed(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics with the numbers of cycles as integers."""
+    return {name: value.long() if name == "cycle" else value for name, value in stats.items()}

@@ -25,7 +25,7 @@ class Scales:
     """
     A diagonal R.
 
-    :param scale: shape ``(p,)``, or ``(C, p)`` for each chain its own.
+    :param scale: shape ``(p,)``, or ``(K, p)`` for each mode its own; the chains of a mode follow one another.
     """
 
     def __init__(self, scale: Tensor) -> None:
@@ -33,11 +33,11 @@ class Scales:
 
     def forward(self, direction: Tensor) -> Tensor:
         """R applied to the rows, shape ``(C, p)``."""
-        return direction * self.scale
+        modes = self.scale.shape[0] if self.scale.dim() > 1 else 1
+        rows = direction.reshape(modes, -1, direction.shape[-1])
+        return (rows * self.scale.reshape(modes, 1, -1)).reshape(direction.shape)
 
-    def transposed(self, gradient: Tensor) -> Tensor:
-        """R^T applied to the rows, shape ``(C, p)``."""
-        return gradient * self.scale
+    transposed = forward
 
 
 class Gaussians:
@@ -125,8 +125,8 @@ def _with_root(posterior: Any, guide: Any, dim: int) -> Any:
 
 def _no_gaussian(guide: Any, what: str) -> ValueError:
     return ValueError(
-        f"mclmc: whiten='guide' needs a Gaussian over all latents, and {type(guide).__name__} {what}. Whiten by 'prior' or "
-        "'diagonal', or pass a guide such as AutoLaplace after laplace_approximation(data)."
+        f"whiten='guide' needs a Gaussian over all latents, and {type(guide).__name__} {what}. Whiten by "
+        "'prior', or pass a guide such as AutoLaplace after laplace_approximation(data)."
     )
 
 

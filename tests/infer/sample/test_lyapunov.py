@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.infer.sample.log_density import evaluator_of
-from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Plan, Records, Run
+from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Plan, Run
 from pyro_bnn.infer.sample.minibatches import Minibatches, Stream, Weighted
+from pyro_bnn.infer.sample.records import Records
 from pyro_bnn.infer.sample.steps import CyclicalSteps, PolynomialSteps, as_schedule
 from pyro_bnn.infer.sample.whitening import Dense, Gaussians
 from pyro_bnn.model.data import Batches
@@ -74,7 +75,7 @@ def chains(
         Gaussians([Dense(root)]),
         start,
         Stream(batched.one_pass, [], keeps=False),
-        Records(plan, start, None),
+        Records(draws, start, None),
     )
     return run, batched
 
