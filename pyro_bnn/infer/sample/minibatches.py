@@ -231,12 +231,7 @@ class Minibatches:
         elif self.rows is not None and self.order == "independent":
             yield self._random_rows()
         else:
-            seen = []
-            for given in self._cut() if self.rows is not None else self._loaded():
-                if self.order == "symmetric":
-                    seen.append(given)
-                yield given
-            yield from reversed(seen)
+            yield from self._cut() if self.rows is not None else self._sweeps()
 
     def _take(self, index: Tensor | slice) -> Batch:
         assert self.rows is not None
@@ -251,10 +246,21 @@ class Minibatches:
         return Weighted(self._take(index), self.rows.size / self.batch_size)
 
     def _cut(self) -> Iterator[Weighted]:
+        """A random partition of the rows, forward, and backward in symmetric order."""
         assert self.rows is not None
         assert self.batch_size is not None
-        for index in torch.randperm(self.rows.size).split(self.batch_size):
+        parts = torch.randperm(self.rows.size).split(self.batch_size)
+        for index in (*parts, *(reversed(parts) if self.order == "symmetric" else ())):
             yield Weighted(self._take(index), float(self.number))
+
+    def _sweeps(self) -> Iterator[Weighted]:
+        """The batches of a loader; in symmetric order they are kept, and come again backward."""
+        seen = []
+        for given in self._loaded():
+            if self.order == "symmetric":
+                seen.append(given)
+            yield given
+        yield from reversed(seen)
 
     def _loaded(self) -> Iterator[Weighted]:
         number = 0
