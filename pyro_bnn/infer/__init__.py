@@ -15,6 +15,8 @@ from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
+from pyro_bnn.infer.sample.sgmcmc import sgmcmc
+from pyro_bnn.infer.sample.steps import CyclicalSteps, PolynomialSteps, StepSchedule
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.loop import fit
 from pyro_bnn.infer.train.persist import load_guide, save_guide
@@ -29,6 +31,7 @@ __all__ = [
     "ConvergenceTest",
     "CosineAnnealing",
     "CyclicalAnnealing",
+    "CyclicalSteps",
     "EarlyStopping",
     "FitResult",
     "FitState",
@@ -38,11 +41,13 @@ __all__ = [
     "NUTSResult",
     "NonFiniteLossError",
     "NotAMinimumError",
+    "PolynomialSteps",
     "PosteriorPredictive",
     "PredictiveMoments",
     "Rank1Preset",
     "SiteMoments",
     "SitePrediction",
+    "StepSchedule",
     "default_preset",
     "dusenberry2020",
     "fit",
@@ -55,4 +60,5 @@ __all__ = [
     "posterior_predictive",
     "predictive_moments",
     "save_guide",
+    "sgmcmc",
 ]

@@ -128,8 +128,8 @@ def _with_root(posterior: Any, guide: Any, dim: int) -> Any:
 
 def _no_gaussian(guide: Any, what: str) -> ValueError:
     return ValueError(
-        f"whiten='guide' needs a Gaussian over all latents, and {type(guide).__name__} {what}. Whiten by 'prior' or "
-        "'diagonal', or pass a guide such as AutoLaplace after laplace_approximation(data)."
+        f"whiten='guide' needs a Gaussian over all latents, and {type(guide).__name__} {what}. Whiten by "
+        "'prior', or pass a guide such as AutoLaplace after laplace_approximation(data)."
     )
 
 
