@@ -33,6 +33,7 @@ class Enclosure:
     :param metric: the map :math:`r \mapsto M^{-1} r`, of shape (S, p) both.
     :ivar directions: Q, shape ``(k, p)``; none at first.
     :ivar images: :math:`QP`, shape ``(k, p)``.
+    :ivar is_recursive: whether directions follow a recursion, :meth:`follow`, and are orthogonal in N rather than in P.
 
     Example::
 
@@ -41,7 +42,7 @@ class Enclosure:
         >>> q = torch.tensor([[1.0, 0.0]]) / 2**0.5
         >>> enclosure.extend(q, q @ P)
         >>> g = torch.tensor([[0.0, 1.0]])
-        >>> enclosure.below(g).item() <= 0.4 <= enclosure.above(g).item()  # the inverse has 2 / 5 there
+        >>> (enclosure.solve(g)[0] @ g.mT).item() <= 0.4 <= enclosure.above(g).item()  # the inverse has 2 / 5 there
         True
     """
 
@@ -51,6 +52,7 @@ class Enclosure:
         self._gram = torch.empty(0, 0)  # N
         self._size = torch.empty(0)  # Q P Q', the diagonal
         self._factor: Tensor | None = None  # R with R R' close to N^-1 from below
+        self.is_recursive = False
         self._largest = 0.0  # what is known of the largest eigenvalue of M^-1 P, from below
 
     def extend(self, directions: Tensor, images: Tensor) -> None:
@@ -82,7 +84,7 @@ class Enclosure:
             steps = self._products(directions, images) @ root @ root.mT
             directions = torch.addmm(directions, steps, self.directions, alpha=-1)
             images = torch.addmm(images, steps, self.images, alpha=-1)
-        self._gram = torch.empty(0, 0)
+        self._gram, self.is_recursive = torch.empty(0, 0), True
         self.directions = self.images = directions[:0]
         self.extend(directions, images)
 
@@ -95,12 +97,18 @@ class Enclosure:
         self.directions, self.images = self.directions[:-size], self.images[:-size]
         self.follow(*tail)
 
-    def below(self, rows: Tensor) -> Tensor:
-        r""":return: the lower bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, from rows of shape ``(m, p)``."""
-        if not len(self._gram):
-            return rows.new_zeros(len(rows), len(rows))
-        half = rows @ self.directions.mT
-        return half @ half.mT
+    def solve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        The best solutions in the span of Q, whose :math:`x^\top r` is the lower bound: :math:`x = R\,Q^\top Q`.
+
+        :param rows: R, shape ``(m, p)``.
+        :return: x and what it leaves over, :math:`R - xP`, of that shape; zero where only the recursion is known, whose solves
+            leave nothing in the span.
+        """
+        if self.is_recursive or not len(self._gram):
+            return torch.zeros_like(rows), rows
+        coefficients = rows @ self.directions.mT
+        return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
     def above(self, rows: Tensor, *, diagonal: bool = False) -> Tensor:
         r"""
@@ -143,6 +151,34 @@ class Enclosure:
                 root = torch.linalg.solve_triangular(lower, eye, upper=False).mT
             self._factor = (scale[:, None] * root).to(self._gram.dtype)
         return self._factor
+
+
+def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    Directions with :math:`QPQ^\top = 1` of the span of others, and their images.
+
+    :param directions: shape ``(k, p)``; those that depend on others, or have no length, are left out.
+    :param images: their products with P, shape ``(k, p)``.
+    :return: both of shape ``(r, p)`` with r ≤ k.
+
+    Example::
+
+        >>> P, rows = torch.tensor([[2.0, 0.0], [0.0, 8.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> Q, images = conjugate_rows(rows, rows @ P)
+        >>> (Q @ images.mT).round(decimals=5)
+        tensor([[1.]])
+    """
+    scale = (directions * images).sum(-1).clamp(min=0).rsqrt()
+    scale = torch.where(scale.isfinite(), scale, 0.0)
+    directions, images = directions * scale[:, None], images * scale[:, None]
+    values, vectors = torch.linalg.eigh(_even((directions @ images.mT).double()))
+    keep = (
+        values > 1e3 * torch.finfo(images.dtype).eps * values.clamp(min=0).max()
+        if len(values)
+        else values > 0
+    )
+    root = (vectors[:, keep] / values[keep].sqrt()).mT.to(images.dtype)
+    return root @ directions, root @ images
 
 
 def _even(matrix: Tensor) -> Tensor:

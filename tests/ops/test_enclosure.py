@@ -49,7 +49,8 @@ def test_any_span_encloses_the_inverse(spectrum, directions):
     for start in range(0, directions, 3):  # piece by piece
         enclosure.extend(Q[: start + 3], Q[: start + 3] @ P)
     eye = torch.eye(40)
-    low, high, inverse = enclosure.below(eye), enclosure.above(eye), torch.linalg.inv(P)
+    low, high, inverse = enclosure.solve(eye)[0], enclosure.above(eye), torch.linalg.inv(P)
+    assert_close(enclosure.solve(eye)[1], eye - low @ P, rtol=0, atol=1e-7 * P.norm() ** 0.5)
     assert is_below(low, inverse, P)
     assert is_below(inverse, high, P)
     assert is_below(high, torch.diag(1 / prior), P)
