@@ -8,10 +8,11 @@ from pyro_bnn.infer.mixture.check import ComponentLoopWarning
 from pyro_bnn.infer.mixture.elbo import Mixture_ELBO
 from pyro_bnn.infer.mixture.presets import Rank1Preset, default_preset, dusenberry2020
 from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing, LinearAnnealing
-from pyro_bnn.infer.nuts import NUTSResult, nuts
 from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.sample.nuts import nuts
+from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.loop import fit
 from pyro_bnn.infer.train.persist import load_guide, save_guide
@@ -20,6 +21,7 @@ from pyro_bnn.infer.train.stopping import ConvergenceTest, EarlyStopping
 from pyro_bnn.model.networks import network_at
 
 __all__ = [
+    "ChainResult",
     "Checkpoint",
     "ComponentLoopWarning",
     "ConvergenceTest",

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.arviz_matrix import arviz_generation
 from pyro_bnn.diagnostics import log_weights, to_datatree, to_inference_data, write_tree
 from pyro_bnn.infer import fit
-from pyro_bnn.infer.nuts import RecordingNUTS
+from pyro_bnn.infer.sample.nuts import RecordingNUTS
 from pyro_bnn.nn import bayesian_
 from tests.common import assert_close
 from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model, linear_posterior

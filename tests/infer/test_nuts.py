@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_bnn.diagnostics.arviz import to_datatree, to_inference_data
 from pyro_bnn.infer import fit, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
-from pyro_bnn.infer.nuts import RecordingNUTS, nuts, starting_points
+from pyro_bnn.infer.sample.nuts import RecordingNUTS, nuts, starting_points
 from pyro_bnn.nn import rank1_
 from tests.common import assert_close
 from tests.infer.models import linear_data, linear_model, linear_posterior
@@ -141,7 +141,7 @@ def test_covariance_of_pyros_guides() -> None:
     kernel = RecordingNUTS(linear_model, 0.09 * torch.eye(3))
     kernel.setup(5, x, y)
     assert_close(kernel.inverse_mass_matrix[("weight",)], 0.09 * torch.eye(3))
-    from pyro_bnn.infer.nuts import _laplace_covariance
+    from pyro_bnn.infer.sample.nuts import _laplace_covariance
 
     assert_close(
         _laplace_covariance(guide, ["weight"], ((x, y), {})), 0.09 * torch.eye(3), rtol=1e-9, atol=1e-12
