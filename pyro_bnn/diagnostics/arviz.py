@@ -55,15 +55,20 @@ def to_datatree(
     Groups: ``posterior`` (with ``data`` also the values of :func:`pyro.deterministic` and reparametrised sites, which the
     model computes from draws and data, also for guides that predict by the linearised model), ``log_prior`` (per site,
     summed over the site), ``sample_stats`` (``lp``, the log joint density :math:`\log p(y, z)`; for guides with a density
-    also ``log_q`` and ``log_weight``, the normalised log importance weights; ``diverging`` for MCMC, and for
-    :func:`~pyro_bnn.infer.nuts` also ``energy``, ``tree_depth``, ``step_size`` and ``acceptance_rate``, with the warm-up of
+    also ``log_q`` and ``log_weight``, the normalised log importance weights; ``diverging`` for MCMC, and what a
+    :class:`~pyro_bnn.infer.ChainResult` recorded, such as ``energy``, ``step_size`` and ``acceptance_rate``, with the warm-up of
     the latent sites in groups of its own) and, where ``data`` holds observations, ``log_likelihood`` (pointwise, nats,
     without the factor of subsampled plates), ``posterior_predictive``, ``observed_data`` and ``constant_data``. With
     ``prior_samples``, ``prior`` and ``prior_predictive``.
 
+    ArviZ knows no weights. Chains whose weights are not equal are one chain, of draws that stand for all with equal weights
+    (:meth:`~pyro_bnn.infer.predict.weighted.WeightedChains.draw_index`): summaries and comparisons are those of the weighted
+    posterior, and R-hat is undefined. ``sample_stats`` then says where a draw comes from, ``source_chain`` and ``source_draw``, and
+    holds the ``weights`` of the chains by ``source``. ``run.reweighted(None)`` exports the chains side by side.
+
     :param callable model: a Pyro model.
-    :param posterior: a guide, a sequence of guides (one chain each), an :class:`~pyro.infer.MCMC` run, or a
-        mapping from latent sites to draws with the draws in the first dimension.
+    :param posterior: a guide, a sequence of guides (one chain each), an :class:`~pyro.infer.MCMC` run, a
+        :class:`~pyro_bnn.infer.ChainResult`, or a mapping from latent sites to draws with the draws in the first dimension.
     :param data: one batch with observations, or an iterable of batches; ``None`` exports draws alone.
     :param int num_samples: the number of draws in all chains together, which share them equally: a multiple of the number of
         chains. By default all given draws, and 1000 of a guide or the next smaller multiple.

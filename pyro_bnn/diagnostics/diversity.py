@@ -23,9 +23,11 @@ from typing_extensions import override
 from pyro_bnn.diagnostics.chains import num_components
 from pyro_bnn.diagnostics.scored import check_numbers, need, observed_only
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
-from pyro_bnn.infer.predict.draws import component_draws, posterior_draws
+from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.ops.described import Described
+from pyro_bnn.ops.options import require_count
 
 
 @dataclass(repr=False)
@@ -34,8 +36,8 @@ class DiversityReport(Described):
     How much the components of a mixture differ, in predictions and in the guide.
 
     :param member_nll: negative log likelihood of each component, per observation, shape ``(K,)``.
-    :param mixture_nll: that of the mixture, :math:`-\frac1N\sum_n \log \frac1K \sum_k p_k(y_n)`. Its distance to the
-        mean of the members is what the mixture gains; it is 0 if the members have collapsed.
+    :param mixture_nll: that of the mixture, :math:`-\frac1N\sum_n \log \sum_k \pi_k p_k(y_n)`. Its distance to the
+        weighted mean of the members is what the mixture gains; it is 0 if the members have collapsed.
     :param disagreement: for categorical and binary observations the share of the observations on which the most probable
         labels of two components differ; else ``None``. Shape ``(K, K)``.
     :param predictive_kl: divergence between the predictive distributions of two components, per observation, shape
@@ -46,6 +48,8 @@ class DiversityReport(Described):
     :param guide_distance: root mean square distance between the locations of two components in unconstrained space,
         shape ``(K, K)``; ``None`` for guides other than :class:`~pyro_bnn.infer.autoguide.AutoMixture`.
     :param site: name of the observed site.
+    :param num_observations: N.
+    :param weights: :math:`\pi_k`, shape ``(K,)``; ``None`` if the members count equally.
 
     Example::
 
@@ -69,11 +73,18 @@ class DiversityReport(Described):
     guide_distance: Tensor | None
     site: str
     num_observations: int = 0
+    weights: Tensor | None = None
 
     @property
     def gain(self) -> float:
-        """The mean NLL of the members minus that of the mixture, in nats per observation."""
-        return float(self.member_nll.mean()) - self.mixture_nll
+        """The (weighted) mean NLL of the members minus that of the mixture, in nats per observation."""
+        return float(self._mean_nll()) - self.mixture_nll
+
+    def _mean_nll(self) -> Tensor:
+        if self.weights is None:
+            return self.member_nll.mean()
+        counted = self.weights > 0
+        return self.weights[counted] @ self.member_nll[counted]
 
     @property
     def collapsed(self) -> bool:
@@ -84,7 +95,7 @@ class DiversityReport(Described):
     def described(self) -> tuple[str, dict[str, str]]:
         K, nll = len(self.member_nll), self.member_nll
         rows = {
-            "NLL of the members": f"{nll.min():.4f} to {nll.max():.4f}, mean {nll.mean():.4f}",
+            "NLL of the members": f"{nll.min():.4f} to {nll.max():.4f}, mean {self._mean_nll():.4f}",
             "NLL of the mixture": f"{self.mixture_nll:.4f} (gain {self.gain:.4f})",
         }
         pairs = {
@@ -104,18 +115,25 @@ class DiversityReport(Described):
 
 @torch.no_grad()
 def diversity(
-    model: Callable[..., Any], guide: Any, data: Any, *, num_samples: int = 8, site: str | None = None
+    model: Callable[..., Any],
+    guide: Any,
+    data: Any,
+    *,
+    num_samples: int | None = None,
+    site: str | None = None,
 ) -> DiversityReport:
     """
-    Measures whether the components of a mixture differ. They do collapse (BatchEnsemble in particular), and nothing in
-    the loss shows it.
+    Measures whether the components of a mixture, or the chains of a sampler, differ. Components do collapse (BatchEnsemble in
+    particular), and nothing in the loss shows it.
 
     :param model: the model; the networks that it calls run in evaluation mode.
     :param guide: a fitted :class:`~pyro_bnn.infer.autoguide.AutoMixture`, an
         :class:`~pyro.infer.autoguide.AutoGuideList` with one, or an
-        :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`.
+        :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`; or stored chains, a :class:`~pyro_bnn.infer.ChainResult` or a
+        :class:`~pyro_bnn.infer.autoguide.AutoEmpirical`, which are the components. Weights of components and chains count.
     :param data: one batch or an iterable of batches, with observations; masked ones do not count.
-    :param int num_samples: draws per component, over which the predictions of a component are averaged.
+    :param int num_samples: draws per component, over which the predictions of a component are averaged; by default 8, and all
+        of stored chains.
     :param str site: the observed site, if there are several.
     :return: a report that prints itself.
     :raises ValueError: if the model has no such observed site, the guide no components, or a density is NaN.
@@ -136,31 +154,53 @@ def diversity(
           ...
           The members have collapsed: the mixture predicts like a single one of them.
     """
-    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
-    mixture = _mixture(guide, parts)
-    K = mixture.num_components
-    draws = component_draws(mixture, num_samples)
-    for part in parts:
-        if part is not mixture:  # drawn for each component
-            drawn = posterior_draws(part, K * num_samples)
-            draws |= {n: v.unflatten(0, (K, num_samples)) for n, v in drawn.items()}
+    draws, log_weights, mixture = _members_of(guide, num_samples)
+    K, number = next(iter(draws.values())).shape[:2]
     prediction = posterior_predictive(model, {n: v.flatten(0, 1) for n, v in draws.items()}, data)
     name = _observed(prediction, site)
     found = _observed_part(prediction[name])
-    log_prob = need(found.log_likelihood, "log_likelihood").unflatten(0, (K, num_samples)).flatten(2)
+    log_prob = need(found.log_likelihood, "log_likelihood").unflatten(0, (K, number)).flatten(2)
     check_numbers(log_prob, "log_likelihood", infinite=True)
-    log_prob = log_prob.logsumexp(1) - math.log(num_samples)
+    log_prob = log_prob.logsumexp(1) - math.log(number)
     own = isinstance(mixture, AutoMixture)
     return DiversityReport(
         member_nll=-log_prob.mean(-1),
-        mixture_nll=-float((log_prob.logsumexp(0) - math.log(K)).mean()),
+        mixture_nll=-float((log_prob + log_weights.to(log_prob).unsqueeze(-1)).logsumexp(0).mean()),
         disagreement=_disagreement(found, K),
         predictive_kl=_predictive_kl(found, K, log_prob.shape[-1]),
         guide_kl=_guide_kl(mixture) if own else None,
         guide_distance=_guide_distance(mixture) if own else None,
         site=name,
         num_observations=log_prob.shape[-1],
+        weights=None if bool((log_weights == log_weights[0]).all()) else log_weights.exp().to(log_prob),
     )
+
+
+def _members_of(guide: Any, num_samples: int | None) -> tuple[Draws, Tensor, Any]:
+    """Draws of each component, by site of shape ``(K, n) + site shape``, the logarithms of their weights, and the mixture."""
+    if isinstance(guide, WeightedChains):
+        size = guide.num_draws if num_samples is None else num_samples
+        require_count("num_samples", size)
+        if size > guide.num_draws:
+            raise ValueError(f"num_samples={size}, but there are {guide.num_draws} draws in each chain only.")
+        weights = guide.draw_weights.unflatten(0, (guide.num_chains, -1))
+        if not bool((weights == weights[:, :1]).all()):
+            raise ValueError("diversity compares chains, but the draws of a chain have weights of their own.")
+        index = torch.linspace(0, guide.num_draws - 1, size, dtype=torch.float64).long()
+        return {n: v[:, index.to(v.device)] for n, v in guide.samples.items()}, weights.sum(1).log(), guide
+    size = 8 if num_samples is None else num_samples
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    mixture = _mixture(guide, parts)
+    K = mixture.num_components
+    draws = component_draws(mixture, size)
+    part: Any
+    for part in parts:
+        if part is not mixture:  # drawn for each component
+            stored = isinstance(part, WeightedChains)  # in the order of their chains
+            drawn = part.sample_posterior((K * size,)) if stored else posterior_draws(part, K * size)
+            draws |= {n: v.unflatten(0, (K, size)) for n, v in drawn.items()}
+    equal = torch.full((K,), -math.log(K), dtype=torch.float64)
+    return draws, equal if getattr(mixture, "equal_weights", True) else mixture.log_weights.detach(), mixture
 
 
 def _mixture(guide: Any, parts: list[Any]) -> Any:
@@ -169,7 +209,7 @@ def _mixture(guide: Any, parts: list[Any]) -> Any:
         return mixtures[0]
     raise ValueError(
         f"diversity compares the components of one mixture, but the guide, of type {type(guide).__name__}, holds {len(mixtures)}: pass an "
-        "AutoMixture, an AutoGuideList with one, or an AutoLaplaceMixture."
+        "AutoMixture, an AutoGuideList with one, an AutoLaplaceMixture, or stored chains."
     )
 
 

@@ -175,7 +175,9 @@ class Exporter:
                 groups = self.data_groups(block, found)
             start += shape[1]
             yield {"posterior": self.posterior(block, named)} | groups
-        self.rest = self.data_rest(densities) if self.data is not None else {}
+        self.rest = {} if self.data is None else self.data_rest()
+        if stats := self.statistics(densities):
+            self.rest["sample_stats"] = self.statistics_group(stats)
         if self.contents.prior_samples:
             self.rest |= self.prior_groups()
         warmup, stats = self.chains.warmup()
@@ -280,22 +282,29 @@ class Exporter:
         }
         return {name: _numbered_draws(labels.dataset(part), block.start) for name, part in parts.items()}
 
-    def data_rest(self, densities: Sequence[tuple[Tensor, Tensor | None]]) -> Groups:
-        """Statistics of the draws of all blocks, observations and inputs."""
+    def data_rest(self) -> Groups:
+        """Observations and inputs."""
         assert self.observed is not None
-        lp = torch.cat([block for block, _ in densities], 1)
-        stats = {"lp": lp}
+        return {"observed_data": self.observed, "constant_data": self.constants()}
+
+    def statistics(self, densities: Sequence[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        """Of the draws of all blocks what a run recorded, and the densities that were computed."""
+        stats = self.chains.statistics()
+        if not densities:
+            return stats
+        stats["lp"] = lp = torch.cat([block for block, _ in densities], 1)
         known = [block for _, block in densities if block is not None]
         log_q = torch.cat(known, 1) if len(known) == len(densities) else None
         if log_q is not None and bool(torch.isfinite(log_q).all()):
             log_weight = lp.cpu() - log_q.cpu()
             stats |= {"log_q": log_q, "log_weight": log_weight - torch.logsumexp(log_weight, (0, 1))}
-        stats |= self.chains.statistics()
-        return {
-            "sample_stats": self.labels.dataset({n: (v, ()) for n, v in stats.items()}),
-            "observed_data": self.observed,
-            "constant_data": self.constants(),
-        }
+        return stats
+
+    def statistics_group(self, stats: Mapping[str, Tensor]) -> "xr.Dataset":
+        """The group of statistics, with the weights of chains by ``source``, to which ``source_chain`` of each draw refers."""
+        group = self.labels.dataset({name: (value, ()) for name, value in stats.items()})
+        weights = self.chains.weights
+        return group if weights is None else group.assign(weights=("source", weights.numpy()))
 
     def constants(self) -> "xr.Dataset":
         """The inputs: given ones, or the tensors of a single batch that are not observations; and which observations count."""

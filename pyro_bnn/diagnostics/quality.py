@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyro.poutine as poutine
 import torch
-from pyro.ops.stats import fit_generalized_pareto, split_gelman_rubin
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,11 +20,13 @@ from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import posterior_predictive
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.described import Described
+from pyro_bnn.ops.pareto import tail_shape
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -100,7 +102,7 @@ def pareto_k(log_ratios: Any) -> float:
         True
     """
     ratios = _ratios(log_ratios)
-    return _tail_shape(torch.exp(ratios - ratios.max()))
+    return tail_shape(torch.exp(ratios - ratios.max()))
 
 
 def _ratios(log_ratios: Any) -> Tensor:
@@ -112,22 +114,6 @@ def _ratios(log_ratios: Any) -> Tensor:
             "zero, but not for all): look at the draws whose density is not finite."
         )
     return ratios
-
-
-def _tail_shape(values: Tensor) -> float:
-    """The shape of the upper tail of positive numbers."""
-    size = len(values)
-    tail = math.ceil(min(size / 5, 3 * math.sqrt(size)))
-    if tail < 5:
-        return math.inf
-    ordered = values.sort().values
-    excess = ordered[-tail:] - ordered[-tail - 1]
-    if not bool((excess > 0).all()):
-        excess = excess[excess > 0]
-        if len(excess) < 5:
-            return -math.inf if len(excess) == 0 else math.inf
-    shape, _ = fit_generalized_pareto(excess)
-    return float(shape)
 
 
 def functional_k(log_ratios: Any, values: Any) -> np.ndarray:
@@ -154,11 +140,11 @@ def functional_k(log_ratios: Any, values: Any) -> np.ndarray:
             f"values has shape {tuple(functions.shape)}, expected (S, ...) with S = {len(ratios)}, the number of log_ratios."
         )
     shape = functions.shape[1:]
-    base = _tail_shape(weights)
+    base = tail_shape(weights)
     found = []
     for column in functions.reshape(len(ratios), -1).T:
         product = column * weights
-        found.append(max(base, _tail_shape(product - product.min()), _tail_shape(product.max() - product)))
+        found.append(max(base, tail_shape(product - product.min()), tail_shape(product.max() - product)))
     return np.asarray(found).reshape(shape)
 
 
@@ -384,7 +370,8 @@ def compare_with_nuts(
         num_chains=num_chains, progress_bar=progress_bar,
     )  # fmt: skip
     exact = posterior_predictive(model, run, data)
-    approximate = posterior_predictive(model, guide, data, num_samples=num_samples * num_chains)
+    number = None if isinstance(guide, WeightedChains) else num_samples * num_chains  # of stored draws all
+    approximate = posterior_predictive(model, guide, data, num_samples=number)
     pairs = {
         name: (approximate.draws[name], exact.draws[name])
         for name in exact.draws

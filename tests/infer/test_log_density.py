@@ -199,12 +199,15 @@ def test_numbers_that_change_are_found_out() -> None:
             pyro.sample("obs", dist.Normal(z, state["noise"]), obs=y)
 
     density = log_density(model, torch.ones(4))
-    for _ in range(5):
-        density(torch.ones(1))
+
+    def ask(times: int) -> None:
+        for _ in range(times):
+            density(torch.ones(1))
+
+    ask(5)
     state["noise"] = 1.0
     with pytest.raises(ChangedModelError, match="replaced by another"):
-        for _ in range(20):
-            density(torch.ones(1))
+        ask(20)
 
 
 def test_networks_are_in_evaluation_mode_and_keep_their_statistics() -> None:

@@ -4,6 +4,7 @@
 """Automatic guides."""
 
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide.empirical import AutoEmpirical
 from pyro_bnn.infer.autoguide.hfl import AutoHessianFreeLaplace
 from pyro_bnn.infer.autoguide.initialization import (
     dropout_scale,
@@ -19,6 +20,7 @@ from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarn
 from pyro_bnn.infer.autoguide.summary import GuideSummary
 
 __all__ = [
+    "AutoEmpirical",
     "AutoHessianFreeLaplace",
     "AutoLaplace",
     "AutoLaplaceMixture",

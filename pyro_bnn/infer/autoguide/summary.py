@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.ops.described import Described, as_html, as_text, span_of, table_html, table_text
+from pyro_bnn.ops.described import Described, as_html, as_text, first_of, span_of, table_html, table_text
 
 Facts = dict[str, str]
 Rows = dict[str, dict[str, Any]]
@@ -122,6 +122,8 @@ def summarize(guide: Any, options: Sequence[str]) -> GuideSummary:
         )
     if hasattr(guide, "component_distributions"):
         facts, sites = _of_mixture(guide)
+    elif hasattr(guide, "draw_weights"):
+        facts, sites = _of_draws(guide)
     else:
         facts, sites = (_of_modes if hasattr(guide, "components") else _of_linearized)(guide)
     return GuideSummary(_title(guide, options), facts, sites)
@@ -235,3 +237,34 @@ def _of_mixture(guide: Any) -> tuple[Facts, Rows]:
     facts = {"latents": f"{sum(site.size for site in guide.sites):,} in {len(guide.sites)} sites"}
     facts |= {"parameters": f"{total:,}", "scales": guide.scale_mode, "noise": guide.noise}
     return facts, sites
+
+
+def _of_draws(guide: Any) -> tuple[Facts, Rows]:
+    """Of stored draws: weighted moments of the values of the sites."""
+    weights = guide.draw_weights.unflatten(0, (guide.num_chains, -1))
+    of_chains = weights.sum(1)
+    sites = {}
+    for name, value in guide.samples.items():
+        row: dict[str, Any] = {"shape": tuple(value.shape[2:]), "latents": value[0, 0].numel()}
+        within, between, mean = _spreads(value, weights.to(value.device))
+        row["location"], row["sd"] = _rms(mean), _median((within + between).sqrt())
+        row["sd between chains"] = _median(between.sqrt()) if guide.num_chains > 1 else None
+        sites[name] = row
+    facts = {"latents": f"{sum(row['latents'] for row in sites.values()):,}"}
+    shares = first_of([f"{w:.3g}" for w in of_chains.tolist()], most=10)
+    facts["weights"] = "equal" if guide.equal_weights else f"of the chains {shares}"
+    facts["density"] = "none: neither bounds nor importance weights"
+    if guide.num_chains > 1:
+        facts["convergence"] = "diagnostics.mixing(model, guide, data) compares what the chains predict"
+    return facts, sites
+
+
+def _spreads(value: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances within chains and between their means, and the mean: of values ``(C, S) + shape`` with weights ``(C, S)``."""
+    rows: Any = [chain.reshape(len(chain), -1).double() for chain in value]
+    shares = weights.sum(1)
+    parts = [w / share if share > 0 else w for w, share in zip(weights, shares, strict=True)]
+    means = torch.stack([w @ row for w, row in zip(parts, rows, strict=True)])
+    within = torch.stack([w @ (row - m).square() for w, row, m in zip(parts, rows, means, strict=True)])
+    mean = shares @ means
+    return shares @ within, shares @ (means - mean).square(), mean

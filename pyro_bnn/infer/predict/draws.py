@@ -11,6 +11,7 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.model.arguments import arguments_of, as_data
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.handlers import SubstituteMessenger, sample_sites
@@ -33,8 +34,8 @@ def posterior_draws(
     Draws from a posterior in whatever form it is.
 
     :param posterior: a guide (one with ``sample_posterior``, a Pyro autoguide, or a function), an
-        :class:`~pyro.infer.MCMC` run (its chains one after the other), or a mapping from site names to draws
-        with the draws in the first dimension.
+        :class:`~pyro.infer.MCMC` run or a :class:`~pyro_bnn.infer.ChainResult` (its chains one after the other, each with the
+        share of its weight), or a mapping from site names to draws with the draws in the first dimension.
     :param int num_samples: the number of draws S; 100 by default for a guide, all by default otherwise. Of
         given draws an evenly spaced subset is taken.
     :param args: arguments of the guide, for guides that need them, as in ``posterior_draws(guide, 100, x)``, or data, of
@@ -52,7 +53,9 @@ def posterior_draws(
     """
     if num_samples is not None:
         require_count("num_samples", num_samples)
-    if hasattr(posterior, "get_samples"):  # MCMC and NUTSResult
+    if isinstance(posterior, WeightedChains):
+        return posterior.resampled(num_samples)
+    if hasattr(posterior, "get_samples"):  # MCMC
         posterior = posterior.get_samples()
     if isinstance(posterior, Mapping):
         return _thin(posterior, num_samples)

@@ -50,4 +50,4 @@ def on_jax(density: Any) -> Callable[[Any], Any]:
         return both(z)[0]
 
     log_prob.defvjp(both, lambda gradient, weight: (weight[..., None] * gradient,))
-    return log_prob  # type: ignore[no-any-return]
+    return log_prob

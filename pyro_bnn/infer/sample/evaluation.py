@@ -191,9 +191,7 @@ class Evaluator:
 
     def _make(self, u: Tensor, share: Share, stays: bool) -> _Recorded:
         factor = (torch.ones((), dtype=torch.float64, device=u.device),) if share.scaled else ()
-        self.plain(
-            self.anchors[0], share, *factor
-        )  # makes the parameters that the model makes in its first run
+        self.plain(self.anchors[0], share, *factor)  # a first run makes the parameters of the model
 
         def compute(u: Tensor, *rest: Tensor) -> Tensors:
             return self.joint.value_and_gradient(u, share, rest[len(factor) :], *rest[: len(factor)])
@@ -214,7 +212,7 @@ class Evaluator:
         for turn in range(len(self.anchors)):
             points = self._points(u, turn)
             found = bound(points) if factor is None else bound(points, factor)
-            expected = self.plain(points, share, factor)
+            expected = self._plain_at_anchors(points, share, factor)
             if not self._agree(found, expected):
                 raise UnrecordableError("a recording of it gives other numbers at other latents")
             finite = finite or bool(expected[0].isfinite().any())
@@ -224,6 +222,14 @@ class Evaluator:
             raise UnrecordableError(
                 "it is not finite at the latents at which a recording was compared with it"
             )
+
+    def _plain_at_anchors(self, points: Tensor, share: Share, factor: Tensor | None) -> Tensors:
+        """:meth:`plain` at :meth:`_points`, which come again: one run for each of them, however many chains there are."""
+        if points.dim() == 1:
+            return self.plain(points, share, factor)
+        turn = torch.arange(len(points), device=points.device) % len(self.anchors)
+        value, gradient = self.plain(points[: len(self.anchors)], share, factor)
+        return value[turn], gradient[turn]
 
     def _agree(self, found: Tensors, expected: Tensors, units: float = 1e4) -> bool:
         """Whether values and gradients differ by rounding errors, so many units in the last place."""

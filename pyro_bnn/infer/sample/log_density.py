@@ -240,39 +240,39 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     """
     batches = Batches(data)
     kept = list(batches)
+    evaluator = evaluator_of(model, kept[0])
+    packed, latent = evaluator.joint.packed, evaluator.anchors[0]
+    _require_same_space(packed.space, guide)
+    with torch.enable_grad():  # some models take derivatives themselves
+        shares = _shares(packed, latent, kept, batches.is_single)
+    if packed.likelihood_names(packed.trace(latent, kept[0])):
+        packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
+    return LogDensity(evaluator, shares, kept[0])
+
+
+def evaluator_of(model: Callable[..., Any], batch: Batch) -> Evaluator:
+    """The density of a model on batches like a first one, with observations; its first anchor is a run of the model."""
     with evaluation_mode(model) as modules, local_parameters(), poutine.block():
-        trace = run_model(model, kept[0])
+        trace = run_model(model, batch)
     _require_continuous(trace)
     packed = PackedModel(model, trace, modules)
     values: dict[str, Any] = {n: trace.nodes[n]["value"] for n in latent_names(trace)}
     latent = packed.space.pack({n: value.detach() for n, value in values.items()})
-    moving = _moving(packed, latent, kept[0])
+    moving = _moving(packed, latent, batch)
     packed.validated -= moving  # at these latents the data may lie outside
     for name in moving:
         trace.nodes[name]["fn"] = unvalidated(trace.nodes[name]["fn"])
-    if any(kept[0]):  # a density without data needs no observation
-        check_observations(trace, kept[0])
-    _require_same_space(packed.space, guide)
-    with torch.enable_grad():  # some models take derivatives themselves
-        shares = _shares(packed, latent, kept, batches.is_single)
-    if packed.likelihood_names(trace):
-        packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
+    if any(batch):  # a density without data needs no observation
+        check_observations(trace, batch)
     joint = Joint(packed, moving)
-    return LogDensity(Evaluator(joint, _anchors(joint, latent, shares[0])), shares, kept[0])
+    return Evaluator(joint, _anchors(joint, latent, Share(batch)))
 
 
 def _anchors(joint: Joint, latent: Tensor, share: Share) -> Tensor:
-    """Three packed vectors, among them such at which the density is finite if these are found."""
-    others = [
-        moved_from(latent),
-        moved_from(torch.zeros_like(latent)),
-        latent / 2,
-        moved_from(latent / 2) / 2,
-    ]
-    rows = [latent, *others, torch.zeros_like(latent)]
-    finite = (
-        u for u in rows if bool(torch.cat([x.reshape(-1) for x in joint.evaluate(u, share)]).isfinite().all())
-    )
+    """Three packed vectors, at which the density is finite if such are found, the first of them that of a run."""
+    zero = torch.zeros_like(latent)
+    rows = [latent, moved_from(latent), moved_from(zero), latent / 2, moved_from(latent / 2) / 2, zero]
+    finite = (u for u in rows if all(bool(x.isfinite().all()) for x in joint.evaluate(u, share)))
     return torch.stack([*islice(finite, 3), *rows][:3])
 
 

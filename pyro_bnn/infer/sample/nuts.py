@@ -3,7 +3,6 @@
 """NUTS chains that start from a fitted guide and record what ArviZ wants to know."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pyro.poutine as poutine
@@ -14,11 +13,11 @@ from pyro.infer.mcmc.adaptation import BlockMassMatrix
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
-from typing_extensions import override
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
+from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
 from pyro_bnn.infer.train.progress import shows_bars
 from pyro_bnn.model.data import Arguments, Batch, Batches
 from pyro_bnn.model.evaluation import evaluation_mode
@@ -26,7 +25,6 @@ from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import latent_names, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.plates import plates_of
-from pyro_bnn.ops.described import Described, first_of, shape_of, span_of
 from pyro_bnn.ops.notice import logger
 
 _Nuts: Any = NUTS
@@ -160,67 +158,6 @@ class _Moves(Messenger):
             self.kinetic += 0.5 * float(msg["value"].square().sum())
         elif msg["name"].startswith("direction_t="):
             self.depth += 1
-
-
-@dataclass(repr=False)
-class NUTSResult(Described):
-    """
-    Chains of :func:`nuts`.
-
-    :param samples: draws by site, shape ``(chains, draws) + site shape``.
-    :param sample_stats: ``step_size``, ``tree_depth``, ``energy``, ``acceptance_rate`` and ``diverging`` of every
-        draw, shape ``(chains, draws)``.
-    :param warmup: draws of the warm-up.
-    :param warmup_stats: statistics of the warm-up.
-
-    Example::
-
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> def model(x, y=None):
-        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("data", len(x)):
-        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
-        >>> x = torch.ones(3)
-        >>> run = nuts(model, (x, x), num_samples=4, warmup_steps=4, num_chains=1, progress_bar=False)
-        >>> run.num_chains, run.samples["w"].shape
-        (1, torch.Size([1, 4]))
-    """
-
-    samples: dict[str, Tensor]
-    sample_stats: dict[str, Tensor]
-    warmup: dict[str, Tensor]
-    warmup_stats: dict[str, Tensor]
-
-    @property
-    def num_chains(self) -> int:
-        """The number of chains."""
-        return len(next(iter(self.samples.values())))
-
-    @override
-    def described(self) -> tuple[str, dict[str, str]]:
-        chains, draws, *_ = next(iter(self.samples.values())).shape
-        found = self.sample_stats
-        rows = {
-            "sites": first_of(f"{name} ({shape_of(value[0, 0])})" for name, value in self.samples.items())
-        }
-        if "diverging" in found:
-            rows["divergences"] = f"{int(found['diverging'].sum())} of {chains * draws} transitions"
-        for name in ("acceptance_rate", "step_size", "tree_depth"):
-            if name in found:
-                rows[name.replace("_", " ")] = span_of(found[name])
-        rows["warm-up"] = f"{next(iter(self.warmup.values())).shape[1]} steps" if self.warmup else "not kept"
-        return f"NUTS: {chains} chains of {draws} draws", rows
-
-    def get_samples(self, group_by_chain: bool = False) -> Draws:
-        """
-        The draws, as :meth:`pyro.infer.MCMC.get_samples` returns them.
-
-        :param bool group_by_chain: whether the chains keep their own dimension.
-        :return: draws by site.
-        """
-        if group_by_chain:
-            return dict(self.samples)
-        return {name: value.flatten(0, 1) for name, value in self.samples.items()}
 
 
 def check_plates(sites: Mapping[str, Any]) -> None:
@@ -380,12 +317,12 @@ def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSRe
     return NUTSResult(samples, stats(slice(size, None)), warmup, stats(slice(size)) if size else {})
 
 
-def recorded_run(posterior: Any) -> NUTSResult | None:
+def recorded_run(posterior: Any) -> ChainResult | None:
     """
-    The draws, warm-up and statistics of a run of :func:`nuts`, or of :class:`~pyro.infer.MCMC` with one chain of
-    :class:`RecordingNUTS`; ``None`` for all other posteriors.
+    The draws, warm-up and statistics of a :class:`~pyro_bnn.infer.ChainResult`, or of :class:`~pyro.infer.MCMC` with one chain
+    of :class:`RecordingNUTS`; ``None`` for all other posteriors.
     """
-    if isinstance(posterior, NUTSResult):
+    if isinstance(posterior, ChainResult):
         return posterior
     kernel = getattr(posterior, "kernel", None)
     if not (isinstance(posterior, MCMC) and isinstance(kernel, RecordingNUTS) and posterior.num_chains == 1):

@@ -1,0 +1,119 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws that a guide is given: read from where they come, held against the sites of a model, sorted by weight."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.predict.weighted import WeightedChains
+from pyro_bnn.model.handlers import Site, is_deterministic, latent_names, sample_sites
+from pyro_bnn.model.plates import plates_of
+from pyro_bnn.ops.options import require_count
+
+#: How many numbers are sorted at once.
+_AT_ONCE = 2**22
+
+
+def by_chain(draws: Any, num_chains: int) -> dict[str, Tensor]:
+    """Draws by site, shape ``(chains, draws) + site shape``."""
+    if isinstance(draws, WeightedChains):
+        return {name: value.detach() for name, value in draws.samples.items()}
+    if hasattr(draws, "get_samples"):
+        found = {name: _tensor(value) for name, value in draws.get_samples(group_by_chain=True).items()}
+    elif isinstance(draws, Mapping):
+        require_count("num_chains", num_chains)
+        found = {name: _tensor(value) for name, value in draws.items()}
+        sizes = {name: value.shape[0] if value.dim() else 0 for name, value in found.items()}
+        if len(set(sizes.values())) != 1 or 0 in sizes.values() or next(iter(sizes.values())) % num_chains:
+            raise ValueError(
+                f"draws: the sites have {sizes} draws in their first dimension, expected the same number, which {num_chains} chains "
+                "share equally."
+            )
+        found = {name: value.unflatten(0, (num_chains, -1)) for name, value in found.items()}
+    else:
+        raise TypeError(
+            f"draws of type {type(draws).__name__}: expected a result of a sampler, an MCMC run, or a mapping from sites to draws; "
+            "of a guide pass posterior_draws(guide, 1000)."
+        )
+    for name, value in found.items():
+        if bad := int((~value.isfinite()).sum()):
+            raise ValueError(f"draws: {bad} numbers of site {name!r} are not finite.")
+    return found
+
+
+def _tensor(value: Any) -> Tensor:
+    return value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+
+
+def in_order(samples: dict[str, Tensor], trace: Any) -> dict[str, Tensor]:
+    """The draws in the order of the model's sites, without deterministic ones; refused where they are not those of the model."""
+    sites = sample_sites(trace)
+    latents = latent_names(trace)
+    missing = [name for name in latents if name not in samples]
+    extra = [n for n in samples if n not in latents and not (n in sites and is_deterministic(sites[n]))]
+    if missing or extra:
+        raise ValueError(
+            f"draws: of the sites {missing} of the model there are none, and {extra} are no latent sites of it, which are {latents}. "
+            "What is an observation among them has to be passed."
+        )
+    return {name: _fitted(name, samples[name], sites[name]) for name in latents}
+
+
+def _fitted(name: str, value: Tensor, site: Site) -> Tensor:
+    """The draws of a site, without plates of size one that Pyro's Predictive puts in front; refused if they are not its own."""
+    shape, support = site["value"].shape, site["fn"].support
+    for plate in plates_of(site).values():
+        if plate.size != plate.full_size:
+            raise ValueError(
+                f"draws: site {name!r} is in the plate {plate.name!r}, of which the model was run on {plate.size} of {plate.full_size} "
+                "rows: initialize with all of them."
+            )
+    own = value.shape[2:]
+    if own[max(0, len(own) - len(shape)) :] != shape or own.numel() != shape.numel():
+        raise ValueError(f"draws: those of site {name!r} have shape {tuple(own)}, the site {tuple(shape)}.")
+    if not _is_inside(value, support):
+        raise ValueError(
+            f"draws: those of site {name!r} are not all in its support, {support}: pass values of the site itself, not of "
+            "unconstrained space."
+        )
+    return value.reshape(value.shape[:2] + shape)
+
+
+def base_support(support: Any) -> Any:
+    """The support of an element, without the events that elements make together."""
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return support
+
+
+def _is_inside(value: Tensor, support: Any) -> bool:
+    """Whether elements are in a support, to within rounding; where it may change from run to run, or binds elements, yes."""
+    base = base_support(support)
+    if base.event_dim or any(isinstance(bound, Tensor) for bound in vars(base).values()):
+        return True
+    inside = base.check(value)
+    if value.is_floating_point():
+        for end in (-torch.inf, torch.inf):
+            inside = inside | base.check(value.nextafter(value.new_tensor(end)))
+    return bool(inside.all())
+
+
+def weighted_quantiles(value: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    """Of each element over the draws, shape ``(S,) + shape`` to ``(Q,) + shape``."""
+    flat = value.reshape(len(value), -1)
+    columns = max(1, _AT_ONCE // len(value))
+    parts = [_sorted_quantiles(part, weights.to(value.device), levels) for part in flat.split(columns, 1)]
+    return torch.cat(parts, 1).reshape(len(levels), *value.shape[1:])
+
+
+def _sorted_quantiles(value: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+    ordered, order = value.sort(0)
+    cumulative = weights[order].cumsum(0).mT.contiguous()
+    # sums of weights carry rounding errors; a draw without weight is no quantile
+    wanted = (levels.to(value.device) - 1e-12).clamp(min=1e-300).expand(len(cumulative), -1).contiguous()
+    index = torch.searchsorted(cumulative, wanted).clamp(max=len(value) - 1).mT
+    return ordered.gather(0, index)
