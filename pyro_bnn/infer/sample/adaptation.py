@@ -19,6 +19,9 @@ from torch import Tensor
 #: Steps that the estimate of a step size remembers at most (Robnik et al., 2023, appendix), and the share of all so far: what the way
 #: from a start far outside asked for is soon forgotten.
 MEMORY, RECENT = 150, 0.25
+#: Factors by which a step, and the limit that a refused step has left, grow at most from one step to the next: beyond the limit of
+#: stability energies explode, and a chain thrown far out is long in coming back.
+GROWTH, RELAXATION = 1.2, 1.02
 #: Standard deviation, in factors of e of the step size, of the weights of what other step sizes say about the right one.
 TRUST = 1.5
 #: Momentum length in units of the autocorrelation length (Robnik et al., 2023).
@@ -47,7 +50,7 @@ class EnergyTuner:
     fall with the distance and with age (Robnik et al., 2023).
 
     :ivar step: step sizes ``(K,)``, float64.
-    :ivar limit: below those that left the finite numbers.
+    :ivar limit: below those that left the finite numbers; it relaxes.
     :ivar weight: of the average.
     :ivar average: of the ratio to the target over the sixth power of the step, times ``weight``.
     :ivar count: updates so far.
@@ -64,7 +67,9 @@ class EnergyTuner:
     def start(cls, step: Tensor, target: float) -> Self:
         """A tuner that knows nothing beside first steps ``(K,)``."""
         step = step.double()
-        return cls(step, torch.full_like(step, math.inf), torch.zeros_like(step), torch.zeros_like(step), target)
+        return cls(
+            step, torch.full_like(step, math.inf), torch.zeros_like(step), torch.zeros_like(step), target
+        )
 
     def update(self, errors: Tensor, refused: Tensor, dim: int) -> None:
         """Takes the energy errors ``(C,)`` of a step, and whether it was refused."""
@@ -76,11 +81,10 @@ class EnergyTuner:
         self.weight = decay * self.weight + pooled(weight, num_modes)
         self.average = decay * self.average + pooled(weight * ratio, num_modes) / self.step**6
         bad = pooled(refused.double(), num_modes) > 0
-        self.limit = torch.where(bad, torch.minimum(self.limit, 0.8 * self.step), self.limit)
+        self.limit = torch.where(bad, torch.minimum(self.limit, 0.8 * self.step), RELAXATION * self.limit)
         found = (self.average / self.weight).pow(-1 / 6)
         found = torch.where(found.isfinite(), found, self.step)
-        # one lucky error says little: a step at most doubles
-        self.step = torch.minimum(torch.minimum(found, 2 * self.step), self.limit)
+        self.step = torch.minimum(torch.minimum(found, GROWTH * self.step), self.limit)
 
 
 @dataclass
@@ -210,9 +214,9 @@ def first_steps(
     errors_at: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, target: float, dim: int
 ) -> Tensor:
     """
-    Step sizes ``(K,)``, at most ``start``, whose first energy errors are no larger than the target: ``errors_at`` gives the mean
-    squares ``(K,)`` of the errors of single steps of given sizes and whether all were finite. They are only ever made smaller: a step
-    from a mode says little about larger ones.
+    Step sizes ``(K,)``, below ``start``, whose first energy errors are no larger than the target: ``errors_at`` gives the mean
+    squares ``(K,)`` of the errors of single steps of given sizes and whether all were finite. Half of the sizes found is returned: what
+    one step bears, many may not.
     """
     step = start.double()
     for _ in range(60):
@@ -220,7 +224,7 @@ def first_steps(
         ratio = (squares.double() / (dim * target)).clamp(min=1e-30)
         wrong = ~sound | (ratio > 1)
         if not bool(wrong.any()):
-            return step
+            return 0.5 * step
         factor = torch.where(sound, (0.9 * ratio.pow(-1 / 6)).clamp(0.05, 0.9), torch.full_like(ratio, 0.25))
         step = torch.where(wrong, step * factor, step)
     raise ArithmeticError(

@@ -194,6 +194,9 @@ class Evaluator:
 
     def _make(self, u: Tensor, share: Share, stays: bool) -> _Recorded:
         factor = (torch.ones((), dtype=torch.float64, device=u.device),) if share.scaled else ()
+        self.plain(
+            self.anchors[0], share, *factor
+        )  # makes the parameters that the model makes in its first run
 
         def compute(u: Tensor, *rest: Tensor) -> Tensors:
             return self.joint.value_and_gradient(u, share, rest[len(factor) :], *rest[: len(factor)])

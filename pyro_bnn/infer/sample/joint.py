@@ -18,6 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
+from torch.overrides import TorchFunctionMode
 
 from pyro_bnn.model.data import Batch, map_tensors
 from pyro_bnn.model.handlers import base_distribution, sample_sites
@@ -108,12 +109,30 @@ class Joint:
         def log_prob(parts: Mapping[str, Tensor]) -> Tensor:
             return self.log_prob(parts, share, batch, factor)
 
-        values = log_prob(parts) if u.dim() == 1 else torch.func.vmap(log_prob)(parts)
+        if u.dim() == 1:
+            values = log_prob(parts)
+        else:
+            with _Leaves():
+                values = torch.func.vmap(log_prob)(parts)
         gradient = [torch.zeros_like(x) for x in parts.values()]
         if values.requires_grad:
             gradient = torch.autograd.grad(values.sum(), [*parts.values()], materialize_grads=True)  # type: ignore[assignment]
         rows = [slope.reshape((*u.shape[:-1], -1)) for slope in gradient]
         return values.detach(), torch.cat(rows, -1)
+
+
+class _Leaves(TorchFunctionMode):
+    """Lets Pyro ask parameters that require gradients to require them, which batching refuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func is Tensor.requires_grad_
+            and args[0].requires_grad
+            and not kwargs
+            and args[1:] in ((), (True,))
+        ):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def unvalidated(fn: Any) -> Any:

@@ -37,6 +37,7 @@ class LogDensity(Described):
     :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``.
     :ivar size: its length ``p``.
     :ivar dtype: the type in which the model computes.
+    :ivar device: where its latents are.
     :ivar gradients: how many gradients at one vector were computed by now; ``C`` in a call with ``C`` chains.
 
     Example::
@@ -60,7 +61,7 @@ class LogDensity(Described):
         self.packed = evaluator.joint.packed
         self.space = self.packed.space
         self.size = self.space.dim
-        self.dtype = evaluator.anchors.dtype
+        self.dtype, self.device = evaluator.anchors.dtype, evaluator.anchors.device
         self.gradients = 0
 
     @property

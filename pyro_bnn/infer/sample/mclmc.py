@@ -21,7 +21,6 @@ from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_scales
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.parameters import local_parameters
-from pyro_bnn.ops.described import span_of
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice, require_count, require_number
 
@@ -156,7 +155,9 @@ def mclmc(
     batch = _one_batch(data)
     density = log_density(model, data)
     if density.size < 2:
-        raise ValueError(f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}: use nuts.")
+        raise ValueError(
+            f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}: use nuts."
+        )
     modes = [] if guide is None else modes_of(guide, density.space, batch)
     points = _points(model, modes, density, batch, start, num_chains)
     num_modes = len(modes) or num_chains
@@ -261,7 +262,9 @@ def _result(run: Run, shares: Tensor | None) -> ChainResult:
     """The chains, with what is to be said of them."""
     first, last = run.plan.warmup_draws, run.records.count
     if last <= first:
-        raise KeyboardInterrupt("mclmc was interrupted before the first draw; a checkpoint, if there is one, holds its state.")
+        raise KeyboardInterrupt(
+            "mclmc was interrupted before the first draw; a checkpoint, if there is one, holds its state."
+        )
     positions, stats = run.records.part(first, last)
     early, early_stats = run.records.part(0, first)
     unpack = run.density.space.unpack
@@ -279,7 +282,9 @@ def _result(run: Run, shares: Tensor | None) -> ChainResult:
 def _typed(stats: dict[str, Tensor]) -> dict[str, Tensor]:
     """Statistics with their types: whether something happened, how many, how much."""
     kinds = {"diverging": torch.bool, "accepted": torch.bool, "n_steps": torch.int64}
-    return {name: value.nan_to_num(0).to(kinds[name]) if name in kinds else value for name, value in stats.items()}
+    return {
+        name: value.nan_to_num(0).to(kinds[name]) if name in kinds else value for name, value in stats.items()
+    }
 
 
 def _info(run: Run, positions: Tensor) -> dict[str, Any]:

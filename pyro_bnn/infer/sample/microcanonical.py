@@ -88,7 +88,9 @@ def turn(direction: Tensor, gradient: Tensor, step: Tensor) -> tuple[Tensor, Ten
     shrink, lost, lost_twice = (-delta).exp(), -(-delta).expm1(), -(-2 * delta).expm1()
     turned = ascent * lost * (1 + shrink + (toward - away) / 2 * lost) + 2 * shrink * direction
     change = -0.5 * lost_twice * away
-    log_growth = torch.where(change > -0.5, change.log1p(), (shrink.square() + 0.5 * toward * lost_twice).log())
+    log_growth = torch.where(
+        change > -0.5, change.log1p(), (shrink.square() + 0.5 * toward * lost_twice).log()
+    )
     return normalized(turned), (dims * (delta + log_growth)).squeeze(-1)
 
 

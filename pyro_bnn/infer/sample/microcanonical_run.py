@@ -118,7 +118,9 @@ class Run:
         self.scale: Tensor | None = None  # of a diagonal found in the warm-up
         self.step, self.gradients = 0, density.gradients
         self.squares = torch.zeros_like(start)  # of energy errors after the warm-up
-        self.refused = torch.zeros(len(points), dtype=torch.int64, device=points.device)  # steps since the last draw
+        self.refused = torch.zeros(
+            len(points), dtype=torch.int64, device=points.device
+        )  # steps since the last draw
         self.elapsed = 0.0
         self.stopped_by = "num_samples"
 
@@ -267,7 +269,12 @@ class Run:
         """Takes steps until all draws are there, or Ctrl-C."""
         shown = progress_bar and shows_bars()
         bar = tqdm(
-            total=self.plan.steps, initial=self.step, disable=not shown, desc="mclmc", unit="step", dynamic_ncols=True
+            total=self.plan.steps,
+            initial=self.step,
+            disable=not shown,
+            desc="mclmc",
+            unit="step",
+            dynamic_ncols=True,
         )
         counted = self.density.gradients - self.gradients
         with bar, deferred_interrupt() as interrupted:
@@ -288,7 +295,11 @@ class Run:
 
     def _show(self, bar: tqdm) -> None:
         mean = float(self.chains.log_density.mean())
-        bar.set_postfix(phase="sampling" if self.is_warm else "warm-up", lp=f"{mean:.5g}", step=f"{float(self.step_size.mean()):.3g}")
+        bar.set_postfix(
+            phase="sampling" if self.is_warm else "warm-up",
+            lp=f"{mean:.5g}",
+            step=f"{float(self.step_size.mean()):.3g}",
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that the run needs to go on."""
@@ -312,7 +323,9 @@ class Run:
             self._whiten(state["scale"].to(device))
         self.step, self.gradients, self.elapsed = state["step"], state["gradients"], state["elapsed"]
         self.chains = Chains(*(value.to(device) for value in state["chains"]))
-        self.step_size, self.length, self.squares, self.refused = (value.to(device) for value in state["sizes"])
+        self.step_size, self.length, self.squares, self.refused = (
+            value.to(device) for value in state["sizes"]
+        )
         kinds = {"energy": EnergyTuner, "acceptance": AcceptanceTuner, "moments": Moments, "path": Path}
         for name, kind in kinds.items():
             known = state["adaptation"].get(name)

@@ -115,7 +115,9 @@ class Resumption:
             {"function": state["sampler"], **state["settings"]}, {"function": self.sampler, **self.settings}
         )
         if found:
-            raise ValueError(f"checkpoint: {path} cannot be continued with {'; '.join(found.values())}. {advice}")
+            raise ValueError(
+                f"checkpoint: {path} cannot be continued with {'; '.join(found.values())}. {advice}"
+            )
         point, old = state["probe"].to(self.probe[0]), state["probe_value"]
         new = self.density(point)
         if not abs(old - new) <= 1e4 * torch.finfo(point.dtype).eps * max(abs(old), 1.0):

@@ -120,7 +120,10 @@ def _with_root(posterior: Any, guide: Any, dim: int) -> Any:
     base = base_distribution(posterior)
     if isinstance(base, td.Normal):
         return Independent(base.scale.detach())
-    raise _no_gaussian(guide, f"has the posterior {type(base).__name__}, which has no square root of a covariance of full rank")
+    raise _no_gaussian(
+        guide,
+        f"has the posterior {type(base).__name__}, which has no square root of a covariance of full rank",
+    )
 
 
 def _no_gaussian(guide: Any, what: str) -> ValueError:

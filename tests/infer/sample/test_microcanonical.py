@@ -154,7 +154,7 @@ class TestLeapfrog:
         plain = chains_at(generator, 3, 4)
         white = Target(changed, Gaussians([Dense(root)]))
         moved = white.start(plain.position @ root.T, plain.direction)
-        for on in range(5):
+        for _ in range(5):
             noise = torch.randn(3, 4, dtype=DOUBLE, generator=generator)
             step = torch.full((3,), 0.3, dtype=DOUBLE)
             plain, error, _ = langevin_step(target(), plain, step, 4 * step, noise)
@@ -173,7 +173,9 @@ class TestLeapfrog:
                 langevin_step(target(), one, step[[i]], 5 * step[[i]], noise[[i]])[0]
                 for i, one in enumerate(alone)
             ]
-        torch.testing.assert_close(together.position, torch.cat([one.position for one in alone]), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            together.position, torch.cat([one.position for one in alone]), rtol=0, atol=1e-13
+        )
 
 
 def test_refreshed_directions_keep_the_cosine_of_their_length(generator):
@@ -192,7 +194,9 @@ def test_a_step_that_leaves_the_finite_numbers_is_refused(generator):
         return value.where(position[:, 0] < 1, torch.tensor(math.nan, dtype=DOUBLE)), gradient
 
     on = target(walled)
-    start = on.start(torch.tensor([[0.9, 0.0], [0.0, 0.0]], dtype=DOUBLE), torch.tensor([[1.0, 0.0]] * 2, dtype=DOUBLE))
+    start = on.start(
+        torch.tensor([[0.9, 0.0], [0.0, 0.0]], dtype=DOUBLE), torch.tensor([[1.0, 0.0]] * 2, dtype=DOUBLE)
+    )
     noise = torch.randn(2, 2, dtype=DOUBLE, generator=generator)
     step = torch.full((2,), 0.3, dtype=DOUBLE)
     moved, error, refused = langevin_step(on, start, step, step, noise)
@@ -297,13 +301,18 @@ def test_against_blackjax(generator):
         key = jax.random.key(0)
         chains = chains_at(generator, 1, 5, target(scale=scale))
         state = integrators.new_integrator_state(
-            log_density, jax.numpy.array(chains.position[0].numpy()), jax.numpy.array(chains.direction[0].numpy())
+            log_density,
+            jax.numpy.array(chains.position[0].numpy()),
+            jax.numpy.array(chains.direction[0].numpy()),
         )
         step = integrators.with_isokinetic_maruyama(
             integrators.isokinetic_velocity_verlet(log_density, scale**2)
         )
         state, kinetic = step(state, 0.4, 3.0, key)
-        halves = [torch.tensor(jax.random.normal(k, (5,), dtype=float).tolist(), dtype=DOUBLE) for k in jax.random.split(key)]
+        halves = [
+            torch.tensor(jax.random.normal(k, (5,), dtype=float).tolist(), dtype=DOUBLE)
+            for k in jax.random.split(key)
+        ]
         expected = [torch.tensor(value.tolist(), dtype=DOUBLE) for value in (state.position, state.momentum)]
         energy = float(kinetic) - float(state.logdensity) + chains.log_density.item()
     half, length = torch.tensor([0.2], dtype=DOUBLE), torch.tensor([3.0], dtype=DOUBLE)

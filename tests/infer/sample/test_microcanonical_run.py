@@ -160,5 +160,7 @@ def test_refused_steps_are_counted_and_the_chain_lives_on():
 
 
 def test_gradients_are_counted():
-    run = went(made(student(5.0, 3), replace(PLAN, step_size=0.5, momentum_length=1.0, warmup_steps=10), dim=3))
+    run = went(
+        made(student(5.0, 3), replace(PLAN, step_size=0.5, momentum_length=1.0, warmup_steps=10), dim=3)
+    )
     assert run.gradients == run.density.gradients == 4 * (1 + 310)
