@@ -57,7 +57,8 @@ def in_order(samples: dict[str, Tensor], trace: Any) -> dict[str, Tensor]:
     extra = [n for n in samples if n not in latents and not (n in sites and is_deterministic(sites[n]))]
     if missing or extra:
         raise ValueError(
-            f"draws: of the sites {missing} of the model there are none, and {extra} are no latent sites of it, which are {latents}."
+            f"draws: of the sites {missing} of the model there are none, and {extra} are no latent sites of it, which are {latents}. "
+            "What is an observation among them has to be passed."
         )
     return {name: _fitted(name, samples[name], sites[name]) for name in latents}
 

@@ -254,6 +254,8 @@ def _of_draws(guide: Any) -> tuple[Facts, Rows]:
     shares = first_of([f"{w:.3g}" for w in of_chains.tolist()], most=10)
     facts["weights"] = "equal" if guide.equal_weights else f"of the chains {shares}"
     facts["density"] = "none: neither bounds nor importance weights"
+    if guide.num_chains > 1:
+        facts["convergence"] = "diagnostics.mixing(model, guide, data) compares what the chains predict"
     return facts, sites
 
 
