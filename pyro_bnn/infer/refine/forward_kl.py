@@ -107,7 +107,7 @@ class ForwardKLResult(Described):
     @override
     def described(self) -> tuple[str, dict[str, str]]:
         cells = [["before", *self.before.cells()], ["after", *self.after.cells()]]
-        rows = {line: "" for line in table_text(["", *_COLUMNS], cells)}
+        rows = dict.fromkeys(table_text(["", *_COLUMNS], cells), "")
         rows["gain"] = f"{self.gain:.3g} +- {self.gain_error:.2g} nats of forward divergence"
         rows["guide"] = (
             f"{type(self.guide).__name__}, {'refined' if self.improved else 'as it was'}: {self.reason}"
