@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.enclosure import Enclosure
 from pyro_bnn.ops.jacobian import LinearMap
+from pyro_bnn.ops.single_cg import conjugate_gradient
 
 
 class ConjugateBasis:
@@ -36,6 +38,7 @@ class ConjugateBasis:
         >>> Q = torch.tensor([[1.0, 0.0]]) / 2**0.5  # of unit P-norm
         >>> basis = ConjugateBasis(2)
         >>> basis.append(Q, Q @ P)
+        True
         >>> (basis.conjugate(torch.tensor([[0.0, 1.0]])) @ P @ Q.mT).abs().item() < 1e-6  # conjugate to Q
         True
     """
@@ -47,6 +50,11 @@ class ConjugateBasis:
         self._latest: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all directions so far are kept."""
+        return self._latest is None
+
+    @property
     def directions(self) -> Tensor:
         """What is kept, shape (count, p)."""
         return self._directions[: self.count]
@@ -56,18 +64,19 @@ class ConjugateBasis:
         """Its products with P, shape (count, p)."""
         return self._images[: self.count]
 
-    def append(self, directions: Tensor, images: Tensor) -> None:
+    def append(self, directions: Tensor, images: Tensor) -> bool:
         """
         Keeps a block, or remembers it as the latest if there is no room.
 
         :param directions: conjugate to what is kept and to each other, of unit P-norm, shape (S, p).
         :param images: their products with P, shape (S, p).
+        :return: whether it is kept.
         """
         norms = directions.norm(dim=-1)
         end = self.count + len(directions)
         if end > self.capacity:
             self._latest = directions, images, norms
-            return
+            return False
         if end > len(self._norms):
             room = min(max(2 * end, 64), self.capacity)
             self._directions = _grown(self.directions, directions, room)
@@ -77,6 +86,7 @@ class ConjugateBasis:
         self._images[self.count : end] = images
         self._norms[self.count : end] = norms
         self.count = end
+        return True
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -125,6 +135,7 @@ class BlockCGResult:
     The outcome of :func:`block_conjugate_gradient` for S right-hand sides.
 
     :ivar solution: shape ``(S, p)``.
+    :ivar remainder: :math:`b - Px`, shape ``(S, p)``, as the recursion has it: up to rounding.
     :ivar residual: final relative residuals :math:`|b - Px|/|b|`, shape ``(S,)``.
     :ivar iterations: block iterations.
     :ivar products: vectors multiplied by P, summed over iterations.
@@ -135,6 +146,7 @@ class BlockCGResult:
     """
 
     solution: Tensor
+    remainder: Tensor
     residual: Tensor
     iterations: int
     products: int
@@ -147,10 +159,11 @@ def block_conjugate_gradient(
     operator: LinearMap,
     rhs: Tensor,
     *,
-    tolerance: float = 1e-6,
+    tolerance: float | Tensor = 1e-6,
     max_iter: int | None = None,
     preconditioner: LinearMap | None = None,
     basis: ConjugateBasis | None = None,
+    enclosure: Enclosure | None = None,
 ) -> BlockCGResult:
     r"""
     Solves :math:`P x_s = b_s` for S right-hand sides, each in the block Krylov space of all of them.
@@ -163,10 +176,12 @@ def block_conjugate_gradient(
 
     :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``, for any S.
     :param rhs: shape ``(S, p)``.
-    :param tolerance: relative residual at which all right-hand sides are finished.
+    :param tolerance: relative residual at which all right-hand sides are finished, or, with ``enclosure``, the relative width
+        of the bounds of :math:`b_s^\top P^{-1} b_s`; then it may be one for each, shape ``(S,)``.
     :param max_iter: largest number of block iterations; default ``10 p + 20``.
     :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
     :param basis: directions from earlier solves with the same map, where this one starts and to which it adds.
+    :param enclosure: bounds from the directions of this solve, to which it adds them.
     :return: a :class:`BlockCGResult`.
     :raises ValueError: if a product is not finite.
 
@@ -187,9 +202,8 @@ def block_conjugate_gradient(
     basis = ConjugateBasis(p) if basis is None else basis
     norm = rhs.norm(dim=-1, keepdim=True)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    solve = _BlockSolve(
-        operator, rhs / norm, basis, preconditioner, tolerance, 10 * p + 20 if max_iter is None else max_iter
-    )
+    limit = 10 * p + 20 if max_iter is None else max_iter
+    solve = _BlockSolve(operator, rhs / norm, basis, preconditioner, tolerance, limit, enclosure)
     for attempt in range(3):
         if solve.is_over():
             break
@@ -201,6 +215,7 @@ def block_conjugate_gradient(
         solve.finish_one_by_one()
     return BlockCGResult(
         solve.x * norm,
+        solve.r * norm,
         solve.residual,
         solve.iterations,
         solve.products,
@@ -219,20 +234,41 @@ class _BlockSolve:
         rhs: Tensor,
         basis: ConjugateBasis,
         preconditioner: LinearMap | None,
-        tolerance: float,
+        tolerance: float | Tensor,
         max_iter: int,
+        enclosure: Enclosure | None = None,
     ) -> None:
         self.operator, self.rhs, self.basis, self.preconditioner = operator, rhs, basis, preconditioner
-        self.tolerance, self.max_iter = tolerance, max_iter
+        self.tolerance, self.max_iter, self.enclosure = tolerance, max_iter, enclosure
         self.iterations = self.products = 0
         self.smallest, self.largest, self.indefinite = torch.inf, 0.0, False
+        self.block, self.recursive = (
+            0,
+            False,
+        )  # directions in the latest block; whether bounds see no more than it
         self.x, self.r = basis.solve(rhs)
-        self.residual = self.r.norm(dim=-1)
+        self.value = torch.zeros_like(rhs[:, 0])
+        self.judge(sharp=True)
 
-    @property
-    def left(self) -> Tensor:
-        """Which right-hand sides are not solved yet."""
-        return self.residual > self.tolerance
+    def judge(self, *, sharp: bool = False) -> None:
+        """Notes what is left over, and which right-hand sides are not solved yet; ``sharp`` spares no bound."""
+        self.residual = self.r.norm(dim=-1)
+        if self.enclosure is None:
+            self.left = self.residual > self.tolerance
+        else:
+            self.value = (self.x * (self.rhs + self.r)).sum(-1)
+            self.left = ~(self.excess(self.enclosure, sharp=sharp) <= self.tolerance * self.value)
+
+    def excess(self, enclosure: Enclosure, *, sharp: bool) -> Tensor:
+        """The upper bounds of b'x less the lower ones, shape (S,); where all are kept, sharp for a tenth more directions."""
+        crude = (self.r * enclosure.metric(self.r)).sum(-1)
+        if bool((crude <= self.tolerance * self.value).all()):
+            return crude
+        if self.basis.keeps_all:
+            if not sharp and self.basis.count < 1.1 * len(enclosure.directions):
+                return crude
+            enclosure.extend(self.basis.directions, self.basis.images)
+        return enclosure.above(self.r, diagonal=True)
 
     def is_over(self) -> bool:
         """Whether all are solved, or nothing more can be done."""
@@ -244,14 +280,18 @@ class _BlockSolve:
         change, self.r[left] = self.basis.solve(self.rhs[left] - self.operator(self.x[left]))
         self.x[left] += change
         self.products += int(left.sum())
-        self.residual = self.r.norm(dim=-1)
+        self.judge(sharp=True)
 
     def iterate(self) -> None:
         """Iterations until the solve is over, or does not get on any more."""
         best, stalled = torch.inf, 0
-        while stalled <= 20 and not self.is_over() and len(q := self.directions()) and self.advance(q):
+        while stalled <= 20 and not self.is_over() and len(q := self.directions()):
+            before = self.value
+            if not self.advance(q):
+                break
             worst = float(self.residual.max())
-            stalled = 0 if worst < 0.9 * best else stalled + 1
+            grows = bool((self.value - before > 1e-2 * self.tolerance * self.value).any())
+            stalled = 0 if worst < 0.9 * best or grows else stalled + 1
             best = min(best, worst)
 
     def directions(self) -> Tensor:
@@ -279,12 +319,22 @@ class _BlockSolve:
         self.smallest = min(self.smallest, float(values[keep][0]))
         scaled = vectors[:, keep] / values[keep].sqrt()
         q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
-        self.basis.append(q, image)
+        self.append(q, image)
         step = self.r @ q.mT
         self.x = torch.addmm(self.x, step, q)
         self.r = torch.addmm(self.r, step, image, alpha=-1)
-        self.residual = self.r.norm(dim=-1)
+        self.judge()
         return True
+
+    def append(self, q: Tensor, image: Tensor) -> None:
+        """Keeps directions for later ones; bounds follow the recursion from where not all are kept."""
+        if not self.basis.append(q, image) and self.enclosure is not None:
+            if not self.recursive:
+                self.enclosure.extend(self.basis.directions, self.basis.images)
+                self.enclosure.last(self.block)
+            self.recursive = True
+            self.enclosure.follow(q, image)
+        self.block = len(q)
 
     def finish_one_by_one(self) -> None:
         """Single solves from where the block has come to."""
@@ -292,12 +342,12 @@ class _BlockSolve:
         single = conjugate_gradient(
             self.operator,
             self.rhs[left],
-            tolerance=self.tolerance,
+            tolerance=torch.finfo(self.x.dtype).eps ** 0.5 if self.enclosure else float(self.tolerance),
             max_iter=self.max_iter - self.iterations,
             preconditioner=self.preconditioner,
             start=self.x[left],
         )
-        self.x[left] = single.solution
+        self.x[left], self.r[left] = single.solution, single.remainder
         self.residual[left] = single.residual
         self.iterations += int(single.iterations.max())
         self.products += int(single.iterations.sum()) + int(left.sum())
@@ -323,96 +373,3 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return 0.5 * (matrix + matrix.mT)
-
-
-@dataclass
-class CGResult:
-    r"""
-    The outcome of :func:`conjugate_gradient` for S right-hand sides.
-
-    :ivar solution: shape ``(S, p)``.
-    :ivar residual: final relative residuals :math:`|b - Px|/|b|`, shape ``(S,)``.
-    :ivar iterations: products used by each right-hand side, shape ``(S,)``.
-    :ivar smallest_curvature: the smallest :math:`q^\top P q / q^\top q` met by each, shape ``(S,)``: an upper
-        bound of the smallest eigenvalue of P.
-    :ivar indefinite: where a direction of non-positive curvature was met, shape ``(S,)``, bool: P is not
-        positive definite, and the solution there is that of the iteration before.
-    """
-
-    solution: Tensor
-    residual: Tensor
-    iterations: Tensor
-    smallest_curvature: Tensor
-    indefinite: Tensor
-
-    @property
-    def converged(self) -> Tensor:
-        """Not :attr:`indefinite`; compare :attr:`residual` with your tolerance for the rest. Shape ``(S,)``."""
-        return ~self.indefinite
-
-
-def conjugate_gradient(
-    operator: LinearMap,
-    rhs: Tensor,
-    *,
-    tolerance: float = 1e-6,
-    max_iter: int | None = None,
-    preconditioner: LinearMap | None = None,
-    start: Tensor | None = None,
-) -> CGResult:
-    r"""
-    Solves :math:`P x_s = b_s` for a batch of right-hand sides by (preconditioned) conjugate gradients.
-
-    Each iteration makes one batched product. From the zero start, :math:`b^\top x_k` increases monotonically to
-    :math:`b^\top P^{-1} b` in exact arithmetic, so that an early stop gives a lower bound. A right-hand side
-    whose search direction has :math:`q^\top P q \le 0` stops there and is reported as indefinite.
-
-    :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
-    :param rhs: shape ``(S, p)``.
-    :param tolerance: relative residual at which a right-hand side is finished.
-    :param max_iter: largest number of products; default ``10 * p``.
-    :param preconditioner: the map :math:`r \mapsto M^{-1} r`, symmetric positive definite.
-    :param start: where to start, shape ``(S, p)``; zero by default.
-    :return: a :class:`CGResult`.
-
-    Example::
-
-        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> conjugate_gradient(lambda v: v @ P, torch.tensor([[1.0, 0.0]])).solution
-        tensor([[ 0.6000, -0.2000]])
-    """
-    S, p = rhs.shape
-    max_iter = 10 * p if max_iter is None else max_iter
-    norm = rhs.norm(dim=-1)
-    safe_norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    x = torch.zeros_like(rhs) if start is None else start.clone()
-    r = rhs.clone() if start is None else rhs - operator(start)
-    z = r if preconditioner is None else preconditioner(r)
-    q = z.clone()
-    rz = (r * z).sum(-1)
-    smallest = torch.full_like(norm, torch.inf)
-    indefinite = torch.zeros(S, dtype=torch.bool, device=rhs.device)
-    iterations = torch.zeros(S, dtype=torch.long, device=rhs.device)
-    active = r.norm(dim=-1) > tolerance * norm
-    for _ in range(max_iter):
-        if not active.any():
-            break
-        # a slice costs no copies while all are active
-        index = slice(None) if active.all() else active.nonzero().squeeze(-1)
-        q_a = q[index]
-        Pq = operator(q_a)
-        curvature = (q_a * Pq).sum(-1)
-        iterations[index] += 1
-        smallest[index] = torch.minimum(smallest[index], curvature / q_a.square().sum(-1))
-        bad = curvature <= 0
-        indefinite[index] = bad
-        step = torch.where(bad, torch.zeros_like(curvature), rz[index] / curvature)
-        x[index] += step[:, None] * q_a
-        r[index] -= step[:, None] * Pq
-        r_a = r[index]
-        z_a = r_a if preconditioner is None else preconditioner(r_a)
-        new_rz = (r_a * z_a).sum(-1)
-        q[index] = z_a + (new_rz / rz[index])[:, None] * q_a
-        rz[index] = new_rz
-        active[index] = (r_a.norm(dim=-1) > tolerance * safe_norm[index]) & ~bad
-    return CGResult(x, r.norm(dim=-1) / safe_norm, iterations, smallest, indefinite)

@@ -193,3 +193,57 @@ def nystrom_preconditioner(
         return (white - ((white @ directions.mT) * shrink) @ directions) * scale
 
     return solve
+
+
+def nystrom_below(operator: LinearMap, diagonal: Tensor, rank: int, *, passes: int = 2) -> LinearMap:
+    r"""
+    The inverse of a matrix M between a positive diagonal T and P, which exceeds it: a preconditioner, and a bound.
+
+    With :math:`A = T^{-1/2} P T^{-1/2} - 1`, positive semi-definite, and random orthonormal rows :math:`\Omega`, the Nyström
+    approximation :math:`\hat A = A\Omega^\top(\Omega A\Omega^\top)^+\Omega A` never exceeds A, so that
+    :math:`M = T^{1/2}(1 + \hat A)T^{1/2}` never exceeds P. M is reduced by what rounding may have added. It costs
+    ``rank * passes`` products.
+
+    :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
+    :param diagonal: T, shape ``(p,)``.
+    :param rank: how many directions; memory is ``rank * p``.
+    :param passes: products per direction; 2 sharpens the subspace by one power iteration.
+    :return: the map :math:`r \mapsto M^{-1} r`.
+
+    Source: Frangella, Tropp and Udell (2023), "Randomized Nyström preconditioning".
+
+    Example::
+
+        >>> P = torch.diag(torch.tensor([1.0, 1.0, 101.0]))
+        >>> inverse = nystrom_below(lambda v: v @ P, torch.ones(3), 1)
+        >>> (inverse(torch.eye(3)).diagonal() * 101).round()
+        tensor([101., 101.,   1.])
+    """
+    scale = diagonal.rsqrt()
+
+    def added(v: Tensor) -> Tensor:
+        return operator(v * scale) * scale - v
+
+    generator = torch.Generator(device=diagonal.device).manual_seed(0)
+    shape = (min(rank, len(diagonal)), len(diagonal))
+    basis = torch.randn(shape, dtype=diagonal.dtype, device=diagonal.device, generator=generator)
+    basis = orthonormal_rows(basis)
+    for _ in range(passes - 1):
+        basis = orthonormal_rows(added(basis))
+    image = added(basis)
+    values, vectors = torch.linalg.eigh(0.5 * (basis @ image.mT + image @ basis.mT))
+    eps = torch.finfo(diagonal.dtype).eps
+    keep = values > eps**0.5 * values.clamp(min=0).max() if len(values) else values > 0
+    half = (vectors[:, keep] / values[keep].sqrt()).mT @ image  # its square is the approximation
+    sizes, vectors = torch.linalg.eigh(half @ half.mT)
+    directions = (vectors / sizes.sqrt()).mT @ half
+    shrink = sizes / (1 + sizes)
+    reduced = 1 + eps**0.75 * float(
+        sizes.max() if len(sizes) else 0.0
+    )  # images are rounded by eps, over values above its root
+
+    def solve(r: Tensor) -> Tensor:
+        white = r * scale
+        return reduced * (white - ((white @ directions.mT) * shrink) @ directions) * scale
+
+    return solve

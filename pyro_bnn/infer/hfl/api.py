@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import Curvature, check_option
+from pyro_bnn.infer.hfl.bound import prior_bound
+from pyro_bnn.infer.hfl.certify import certify
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes, require_derivatives, require_slopes
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.direct import cg
@@ -97,8 +99,10 @@ def solve(
     :param str method: see the table.
     :param str curvature: ``"hessian"``, or ``"ggn"``: the linearised model.
     :param float epsilon: ε; default 1e-3 in float64 and 3e-3 in float32.
-    :param float tolerance: relative residual of the solves; default 1e-6 in float64 and 1e-4 in float32. The relative
-        error of a variance is about its square times the condition number.
+    :param float tolerance: the accuracy at which the solves of ``"cg"`` and ``"probe"`` stop. Where the variances can be
+        certified it is the relative width of their bounds, (upper - lower) / lower, of every functional; where they cannot,
+        and where none is given, a relative residual (default 1e-6 in float64 and 1e-4 in float32), whose square times the
+        condition number is about the relative error of a variance.
     :param int max_iter: largest number of iterations of a solve.
     :param bool correct_gradient: subtract the gradient at the point estimate from the loss, which targets the Laplace
         approximation at that point also when it is not quite a minimum.
@@ -117,6 +121,10 @@ def solve(
         point estimate has not converged.
     :param int chunk_size: how many reverse passes run at once.
     :param kwargs: keyword arguments of the model.
+    With ``curvature="ggn"`` and a prior whose curvature at the point estimate is a positive number for every latent, such as any
+    independent Gaussian, the result certifies its variances: ``lower`` and ``upper`` contain :math:`g^\top P^{-1} g`,
+    whatever the method and however early a solve has stopped (:doc:`/hfl`).
+
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.
@@ -154,13 +162,15 @@ def solve(
         require_derivatives(functionals)
     double = problem.latent.dtype == torch.float64
     epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
-    tolerance = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
     notes = [*_resolution(method, epsilon, double=double), *set_proximal(problem, proximal)]
     for text in notes:  # now, because what follows may raise
         warn_user(text, HFLWarning)
+    bound = prior_bound(problem)
+    width = None if bound.precision is None else tolerance
+    residual = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
     solver = Solver(
-        problem, tolerance=tolerance, max_iter=max_iter, preconditioner=preconditioner, rank=rank,
-        block_size=block_size,
+        problem, tolerance=residual, max_iter=max_iter, preconditioner=preconditioner, rank=rank,
+        block_size=block_size, bound=bound, width=width,
     )  # fmt: skip
     task = Task(problem, functionals, solver, epsilon, num_epochs, num_probes, check)
     found = METHODS[method](task)
@@ -169,10 +179,17 @@ def solve(
         "method": method,
         "curvature": curvature,
         "sandwich": scores,
+        "certificate": certify(task, found),
+        "uncertified": bound.reason,
         "warnings": notes,
     }
     result = _result(task, found, **options)
-    result.warn(tolerance=tolerance, largest_curvature=solver.largest_curvature, map_tolerance=map_tolerance)
+    result.warn(
+        tolerance=residual,
+        width=width,
+        largest_curvature=solver.largest_curvature,
+        map_tolerance=map_tolerance,
+    )
     return result
 
 
@@ -198,8 +215,9 @@ def _resolution(method: str, epsilon: float, *, double: bool) -> list[str]:
 def _result(task: Task, found: Found, *, method: str, **options: Any) -> HFLResult:
     """What has been found, and what it took."""
     problem, solver = task.problem, task.solver
+    known = {name: value for name, value in vars(found).items() if name not in ("remainders", "rest")}
     return HFLResult(
-        **vars(found),
+        **known,
         **options,
         method=method,
         shape=task.functionals.shape,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_bnn.infer.hfl.certificate import Certificate
 from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
 
@@ -39,6 +40,8 @@ class Diagnostics(Described):
     proximal: float = 0.0
     captured: float | None = None
     captured_error: float | None = None
+    certificate: Certificate | None = None
+    uncertified: str = ""
     iterations: int = 0
     products: int = 0
     gradient_evaluations: int = 0
@@ -65,14 +68,21 @@ class Diagnostics(Described):
             rows["proximal delta (biases variances down)"] = f"{self.proximal:.3g}"
         if self.captured is not None:
             rows["captured variance"] = f"{self.captured:.4f} +- {self.captured_error:.4f}"
+        if self.certificate is not None:
+            rows["certified relative width"] = f"{self.certificate.width:.2g}"
+        elif self.uncertified:
+            rows["not certified"] = self.uncertified
         return rows
 
-    def warn(self, *, tolerance: float, largest_curvature: float, map_tolerance: float) -> None:
-        """Warns of all that makes the result inaccurate, and notes it."""
+    def warn(
+        self, *, tolerance: float, width: float | None = None, largest_curvature: float, map_tolerance: float
+    ) -> None:
+        """Warns of all that makes the result inaccurate, and notes it; ``width`` is the one that was asked for."""
         dtype = self.variances.dtype
         for text in (
             *self._of_the_point(largest_curvature, map_tolerance, dtype),
-            *self._of_the_method(tolerance),
+            *self._of_the_bounds(width),
+            *self._of_the_method(tolerance if width is None else float("inf")),
         ):
             warn_user(text, HFLWarning)
             self.warnings.append(text)
@@ -90,6 +100,24 @@ class Diagnostics(Described):
             yield (
                 f"curvatures range from {self.smallest_curvature:.2g} to {largest_curvature:.2g}, more than "
                 f"{str(dtype).removeprefix('torch.')} resolves to 1 %: use float64"
+            )
+
+    def _of_the_bounds(self, width: float | None) -> Iterator[str]:
+        if self.certificate is None:
+            return
+        lower, upper = self.certificate.lower, self.certificate.upper
+        if self.method in ("cg", "probe"):
+            if width is not None and self.certificate.width > width:
+                yield (
+                    f"the bounds of the variances are up to {self.certificate.width:.2g} wide, relative to the lower one, not "
+                    f"{width:.2g}: use a preconditioner, a larger max_iter, or float64"
+                )
+            return
+        outside = (self.variances > 1.01 * upper) | (self.variances < 0.99 * lower)
+        if bool(outside.any()):
+            yield (
+                f"{int(outside.sum())} of {len(lower)} variances of method={self.method!r} lie outside of their certified "
+                "bounds by more than 1 %: read lower and upper, or use method='cg'"
             )
 
     def _of_the_method(self, tolerance: float) -> Iterator[str]:

@@ -9,4 +9,13 @@ def cg(task: Task) -> Found:
     """One linear solve per functional."""
     J = task.functionals.gradients
     decrement, D = task.solve(J)
-    return Found.from_responses(J, D, D @ J.mT, newton_decrement=decrement, residual=task.solver.residual)
+    remainders, rest = task.left_over
+    return Found.from_responses(
+        J,
+        D,
+        D @ J.mT,
+        newton_decrement=decrement,
+        residual=task.solver.residual,
+        remainders=remainders,
+        rest=rest,
+    )

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scalar functions of a model's latents whose variances are wanted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ class Functionals:
             else:
                 self._rows = self._leaf.new_zeros(len(self), self._leaf.shape[0]).detach()
         return self._rows
+
+    def rows(self) -> Iterator[Tensor]:
+        """The gradients, a part of shape ``(k, p)`` at a time, which are not kept."""
+        for index in torch.arange(len(self), device=self._leaf.device).split(self.chunk_size):
+            if self._rows is not None:
+                yield self._rows[index]
+            else:
+                yield self.transposed(torch.nn.functional.one_hot(index, len(self)).to(self.values.dtype))
 
     def subset(self, index: Tensor) -> "Functionals":
         """Those at an index of shape ``(k,)``."""

@@ -25,6 +25,7 @@ def probe(task: Task, *, seed: int = 0) -> Found:
     Z = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     G = functionals.transposed(Z)
     decrement, D = task.solve(G)
+    remainders, rest = task.left_over
     Y = functionals.responses(D)
     gram = Z @ Y.mT
     gram = 0.5 * (gram + gram.mT)
@@ -41,6 +42,8 @@ def probe(task: Task, *, seed: int = 0) -> Found:
         newton_decrement=decrement,
         captured=captured,
         captured_error=error,
+        remainders=remainders,
+        rest=rest,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pyro_bnn.infer.hfl.diagnostics import Diagnostics
+from pyro_bnn.ops.quadrature import Bracket
 
 
 @dataclass(kw_only=True, repr=False)
@@ -42,6 +43,9 @@ class HFLResult(Diagnostics):
     :ivar proximal: δ of the term :math:`\frac\delta2|u-\hat u|^2` that was added to the loss.
     :ivar captured: for probes, the estimated fraction of the summed variance that they captured.
     :ivar captured_error: its standard error.
+    :ivar certificate: bounds of the variances from both sides, and of covariances in the order of positive semi-definite
+        matrices; ``None`` where no bound of the curvature is known.
+    :ivar uncertified: the reason for that.
     :ivar iterations: block iterations of the linear solves.
     :ivar products: curvature-vector products.
     :ivar gradient_evaluations: gradients of the loss over all the data.
@@ -75,6 +79,46 @@ class HFLResult(Diagnostics):
     def variance(self) -> Tensor:
         """The variance of each functional, of the functional's :attr:`shape`."""
         return self.variances.reshape(self.shape)
+
+    @property
+    def lower(self) -> Tensor | None:
+        """Certified lower bounds of the variances, of the functional's :attr:`shape`; ``None`` where none are known."""
+        return None if self.certificate is None else self.certificate.lower.reshape(self.shape)
+
+    @property
+    def upper(self) -> Tensor | None:
+        """Certified upper bounds of the variances, of the functional's :attr:`shape`; ``None`` where none are known."""
+        return None if self.certificate is None else self.certificate.upper.reshape(self.shape)
+
+    def combination_bounds(self, weights: Tensor) -> Bracket:
+        r"""
+        Certified bounds of the variances of linear combinations :math:`\sum_j w_j f_j`.
+
+        :param weights: shape ``(..., m)``, for the flattened value of the functional.
+        :return: lower and upper bounds, shape ``(...)`` each.
+        :raises ValueError: where the result is not certified, saying why, or was found by probes.
+
+        Example::
+
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> def model(x, y=None):
+            ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            ...     with pyro.plate("data", len(x)):
+            ...         return pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+            >>> x, y = torch.eye(2), torch.tensor([1.0, -1.0])
+            >>> from pyro_bnn import AutoLaplace, hfl
+            >>> guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+            >>> result = hfl.solve(guide, (x, y), (x,), curvature="ggn")
+            >>> low, high = result.combination_bounds(torch.tensor([1.0, -1.0]))  # of the difference: 2 / (1 + 4)
+            >>> bool(low <= 0.4001), bool(high >= 0.3999)
+            (True, True)
+        """
+        if self.certificate is None:
+            raise ValueError(f"the variances are not certified: {self.uncertified}.")
+        if self.certificate.joint is None:
+            raise ValueError("method='probe' bounds no covariances: use method='cg'.")
+        lower, upper = (((weights @ side) * weights).sum(-1) for side in self.certificate.joint)
+        return Bracket(lower.clamp(min=0), upper)
 
     @property
     def covariance(self) -> Tensor:

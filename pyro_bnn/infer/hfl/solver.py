@@ -9,12 +9,12 @@ from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.curvature.definite import hierarchy_hint
-from pyro_bnn.curvature.prior import prior_curvature
+from pyro_bnn.infer.hfl.bound import Bound, prior_of
 from pyro_bnn.infer.hfl.loss import Problem
-from pyro_bnn.model.data import iter_batches
-from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
+from pyro_bnn.ops.block_cg import BlockCGResult, ConjugateBasis, block_conjugate_gradient
+from pyro_bnn.ops.enclosure import Enclosure, conjugate_rows
 from pyro_bnn.ops.jacobian import LinearMap
-from pyro_bnn.ops.krylov import nystrom_preconditioner
+from pyro_bnn.ops.krylov import nystrom_below, nystrom_preconditioner
 
 #: ``"nystrom"``, ``"prior"``, ``"diagonal"``, a fitted Laplace guide, or a map r -> M^-1 r.
 Preconditioner = Literal["nystrom", "prior", "diagonal"] | LinearMap | Any
@@ -22,7 +22,7 @@ Preconditioner = Literal["nystrom", "prior", "diagonal"] | LinearMap | Any
 
 class Solver:
     r"""
-    Solves :math:`P d = g` for blocks of right-hand sides.
+    Solves :math:`P d = g` for blocks of right-hand sides. Directions are kept, for all that is solved later.
 
     :param tolerance: relative residual.
     :param max_iter: largest number of iterations per block; default ``10 p``.
@@ -32,6 +32,12 @@ class Solver:
     :param block_size: how many right-hand sides share a Krylov space; memory is about 6 blocks and the directions
         that are kept (:class:`~pyro_bnn.ops.block_cg.ConjugateBasis`).
     :param rank: directions of the ``"nystrom"`` preconditioner.
+    :param bound: what P is known to exceed; the bounds of solutions follow from it.
+    :param width: the relative width of the bounds of :math:`g^\top P^{-1} g` at which solves stop, in place of the
+        residual; the preconditioner is then the bound, if there is no other.
+    :ivar metric: the map :math:`r \mapsto M^{-1} r` of an M that P is known to exceed, or ``None``.
+    :ivar remainder: what the latest solutions leave over, shape ``(S, p)``, where there is a bound.
+    :ivar rest: bounds of what these leave of :math:`g^\top P^{-1} g`, shape ``(S,)``, where solves stopped by the width.
     """
 
     def __init__(
@@ -43,6 +49,8 @@ class Solver:
         preconditioner: Preconditioner | None = None,
         block_size: int = 64,
         rank: int = 64,
+        bound: Bound | None = None,
+        width: float | None = None,
     ) -> None:
         self.problem = problem
         self.tolerance = tolerance
@@ -53,9 +61,22 @@ class Solver:
         self.smallest_curvature = float("inf")
         self.largest_curvature = 0.0
         self.residual = 0.0
-        self.preconditioner = self.resolve(preconditioner, rank)
+        self.width = width
+        self.metric: LinearMap | None = None
+        self.remainder: Tensor | None = None
+        self.rest: Tensor | None = None
+        precision = None if bound is None else bound.precision
+        if precision is not None:
+            self.metric = lambda r: r / precision
+            preconditioner = "prior" if preconditioner is None and width is not None else preconditioner
+        self.preconditioner = self.resolve(preconditioner, rank, precision)
+        if precision is not None and preconditioner == "nystrom":
+            self.metric = self.preconditioner
+        self._basis: ConjugateBasis | None = None
+        self._enclosure: Enclosure | None = None
+        self._several = False  # blocks in the latest solve
 
-    def __call__(self, rhs: Tensor, *, tolerance: float | None = None) -> Tensor:
+    def __call__(self, rhs: Tensor, *, tolerance: float | Tensor | None = None) -> Tensor:
         """
         Solutions of shape ``(S, p)`` for right-hand sides of shape ``(S, p)``; those to another relative residual than the
         solver's do not count in ``residual``.
@@ -68,46 +89,103 @@ class Solver:
                 f"{len(rows)} of {len(rhs)} gradients to solve for are not finite: check that the functionals can be "
                 "differentiated at the point estimate"
             )
-        parts = []
-        basis = ConjugateBasis(rhs.shape[-1])
-        for block in rhs.split(self.block_size):
-            result = block_conjugate_gradient(
-                self.problem.operator,
-                block,
-                tolerance=self.tolerance if tolerance is None else tolerance,
-                max_iter=self.max_iter,
-                preconditioner=self.preconditioner,
-                basis=basis,
+        goal = self.tolerance if tolerance is None else tolerance
+        results = [self._block(block, goal) for block in rhs.split(self.block_size)]
+        if tolerance is None:
+            self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
+        self.remainder = None if self.metric is None else torch.cat([result.remainder for result in results])
+        self.rest = None
+        return torch.cat([result.solution for result in results])
+
+    def enclosed(self, rhs: Tensor, widths: Tensor) -> Tensor:
+        """Solutions, with bounds of the variances that are as narrow as widths of shape ``(S,)``; see :meth:`__call__`."""
+        parts, results = [], []
+        blocks = rhs.split(self.block_size)
+        for block, width in zip(blocks, widths.split(self.block_size), strict=True):
+            enclosure = self._grown_enclosure()
+            results.append(self._block(block, width, enclosure))
+            parts.append(enclosure.above(results[-1].remainder, diagonal=True))
+        self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
+        solutions, remainder = (
+            torch.cat([r.solution for r in results]),
+            torch.cat([r.remainder for r in results]),
+        )
+        if self._basis is not None and self._basis.keeps_all and len(blocks) > 1:
+            steps, remainder = self._basis.solve(remainder)  # by the directions of later blocks
+            solutions += steps
+        self._several = len(blocks) > 1
+        self.remainder, self.rest = remainder, torch.cat(parts)
+        return solutions
+
+    def enclosing(self, displacements: Tensor, images: Tensor) -> Enclosure:
+        """
+        What is known of the inverse of P: from the directions that are kept, from the recursion of one block, or else from
+        displacements of shape (m, p) and their products with P.
+        """
+        basis, latest = self._basis, self._enclosure
+        if basis is None or basis.keeps_all:
+            enclosure = self._grown_enclosure()
+            if basis is not None:
+                enclosure.extend(basis.directions, basis.images)
+            return enclosure
+        if latest is not None and latest.is_recursive and not self._several:
+            return latest
+        enclosure = self._grown_enclosure()
+        enclosure.extend(*conjugate_rows(displacements, images))
+        return enclosure
+
+    def _grown_enclosure(self) -> Enclosure:
+        """The one that grows with the directions, or a new one where not all of them are kept."""
+        assert self.metric is not None
+        if self._enclosure is None or (self._basis is not None and not self._basis.keeps_all):
+            self._enclosure = Enclosure(self.metric)
+        return self._enclosure
+
+    def _block(
+        self, block: Tensor, tolerance: float | Tensor, enclosure: Enclosure | None = None
+    ) -> BlockCGResult:
+        """One block of solves, and the account of it."""
+        if self._basis is None:
+            self._basis = ConjugateBasis(block.shape[-1])
+        result = block_conjugate_gradient(
+            self.problem.operator,
+            block,
+            tolerance=tolerance,
+            max_iter=self.max_iter,
+            preconditioner=self.preconditioner,
+            basis=self._basis,
+            enclosure=enclosure,
+        )
+        self.iterations += result.iterations
+        self.products += result.products
+        self.smallest_curvature = min(self.smallest_curvature, result.smallest_curvature)
+        self.largest_curvature = max(self.largest_curvature, result.largest_curvature)
+        if result.indefinite:
+            raise NotAMinimumError(
+                f"the {self.problem.curvature} has a direction of curvature {result.smallest_curvature:.3g}: the "
+                "point estimate is not a minimum and has no Laplace approximation. Call guide.polish(data) in "
+                "float64, train longer, use curvature='ggn', or set proximal='auto' and report its delta."
+                f"{hierarchy_hint(self.problem.model.space, self.problem.model.space.slices)}"
             )
-            self.iterations += result.iterations
-            self.products += result.products
-            self.smallest_curvature = min(self.smallest_curvature, result.smallest_curvature)
-            self.largest_curvature = max(self.largest_curvature, result.largest_curvature)
-            if result.indefinite:
-                raise NotAMinimumError(
-                    f"the {self.problem.curvature} has a direction of curvature {result.smallest_curvature:.3g}: the "
-                    "point estimate is not a minimum and has no Laplace approximation. Call guide.polish(data) in "
-                    "float64, train longer, use curvature='ggn', or set proximal='auto' and report its delta."
-                    f"{hierarchy_hint(self.problem.model.space, self.problem.model.space.slices)}"
-                )
-            if tolerance is None:
-                self.residual = max(self.residual, float(result.residual.max()))
-            parts.append(result.solution)
-        return torch.cat(parts)
+        return result
 
     def scaled(self, r: Tensor) -> Tensor:
         """The preconditioner's image of tensors of shape ``(S, p)``."""
         return r if self.preconditioner is None else self.preconditioner(r)
 
-    def resolve(self, preconditioner: Preconditioner | None, rank: int) -> LinearMap | None:
-        r"""The map :math:`r \mapsto M^{-1} r` that a preconditioner stands for."""
+    def resolve(
+        self, preconditioner: Preconditioner | None, rank: int, precision: Tensor | None = None
+    ) -> LinearMap | None:
+        r"""The map :math:`r \mapsto M^{-1} r` that a preconditioner stands for; P exceeds a ``precision`` that is given."""
         problem = self.problem
         if preconditioner == "nystrom":
             self.products += 2 * min(rank, problem.latent.shape[0])
+            if precision is not None:
+                return nystrom_below(problem.operator, precision, rank)
             diagonal = self._prior_diagonal()
             return nystrom_preconditioner(problem.operator, problem.latent, rank, diagonal=diagonal)
         if preconditioner == "prior":
-            diagonal = self._prior_diagonal()
+            diagonal = self._prior_diagonal() if precision is None else precision
             return lambda r: r / diagonal
         if preconditioner == "diagonal":
             accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
@@ -131,11 +209,8 @@ class Solver:
     def _prior_diagonal(self) -> Tensor:
         """The diagonal of the prior's curvature, kept positive where the prior is flat or not log-concave."""
         problem = self.problem
-        leaf = problem.latent.clone().requires_grad_(True)
-        trace = problem.model.trace(leaf, next(iter_batches(problem.data)))
-        value = -problem.model.log_prior(leaf, trace)
-        prior = prior_curvature(value, leaf, chunk_size=problem.chunk_size)
-        diagonal = prior.diagonal(torch.arange(len(leaf), device=leaf.device)) + problem.proximal
+        index = torch.arange(len(problem.latent), device=problem.latent.device)
+        diagonal = prior_of(problem).diagonal(index) + problem.proximal
         largest = diagonal.max()
         if not largest > 0:
             return torch.ones_like(diagonal)

@@ -29,14 +29,32 @@ class Task:
 
     def solve(self, rows: Tensor, *, tolerance: float | None = None) -> tuple[float, Tensor]:
         """The Newton decrement of the point estimate, and displacements of shape (S, p), from one block of solves."""
-        gradient = self.problem.gradient
-        solved = self.solver(torch.cat([gradient[None], rows]), tolerance=tolerance)
+        gradient, solver = self.problem.gradient, self.solver
+        rhs = torch.cat([gradient[None], rows])
+        if tolerance is not None or solver.width is None or solver.metric is None:
+            solved = solver(rhs, tolerance=tolerance)
+        else:
+            widths = torch.full_like(rhs[:, 0], solver.width)
+            # a decrement is wanted within a factor, and not at all where it is known to be below 1e-3
+            widths[0] = torch.inf if float(gradient @ solver.metric(gradient[None])[0]) < 1e-6 else 0.5
+            solved = solver.enclosed(rhs, widths)
         return float((solved[0] @ gradient).clamp(min=0).sqrt()), solved[1:]
+
+    @property
+    def left_over(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the displacements that were solved for last leave over, and its bounds; see :class:`Found`."""
+        remainder, rest = self.solver.remainder, self.solver.rest
+        return None if remainder is None else remainder[1:], None if rest is None else rest[1:]
 
 
 @dataclass
 class Found:
-    """Displacements, the covariance they give, and how good they are; see :class:`~pyro_bnn.infer.hfl.HFLResult`."""
+    """
+    Displacements, the covariance they give, and how good they are; see :class:`~pyro_bnn.infer.hfl.HFLResult`.
+
+    :ivar remainders: what solves of displacements left over, shape (m, p), where they are known.
+    :ivar rest: bounds of what these are to the variances, shape (m,), where solves had them.
+    """
 
     gradients: Tensor
     displacements: Tensor
@@ -49,6 +67,8 @@ class Found:
     agreement: float | None = None
     captured: float | None = None
     captured_error: float | None = None
+    remainders: Tensor | None = None
+    rest: Tensor | None = None
 
     @classmethod
     def from_responses(cls, J: Tensor, D: Tensor, responses: Tensor, **diagnostics: Any) -> Self:

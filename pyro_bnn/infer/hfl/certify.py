@@ -1,0 +1,56 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""From what a method has found to its certificate."""
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.hfl.certificate import Certificate, covariance_bounds, variance_bounds
+from pyro_bnn.infer.hfl.task import Found, Task
+
+
+def certify(task: Task, found: Found) -> Certificate | None:
+    """The bounds of what a method has found; ``None`` where no bound of the curvature is known."""
+    solver, G, D, R = task.solver, found.gradients, found.displacements, found.remainders
+    if solver.metric is None:
+        return None
+    if R is None:
+        R = G - task.problem.operator(D)
+        solver.products += len(D)
+    enclosure, remainders = solver.enclosing(D, G - R), R
+    steps, R = enclosure.solve(R)
+    D = D + steps
+    gap = residual_gap(task, G, D, R)
+    if found.captured is None:
+        joint = covariance_bounds(enclosure, G, D, R, gap)
+        diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest)
+        return Certificate(*diagonal, joint, gap, enclosure, remainders)
+    parts = [variance_bounds(enclosure, g, *enclosure.solve(g), gap) for g in task.functionals.rows()]
+    lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
+    return Certificate(lower, upper, None, gap, enclosure, remainders)
+
+
+def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:
+    r"""
+    How far residuals R are from :math:`G - DP`, in the norm of the bound and in posterior standard deviations, doubled.
+
+    All are computed again if that takes a twentieth of the products so far, and random combinations of them otherwise, of which
+    one is the least: the expected square of one of signs is the sum of the squares of all.
+    """
+    solver = task.solver
+    assert solver.metric is not None
+    scale = (D * (G + R)).sum(-1).clamp(min=0).rsqrt()
+    scale = torch.where(scale.isfinite(), scale, 0.0)[:, None]
+    G, D, R = scale * G, scale * D, scale * R
+    number = max(1, min(len(D), solver.products // 20))
+    exact = number == len(D)
+    if not exact:
+        generator = torch.Generator(device=D.device).manual_seed(0)
+        signs = (
+            torch.randint(0, 2, (number, len(D)), generator=generator, device=D.device).to(D.dtype) * 2 - 1
+        )
+        G, D, R = signs @ G, signs @ D, signs @ R
+    error = G - R - task.problem.operator(D)
+    solver.products += number
+    squares = (error * solver.metric(error)).sum(-1).clamp(min=0)
+    return 2 * float((squares.max() if exact else squares.mean()).sqrt()) if len(D) else 0.0

@@ -1,0 +1,185 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Two maps between which the inverse of a matrix lies, from products that have been made.
+
+Let P be positive definite and M another such matrix that it is known to exceed: :math:`M \preceq P`, such as the precision of a
+Gaussian prior. For directions Q, one per row, and their images :math:`W = QP`, with :math:`QPQ^\top = 1`,
+
+.. math::
+
+   Q^\top Q \;\preceq\; P^{-1} \;\preceq\; M^{-1} - H^\top N^{-1} H, \qquad H = W M^{-1} - Q,\quad N = W M^{-1} W^\top - 1.
+
+For any d with residual :math:`r = g - Pd` one has :math:`g^\top P^{-1} g = g^\top d + d^\top r + r^\top P^{-1} r`, so that
+:math:`h(d) = g^\top d + d^\top r + r^\top M^{-1} r` is an upper bound. Its minimum over d in the span of Q is
+:math:`g^\top` times the right-hand side times :math:`g`, which proves it; for the Krylov space of one vector and :math:`M = \tau`
+it is the Gauss-Radau rule with a node at :math:`\tau` (:mod:`pyro_bnn.ops.quadrature`), as the maximum of
+:math:`g^\top d + d^\top r`, on the left, is the Gauss rule. Neither asks for a Krylov space: blocks, directions of
+earlier solves and any preconditioner serve as well.
+
+Source: Golub and Meurant (1994), "Matrices, moments and quadrature", for one vector; the argument above for any span.
+"""
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.ops.jacobian import LinearMap
+
+
+class Enclosure:
+    r"""
+    Bounds of :math:`R P^{-1} R^\top` for rows R.
+
+    :param metric: the map :math:`r \mapsto M^{-1} r`, of shape (S, p) both.
+    :ivar directions: Q, shape ``(k, p)``; none at first.
+    :ivar images: :math:`QP`, shape ``(k, p)``.
+    :ivar is_recursive: whether directions follow a recursion, :meth:`follow`, and are orthogonal in N rather than in P.
+
+    Example::
+
+        >>> P = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> enclosure = Enclosure(lambda r: r)  # P exceeds the identity
+        >>> q = torch.tensor([[1.0, 0.0]]) / 2**0.5
+        >>> enclosure.extend(q, q @ P)
+        >>> g = torch.tensor([[0.0, 1.0]])
+        >>> (enclosure.solve(g)[0] @ g.mT).item() <= 0.4 <= enclosure.above(g).item()  # the inverse has 2 / 5 there
+        True
+    """
+
+    def __init__(self, metric: LinearMap) -> None:
+        self.metric = metric
+        self.directions = self.images = torch.empty(0, 0)
+        self._gram = torch.empty(0, 0)  # N
+        self._size = torch.empty(0)  # Q P Q', the diagonal
+        self._factor: Tensor | None = None  # R with R R' close to N^-1 from below
+        self.is_recursive = False
+        self._largest = 0.0  # what is known of the largest eigenvalue of M^-1 P, from below
+
+    def extend(self, directions: Tensor, images: Tensor) -> None:
+        """
+        :param directions: those there are already, and more after them, shape ``(k, p)``.
+        :param images: their products with P, shape ``(k, p)``.
+        """
+        old, self.directions, self.images = len(self._gram), directions, images
+        if old == len(directions):
+            return
+        rows = self._products(directions[old:], images[old:])
+        gram = rows.new_empty(len(directions), len(directions))
+        gram[:old, :old] = self._gram
+        gram[old:], gram[:, old:] = rows, rows.mT
+        gram[old:, old:] = 0.5 * (rows[:, old:] + rows[:, old:].mT)
+        self._gram, self._factor = gram, None
+        self._size = (directions * images).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+        self._largest = max(self._largest, float((1 + gram.diagonal() / self._size).max()))
+
+    def follow(self, directions: Tensor, images: Tensor) -> None:
+        """
+        Keeps of all directions so far and a new block only what is orthogonal, in N, to all but the new block.
+
+        If these come from conjugate gradients preconditioned by M, N couples neighbouring blocks only, so that nothing that
+        matters to the residuals of these solves is lost.
+        """
+        if len(self._gram):
+            root = self._root()
+            steps = self._products(directions, images) @ root @ root.mT
+            directions = torch.addmm(directions, steps, self.directions, alpha=-1)
+            images = torch.addmm(images, steps, self.images, alpha=-1)
+        self._gram, self.is_recursive = torch.empty(0, 0), True
+        self.directions = self.images = directions[:0]
+        self.extend(directions, images)
+
+    def last(self, size: int) -> None:
+        """Keeps the last directions, made orthogonal in N to those before; all, if there are no last ones."""
+        if not size:
+            return
+        tail = self.directions[-size:].clone(), self.images[-size:].clone()
+        self._gram, self._size, self._factor = self._gram[:-size, :-size], self._size[:-size], None
+        self.directions, self.images = self.directions[:-size], self.images[:-size]
+        self.follow(*tail)
+
+    def solve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        r"""
+        The best solutions in the span of Q, whose :math:`x^\top r` is the lower bound: :math:`x = R\,Q^\top Q`.
+
+        :param rows: R, shape ``(m, p)``.
+        :return: x and what it leaves over, :math:`R - xP`, of that shape; zero where only the recursion is known, whose solves
+            leave nothing in the span.
+        """
+        if self.is_recursive or not len(self._gram):
+            return torch.zeros_like(rows), rows
+        coefficients = rows @ self.directions.mT
+        return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
+
+    def above(self, rows: Tensor, *, diagonal: bool = False) -> Tensor:
+        r"""
+        :param rows: R, shape ``(m, p)``.
+        :param diagonal: whether the diagonal is enough.
+        :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
+        """
+        scaled = self.metric(rows)
+        whole = (rows * scaled).sum(-1) if diagonal else _even(rows @ scaled.mT)
+        if not len(self._gram):
+            return whole
+        half = (scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
+        if not diagonal:
+            return (1 + self._noise()) * whole - half @ half.mT
+        return ((1 + self._noise()) * whole - half.square().sum(-1)).clamp(min=0)
+
+    def _noise(self) -> float:
+        """The relative error of an image in the metric, were it rounded in the worst of directions."""
+        return 8 * torch.finfo(self._gram.dtype).eps * self._largest
+
+    def _products(self, directions: Tensor, images: Tensor) -> Tensor:
+        """Rows of N: of some directions with all of them."""
+        return self.metric(images) @ self.images.mT - directions @ self.images.mT
+
+    def _root(self) -> Tensor:
+        r"""R with :math:`R R^\top \preceq N^{-1}`, shape (k, k): smaller than rounding could make N^-1 larger."""
+        if self._factor is None:
+            gram, k = self._gram.double(), len(self._gram)
+            # entries of N are differences of W M^-1 W' and Q W', where W is rounded
+            size, diagonal = self._size.double(), gram.diagonal().clamp(min=0)
+            noise = self._noise() * (size.clamp(min=1) * (diagonal + size)).sqrt()
+            scale = (diagonal + noise).rsqrt()
+            unit = _even(gram * scale * scale[:, None]) + torch.diag(noise * scale * scale)
+            lower, failed = torch.linalg.cholesky_ex(unit)
+            if int(failed):
+                values, vectors = torch.linalg.eigh(unit)
+                root = vectors * values.clamp(min=self._noise()).rsqrt()
+            else:
+                eye = torch.eye(k, dtype=unit.dtype, device=unit.device)
+                root = torch.linalg.solve_triangular(lower, eye, upper=False).mT
+            self._factor = (scale[:, None] * root).to(self._gram.dtype)
+        return self._factor
+
+
+def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    Directions with :math:`QPQ^\top = 1` of the span of others, and their images.
+
+    :param directions: shape ``(k, p)``; those that depend on others, or have no length, are left out.
+    :param images: their products with P, shape ``(k, p)``.
+    :return: both of shape ``(r, p)`` with r ≤ k.
+
+    Example::
+
+        >>> P, rows = torch.tensor([[2.0, 0.0], [0.0, 8.0]]), torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+        >>> Q, images = conjugate_rows(rows, rows @ P)
+        >>> (Q @ images.mT).round(decimals=5)
+        tensor([[1.]])
+    """
+    scale = (directions * images).sum(-1).clamp(min=0).rsqrt()
+    scale = torch.where(scale.isfinite(), scale, 0.0)
+    directions, images = directions * scale[:, None], images * scale[:, None]
+    values, vectors = torch.linalg.eigh(_even((directions @ images.mT).double()))
+    keep = (
+        values > 1e3 * torch.finfo(images.dtype).eps * values.clamp(min=0).max()
+        if len(values)
+        else values > 0
+    )
+    root = (vectors[:, keep] / values[keep].sqrt()).mT.to(images.dtype)
+    return root @ directions, root @ images
+
+
+def _even(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)

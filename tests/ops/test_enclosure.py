@@ -1,0 +1,167 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds of inverses from products, against dense inverses, and against the rules for one vector."""
+
+import pytest
+import torch
+
+from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
+from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.quadrature import bracket
+from tests.common import assert_close
+
+
+def rotated(values):
+    Q = torch.linalg.qr(torch.randn(len(values), len(values))).Q
+    return (Q * values) @ Q.mT
+
+
+SPECTRA = {  # of what is added to the prior precision
+    "even": lambda p: torch.linspace(0.0, 50.0, p),
+    "clustered": lambda p: torch.where(torch.arange(p) % 3 == 0, 1e4, 1.0),
+    "low rank": lambda p: torch.where(torch.arange(p) < 5, 1e6, 0.0),
+    "condition 1e12": lambda p: torch.logspace(-4, 8, p),
+    "nothing": torch.zeros,
+}
+
+
+def problem(spectrum, p=40):
+    """A matrix, the diagonal that it exceeds, which spans two orders of magnitude, and dependent right-hand sides."""
+    prior = torch.logspace(-1, 1, p)[torch.randperm(p)]
+    P = rotated(SPECTRA[spectrum](p)) + torch.diag(prior)
+    rows = torch.randn(4, p)
+    return P, prior, torch.cat([rows, rows[:1] - 2 * rows[1:2], torch.zeros(1, p), torch.eye(p)[:1]])
+
+
+def is_below(A, B, P):
+    """Whether B - A is positive semi-definite, up to the rounding of solutions with P."""
+    rounding = 10 * torch.finfo(P.dtype).eps * float(torch.linalg.cond(P)) + 1e-12
+    return bool(torch.linalg.eigvalsh(B - A)[0] >= -rounding * torch.linalg.eigvalsh(B)[-1])
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("directions", [0, 1, 7, 40])
+def test_any_span_encloses_the_inverse(spectrum, directions):
+    P, prior, _ = problem(spectrum)
+    values, vectors = torch.linalg.eigh(P)
+    Q = torch.linalg.qr(torch.randn(40, directions)).Q.mT @ (vectors / values.sqrt()) @ vectors.mT  # QPQ' = 1
+    enclosure = Enclosure(lambda r: r / prior)
+    for start in range(0, directions, 3):  # piece by piece
+        enclosure.extend(Q[: start + 3], Q[: start + 3] @ P)
+    eye = torch.eye(40)
+    low, high, inverse = enclosure.solve(eye)[0], enclosure.above(eye), torch.linalg.inv(P)
+    assert_close(enclosure.solve(eye)[1], eye - low @ P, rtol=0, atol=1e-7 * P.norm() ** 0.5)
+    assert is_below(low, inverse, P)
+    assert is_below(inverse, high, P)
+    assert is_below(high, torch.diag(1 / prior), P)
+    assert_close(enclosure.above(eye, diagonal=True), high.diagonal().clamp(min=0), rtol=0, atol=1e-12)
+    if directions == 40 and spectrum != "condition 1e12":
+        assert_close(low, inverse, rtol=0, atol=1e-8)
+        assert_close(high, inverse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("recursion", [False, True])
+def test_one_vector_has_the_radau_rule(recursion):
+    """In coordinates where the prior is the identity the node is one."""
+    P, prior, rows = problem("even")
+    g, white = rows[:1], prior.rsqrt()
+    scaled = P * white * white[:, None]
+    vectors, alpha, beta = [(g * white)[0] / (g * white).norm()], [], []
+    for _ in range(12):
+        image = scaled @ vectors[-1]
+        alpha.append(vectors[-1] @ image)
+        V = torch.stack(vectors)
+        for _ in range(2):
+            image = image - V.mT @ (V @ image)
+        beta.append(image.norm())
+        vectors.append(image / image.norm())
+    for k in (1, 2, 5, 12):
+        expected = bracket(torch.stack(alpha[:k]), torch.stack(beta[:k]), "inverse", 1.0)
+        basis = ConjugateBasis(40, limit=40 * (1 if recursion else 40))
+        enclosure = Enclosure(lambda r: r / prior)
+        options = {"tolerance": 1e-14, "preconditioner": lambda r: r / prior}
+        x = block_conjugate_gradient(
+            lambda v: v @ P, g, max_iter=k, basis=basis, enclosure=enclosure, **options
+        ).solution
+        if not recursion:
+            enclosure.extend(basis.directions, basis.images)
+        rest = g - x @ P
+        low = (g * x).sum() + (x * rest).sum()
+        found = torch.stack([low, low + enclosure.above(rest, diagonal=True)[0]]) / (g * white).square().sum()
+        assert_close(found, torch.stack(list(expected)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("preconditioner", ["none", "prior", "diagonal"])
+@pytest.mark.parametrize("kept", [40, 12, 1])
+def test_solves_stop_when_the_bounds_have_met(spectrum, preconditioner, kept):
+    P, prior, rows = problem(spectrum)
+    maps = {"none": None, "prior": lambda r: r / prior, "diagonal": lambda r: r / P.diagonal()}
+    basis, enclosure = ConjugateBasis(40, limit=40 * kept), Enclosure(lambda r: r / prior)
+    exact = rows @ torch.linalg.solve(P, rows.mT)
+    found = block_conjugate_gradient(
+        lambda v: v @ P,
+        rows,
+        tolerance=0.05,
+        basis=basis,
+        enclosure=enclosure,
+        preconditioner=maps[preconditioner],
+    )
+    assert_close(
+        found.remainder, rows - found.solution @ P, rtol=0, atol=1e-7 * rows.norm() * P.norm() ** 0.5
+    )
+    low = found.solution @ (rows + found.remainder).mT
+    low = 0.5 * (low + low.mT)
+    high = low + enclosure.above(found.remainder)
+    assert is_below(low, exact, P)
+    assert is_below(exact, high, P)
+    width = (high - low).diagonal()
+    if kept == 1 and spectrum == "condition 1e12":  # too much for a three-term recursion
+        return  # it ends without
+    assert (width <= 0.05 * low.diagonal() + 1e-12).all()
+    # and no sooner than they had to: a looser tolerance needs fewer products, or the same
+    basis, enclosure = ConjugateBasis(40, limit=40 * kept), Enclosure(lambda r: r / prior)
+    loose = block_conjugate_gradient(
+        lambda v: v @ P,
+        rows,
+        tolerance=5.0,
+        basis=basis,
+        enclosure=enclosure,
+        preconditioner=maps[preconditioner],
+    )
+    assert loose.products <= found.products
+
+
+def test_a_tolerance_for_each():
+    P, prior, rows = problem("condition 1e12")
+    tolerance = torch.tensor([1e9, 0.02] + [1e9] * 5)
+    enclosure = Enclosure(lambda r: r / prior)
+    found = block_conjugate_gradient(
+        lambda v: v @ P, rows, tolerance=tolerance, enclosure=enclosure, preconditioner=lambda r: r / prior
+    )
+    low = (found.solution * (rows + found.remainder)).sum(-1)
+    width = enclosure.above(found.remainder, diagonal=True) / low
+    assert float(width[1]) < 0.02
+    all_of_them = block_conjugate_gradient(
+        lambda v: v @ P,
+        rows,
+        tolerance=0.02,
+        enclosure=Enclosure(lambda r: r / prior),
+        preconditioner=lambda r: r / prior,
+    )
+    assert found.products <= all_of_them.products
+
+
+def test_directions_of_earlier_solves_serve_the_bounds_of_later_ones():
+    P, prior, rows = problem("low rank")
+    basis, enclosure = ConjugateBasis(40), Enclosure(lambda r: r / prior)
+    options = {
+        "basis": basis,
+        "enclosure": enclosure,
+        "preconditioner": lambda r: r / prior,
+        "tolerance": 1e-3,
+    }
+    first = block_conjugate_gradient(lambda v: v @ P, rows, **options)
+    again = block_conjugate_gradient(lambda v: v @ P, rows[:2] + rows[2:4], **options)
+    assert first.products > 0
+    assert again.products == 0
