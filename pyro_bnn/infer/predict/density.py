@@ -47,7 +47,9 @@ def model_terms(model: Callable[..., Any], draws: Draws, data: Any) -> dict[str,
     return joint_terms(pieces.join, [part.terms for part in found], draws)
 
 
-def joint_terms(join: Join, parts: Iterable[Mapping[str, Tensor]], latent: Collection[str]) -> dict[str, Tensor]:
+def joint_terms(
+    join: Join, parts: Iterable[Mapping[str, Tensor]], latent: Collection[str]
+) -> dict[str, Tensor]:
     """
     By site, its term of the log joint density of all the data, from those of the batches; priors count once.
 
