@@ -47,7 +47,9 @@ def model_terms(model: Callable[..., Any], draws: Draws, data: Any) -> dict[str,
     return joint_terms(pieces.join, [part.terms for part in found], draws)
 
 
-def joint_terms(join: Join, parts: Iterable[Mapping[str, Tensor]], latent: Collection[str]) -> dict[str, Tensor]:
+def joint_terms(
+    join: Join, parts: Iterable[Mapping[str, Tensor]], latent: Collection[str]
+) -> dict[str, Tensor]:
     """
     By site, its term of the log joint density of all the data, from those of the batches; priors count once.
 
@@ -72,8 +74,9 @@ def total_of(terms: Mapping[str, Tensor]) -> Tensor:
     return stacked.sum(0).masked_fill((stacked == -torch.inf).any(0), -torch.inf)
 
 
-@torch.no_grad()
-def guide_log_prob(guide: Any, draws: Draws, batch: Batch = ((), {})) -> Tensor | None:
+def guide_log_prob(
+    guide: Any, draws: Draws, batch: Batch = ((), {}), *, differentiable: bool = False
+) -> Tensor | None:
     r"""
     The log density :math:`\log q(z_s)` of a guide, in the (constrained) space of the model's sites.
 
@@ -83,16 +86,17 @@ def guide_log_prob(guide: Any, draws: Draws, batch: Batch = ((), {})) -> Tensor 
 
     :param draws: values of the latent sites, each of shape ``(S,) + site shape``.
     :param batch: arguments of the guide, for guides that need them.
+    :param bool differentiable: whether the result keeps its graph to the parameters of the guide.
     :return: shape ``(S,)``, or ``None`` for point masses and for guides with auxiliary variables, which have no density that
         could be evaluated.
     """
     if not (getattr(guide, "has_density", True) and getattr(guide, "is_fitted", True)):
         return None
-    with local_parameters(), poutine.block():
+    with local_parameters(), poutine.block(), torch.set_grad_enabled(differentiable):
         if hasattr(guide, "component_log_prob"):
             return _mixture_log_prob(guide, draws)
         if isinstance(guide, AutoGuideList):
-            parts = [guide_log_prob(part, draws, batch) for part in guide]
+            parts = [guide_log_prob(part, draws, batch, differentiable=differentiable) for part in guide]
             known = [part for part in parts if part is not None]
             return torch.stack(known).sum(0) if len(known) == len(parts) else None
         if isinstance(guide, AutoDelta):

@@ -99,14 +99,11 @@ class Evaluator:
         self._bound: dict[Hashable, tuple[_Recorded, Bound]] = {}
 
     def plain(self, u: Tensor, share: Share, factor: Tensor | None = None) -> Tensors:
-        """By runs of the model, one per vector; vectors where it has no value give NaN."""
-        if u.dim() == 2:
-            rows = [self.plain(row, share, factor) for row in u]
-            return torch.stack([v for v, _ in rows]), torch.stack([g for _, g in rows])
-        try:
-            return self.joint.value_and_gradient(u, share, share.tensors, factor)
-        except torch.linalg.LinAlgError:
-            return u.new_full((), torch.nan, dtype=torch.float64), torch.full_like(u, torch.nan)
+        """By runs of the model, one per vector."""
+        if u.dim() == 1:
+            return self.joint.evaluate(u, share, factor)
+        rows = [self.joint.evaluate(row, share, factor) for row in u]
+        return torch.stack([v for v, _ in rows]), torch.stack([g for _, g in rows])
 
     def __call__(
         self, u: Tensor, share: Share, factor: Tensor | None = None, *, keep: Hashable = None
@@ -194,9 +191,7 @@ class Evaluator:
 
     def _make(self, u: Tensor, share: Share, stays: bool) -> _Recorded:
         factor = (torch.ones((), dtype=torch.float64, device=u.device),) if share.scaled else ()
-        self.plain(
-            self.anchors[0], share, *factor
-        )  # makes the parameters that the model makes in its first run
+        self.plain(self.anchors[0], share, *factor)  # a first run makes the parameters of the model
 
         def compute(u: Tensor, *rest: Tensor) -> Tensors:
             return self.joint.value_and_gradient(u, share, rest[len(factor) :], *rest[: len(factor)])

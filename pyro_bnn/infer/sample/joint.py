@@ -112,13 +112,20 @@ class Joint:
         if u.dim() == 1:
             values = log_prob(parts)
         else:
-            with _Leaves():
-                values = torch.func.vmap(log_prob)(parts)
+            with _Leaves():  # random numbers that are used make a recording impossible
+                values = torch.func.vmap(log_prob, randomness="different")(parts)
         gradient = [torch.zeros_like(x) for x in parts.values()]
         if values.requires_grad:
             gradient = torch.autograd.grad(values.sum(), [*parts.values()], materialize_grads=True)  # type: ignore[assignment]
         rows = [slope.reshape((*u.shape[:-1], -1)) for slope in gradient]
         return values.detach(), torch.cat(rows, -1)
+
+    def evaluate(self, u: Tensor, share: Share, factor: Tensor | None = None) -> Tensors:
+        """The same for one vector and the share as it is; NaN where the linear algebra of the model fails."""
+        try:
+            return self.value_and_gradient(u, share, share.tensors, factor)
+        except torch.linalg.LinAlgError:
+            return u.new_full((), torch.nan, dtype=torch.float64), torch.full_like(u, torch.nan)
 
 
 class _Leaves(TorchFunctionMode):

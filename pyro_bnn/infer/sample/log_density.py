@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import pyro.poutine as poutine
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_bnn.infer.initialize import check_observations, run_model
+from pyro_bnn.infer.sample.callbacks import Arrays, on_arrays, on_jax
 from pyro_bnn.infer.sample.evaluation import Evaluator
 from pyro_bnn.infer.sample.joint import Joint, Share, moving_supports, unvalidated
 from pyro_bnn.model.data import Arguments, Batch, Batches, as_batch
@@ -119,6 +121,52 @@ class LogDensity(Described):
         value, gradient = self._evaluator(rows, share, scale)
         return self._given(value, u), self._given(gradient, u)
 
+    def numpy(self) -> Arrays:
+        """
+        The density for samplers that work on NumPy arrays.
+
+        With nutpie, whose draws are packed vectors (:attr:`space` unpacks them)::
+
+            from nutpie.compiled_pyfunc import from_pyfunc
+
+            p, log_prob = density.size, density.numpy()
+            model = from_pyfunc(
+                p, lambda: log_prob, lambda *_: lambda u: {"u": u}, [np.dtype("float64")], [(p,)], ["u"]
+            )
+            tree = nutpie.sample(model, draws=500, tune=500, chains=4)
+
+        :return: a function of an array of shape ``(p,)`` that returns a float and an array of shape ``(p,)``, the gradient; of an
+            array of shape ``(C, p)`` it returns arrays of shape ``(C,)`` and ``(C, p)``.
+
+        Example::
+
+            >>> import numpy as np, pyro, pyro.distributions as dist
+            >>> density = log_density(lambda: pyro.sample("z", dist.Normal(0.0, 2.0)), ())
+            >>> density.numpy()(np.array([4.0]))[1]
+            array([-1.])
+        """
+        return on_arrays(self)
+
+    def jax(self) -> Callable[[Any], Any]:
+        """
+        The density for samplers in JAX, which must be installed.
+
+        The function runs under :func:`jax.jit`; :func:`jax.grad` differentiates it once, and :func:`jax.vmap` evaluates all chains
+        in one pass. With NumPyro and blackjax, whose draws are packed vectors (:attr:`space` unpacks them)::
+
+            log_prob = density.jax()
+
+            kernel = numpyro.infer.NUTS(potential_fn=lambda u: -log_prob(u))
+            mcmc = numpyro.infer.MCMC(kernel, num_warmup=500, num_samples=500)
+            mcmc.run(jax.random.key(0), init_params=jnp.zeros(density.size))
+
+            kernel = blackjax.nuts(log_prob, step_size=0.1, inverse_mass_matrix=jnp.ones(density.size))
+            state = kernel.init(jnp.zeros(density.size))
+
+        :return: a function of a JAX array of shape ``(p,)`` that returns a scalar.
+        """
+        return on_jax(self)
+
     @cached_property
     def repeated(self) -> frozenset[str]:
         """The observed sites and factors that do not belong to rows of the data, and count once whatever the batches are."""
@@ -216,8 +264,16 @@ def evaluator_of(model: Callable[..., Any], batch: Batch) -> Evaluator:
         trace.nodes[name]["fn"] = unvalidated(trace.nodes[name]["fn"])
     if any(batch):  # a density without data needs no observation
         check_observations(trace, batch)
-    anchors = torch.stack([latent, moved_from(latent), moved_from(torch.zeros_like(latent))])
-    return Evaluator(Joint(packed, moving), anchors)
+    joint = Joint(packed, moving)
+    return Evaluator(joint, _anchors(joint, latent, Share(batch)))
+
+
+def _anchors(joint: Joint, latent: Tensor, share: Share) -> Tensor:
+    """Three packed vectors, at which the density is finite if such are found, the first of them that of a run."""
+    zero = torch.zeros_like(latent)
+    rows = [latent, moved_from(latent), moved_from(zero), latent / 2, moved_from(latent / 2) / 2, zero]
+    finite = (u for u in rows if all(bool(x.isfinite().all()) for x in joint.evaluate(u, share)))
+    return torch.stack([*islice(finite, 3), *rows][:3])
 
 
 def _require_continuous(trace: Trace) -> None:

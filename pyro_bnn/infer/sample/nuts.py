@@ -95,7 +95,7 @@ class RecordingNUTS(_Nuts):
 
     def _energy(self, params: Mapping[str, Tensor]) -> Tensor:
         density: Any = self._density
-        return -density(torch.cat([params[name].reshape(-1) for name in density.space.slices]))  # type: ignore[no-any-return]
+        return -density(torch.cat([params[name].reshape(-1) for name in density.space.slices]))
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Prepares a chain; called by :class:`~pyro.infer.MCMC`."""
