@@ -11,6 +11,7 @@ from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing,
 from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.sample.evaluation import ChangedModelError
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
@@ -26,6 +27,7 @@ from pyro_bnn.model.networks import network_at
 
 __all__ = [
     "ChainResult",
+    "ChangedModelError",
     "Checkpoint",
     "ComponentLoopWarning",
     "ConvergenceTest",
