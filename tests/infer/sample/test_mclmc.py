@@ -18,6 +18,7 @@ from pyro.infer.autoguide import (
 from pyro_bnn import AutoLaplace, AutoMixture
 from pyro_bnn.infer import Checkpoint, log_density, mclmc
 from pyro_bnn.infer.autoguide import AutoLaplaceMixture
+from pyro_bnn.infer.refine.stacking import leave_one_out, stacking_weights
 from pyro_bnn.infer.sample.starts import modes_of, points_of
 from pyro_bnn.infer.sample.whitening import prior_units
 
@@ -195,6 +196,27 @@ def test_modes_are_weighted_by_their_evidence():
     torch.testing.assert_close(run.weights, expected.detach())
     with pytest.raises(ValueError, match=r"weights='evidence'.*dict"):
         mclmc(two_modes, modes, y, weights="evidence", **QUIET)
+
+
+def test_modes_are_weighted_by_stacking():
+    y = torch.tensor([1.0, 1.1, 1.2, 0.9, 1.0, 0.7, 1.3, 1.0])
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = a[..., 0].square() + 0.4 * a[..., 0] + 0.1 * a[..., 1]
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(mean.unsqueeze(-1) if mean.dim() else mean, 0.2), obs=y)
+
+    modes = [{"a": torch.tensor([0.8, 0.0])}, {"a": torch.tensor([-1.2, 0.0])}]
+    run = mclmc(model, modes, y, weights="stacking", num_chains=2, num_samples=200, warmup_steps=80, **QUIET)
+    a = run.samples["a"].reshape(2, 400, 2)
+    assert (a[0, :, 0] > 0).all()
+    assert (a[1, :, 0] < 0).all()
+    mean = a[..., 0].square() + 0.4 * a[..., 0] + 0.1 * a[..., 1]
+    log_likelihood = dist.Normal(mean.unsqueeze(-1), 0.2).log_prob(y)
+    left_out = torch.stack([leave_one_out(rows)[0] for rows in log_likelihood])
+    expected = stacking_weights(left_out).repeat_interleave(2) / 2
+    torch.testing.assert_close(run.weights, expected.double(), rtol=1e-4, atol=1e-4)
 
 
 class Killed(Checkpoint):
