@@ -137,7 +137,8 @@ class Run:
     @torch.no_grad()
     def take(self, given: Weighted) -> bool:
         """One step of all chains by a batch; whether it is kept."""
-        step, stats = self.plan.step(self.step), {}
+        step = self.plan.step(self.step)
+        stats: dict[str, Any] = {}
 
         def gradient(points: Tensor) -> Tensor:
             values, slopes = self.estimate(points, given)
