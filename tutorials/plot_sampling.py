@@ -61,6 +61,7 @@ model = Regression()
 
 
 def small(site):
+    """A start near zero: a tenth of a draw of the prior."""
     value = site["fn"].sample()
     return value if site["name"] == "sigma" else 0.1 * value
 
