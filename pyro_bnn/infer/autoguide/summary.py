@@ -184,6 +184,7 @@ def _of_linearized(guide: Any) -> tuple[Facts, Rows]:
             found["multiplier of the prior precision"] = span_of(guide.tau)
     if getattr(guide, "gradients", None) is not None:
         found["targets"] = f"{len(guide.gradients)} outputs, at which the covariance is exact"
+        found |= guide.facts()
     return found, sites
 
 
