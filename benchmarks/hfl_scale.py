@@ -160,7 +160,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--chunk", type=int, default=4, help="products at once")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="certified relative width")
-    parser.add_argument("--hidden", type=int, default=640, help="units of the widest layer: 640 are a million weights")
+    parser.add_argument(
+        "--hidden", type=int, default=640, help="units of the widest layer: 640 are a million weights"
+    )
     parser.add_argument("--preconditioner", choices=["prior", "nystrom"], default="prior")
     parser.add_argument("--rank", type=int, default=64, help="of the Nyström preconditioner")
     parser.add_argument("--steps-of", action="store_true", help="also the errors of every earlier stop")
