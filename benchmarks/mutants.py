@@ -10,7 +10,8 @@ comparisons swapped, constants moved, signs flipped, terms and statements droppe
 transposes, detachments and roots dropped, branches exchanged. The working tree is copied to a temporary directory; the
 tests are collected there once, and each mutant is tried in a fork of that process (``mutants_suite.py``).
 The tests of a mutant are those of the fast suite that execute its line, cheapest first, up to the first failure and
-at most ``--budget`` seconds of them: what survives that is reported as survived. A line that no test executes survives.
+at most ``--budget`` seconds of them; what survives that is tried again with ``--again`` seconds of them. A line that no test
+executes survives.
 Which test executes which line is measured once (needs ``coverage``) and kept in ``--cache``, by file of tests; a change of
 the package makes a measurement less precise, not wrong. ``--fresh`` measures everything again.
 
@@ -165,13 +166,20 @@ class Trial:
     """One mutant, its tests, and what became of it."""
 
     def __init__(self, root: Path, mutant: Mutant, suite: Suite, budget: float) -> None:
-        self.root, self.mutant, self.path = root, mutant, root / mutant.path
+        self.root, self.mutant, self.suite, self.path = root, mutant, suite, root / mutant.path
         self.source = self.path.read_bytes()
         self.changed = mutant.apply(self.source)
-        self.order = suite.of(mutant, self.source, budget)
-        self.cpu = 20 + 4 * sum(self.order.values())
-        self.result: dict[str, Any] | None = None if self.order else {"outcome": "survived", "by": "no test"}
+        self.order: dict[str, float] = {}
+        self.result: dict[str, Any] | None = {"outcome": "survived", "by": "no test"}
         self.seconds = 0.0
+        self.ask(budget)
+
+    def ask(self, budget: float) -> None:
+        """Asks for so many seconds of tests, where the mutant has survived fewer."""
+        order = self.suite.of(self.mutant, self.source, budget)
+        if self.result and self.result["outcome"] == "survived" and len(order) > len(self.order):
+            self.order, self.result = order, None
+            self.cpu = 20 + 4 * sum(order.values())
 
     def in_session(self, session: Session) -> None:
         start = time.monotonic()
@@ -229,13 +237,16 @@ def play(options: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
                 trial.in_session(session)
         return [(trial.result, trial.seconds) for trial in trials]
 
-    judged, _ = in_fork(collect, root, parts, use, cpu=1e6, root=root)
-    assert isinstance(judged, list), f"the tests cannot be run: {judged}"
-    for trial, (result, seconds) in zip(trials, judged, strict=True):
-        trial.result, trial.seconds = result, seconds
-    for i, trial in enumerate(trials):
-        if trial.result is None:
-            trial.anew(stamp + 2 * i)
+    for budget in (options.budget, options.again):
+        for trial in trials:
+            trial.ask(budget)
+        judged, _ = in_fork(collect, root, parts, use, cpu=1e6, root=root)
+        assert isinstance(judged, list), f"the tests cannot be run: {judged}"
+        for trial, (result, seconds) in zip(trials, judged, strict=True):
+            trial.result, trial.seconds = result, seconds
+        for trial in trials:
+            if trial.result is None:
+                trial.anew(stamp := stamp + 2)
     return [trial.row() for trial in trials] + same
 
 
@@ -246,6 +257,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=150, help="non-equivalent mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests per mutant")
+    parser.add_argument("--again", type=float, default=300.0, help="the same for those that survive that")
     parser.add_argument("--fresh", action="store_true", help="measure which tests execute which lines again")
     parser.add_argument("--known", action="store_true", help="measure only tests of files that never were")
     parser.add_argument("--only", default="", help="files whose path contains this")

@@ -154,6 +154,13 @@ def test_hfl() -> None:
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
 
 
+def test_sampling_minibatch() -> None:
+    names = world()
+    names["guide"] = laplace(names)
+    names = run(PAGES / "sampling_minibatch.rst", names)
+    assert names["run"].num_draws == names["explored"].num_draws == 5
+
+
 def test_bayesopt() -> None:
     names: dict[str, Any] = {}
     for block in blocks(PAGES / "bayesopt.rst"):

@@ -88,32 +88,34 @@ class CurvatureAccumulator:
         (part,) = total.parts(prior.matrix if kind is DensePart else prior.diagonal)
         return part
 
-    def operator(self, data: Any) -> LinearMap:
+    def operator(self, data: Any, *, prior: bool = True) -> LinearMap:
         """
         Products with the precision, without forming it.
 
         :param data: one batch or an iterable of batches, with observations. One batch is traced once and its
             graph is kept; several batches are traced again in every product, so memory stays that of one.
+        :param prior: whether the prior's curvature is a part of it.
         :return: a map from ``(S, p)`` to ``(S, p)``.
         """
-        kept = list(self.operators(data)) if is_single_batch(data) else None
+        kept = list(self.operators(data, prior=prior)) if is_single_batch(data) else None
 
         def multiply(v: Tensor) -> Tensor:
-            image = sum_images(self.operators(data) if kept is None else kept, v)
+            image = sum_images(self.operators(data, prior=prior) if kept is None else kept, v)
             all_reduce_sum([image])
             return image
 
         return multiply
 
-    def operators(self, data: Any) -> Iterator[LinearMap]:
+    def operators(self, data: Any, *, prior: bool = True) -> Iterator[LinearMap]:
         """
         The terms of the precision as linear maps: the prior's, then one per batch.
 
         :param data: one batch or an iterable of batches, with observations.
+        :param prior: whether the prior's is among them.
         :return: an iterator over maps from ``(S, p)`` to ``(S, p)``; each keeps its batch's graph alive.
         """
         for i, trace in enumerate(self.model.traces(self.latent, data)):
-            if i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
+            if prior and i == 0 and rank() == 0:  # the processes of a data-parallel run share one prior
                 yield hvp_operator(-self.model.log_prior(self.latent, trace), self.latent)
             self.model.check_observations(trace)
             log_likelihood = self.model.log_likelihood(trace)

@@ -32,14 +32,14 @@ class PriorCurvature:
         self.latent = latent.detach()
         self.gradient = gradient
         self.chunk_size = chunk_size
-        self._eps = eps
+        self.eps = eps
         self._everywhere = diagonal_of_diagonal(operator, self.latent, eps)
 
     def __call__(self, index: Tensor) -> Tensor:
         """The diagonal at some positions, shape ``(q,)``, if these entries are not coupled, else shape ``(q, q)``."""
         if self._everywhere is not None:
             return self._everywhere[index]
-        diagonal = diagonal_of_diagonal(self.restricted(index), self.latent[index], self._eps)
+        diagonal = diagonal_of_diagonal(self.restricted(index), self.latent[index], self.eps)
         return self.matrix(index) if diagonal is None else diagonal
 
     def restricted(self, index: Tensor) -> LinearMap:

@@ -8,6 +8,7 @@ from pyro_bnn.diagnostics.arviz import datatree_to_inference_data, to_datatree, 
 from pyro_bnn.diagnostics.diversity import DiversityReport, diversity
 from pyro_bnn.diagnostics.functional import prediction_diagnostics, prediction_draws
 from pyro_bnn.diagnostics.metrics import evaluate, table
+from pyro_bnn.diagnostics.mixing import MixingReport, mixing
 from pyro_bnn.diagnostics.ood import functional_variance, mutual_information, predictive_entropy
 from pyro_bnn.diagnostics.quality import (
     compare_with_nuts,
@@ -21,6 +22,7 @@ from pyro_bnn.diagnostics.storage import write_tree
 
 __all__ = [
     "DiversityReport",
+    "MixingReport",
     "compare_with_nuts",
     "datatree_to_inference_data",
     "diversity",
@@ -30,6 +32,7 @@ __all__ = [
     "functional_variance",
     "log_weights",
     "metrics",
+    "mixing",
     "mutual_information",
     "pareto_k",
     "plots",

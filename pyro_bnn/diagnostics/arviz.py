@@ -62,7 +62,7 @@ def to_datatree(
     ``prior_samples``, ``prior`` and ``prior_predictive``.
 
     ArviZ knows no weights. Chains whose weights are not equal are one chain, of draws that stand for all with equal weights
-    (:meth:`ChainResult.draw_index <pyro_bnn.infer.ChainResult.draw_index>`): summaries and comparisons are those of the weighted
+    (:meth:`~pyro_bnn.infer.predict.weighted.WeightedChains.draw_index`): summaries and comparisons are those of the weighted
     posterior, and R-hat is undefined. ``sample_stats`` then says where a draw comes from, ``source_chain`` and ``source_draw``, and
     holds the ``weights`` of the chains by ``source``. ``run.reweighted(None)`` exports the chains side by side.
 

@@ -3,7 +3,7 @@
 """Any posterior as chains of draws: all that the diagnostics ask a posterior is asked here."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class Chains:
             self.shape = num_chains, size // num_chains
             draws = posterior_draws(posterior, size)
             self._given = {name: value.unflatten(0, self.shape) for name, value in draws.items()}
+        elif isinstance(posterior, (list, tuple)) and any(map(_is_stored, posterior)):
+            self._of_list(posterior, num_samples)
         else:
             is_list = isinstance(posterior, (list, tuple))
             self.guides = list(posterior) if is_list else [posterior]
@@ -77,6 +79,20 @@ class Chains:
         columns = torch.linspace(0, held - 1, size, dtype=torch.float64).long()
         self._index = held * torch.arange(chains).unsqueeze(-1) + columns
         self._take(grouped)
+
+    def _of_list(self, members: Sequence[Any], num_samples: int | None) -> None:
+        """Stored draws, one chain of each."""
+        if not all(map(_is_stored, members)):
+            kinds = [type(member).__name__ for member in members]
+            raise ValueError(
+                f"posterior: a list holds guides or stored draws, a chain each, not both: found {kinds}."
+            )
+        draws = [posterior_draws(member) for member in members]
+        held = min(len(next(iter(own.values()))) for own in draws)
+        size = held if num_samples is None else _per_chain(num_samples, len(members), "runs, a chain each")
+        draws = [posterior_draws(member, size) for member in members]
+        self.shape = len(members), size
+        self._given = {name: torch.stack([own[name] for own in draws]) for name in draws[0]}
 
     def _take(self, grouped: Draws) -> None:
         """Keeps the draws of the index."""
@@ -140,7 +156,7 @@ class Chains:
             for chain, indices in enumerate(divergences.values()):
                 diverging[chain, indices] = True
             found = {"diverging": diverging}
-        return {name: self._taken(value) for name, value in found.items()} | self._sources()
+        return {name: self._taken(value) for name, value in _named(found).items()} | self._sources()
 
     def _sources(self) -> dict[str, Tensor]:
         if self.weights is None:
@@ -159,12 +175,22 @@ class Chains:
     def warmup(self) -> tuple[Draws, dict[str, Tensor]]:
         """Draws and statistics of the warm-up that a run recorded, ``(chains, steps) + ...``; else nothing."""
         warmup: Draws = getattr(self._recorded, "warmup", {})
-        return (warmup, self._recorded.warmup_stats) if warmup else ({}, {})
+        return (warmup, _named(self._recorded.warmup_stats)) if warmup else ({}, {})
 
     @property
     def kind(self) -> str:
         """The name of the posterior's class."""
         return type(self.guides[0] if self.guides else self.posterior).__name__
+
+
+def _named(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics as a tree has them, in which ``lp`` is the density of the latents themselves."""
+    return {"lp_unconstrained" if name == "lp" else name: value for name, value in stats.items()}
+
+
+def _is_stored(posterior: Any) -> bool:
+    """Whether draws are given, not made."""
+    return isinstance(posterior, Mapping) or hasattr(posterior, "get_samples")
 
 
 def num_components(guide: Any) -> int | None:

@@ -193,6 +193,7 @@ def _members_of(guide: Any, num_samples: int | None) -> tuple[Draws, Tensor, Any
     mixture = _mixture(guide, parts)
     K = mixture.num_components
     draws = component_draws(mixture, size)
+    part: Any
     for part in parts:
         if part is not mixture:  # drawn for each component
             stored = isinstance(part, WeightedChains)  # in the order of their chains

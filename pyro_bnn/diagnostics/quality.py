@@ -20,6 +20,7 @@ from pyro_bnn.diagnostics.labels import in_tree
 from pyro_bnn.diagnostics.scored import check_numbers
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import posterior_predictive
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_deterministic, sample_sites
@@ -369,7 +370,8 @@ def compare_with_nuts(
         num_chains=num_chains, progress_bar=progress_bar,
     )  # fmt: skip
     exact = posterior_predictive(model, run, data)
-    approximate = posterior_predictive(model, guide, data, num_samples=num_samples * num_chains)
+    number = None if isinstance(guide, WeightedChains) else num_samples * num_chains  # of stored draws all
+    approximate = posterior_predictive(model, guide, data, num_samples=number)
     pairs = {
         name: (approximate.draws[name], exact.draws[name])
         for name in exact.draws

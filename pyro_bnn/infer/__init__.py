@@ -11,8 +11,12 @@ from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing,
 from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.sample.log_density import LogDensity, log_density
+from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
 from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
+from pyro_bnn.infer.sample.sgmcmc import sgmcmc
+from pyro_bnn.infer.sample.steps import CyclicalSteps, PolynomialSteps, StepSchedule
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.loop import fit
 from pyro_bnn.infer.train.persist import load_guide, save_guide
@@ -27,27 +31,34 @@ __all__ = [
     "ConvergenceTest",
     "CosineAnnealing",
     "CyclicalAnnealing",
+    "CyclicalSteps",
     "EarlyStopping",
     "FitResult",
     "FitState",
     "LinearAnnealing",
+    "LogDensity",
     "Mixture_ELBO",
     "NUTSResult",
     "NonFiniteLossError",
     "NotAMinimumError",
+    "PolynomialSteps",
     "PosteriorPredictive",
     "PredictiveMoments",
     "Rank1Preset",
     "SiteMoments",
     "SitePrediction",
+    "StepSchedule",
     "default_preset",
     "dusenberry2020",
     "fit",
     "load_guide",
+    "log_density",
+    "mclmc",
     "network_at",
     "nuts",
     "posterior_draws",
     "posterior_predictive",
     "predictive_moments",
     "save_guide",
+    "sgmcmc",
 ]

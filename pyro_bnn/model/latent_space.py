@@ -61,6 +61,20 @@ class LatentSpace:
             transform = transform.base_transform
         return not (isinstance(transform, ComposeTransform) and not transform.parts)
 
+    def split(self, latent: Tensor) -> dict[str, Tensor]:
+        """
+        The parts of packed vectors.
+
+        :param latent: packed vectors, shape ``sample_shape + (p,)``.
+        :return: by site name, unconstrained tensors of shape ``sample_shape + unconstrained site_shape``.
+        """
+        start = latent.shape[:-1]
+        return {n: latent[..., self.slices[n]].reshape(start + shape) for n, shape in self._shapes.items()}
+
+    def constrain(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of sites, given what :meth:`split` returns."""
+        return {name: biject_to(self._supports[name])(part) for name, part in parts.items()}
+
     def unpack(self, latent: Tensor) -> dict[str, Tensor]:
         """
         The constrained values of all sites.
@@ -68,13 +82,7 @@ class LatentSpace:
         :param latent: packed vectors, shape ``sample_shape + (p,)``.
         :return: by site name, tensors of shape ``sample_shape + site_shape``.
         """
-        sample_shape = latent.shape[:-1]
-        return {
-            name: biject_to(self._supports[name])(
-                latent[..., self.slices[name]].reshape(sample_shape + shape)
-            )
-            for name, shape in self._shapes.items()
-        }
+        return self.constrain(self.split(latent))
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """
@@ -97,11 +105,19 @@ class LatentSpace:
         :param latent: packed vectors, shape ``sample_shape + (p,)``.
         :return: shape ``sample_shape``.
         """
-        sample_shape = latent.shape[:-1]
-        total = latent.new_zeros(sample_shape)
-        for name, shape in self._shapes.items():
-            transform = biject_to(self._supports[name])
-            unconstrained = latent[..., self.slices[name]].reshape(sample_shape + shape)
-            terms = transform.log_abs_det_jacobian(unconstrained, transform(unconstrained))
-            total = total + terms.reshape(sample_shape + (-1,)).sum(-1)
+        total = self.log_det(self.split(latent), latent.dim() - 1)
+        return latent.new_zeros(latent.shape[:-1]) + total
+
+    def log_det(self, parts: Mapping[str, Tensor], sample_dims: int = 0) -> Tensor | float:
+        """The same for what :meth:`split` returns, with so many dimensions for the samples."""
+        total: Tensor | float = 0.0
+        for name, part in parts.items():
+            if self.is_constrained(name):
+                transform = biject_to(self._supports[name])
+                terms = transform.log_abs_det_jacobian(part, transform(part))
+                total = total + terms.reshape(terms.shape[:sample_dims] + (-1,)).sum(-1)
         return total
+
+    def support(self, name: str) -> Constraint:
+        """The support of a site in the prototype."""
+        return self._supports[name]

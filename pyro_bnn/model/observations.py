@@ -5,7 +5,6 @@
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import pyro
 import torch
@@ -14,7 +13,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_bnn.model.data import Batch, leaves
-from pyro_bnn.model.handlers import Site, is_deterministic, is_factor, unwrap
+from pyro_bnn.model.handlers import Site, base_distribution, is_deterministic, is_factor, unwrap
 from pyro_bnn.ops.families import of_family
 
 
@@ -117,7 +116,7 @@ def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
     where they are not masked. With validation switched off (``validate_args=False``) the support is not looked at.
     """
     value = site["value"]
-    base, mask, event_dim = unwrap(site["fn"])
+    base = base_distribution(site["fn"])
     family = type(base).__name__
     if of_family(base, td.Bernoulli) and not value.is_floating_point():
         raise ValueError(
@@ -126,21 +125,27 @@ def check_labels(name: str, site: Site, validated: bool | None = None) -> None:
         )
     if not (is_validated(site) if validated is None else validated):
         return
-    support: Any = base.support
     try:
-        wrong = ~support.check(value)
+        wrong = outside_support(site)
     except (NotImplementedError, RuntimeError, ValueError):  # a distribution that does not say
         return
-    for kept in (mask, _to_elements(site["mask"], event_dim)):
-        if kept is not None:
-            wrong = wrong & kept
     if bool(wrong.any()):
         some = value[wrong].reshape(-1)[:3].tolist() if wrong.shape == value.shape[: wrong.dim()] else []
         raise ValueError(
             f"Site {name!r}: {int(wrong.sum())} of {wrong.numel()} observations, {some} among them, lie outside the "
-            f"support {support} of {family}. {_EXPECTED.get(family, 'Transform them')}; mask what is missing with "
+            f"support {base.support} of {family}. {_EXPECTED.get(family, 'Transform them')}; mask what is missing with "
             "poutine.mask, in a model of your own."
         )
+
+
+def outside_support(site: Site) -> Tensor:
+    """Which values of a site lie outside of its support where they are not masked: bool, the shape of its elements or events."""
+    base, mask, event_dim = unwrap(site["fn"])
+    wrong: Tensor = ~base.support.check(site["value"])
+    for kept in (mask, _to_elements(site["mask"], event_dim)):
+        if kept is not None:
+            wrong = wrong & kept
+    return wrong
 
 
 def _to_elements(mask: Tensor | bool | None, event_dim: int) -> Tensor | bool | None:

@@ -119,9 +119,14 @@ class PackedModel:
         Runs the model at given latents, and given values of further sites such as subsample indices, with the parameters of
         its own modules. Validation is off, so that the run can be differentiated many times.
         """
+        trace = self.run({**self.space.unpack(latent), **(frozen or {})}, batch)
+        self._latent_of[trace] = latent
+        return trace
+
+    def run(self, values: Mapping[str, Any], batch: Batch) -> Trace:
+        """The same as :meth:`trace`, given the values of sites."""
         # tensors made in inference mode cannot take part in a graph
         args, kwargs = map_tensors(batch, lambda x: x.clone() if x.is_inference() else x)
-        values = {**self.space.unpack(latent), **(frozen or {})}
         training = [module for module in self.modules if module.training]
         for module in training:
             module.training = False
@@ -129,12 +134,10 @@ class PackedModel:
             # the only attention that can be differentiated twice
             with local_parameters(), pyro.validation_enabled(False), sdpa_kernel(SDPBackend.MATH):
                 model = RowsMessenger(more=True)(_Latents(values, self._shapes)(self.model))
-                trace = poutine.trace(model).get_trace(*args, **kwargs)
+                return poutine.trace(model).get_trace(*args, **kwargs)
         finally:
             for module in training:
                 module.training = True
-        self._latent_of[trace] = latent
-        return trace
 
     def traces(self, latent: Tensor, data: Any) -> Iterator[Trace]:
         """
@@ -173,9 +176,13 @@ class PackedModel:
         """Sites of the likelihood of a trace do not count, because they count with another trace."""
         self._counted[trace] = names
 
+    def left_out(self, trace: Trace) -> frozenset[str]:
+        """The sites of the likelihood that do not count with a trace."""
+        return self._counted.get(trace, frozenset())
+
     def counted(self, trace: Trace) -> list[str]:
         """The observed sites that count with a trace, with or without observations: some may be there in some batches only."""
-        left_out = self._counted.get(trace, frozenset())
+        left_out = self.left_out(trace)
         names = dict.fromkeys([*(n for n in self.observed if n in trace.nodes), *observed_names(trace)])
         return [name for name in names if name not in left_out]
 
@@ -218,7 +225,7 @@ class PackedModel:
         """
         self._require_observed(trace)
         total: Tensor | float = 0.0
-        left_out = self._counted.get(trace, frozenset())
+        left_out = self.left_out(trace)
         for name in self.likelihood_names(trace):
             if name in left_out:
                 continue
@@ -240,7 +247,11 @@ class PackedModel:
 
         :raises ValueError: if a latent site lies in a subsampled plate.
         """
-        total = self.space.log_abs_det_jacobian(latent).double()
+        return self.space.log_abs_det_jacobian(latent).double() + self.latent_log_prob(trace)
+
+    def latent_log_prob(self, trace: Trace) -> Tensor:
+        """The log density of the values of the latent sites in a trace, a scalar; raises as :meth:`log_prior`."""
+        total: Tensor | float = 0.0
         for name in self._latents:
             site = trace.nodes[name]
             if subsample_scale(site) != 1.0:
@@ -249,7 +260,7 @@ class PackedModel:
                     "plate are not part of the packed vector. Use the full plate."
                 )
             total = total + (wide(unscaled_log_prob(site)) * site["scale"]).sum(dtype=torch.float64)
-        return total
+        return torch.as_tensor(total)
 
     def losses(self, latent: Tensor, data: Any, *, require_finite: bool = False) -> Iterator[Tensor]:
         """
@@ -287,11 +298,14 @@ class PackedModel:
         return [site_outputs(name, trace.nodes[name], latent) for name in self.counted(trace)]
 
     @torch.enable_grad()  # some models take derivatives themselves
-    def require_function(self, latent: Tensor, data: Any, *, hessian: bool = False) -> Batch:
+    def require_function(
+        self, latent: Tensor, data: Any, *, hessian: bool = False, derivatives: bool = True
+    ) -> Batch:
         """
         Raises if two runs of the model at the same latents differ, or if the likelihood's gradient does not reach them;
-        warns where its derivatives, with ``hessian`` also the second ones, are not those of the function. Up to 64 examples
-        of the first batch are used, and returned, where the model treats them separately, all of them where it does not.
+        warns, unless ``derivatives`` are of no interest, where they, with ``hessian`` also the second ones, are not those of
+        the function. Up to 64 examples of the first batch are used, and returned, where the model treats them separately, all
+        of them where it does not.
 
         :raises ValueError: if the log likelihoods differ by more than rounding errors.
         """
@@ -312,7 +326,8 @@ class PackedModel:
                 "random layers do the same."
             )
         require_reach(probe)
-        check_derivatives(probe)
+        if derivatives:
+            check_derivatives(probe)
         return batch
 
     def _check_local_latents(self, latent: Tensor, batches: Batches) -> None:

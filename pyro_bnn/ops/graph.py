@@ -41,12 +41,13 @@ class FirstOrderSum:
         self._fixed = {id(tensor) for tensor in fixed}
         self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, term: Tensor) -> None:
-        """Adds a scalar, whose graph is freed."""
+    def add(self, term: Tensor, *, retain_graph: bool = False) -> None:
+        """Adds a scalar, whose graph is freed unless further terms need it."""
         found = [leaf for leaf in leaves(term) if id(leaf) not in self._fixed]
         if not found:
             return
-        for leaf, new in zip(found, torch.autograd.grad(term, found, materialize_grads=True), strict=True):
+        how = {"materialize_grads": True, "retain_graph": retain_graph}
+        for leaf, new in zip(found, torch.autograd.grad(term, found, **how), strict=True):
             old = self._gradients.get(id(leaf))
             self._gradients[id(leaf)] = (leaf, new if old is None else old[1] + new)
 

@@ -288,3 +288,38 @@ def test_online_training_recovers_the_noise():
     assert float(model.noise.detach()) == pytest.approx(
         float((residual.square().sum() / 398).sqrt()), rel=0.02
     )
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+def test_a_batch_that_shows_the_noise_only(curvature):
+    """Replicates of a blank, in a batch of their own, depend on the noise and not on the latents."""
+
+    class Blanks(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.noise = PyroParam(torch.tensor(0.4), constraints.positive)
+
+        def forward(self, x, y=None, blank=False):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            with pyro.plate("blanks" if blank else "data", len(x)):
+                pyro.sample(
+                    "blank" if blank else "obs", dist.Normal(0.0 if blank else w * x, self.noise), obs=y
+                )
+
+    x, y, z = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.2, 0.9, 1.2]), torch.tensor([0.1, -0.3])
+    model = Blanks()
+    batches = [(x, y, False), (z, z, True)]
+    guide = AutoLaplace(model, curvature=curvature).initialize(x, y)
+    guide.polish(batches).laplace_approximation(batches)
+    (found,) = torch.autograd.grad(guide.log_evidence(data=batches), list(model.parameters()))
+
+    def log_evidence(log_noise):
+        noise = log_noise.exp()
+        precision = 1 + (x / noise).square().sum()
+        mode = guide.loc.detach()[0]  # held fixed, at the mode of the present noise
+        terms = dist.Normal(mode * x, noise).log_prob(y).sum() + dist.Normal(0.0, noise).log_prob(z).sum()
+        return terms - 0.5 * mode**2 - 0.5 * precision.log()
+
+    log_noise = torch.tensor(0.4).log().requires_grad_(True)
+    (expected,) = torch.autograd.grad(log_evidence(log_noise), log_noise)
+    assert_close(found, expected, rtol=1e-6)

@@ -67,6 +67,16 @@ def test_one_of_several_heads_is_not_the_last_layer(build: Any) -> None:
         guide.laplace_approximation((x, y), map_tolerance=1e9)
 
 
+def test_the_refusal_names_a_site_of_which_the_last_map_is_a_part() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 2), torch.randn(8)
+    model = tasks(bayesian_(Heads(), packed=True))
+    guide = AutoLaplace(model, sites="last_layer").initialize(x, y)
+    (site,) = [name for name in guide.packed.space.slices if name != "noise"]
+    with pytest.raises(ValueError, match=rf"does not depend on .*'{site}'"):
+        guide.laplace_approximation((x, y), map_tolerance=1e9)
+
+
 def test_a_latent_scale_is_no_head() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0))
     guide, x, y = guide_of(noise_of_its_own, net)

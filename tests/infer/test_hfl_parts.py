@@ -69,6 +69,11 @@ def problem_of(curvature="hessian", u=None, batches=None, **options):
     return Problem(guide.packed, u, batches, curvature, **options), u, x, y
 
 
+def test_an_unknown_curvature_is_refused():
+    with pytest.raises(ValueError, match=r"curvature must be .* found 'Hessian'"):
+        problem_of("Hessian")
+
+
 @pytest.mark.parametrize("batches", [None, 5])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
@@ -572,6 +577,7 @@ def result(**options):
 def test_a_result_prints_what_it_knows():
     plain = result(products=7, gradient_evaluations=3, iterations=2)
     assert plain.gradient_equivalents == 17
+    assert result(products=7).gradient_equivalents == 14
     assert_close(plain.variance, [[4.0], [9.0]])
     assert_close(plain.covariance, [[4.0, 0.0], [0.0, 9.0]])
     text = str(plain)

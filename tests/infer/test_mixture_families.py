@@ -419,3 +419,28 @@ def test_low_rank_components_of_constrained_sites():
     q = guide.quantiles([0.25, 0.75])["scale"]
     share = ((draws["scale"] > q[0]) & (draws["scale"] < q[1])).double().mean()
     assert_close(share, 0.5, rtol=0, atol=0.01)
+
+
+def test_a_shared_value_under_a_prior_of_each_component():
+    def model(y: torch.Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, scale.unsqueeze(-1).expand(*scale.shape, 2)).to_event(1))
+        loc = w.sum(-1, keepdim=True).expand(*w.shape[:-1], len(y))
+        pyro.sample(
+            "obs", dist.Normal(loc, 1.0).to_event(1), obs=y
+        )  # no plate, and so no dimension of size one
+
+    y = torch.tensor([0.3, -1.0, 0.8])
+    guide = AutoMixture(model, 2, {"w": "point", "scale": "lognormal"}, init_scale=1e-9).initialize(y)
+    level, w = torch.tensor([-0.7, 1.1]), torch.tensor([0.4, -0.9])
+    with torch.no_grad():
+        guide.loc.copy_(level.unsqueeze(-1))
+        guide.points.w.copy_(w)
+    q = dist.LogNormal(level, torch.full((2,), 1e-9))
+    prior = dist.Normal(0.0, level.exp().unsqueeze(-1)).log_prob(w).sum(-1).mean()
+    bound = (
+        dist.Normal(w.sum(), 1.0).log_prob(y).sum()
+        + prior
+        - kl_divergence(q, dist.LogNormal(0.0, 1.0)).mean()
+    )
+    assert_close(-Mixture_ELBO().loss(model, guide, y), bound, rtol=1e-6)

@@ -78,7 +78,8 @@ def test_when_it_is_a_bound(options, bound):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"entropy_weight": 0.3, "kl": "exact"}, {"kl_scale": 0.2, "num_particles": 2}]
+    "options",
+    [{}, {"kl": "exact"}, {"entropy_weight": 0.3, "kl": "exact"}, {"kl_scale": 0.2, "num_particles": 2}],
 )
 def test_the_loss_is_the_sum_of_its_parts(options):
     x, y = linear_data(8)

@@ -123,6 +123,7 @@ def test_a_kink_is_reported() -> None:
     with pytest.warns(UnconvergedMAPWarning, match="polish stopped") as caught:
         guide.polish(y)
     assert caught[0].filename == __file__
+    assert str(caught[0].message).startswith("polish stopped at a Newton decrement of")  # no saddle
     assert_close(guide.loc.detach(), torch.zeros(1), atol=1e-3)
 
 

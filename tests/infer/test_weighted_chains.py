@@ -3,6 +3,7 @@
 """Weights of chains against dense weighted means, wherever draws are read."""
 
 import math
+from pathlib import Path
 
 import arviz as az
 import numpy as np
@@ -11,9 +12,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_bnn.diagnostics import diversity, prediction_draws, to_datatree
+from pyro_bnn.diagnostics import (
+    compare_with_nuts,
+    diversity,
+    prediction_draws,
+    to_datatree,
+)
 from pyro_bnn.diagnostics.metrics import nll
 from pyro_bnn.infer import ChainResult, NUTSResult, posterior_draws, posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoEmpirical
@@ -145,8 +152,11 @@ def test_the_export_is_that_of_the_weighted_posterior() -> None:
     np.testing.assert_array_equal(stats["energy"].values[0], run.sample_stats["energy"].numpy()[chain, draw])
     assert np.bincount(chain).tolist() == [16, 8, 4, 4]
     # ArviZ's own numbers of the tree are those of the weighted posterior
-    summary = az.summary(tree["posterior"].to_dataset()[["scale"]], round_to="none", kind="stats")
-    assert_close(float(summary["mean"].iloc[0]), float(weights @ draws["scale"]), rtol=1e-9)
+    row = az.summary(tree["posterior"].to_dataset()[["scale"]], round_to="none", kind="stats").iloc[0]
+    mean = weights @ draws["scale"]
+    variance = weights @ (draws["scale"] - mean).square()
+    assert_close(float(row["mean"]), float(mean), rtol=1e-9)
+    assert_close(float(row["sd"]), float((variance * 32 / 31).sqrt()), rtol=1e-9)
     # side by side on request, as they are
     plain = to_datatree(model, run.reweighted(None), (x, y))
     np.testing.assert_array_equal(plain["posterior"]["w"].values, run.samples["w"].numpy())
@@ -155,6 +165,25 @@ def test_the_export_is_that_of_the_weighted_posterior() -> None:
         part["sample_stats"]["energy"].values, run.sample_stats["energy"].numpy()[:, [0, 7]]
     )
     assert dict(prediction_draws(model, run, x).sizes) == {"chain": 1, "draw": 32, "data": 5}
+
+
+def test_the_log_density_of_a_tree_is_that_of_the_latents_themselves() -> None:
+    """Samplers record the one of the unconstrained latents, here with the Jacobian of the scale."""
+    x, y = data()
+    plain = chains(None)
+    recorded = torch.zeros(4, 8, dtype=torch.float64)
+    for c in range(4):
+        for s in range(8):
+            w, scale = plain.samples["w"][c, s], plain.samples["scale"][c, s]
+            prior = dist.Normal(0.0, 1.0).log_prob(w).sum() + dist.LogNormal(0.0, 1.0).log_prob(scale)
+            recorded[c, s] = prior + dist.Normal(x @ w, scale).log_prob(y).sum() + scale.log()
+    run = ChainResult(plain.samples, {"lp": recorded}, plain.samples, {"lp": recorded})
+    tree = to_datatree(model, run, (x, y))
+    np.testing.assert_array_equal(tree["sample_stats"]["lp_unconstrained"].values, recorded.numpy())
+    np.testing.assert_array_equal(tree["warmup_sample_stats"]["lp_unconstrained"].values, recorded.numpy())
+    expected = recorded - plain.samples["scale"].log()
+    np.testing.assert_allclose(tree["sample_stats"]["lp"].values, expected.numpy(), rtol=1e-12)
+    assert "lp" not in to_datatree(model, run)["sample_stats"]
 
 
 def test_without_data_the_statistics_are_exported_too() -> None:
@@ -235,3 +264,31 @@ def test_guides_of_pyros_runs() -> None:
     assert all(torch.equal(guide.get_samples()[n], v) for n, v in drawn.items())
     trees = [to_datatree(model, posterior, (x, y)) for posterior in (mcmc, guide)]
     assert trees[0]["log_likelihood"].to_dataset().equals(trees[1]["log_likelihood"].to_dataset())
+
+
+def test_a_list_of_runs_is_one_chain_of_each(tmp_path: Path) -> None:
+    x, y = data()
+    runs = [chains(), chains([0.0, 0.0, 1.0, 0.0], draws=6), chains(None, draws=10).guide(model, x, y)]
+    tree = to_datatree(model, runs, (x, y), path=tmp_path / "tree.nc", block_size=5)
+    assert dict(tree["posterior"].sizes)["draw"] == 24  # of the shortest
+    for number, run in enumerate(runs):
+        expected = posterior_draws(run, 24)["scale"]
+        np.testing.assert_array_equal(tree["posterior"]["scale"].values[number], expected.numpy())
+    tree.close()
+    with pytest.raises(ValueError, match=r"guides or stored draws.*\['ChainResult', 'AutoNormal'\]"):
+        to_datatree(model, [chains(), AutoNormal(model)], (x, y))
+
+
+def test_streamed_exports_of_weighted_chains(tmp_path: Path) -> None:
+    x, y = data()
+    whole = to_datatree(model, chains(), (x, y), num_samples=16)
+    parts = to_datatree(model, chains(), (x, y), num_samples=16, path=tmp_path / "tree.nc", block_size=5)
+    for name in ("posterior", "log_likelihood", "sample_stats"):
+        assert whole[name].to_dataset().equals(parts[name].to_dataset().load()), name
+    parts.close()
+
+
+def test_a_comparison_with_nuts_takes_all_stored_draws() -> None:
+    x, y = data()
+    found = compare_with_nuts(model, chains(None), (x, y), num_samples=10, warmup_steps=3, num_chains=2)
+    assert {"w", "scale", "obs_mean"} == set(found["quantity"].values)

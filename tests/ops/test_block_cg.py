@@ -6,11 +6,12 @@ import torch
 
 from pyro_bnn.ops.block_cg import (
     ConjugateBasis,
+    _BlockSolve,
     block_conjugate_gradient,
     conjugate_gradient,
     orthonormal_rows,
 )
-from pyro_bnn.ops.krylov import nystrom_preconditioner, smallest_eigenvalue
+from pyro_bnn.ops.krylov import largest_eigenvalue, nystrom_preconditioner, smallest_eigenvalue
 from pyro_bnn.ops.newton import newton_cg
 from tests.common import assert_close
 
@@ -120,6 +121,27 @@ def test_float32_finishes_one_by_one():
     assert result.residual.max() <= 1e-4
     exact = (rhs * torch.linalg.solve(P, rhs.mT).mT).sum(-1)
     assert_close((rhs * result.solution).sum(-1), exact, rtol=1e-2)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_right_hand_side_of_negative_curvature_is_enough(sign):
+    P = torch.diag(torch.tensor([2.0, sign, 3.0]))
+    solve = _BlockSolve(lambda v: v @ P, torch.eye(3)[:2], ConjugateBasis(3), None, 1e-10, 9)
+    solve.finish_one_by_one()
+    assert solve.indefinite == (sign < 0)
+    assert_close(solve.x[0], torch.tensor([0.5, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("first", [1.0, 0.0])
+def test_the_largest_eigenvalue_whatever_the_first_quotient(first):
+    """The search starts from no value that it could mistake for a converged one."""
+    P = ill_conditioned(p=20, low=0, high=2)
+    start = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    start = start / start.norm()
+    if first:  # the first Rayleigh quotient is one
+        P = P / (start @ P @ start.mT)
+    largest = torch.linalg.eigvalsh(P)[-1]
+    assert_close(largest_eigenvalue(lambda v: v @ P, P[0], tolerance=1e-6), largest, rtol=1e-4)
 
 
 def test_orthonormal_rows():

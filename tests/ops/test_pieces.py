@@ -399,6 +399,10 @@ def test_numbers_at_the_ends_of_their_ranges():
     refused(require_number, 1.0, below=1)
     for value in (math.nan, math.inf, -math.inf, "1", None, torch.ones(1)):
         refused(require_number, value)
+    with pytest.raises(ValueError, match=r"^x must be a number of at least 1, found 0\.$"):
+        require_number("x", 0, least=1)
+    with pytest.raises(ValueError, match=r"^x must be a number above 0 and below 1, found 2\.$"):
+        require_number("x", 2, above=0, below=1)
     require_choice("x", "b", "a", "b")
     with pytest.raises(ValueError, match="x must be 'a', 'b' or 'c', found 'd'"):
         require_choice("x", "d", "a", "b", "c")

@@ -4,7 +4,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import pyro
@@ -12,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.trace_struct import Trace
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints
 from typing_extensions import override
@@ -63,7 +63,6 @@ class AutoEmpirical(WeightedChains, AutoGuide):
 
     has_density = False
     weights: Tensor | None
-    site_groups: Tensor | None
 
     def __init__(
         self,
@@ -75,8 +74,8 @@ class AutoEmpirical(WeightedChains, AutoGuide):
     ) -> None:
         super().__init__(model)
         self._layout: dict[str, tuple[int, slice, Size]] = {}
-        for name in ("weights", "site_groups"):
-            self.register_buffer(name, None)
+        self._median: dict[str, Tensor] | None = None  # once it was asked for, of draws that stay
+        self.register_buffer("weights", None)
         if draws is not None:
             self.set_draws(draws, num_chains=num_chains, weights=weights)
 
@@ -108,7 +107,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
     def _pack(self, samples: Mapping[str, Tensor]) -> None:
         """Sites of one type of number go into one tensor ``draws_k``, shape ``(chains, draws, p)``."""
         kinds = list(dict.fromkeys(value.dtype for value in samples.values()))
-        self.site_groups = torch.tensor([kinds.index(value.dtype) for value in samples.values()])
+        self._arrange({name: (kinds.index(value.dtype), value.shape[2:]) for name, value in samples.items()})
         for k, kind in enumerate(kinds):
             parts = [
                 value.flatten(2) if value.dim() > 2 else value.unsqueeze(-1)
@@ -116,19 +115,16 @@ class AutoEmpirical(WeightedChains, AutoGuide):
                 if value.dtype == kind
             ]
             self.register_buffer(f"draws_{k}", torch.cat(parts, -1))
-        self._arrange({name: value.shape[2:] for name, value in samples.items()})
 
-    def _arrange(self, shapes: Mapping[str, Size]) -> None:
-        """Where the sites lie in the packed tensors."""
-        assert self.site_groups is not None
-        groups = self.site_groups.tolist()
+    def _arrange(self, sites: Mapping[str, tuple[int, Size]]) -> None:
+        """Where the sites lie, of each of which the number of its packed tensor and its shape are known."""
+        stops: dict[int, int] = {}
         self._layout = {}
-        for k in dict.fromkeys(groups):
-            mine = [name for name, group in zip(shapes, groups, strict=True) if group == k]
-            stops = list(accumulate(shapes[name].numel() for name in mine))
-            for name, stop in zip(mine, stops, strict=True):
-                self._layout[name] = k, slice(stop - shapes[name].numel(), stop), shapes[name]
-        self._layout = {name: self._layout[name] for name in shapes}
+        for name, (group, shape) in sites.items():
+            start = stops.get(group, 0)
+            stops[group] = start + shape.numel()
+            self._layout[name] = group, slice(start, stops[group]), shape
+        self._median = None
 
     # ------------------------------------------------------------------ set-up
 
@@ -158,46 +154,51 @@ class AutoEmpirical(WeightedChains, AutoGuide):
                 super()._setup_prototype(*args, **kwargs)
         detach_prototypes(self)
         if self._layout:
-            samples = in_order(self.samples, trace)
-            if list(samples) != list(self._layout):
-                self._pack(samples)
+            self._match(trace)
+
+    def _match(self, trace: Trace) -> None:
+        """Brings the sites into the order of the model; refused where they are not its own."""
+        samples = in_order(self.samples, trace)
+        if [*samples] == [*self._layout]:
+            self._arrange({n: (self._layout[n][0], value.shape[2:]) for n, value in samples.items()})
+        else:
+            self._pack(samples)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        self._median = None
+        return super()._apply(fn, *args, **kwargs)
+
+    @override
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, (group, _, shape) in self._layout.items():
+            destination[f"{prefix}site.{name}"] = torch.tensor([group, *shape])
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         device = next((buffer.device for buffer in self.buffers()), None)
-        for name in {*self._buffers} - {"weights", "site_groups"} - own.keys():
+        for name in {*self._buffers} - {"weights"}:
             delattr(self, name)
-        for name in ("weights", "site_groups"):
-            setattr(self, name, None)
+        self.weights = None
+        sites = {}
         for name, value in own.items():
-            if name in ("weights", "site_groups") or name.startswith(("draws_", "stat_")):
+            if name == "weights" or name.startswith(("draws_", "stat_")):
                 self.register_buffer(name, torch.empty_like(value, device=device))
+            elif name.startswith("site."):
+                group, *shape = state_dict.pop(prefix + name).tolist()
+                sites[name.removeprefix("site.")] = group, Size(shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.site_groups is None:
-            return
-        if self.prototype_trace is None and not self._layout:
-            raise RuntimeError(f"{type(self).__name__}: call initialize(*args) before load_state_dict.")
-        nodes = self.prototype_trace.nodes if self.prototype_trace is not None else {}
-        shapes = (
-            {name: nodes[name]["value"].shape for name in latent_names(self.prototype_trace)} if nodes else {}
-        )
-        self._arrange(shapes or {name: shape for name, (_, _, shape) in self._layout.items()})
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        for k in {group for group, _, _ in self._layout.values()}:
-            size = sum(shape.numel() for group, _, shape in self._layout.values() if group == k)
-            if (found := getattr(self, f"draws_{k}").shape[-1]) != size:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the draws have {found} numbers each, the sites {list(self._layout)} of the model {size}."
-                )
+        self._arrange(sites)
+        if self.prototype_trace is not None and sites:
+            self._match(self.prototype_trace)
 
     # ------------------------------------------------------------------ draws
 
     @property
     @override
-    def samples(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def samples(self) -> dict[str, Tensor]:
         """The stored draws by site, shape ``(chains, draws) + site shape``."""
         return {name: self._site(name, ()) for name in self._require()._layout}
 
@@ -240,9 +241,10 @@ class AutoEmpirical(WeightedChains, AutoGuide):
             f"_{self._pyro_name}_draw", _DrawIndex(self._require().draw_weights), infer={"is_auxiliary": True}
         )
         plates = self._create_plates(*args, **kwargs)
+        prototype: Any = self.prototype_trace
         values = {}
         for name in self._layout:
-            site = self.prototype_trace.nodes[name]
+            site = prototype.nodes[name]
             batch = len(site["fn"].batch_shape)
             # draws in a dimension of their own lie left of the plates of the site
             lead = index.shape[: max(0, index.dim() - batch)]
@@ -283,10 +285,10 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        levels = torch.as_tensor(quantiles, dtype=torch.float64)
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles must lie between 0 and 1, found {levels.tolist()}.")
-        weights = self._require().draw_weights
+        levels: list[float] = torch.as_tensor(quantiles, dtype=torch.float64).tolist()
+        if not all(0 <= q <= 1 for q in levels):
+            raise ValueError(f"quantiles must lie between 0 and 1, found {levels}.")
+        weights = None if self._require().equal_weights else self.draw_weights
         found = {}
         for name, value in self.samples.items():
             transform = self._transform(name)
@@ -307,7 +309,9 @@ class AutoEmpirical(WeightedChains, AutoGuide):
 
         :return: by site name, the median.
         """
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        if self._median is None:
+            self._median = {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        return {name: value.clone() for name, value in self._median.items()}
 
     # ------------------------------------------------------------------ shown
 
@@ -333,8 +337,12 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         """
         return summarize(self, _SHOWN)
 
+    def extra_repr(self) -> str:
+        """What stands between the brackets of the representation."""
+        return f"{self.num_chains} chains of {self.num_draws} draws" if self._layout else "no draws"
+
     def _repr_html_(self) -> str:
-        return outline(self, _SHOWN)
+        return outline(self, _SHOWN if self._layout else ())
 
 
 class _DrawIndex(dist.TorchDistribution):

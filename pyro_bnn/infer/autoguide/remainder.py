@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import CurvatureAccumulator, NotAMinimumError
+from pyro_bnn.infer.hfl.multipliers import prior_shift
 
 Remainder = Literal["isotropic", "diagonal"]
 
@@ -19,8 +20,11 @@ def precision_of(guide: Any, data: Any, basis: Tensor, proximal: float) -> Tenso
     """
     loc, kind = guide.loc, guide.remainder
     accumulator = CurvatureAccumulator(guide.packed, loc, "ggn", chunk_size=guide.chunk_size)
+    ridge: Tensor | float = 0.0
+    if guide.tau is not None:
+        ridge, _ = prior_shift(guide.packed, loc, data, guide.tau)
     if kind == "diagonal":
-        diagonal = accumulator.diagonal(data) + proximal
+        diagonal = accumulator.diagonal(data) + proximal + ridge
         _require_curvature(kind, int((diagonal <= 0).sum()), float(diagonal.min()))
         return diagonal
     r, p = basis.shape
@@ -32,7 +36,7 @@ def precision_of(guide: Any, data: Any, basis: Tensor, proximal: float) -> Tenso
     for _ in range(2):  # twice is enough where few dimensions remain
         free = free - free @ basis.mT @ basis
     both = torch.stack([probes, free])
-    products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape)
+    products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape) + ridge * both
     whole, mean = ((both * products).sum((1, 2)) / both.square().sum((1, 2))).tolist()
     noise = 1e2 * torch.finfo(loc.dtype).eps * whole
     mean += proximal

@@ -178,7 +178,7 @@ def _of_linearized(guide: Any) -> tuple[Facts, Rows]:
     if report is not None:
         found["Newton decrement"] = f"{report.newton_decrement:.3g} posterior standard deviations"
         found |= {"smallest curvature": f"{report.smallest_curvature:.3g}"} if guide.is_fitted else {}
-    if guide.is_fitted and hasattr(guide, "log_evidence"):
+    if guide.is_fitted and hasattr(guide, "part_store"):  # others need the data again
         found["log evidence"] = f"{float(guide.log_evidence()):.6g} nats"
         if guide.tau is not None:
             found["multiplier of the prior precision"] = span_of(guide.tau)
@@ -255,6 +255,8 @@ def _of_draws(guide: Any) -> tuple[Facts, Rows]:
     shares = first_of([f"{w:.3g}" for w in of_chains.tolist()], most=10)
     facts["weights"] = "equal" if guide.equal_weights else f"of the chains {shares}"
     facts["density"] = "none: neither bounds nor importance weights"
+    if guide.num_chains > 1:
+        facts["convergence"] = "diagnostics.mixing(model, guide, data) compares what the chains predict"
     return facts, sites
 
 

@@ -15,17 +15,24 @@ regularization tractably recovers Bayesian deep learning". The limit follows fro
 from pyro_bnn.infer.hfl.api import covariance, regvar, solve, variance
 from pyro_bnn.infer.hfl.certificate import Certificate
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
+from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
+from pyro_bnn.infer.hfl.influence import Influence, influence
 from pyro_bnn.infer.hfl.regvar import RegVarScore
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import Method
 
 __all__ = [
     "Certificate",
+    "HFLEvidence",
     "HFLResult",
     "HFLWarning",
+    "Influence",
     "Method",
     "RegVarScore",
     "covariance",
+    "influence",
+    "log_evidence",
+    "optimize_hyperparameters",
     "regvar",
     "solve",
     "variance",

@@ -68,9 +68,7 @@ class ConstantPriors:
 
     def _flat(self, site: LatentSite) -> tuple[Tensor, Tensor]:
         base = unwrap(self.priors[site.name])
-        full = (t if t.shape == site.shape else t.expand(site.shape) for t in (base.loc, base.scale))
-        loc, scale = (t if t.dim() == 1 else t.reshape(-1) for t in full)
-        return loc, scale
+        return base.loc.reshape(-1), base.scale.reshape(-1)
 
 
 def _scalar(t: Tensor) -> Tensor:

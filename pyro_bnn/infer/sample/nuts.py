@@ -16,15 +16,28 @@ from torch.distributions import biject_to
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.predict.draws import Draws, component_draws, posterior_draws
+from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.result import ChainResult, NUTSResult
 from pyro_bnn.infer.train.progress import shows_bars
-from pyro_bnn.model.data import Batch, Batches
+from pyro_bnn.model.data import Arguments, Batch, Batches
+from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import latent_names, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.plates import plates_of
+from pyro_bnn.ops.notice import logger
 
 _Nuts: Any = NUTS
+
+#: Arguments of the kernel that need its own potential energy.
+_MODELS_OWN = {
+    "potential_fn",
+    "transforms",
+    "max_plate_nesting",
+    "jit_compile",
+    "jit_options",
+    "ignore_jit_warnings",
+}
 
 
 class RecordingNUTS(_Nuts):
@@ -37,6 +50,7 @@ class RecordingNUTS(_Nuts):
     :param callable model: a Pyro model.
     :param covariance: covariance of the unconstrained latents in the order of their sorted names; the inverse mass
         matrix to start from.
+    :param LogDensity density: the log density of the model, if that evaluates faster than the model itself.
     :param kwargs: arguments of :class:`~pyro.infer.NUTS`.
 
     Example::
@@ -54,7 +68,14 @@ class RecordingNUTS(_Nuts):
         (torch.Size([1, 5]), torch.Size([1, 3]), True)
     """
 
-    def __init__(self, model: Callable[..., Any], covariance: Tensor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        covariance: Tensor | None = None,
+        density: LogDensity | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._density = density
         super().__init__(model, full_mass=covariance is not None, **kwargs)
         if covariance is not None:
             self.mass_matrix_adapter = _StartingMass(covariance)
@@ -62,6 +83,19 @@ class RecordingNUTS(_Nuts):
         self.warmup: list[dict[str, Tensor]] = []
         self._warmup_size = 0
         self._divergent = 0
+
+    @property
+    def potential_fn(self) -> Any:
+        """The potential energy as a function of unconstrained values by site, which Pyro makes of the model or takes."""
+        return self._potential_fn
+
+    @potential_fn.setter
+    def potential_fn(self, found: Any) -> None:
+        self._potential_fn = found if found is None or self._density is None else self._energy
+
+    def _energy(self, params: Mapping[str, Tensor]) -> Tensor:
+        density: Any = self._density
+        return -density(torch.cat([params[name].reshape(-1) for name in density.space.slices]))
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Prepares a chain; called by :class:`~pyro.infer.MCMC`."""
@@ -187,7 +221,8 @@ def nuts(
     The chains of a mixture guide start in different components. The covariance of a Gaussian guide over packed
     latents (a Laplace approximation with a dense covariance, :class:`~pyro.infer.autoguide.AutoMultivariateNormal`)
     becomes the dense inverse mass matrix to start from, and adaptation goes on from there. Chains run one after the
-    other in this process.
+    other in this process, on the :func:`~pyro_bnn.infer.log_density` of the model where it has one (not if an argument of
+    the kernel asks for more, as ``jit_compile``); networks are in evaluation mode.
 
     :param callable model: a Pyro model.
     :param data: one batch with the full data.
@@ -218,7 +253,7 @@ def nuts(
     if len(batches) != 1:
         raise ValueError(f"nuts needs the full data as one batch, and found {len(batches)} batches.")
     (batch,) = batches
-    with local_parameters():
+    with local_parameters(), evaluation_mode(model):
         with poutine.block():
             trace = run_model(model, batch)
         if any(batch):  # a density without data needs no observation
@@ -233,6 +268,7 @@ def nuts(
         if missing:
             raise ValueError(f"nuts: the guide has no draws of the sites {missing}, which the model samples.")
         covariance = _laplace_covariance(guide, names, batch) if use_mass_matrix else None
+        density = None if kwargs.keys() & _MODELS_OWN else _density(model, batch)
         chains = []
         for chain in range(num_chains):
             start = None
@@ -240,7 +276,7 @@ def nuts(
                 unconstrained = {n: biject_to(sites[n]["fn"].support).inv(points[n][chain]) for n in names}
                 start = {n: value.detach().clone() for n, value in unconstrained.items()}
             mcmc = MCMC(
-                RecordingNUTS(model, covariance, **kwargs),
+                RecordingNUTS(model, covariance, density, **kwargs),
                 num_samples=num_samples,
                 warmup_steps=warmup_steps,
                 initial_params=start,
@@ -250,6 +286,17 @@ def nuts(
             chains.append(mcmc)
     samples = {n: torch.stack([chain.get_samples()[n] for chain in chains]) for n in names}
     return _collect(samples, [chain.kernel for chain in chains])
+
+
+def _density(model: Callable[..., Any], batch: Batch) -> LogDensity | None:
+    """The log density of a model, ``None`` if the model has to run for it in every step anyway."""
+    try:
+        density = log_density(model, Arguments(*batch))
+        density.value_and_gradient(torch.zeros(density.size, dtype=density.dtype, device=density.device))
+    except ValueError as error:  # what it refuses, NUTS may take
+        logger.info("nuts: runs of the model, since it has no log density on a packed vector: %s", error)
+        return None
+    return None if density.reason else density
 
 
 def _collect(samples: dict[str, Tensor], kernels: list[RecordingNUTS]) -> NUTSResult:

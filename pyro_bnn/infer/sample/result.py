@@ -23,7 +23,8 @@ class ChainResult(WeightedChains, Described):
     Chains of a sampler.
 
     The names of statistics are those that ArviZ knows: ``energy``, ``step_size``, ``acceptance_rate``, ``diverging``,
-    ``n_steps``, ``tree_depth``, ``lp`` (:math:`\log p(y, z)`, which the export computes anew where it has the data).
+    ``n_steps``, ``tree_depth``, and ``lp``, the log density of the unconstrained latents with the Jacobian of the constraints. A tree
+    for ArviZ has that as ``lp_unconstrained``, since its ``lp`` is :math:`\log p(y, z)` of the latents themselves.
 
     Chains of different modes need not be equally likely. Whatever reads a result honours their weights: predictions, moments,
     scores and the export for ArviZ take the draws of :meth:`draw_index`, in which a chain of weight w has the share w.

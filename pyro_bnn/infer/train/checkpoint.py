@@ -38,7 +38,7 @@ KEYS = {"step", "epoch", "losses", "tensors", "optimizer", "random"}
 
 class Checkpoint:
     """
-    Where and how often :func:`~pyro_bnn.infer.fit` saves its state.
+    Where and how often :func:`~pyro_bnn.infer.fit`, or a sampler, saves its state.
 
     A file appears under its name only when it is complete, so a process killed while it writes leaves the
     previous one. It holds tensors, numbers and strings alone and a digest of them, which is checked; no code in it
@@ -100,15 +100,16 @@ class Checkpoint:
             return False
         return True
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, keys: set[str] = KEYS) -> dict[str, Any] | None:
         """
         What was saved, or ``None`` if there is no file or ``resume`` is off.
 
+        :param keys: the entries that it has.
         :raises ValueError: naming the file, if it is damaged, of a later version, or no checkpoint.
         """
         if not (self.resume and self.path.exists()):
             return None
-        state = checked_load(self.path, "checkpoint", KEYS)
+        state = checked_load(self.path, "checkpoint", keys)
         self.last_step = state["step"]
         return state
 

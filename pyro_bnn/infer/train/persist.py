@@ -5,7 +5,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -13,6 +13,7 @@ from pyro.infer.autoguide.guides import AutoCallable
 from torch import Tensor
 
 from pyro_bnn.infer.initialize import EXAMPLE, example_of, is_initialized
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.infer.train.files import atomic_save, checked_load
 from pyro_bnn.infer.train.reading import differences, read
 from pyro_bnn.model.data import Batch, iter_batches
@@ -148,6 +149,7 @@ def load_guide(guide: Any, path: str | os.PathLike[str], data: Any = None, *, mo
     path = os.fspath(path)
     saved = checked_load(path, "saved guide", {"guide", "state", "example"})
     _check_class(guide, saved, path)
+    _restore_draws(guide, saved["state"], path)
     batch = _initialized_on(guide, saved, path, data)
     own = guide.state_dict()
     lossy = [n for n, v in saved["state"].items() if isinstance(own.get(n), Tensor) and not _keeps(v, own[n])]
@@ -277,6 +279,21 @@ def _check_class(guide: Any, saved: dict[str, Any], path: str) -> None:
                 f"{path} holds a {saved['guide']} with {name}={found.get(name)!r}; this one has "
                 f"{name}={expected.get(name)!r}. Build the guide as it was built when it was saved."
             )
+
+
+def _restore_draws(guide: torch.nn.Module, state: dict[str, Any], path: str) -> None:
+    """Gives guides of stored draws those of the file: others of a list are initialised by a call, for which they are needed."""
+    for prefix, part in guide.named_modules():
+        if isinstance(cast(Any, part), WeightedChains):
+            start = f"{prefix}." if prefix else ""
+            own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            try:
+                part.load_state_dict(own, strict=False)
+            except ValueError as error:
+                error.add_note(
+                    f"load_guide read the draws of {path}, which belongs to a guide of another model."
+                )
+                raise
 
 
 def _initialized_on(guide: Any, saved: dict[str, Any], path: str, data: Any) -> Batch | None:
