@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from scipy.stats import norm, rankdata
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def test_numbers_are_those_of_arviz_and_of_the_definition() -> None:
             expected = split_rank_r_hat(values[..., n])
             np.testing.assert_allclose(report.values[f"{name}_r_hat"][n], expected, rtol=1e-9)
             for kind in ("bulk", "tail"):
-                size = az.ess(values[..., n], method=kind)
+                size = az.ess(xr.Dataset({"f": (("chain", "draw"), values[..., n])}), method=kind)["f"]
                 np.testing.assert_allclose(report.values[f"{name}_ess_{kind}"][n], size, rtol=1e-9)
     assert report.largest_r_hat > 1.5
     assert "not mixed, or explore different modes" in repr(report)

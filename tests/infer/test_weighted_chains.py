@@ -15,7 +15,12 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_bnn.diagnostics import compare_with_nuts, diversity, prediction_draws, to_datatree
+from pyro_bnn.diagnostics import (
+    compare_with_nuts,
+    diversity,
+    prediction_draws,
+    to_datatree,
+)
 from pyro_bnn.diagnostics.metrics import nll
 from pyro_bnn.infer import ChainResult, NUTSResult, posterior_draws, posterior_predictive, predictive_moments
 from pyro_bnn.infer.autoguide import AutoEmpirical
@@ -147,8 +152,11 @@ def test_the_export_is_that_of_the_weighted_posterior() -> None:
     np.testing.assert_array_equal(stats["energy"].values[0], run.sample_stats["energy"].numpy()[chain, draw])
     assert np.bincount(chain).tolist() == [16, 8, 4, 4]
     # ArviZ's own numbers of the tree are those of the weighted posterior
-    summary = az.summary(tree["posterior"].to_dataset()[["scale"]], round_to="none", kind="stats")
-    assert_close(float(summary["mean"].iloc[0]), float(weights @ draws["scale"]), rtol=1e-9)
+    row = az.summary(tree["posterior"].to_dataset()[["scale"]], round_to="none", kind="stats").iloc[0]
+    mean = weights @ draws["scale"]
+    variance = weights @ (draws["scale"] - mean).square()
+    assert_close(float(row["mean"]), float(mean), rtol=1e-9)
+    assert_close(float(row["sd"]), float((variance * 32 / 31).sqrt()), rtol=1e-9)
     # side by side on request, as they are
     plain = to_datatree(model, run.reweighted(None), (x, y))
     np.testing.assert_array_equal(plain["posterior"]["w"].values, run.samples["w"].numpy())

@@ -74,6 +74,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
     ) -> None:
         super().__init__(model)
         self._layout: dict[str, tuple[int, slice, Size]] = {}
+        self._median: dict[str, Tensor] | None = None  # once it was asked for, of draws that stay
         self.register_buffer("weights", None)
         if draws is not None:
             self.set_draws(draws, num_chains=num_chains, weights=weights)
@@ -123,6 +124,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
             start = stops.get(group, 0)
             stops[group] = start + shape.numel()
             self._layout[name] = group, slice(start, stops[group]), shape
+        self._median = None
 
     # ------------------------------------------------------------------ set-up
 
@@ -161,6 +163,11 @@ class AutoEmpirical(WeightedChains, AutoGuide):
             self._arrange({n: (self._layout[n][0], value.shape[2:]) for n, value in samples.items()})
         else:
             self._pack(samples)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        self._median = None
+        return super()._apply(fn, *args, **kwargs)
 
     @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -278,10 +285,10 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        levels = torch.as_tensor(quantiles, dtype=torch.float64)
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles must lie between 0 and 1, found {levels.tolist()}.")
-        weights = self._require().draw_weights
+        levels: list[float] = torch.as_tensor(quantiles, dtype=torch.float64).tolist()
+        if not all(0 <= q <= 1 for q in levels):
+            raise ValueError(f"quantiles must lie between 0 and 1, found {levels}.")
+        weights = None if self._require().equal_weights else self.draw_weights
         found = {}
         for name, value in self.samples.items():
             transform = self._transform(name)
@@ -302,7 +309,9 @@ class AutoEmpirical(WeightedChains, AutoGuide):
 
         :return: by site name, the median.
         """
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        if self._median is None:
+            self._median = {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+        return {name: value.clone() for name, value in self._median.items()}
 
     # ------------------------------------------------------------------ shown
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws that a guide is given: read from where they come, held against the sites of a model, sorted by weight."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from pyro_bnn.ops.options import require_count
 
 #: How many numbers are sorted at once.
 _AT_ONCE = 2**22
+#: How far levels may be from sums of weights that they are equal to.
+_ROUNDING = 1e-12
 
 
 def by_chain(draws: Any, num_chains: int) -> dict[str, Tensor]:
     """Draws by site, shape ``(chains, draws) + site shape``."""
     if isinstance(draws, WeightedChains):
-        return {name: value.detach() for name, value in draws.samples.items()}
-    if hasattr(draws, "get_samples"):
+        found = {name: value.detach() for name, value in draws.samples.items()}
+    elif hasattr(draws, "get_samples"):
         found = {name: _tensor(value) for name, value in draws.get_samples(group_by_chain=True).items()}
     elif isinstance(draws, Mapping):
         require_count("num_chains", num_chains)
@@ -96,24 +99,34 @@ def _is_inside(value: Tensor, support: Any) -> bool:
     if base.event_dim or any(isinstance(bound, Tensor) for bound in vars(base).values()):
         return True
     inside = base.check(value)
-    if value.is_floating_point():
+    if value.is_floating_point() and not inside.all():
         for end in (-torch.inf, torch.inf):
             inside = inside | base.check(value.nextafter(value.new_tensor(end)))
     return bool(inside.all())
 
 
-def weighted_quantiles(value: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    """Of each element over the draws, shape ``(S,) + shape`` to ``(Q,) + shape``."""
+def weighted_quantiles(value: Tensor, weights: Tensor | None, levels: Sequence[float]) -> Tensor:
+    """Of each element over the draws, with weights ``(S,)`` or equal ones, shape ``(S,) + shape`` to ``(Q,) + shape``."""
     flat = value.reshape(len(value), -1)
     columns = max(1, _AT_ONCE // len(value))
-    parts = [_sorted_quantiles(part, weights.to(value.device), levels) for part in flat.split(columns, 1)]
-    return torch.cat(parts, 1).reshape(len(levels), *value.shape[1:])
+    # numpy sorts rows several times as fast as torch
+    parts = [part.mT.contiguous().numpy(force=True) for part in flat.split(columns, 1)]
+    found = [_equal(part, levels) if weights is None else _weighted(part, weights, levels) for part in parts]
+    return torch.as_tensor(np.concatenate(found, 1), device=value.device).reshape(-1, *value.shape[1:])
 
 
-def _sorted_quantiles(value: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
-    ordered, order = value.sort(0)
-    cumulative = weights[order].cumsum(0).mT.contiguous()
-    # sums of weights carry rounding errors; a draw without weight is no quantile
-    wanted = (levels.to(value.device) - 1e-12).clamp(min=1e-300).expand(len(cumulative), -1).contiguous()
-    index = torch.searchsorted(cumulative, wanted).clamp(max=len(value) - 1).mT
-    return ordered.gather(0, index)
+def _equal(rows: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Of rows ``(p, S)``, shape ``(Q, p)``; products of levels with numbers of draws carry rounding errors."""
+    size = rows.shape[1]
+    index = [min(size, max(1, math.ceil((q - _ROUNDING) * size))) - 1 for q in levels]
+    return np.sort(rows, -1)[:, index].T
+
+
+def _weighted(rows: np.ndarray, weights: Tensor, levels: Sequence[float]) -> np.ndarray:
+    """The same with weights, of which a draw that has none is no quantile."""
+    own = weights.numpy()
+    order = np.argsort(rows[:, own > 0], -1)
+    cumulative = own[own > 0][order].cumsum(-1)
+    index = [(cumulative < q - _ROUNDING).sum(-1).clip(max=order.shape[1] - 1) for q in levels]
+    ordered = np.take_along_axis(rows[:, own > 0], order, -1)
+    return np.stack([np.take_along_axis(ordered, i[:, None], -1)[:, 0] for i in index])

@@ -15,6 +15,7 @@ regularization tractably recovers Bayesian deep learning". The limit follows fro
 from pyro_bnn.infer.hfl.api import Method, covariance, regvar, solve, variance
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
+from pyro_bnn.infer.hfl.influence import Influence, influence
 from pyro_bnn.infer.hfl.regvar import RegVarScore
 from pyro_bnn.infer.hfl.result import HFLResult
 
@@ -22,9 +23,11 @@ __all__ = [
     "HFLEvidence",
     "HFLResult",
     "HFLWarning",
+    "Influence",
     "Method",
     "RegVarScore",
     "covariance",
+    "influence",
     "log_evidence",
     "optimize_hyperparameters",
     "regvar",

@@ -16,6 +16,7 @@ from pyro_bnn.infer.sample.minibatches import Stream, Weighted
 from pyro_bnn.infer.sample.records import Records
 from pyro_bnn.infer.sample.schemes import SCHEMES, Chains, Step
 from pyro_bnn.infer.sample.steps import StepSchedule, step_at
+from pyro_bnn.infer.sample.whitening import Scales
 from pyro_bnn.infer.train.progress import shows_bars
 from pyro_bnn.infer.train.settings import describe
 from pyro_bnn.infer.train.state import deferred_interrupt
@@ -30,7 +31,7 @@ Estimate = Callable[[Tensor, Weighted], tuple[Tensor, Tensor]]
 class ControlVariates:
     """
     Estimates by the difference of a batch's gradients at a point and at a centre, and the gradient of all data there (Baker et al.,
-    2019, eq. 8). K centres serve C chains, those of a centre one after the other.
+    2019). K centres serve C chains, those of a centre one after the other.
 
     :param estimate: of the log density by a batch.
     :param centers: shape ``(K, p)``.
@@ -136,7 +137,8 @@ class Run:
     @torch.no_grad()
     def take(self, given: Weighted) -> bool:
         """One step of all chains by a batch; whether it is kept."""
-        step, stats = self.plan.step(self.step), {}
+        step = self.plan.step(self.step)
+        stats: dict[str, Any] = {}
 
         def gradient(points: Tensor) -> Tensor:
             values, slopes = self.estimate(points, given)
@@ -226,6 +228,7 @@ class Run:
             "gradients": self.gradients,
             "elapsed": self.elapsed,
             "chains": list(self.chains),
+            "scales": self.whitener.scale if isinstance(self.whitener, Scales) else None,
             "records": self.records.state(),
             "stream": self.stream.state(),
         }
@@ -241,5 +244,7 @@ class Run:
         self.step, self.sampled, self.elapsed = state["step"], state["sampled"], state["elapsed"]
         self.gradients = state["gradients"]
         self.chains = Chains(*(value.to(self.chains.position) for value in state["chains"]))
+        if isinstance(self.whitener, Scales):  # those at the first start, which may have been at random
+            self.whitener = Scales(state["scales"].to(self.chains.position))
         self.records.load(state["records"])
         self.stream.load(state["stream"])

@@ -150,13 +150,13 @@ def sgmcmc(
         evaluator = evaluator_of(model, batches.first)
         minibatches = Minibatches(evaluator, batches, batch_size, order)
         modes = [] if guide is None else modes_of(guide, evaluator.joint.packed.space, batches.first)
-        probe = minibatches.prepare(points_of(modes, "mode", 1)[0] if modes else evaluator.anchors[0])
+        points = _points(model, minibatches, modes, start, num_chains)
+        probe = minibatches.prepare(points[0])
         estimate: Estimate = Estimator(evaluator, minibatches.once)
         if control_variates:
             centers = points_of(modes, "mode", 1)
             estimate = ControlVariates(estimate, centers, *minibatches.of_all_data(centers))
-    points = _points(model, minibatches, modes, start, num_chains)
-    whitener = _whitener(whiten, model, minibatches, modes, points[:: num_chains if modes else 1])
+        whitener = _whitener(whiten, model, minibatches, modes, points[:: num_chains if modes else 1])
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     stream = Stream(minibatches.one_pass, generators, keeps=checkpoint is not None and minibatches.number > 1)
@@ -165,11 +165,11 @@ def sgmcmc(
     settings = plan.settings() | {
         "batch_size": batch_size,
         "order": order,
-        "control_variates": control_variates,
         "whiten": whiten,
         "start": start,
         "chains": len(points),
-        "scales": _fingerprint(whitener, points),
+        "guide": _fingerprint(whitener, points),
+        "control_variates": f"{float(centers.norm()):.6g}" if control_variates else False,
     }
     files = Resumption("sgmcmc", checkpoint, settings, probe, minibatches.density)
     files.load(run)
@@ -218,7 +218,9 @@ def _whitener(
 
 
 def _fingerprint(whitener: Whitener, points: Tensor) -> str:
-    """A few digits by which preconditioners are told apart."""
+    """A few digits by which the Gaussians of guides are told apart."""
+    if not isinstance(whitener, Gaussians):
+        return "not used"
     rows = torch.linspace(-1, 1, points.shape[1], dtype=points.dtype, device=points.device)
     return f"{float(whitener.forward(rows.expand_as(points).contiguous()).norm()):.6g}"
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sgmcmc from its door: laws of whole runs, files, schedules, guides, and what it refuses."""
 
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,38 @@ def test_interrupted_runs_go_on_bit_by_bit(tmp_path: Path, form: str, stop: int,
         for key, value in getattr(whole, name).items():
             assert torch.equal(value, getattr(resumed, name)[key]), (name, key)
     assert resumed.info["minibatch_gradients"] == whole.info["minibatch_gradients"]
+
+
+def test_ctrl_c_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
+    """Without a guide, so that start and scales are random: both are those of the first run."""
+
+    def model(y: Tensor) -> None:
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, s))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+    def run(stop: int | None, path: Path | None, seed: int) -> Any:
+        def steps(t: int) -> float:
+            if t == stop:
+                signal.raise_signal(signal.SIGINT)
+            return 0.2
+
+        pyro.set_rng_seed(seed)
+        return sample(model, None, torch.ones(6), step_size=steps, whiten="prior", batch_size=2, num_samples=6, warmup_steps=4,
+                      num_chains=2, checkpoint=path)  # fmt: skip
+
+    path = tmp_path / "run.ckpt"
+    whole = run(None, None, seed=4)
+    with pytest.raises(KeyboardInterrupt, match="interrupted before the first draw"):
+        run(2, path, seed=4)
+    early = run(7, path, seed=5)
+    assert early.info["stopped_by"] == "interrupted"
+    assert torch.equal(early.samples["z"], whole.samples["z"][:, :4])
+    late = run(None, path, seed=6)
+    for name in ("s", "z"):
+        assert torch.equal(late.samples[name], whole.samples[name])
+        assert torch.equal(late.warmup[name], whole.warmup[name])
 
 
 def test_files_go_on_with_more_draws_and_refuse_others(tmp_path: Path) -> None:
