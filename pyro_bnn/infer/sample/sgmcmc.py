@@ -271,7 +271,9 @@ def _warn_of_heat(plan: Plan, stats: dict[str, Tensor], dim: int) -> None:
     )  # independent numbers in the mean, at a decay of exp(-rate)
     name, limit = ("drift_to_noise", 0.5) if plan.scheme == "sgld" else ("kinetic_temperature", 1.5)
     found = stats[name].mean(-1)
-    hot = (found > limit * (1 + 5 * math.sqrt(2 / size))).nonzero().flatten().tolist()
+    # the tail of a mean of squares of normal numbers (Laurent and Massart, 2000, lemma 1), one in a thousand for all chains together
+    tail = (7 + math.log(len(found))) / size
+    hot = (found > limit * (1 + 2 * math.sqrt(tail) + 2 * tail)).nonzero().flatten().tolist()
     if hot:
         worst = float(found.max())
         what = {

@@ -209,7 +209,7 @@ def test_ctrl_c_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
         def steps(t: int) -> float:
             if t == stop:
                 signal.raise_signal(signal.SIGINT)
-            return 0.2
+            return 0.02
 
         pyro.set_rng_seed(seed)
         return sample(model, None, torch.ones(6), step_size=steps, whiten="prior", batch_size=2, num_samples=6, warmup_steps=4,
