@@ -26,6 +26,7 @@ import pyro
 import torch
 from chains import MISSING, available, chains, mixing
 from gold_distances import agreement
+from short_chains import Recipe
 from uci import METHODS, SMALL, SMOKE, Fits, Prediction
 from uci_data import load, scores
 from uci_models import Member
@@ -40,6 +41,30 @@ SHAPES = {"boston": (4, 900, 3300), "energy": (4, 900, 8000), "yacht": (4, 900, 
 SAMPLER: dict[str, dict[str, Any]] = {"yacht": {"depth": 8, "max_step": 0.006}}
 #: Draws of the reference that enter distances and scores, evenly spaced; R-hat is that of all.
 REFERENCE_DRAWS = 1500
+
+
+BASE = Recipe()
+#: The recipe of ``MCLMC`` and its controls: 21,000 steps each, but for those in which a step is several gradients.
+RECIPES = {
+    "MCLMC, whitened by the prior": BASE.with_options(whiten="prior"),
+    "MCLMC, whitened by Laplace": replace(BASE, laplace=True).with_options(whiten="guide"),
+    "MCLMC, energy variance 0.002": BASE.with_options(energy_variance=0.002),
+    "MCLMC, energy variance 0.2": BASE.with_options(energy_variance=0.2),
+    "MCLMC, modes near prior draws": replace(BASE, spread=1.0),
+    "MCLMC, at Laplace draws": replace(BASE, laplace=True).with_options(start="draws"),
+    "MCLMC, 1 mode": replace(BASE, modes=1, warmup=1000, steps=20_000, draws=1500),
+    "MCLMC, 1 mode, 10 chains": replace(BASE, modes=1, chains=10),
+    "MCLMC, 5 modes": replace(BASE, modes=5, warmup=1000, steps=3200, draws=300),
+    "MCLMC, 5 modes, 2 chains each": replace(BASE, modes=5, chains=2),
+    "MCLMC, 20 modes": replace(BASE, modes=20, warmup=300, steps=700, draws=70),
+    "MCLMC, 5 modes of 300 steps": replace(BASE, modes=5, warmup=150, steps=150, draws=150),
+    "MCLMC, 5 modes of 1,000 steps": replace(BASE, modes=5, warmup=300, steps=700, draws=350),
+    "MCLMC, adjusted": replace(BASE, warmup=200, steps=100, draws=100).with_options(adjusted=True),
+}
+
+
+#: The method of the row that compares two halves of the reference.
+HALVES = "NUTS, half of the chains"
 
 
 class SharedFits(Fits):
@@ -81,51 +106,59 @@ def reference(
     return Prediction(found.mean, found.variance.expand_as(found.mean), found.variance[:, :1]), report
 
 
-def predict_once(method: str, fits: SharedFits, path: Path | None) -> tuple[Prediction, float]:
-    """A method's prediction and its CPU seconds, from a file if there is one."""
+def predict_once(method: str, fits: SharedFits, path: Path | None) -> tuple[Prediction, dict[str, Any]]:
+    """A method's prediction, its CPU seconds and what it says about itself, from a file if there is one."""
     if path and path.exists():
-        values, seconds = torch.load(path)
-        return Prediction(*values), seconds
+        values, report = torch.load(path)
+        return Prediction(*values), report if isinstance(report, dict) else {"seconds": round(report, 2)}
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    fits.extra = {}
+    _ = fits.first  # its seconds are added below
     start = time.process_time()
-    found = METHODS[method](fits)
-    seconds = time.process_time() - start + fits.member_seconds
+    found = fits.microcanonical(RECIPES[method]) if method in RECIPES else METHODS[method](fits)
+    report = {"seconds": round(time.process_time() - start + fits.member_seconds, 2)}
+    if "gradients" in fits.extra:
+        report |= fits.extra
     if path:
-        torch.save((tuple(found), seconds), path)
-    return found, seconds
+        torch.save((tuple(found), report), path)
+    return found, report
 
 
 def part(prediction: Prediction, rows: slice) -> Prediction:
     return Prediction(*(value[rows] for value in prediction))
 
 
-def run(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run(name: str, args: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     split = load(name, "standard", 0)
     settings = replace(SMALL, draws=400, targets=10_000)
     shape = SHAPES[name]
     if args.smoke:
         settings, shape = replace(SMALL, **SMOKE), (2, 20, 20)
+        args.methods = [m for m in args.methods if m not in RECIPES]
     fits = SharedFits(split, settings, seed=0)
     gold, report = reference(fits, shape, args.cache and args.cache / name, SAMPLER.get(name, {}))
     row = {"set": name, "n": len(split.x), "n_test": len(split.x_test), "noise": fits.first.model.noise}
     thinned = part(gold, slice(None, None, math.ceil(len(gold.mean) / REFERENCE_DRAWS)))
     halves = len(thinned.mean) // 2
-    yield row | {
-        "method": "NUTS, half of the chains",
-        **agreement(part(thinned, slice(halves)), part(thinned, slice(halves, None))),
-        **scores(thinned.mean, thinned.variance, split.y_test, split.scale),
-        **report,
-    }
-    for method in METHODS:
-        if method == "NUTS":
+    if (name, HALVES) not in done:
+        yield row | {
+            "method": HALVES,
+            **agreement(part(thinned, slice(halves)), part(thinned, slice(halves, None))),
+            **scores(thinned.mean, thinned.variance, split.y_test, split.scale),
+            **report,
+        }
+    for method in [*METHODS, *RECIPES]:
+        if method == "NUTS" or (name, method) in done or method not in args.methods:
             continue
-        found, seconds = predict_once(method, fits, args.cache and args.cache / f"{name} {method}.pt")
+        found, costs = predict_once(method, fits, args.cache and args.cache / f"{name} {method}.pt")
+        # the NUTS reference has as many draws: more of a method's would cost time only
+        few = part(found, slice(None, None, math.ceil(len(found.mean) / REFERENCE_DRAWS)))
         yield row | {
             "method": method,
-            **agreement(found, thinned),
-            **scores(found.mean, found.variance, split.y_test, split.scale),
-            "seconds": round(seconds, 2),
+            **agreement(few, thinned),
+            **scores(few.mean, few.variance, split.y_test, split.scale),
+            **costs,
         }
 
 
@@ -136,8 +169,13 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="yacht, a small network, two short chains; needs no extra"
     )
-    parser.add_argument("--out", type=Path, help="write the rows to this file of JSON lines")
+    parser.add_argument(
+        "--out", type=Path, help="append the rows to this file of JSON lines; what it holds is not run again"
+    )
     parser.add_argument("--sets", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *RECIPES], default=[*METHODS, *RECIPES], help="which rows"
+    )
     parser.add_argument(
         "--cache", type=Path, help="keep chains and predictions in this folder and take them from there"
     )
@@ -149,8 +187,12 @@ def main() -> None:
         print(f"{MISSING}; Pyro's NUTS would take days for the chains" if not args.smoke else MISSING)
         if not args.smoke:
             return
+    done = set()
+    if args.out and args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        done = {(row["set"], row["method"]) for row in rows}
     for name in ["yacht"] if args.smoke else args.sets:
-        for row in run(name, args):
+        for row in run(name, args, done):
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if args.out:
                 with args.out.open("a") as stream:

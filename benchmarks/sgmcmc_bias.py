@@ -62,7 +62,7 @@ def main() -> None:
                     row.append("")  # as with any other order
                     continue
                 run = sgmcmc(
-                    model, guide, (x, y), step_size=step, batch_size=size, num_chains=500, warmup_steps=200,
+                    model, guide, (x, y), step_size=step, batch_size=size, num_chains=500, warmup_steps=400, start="draws",
                     num_samples=500, thinning=2, progress_bar=False, **options,
                 )  # fmt: skip
                 value, error = excess(run, mean, precision)

@@ -43,6 +43,7 @@ class Settings:
     :param draws: of the weights at test time.
     :param settle_noise: whether the noise of a rank-1 mixture is set to its optimum after the steps.
     :param nuts: chains, steps of adaptation and draws per chain.
+    :param short: modes, steps of adaptation and steps of the microcanonical chains that start there.
     """
 
     hidden: int = 50
@@ -58,6 +59,7 @@ class Settings:
     draws: int = 100
     settle_noise: bool = False
     nuts: tuple[int, int, int] = (2, 300, 200)
+    short: tuple[int, int, int] = (10, 600, 1500)
 
 
 class Regression(PyroModule):
@@ -127,6 +129,7 @@ class Member:
         }
         self.model = Regression(bayesian_(network(inputs, settings), prior=self.priors()))
         self.guide: AutoLaplace | None = None
+        self.gradients = 0  # of the potential of all data
 
     def priors(self) -> dict[str, dist.Normal]:
         """The priors; they see later changes of the scales, whose memory they share."""
@@ -180,6 +183,7 @@ class Member:
         scale, activation = self.model.noise**-2, self.model.net[1]
 
         def function(u: Tensor) -> Tensor:
+            self.gradients += 1
             w1, b1, w2, b2 = u.split(list(sizes.values()))
             f = activation(torch.addmm(b1, x, w1.view(hidden, inputs).T)) @ w2 + b2
             return 0.5 * (scale * (y - f).square().sum() + (precision * u.square()).sum())

@@ -154,6 +154,14 @@ def test_hfl() -> None:
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
 
 
+def test_hfl_influence() -> None:
+    names = world()
+    names["guide"] = laplace(names, curvature="hessian")
+    names = run(PAGES / "hfl_influence.rst", names)
+    assert names["found"].matrix.shape == names["found"].variances.shape == (40, 80)
+    assert bool((names["found"].variances >= 0).all())
+
+
 def test_sampling_minibatch() -> None:
     names = world()
     names["guide"] = laplace(names)

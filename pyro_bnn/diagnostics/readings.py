@@ -5,13 +5,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pyro_bnn.infer.predict.density import joint_terms, total_of
 from pyro_bnn.infer.predict.draws import Draws
 from pyro_bnn.infer.predict.pieces import Pieces
 from pyro_bnn.infer.predict.sites import FIELDS, SitePrediction, join_sites
 from pyro_bnn.infer.predict.stream import Found, Wanted, predictions
+from pyro_bnn.model.coverage import other_prior
 from pyro_bnn.model.join import Join
 from pyro_bnn.model.plates import close
 from pyro_bnn.ops.notice import warn_user
@@ -59,9 +60,17 @@ def read_sites(pieces: Pieces, deterministic: Sequence[str], *, samples: bool) -
         raise ValueError(
             "The model observes nothing in data; pass the observations too, e.g. data=(x, y) for model(x, y)."
         )
-    totals = joint_terms(join, [part.terms for part in parts], latent)
+    terms = _by_site([part.terms for part in parts])
+    for name, values in terms.items():
+        if name in latent and len(values) > 1 and join.axis(name) is None:
+            for value in values[1:]:
+                if not close(values[0], value):
+                    raise other_prior(name, values[0][:1], value[:1])
+    totals = {name: torch.as_tensor(join.total(name, values)) for name, values in terms.items()}
+    stacked = torch.stack(list(totals.values()))
     return SiteValues(
-        lp=total_of(totals),
+        # at impossible values of latents the rest need not be a number
+        lp=stacked.sum(0).masked_fill((stacked == -torch.inf).any(0), -torch.inf),
         log_prior={name: total for name, total in totals.items() if name in latent},
         log_likelihood=_field(sites, "log_likelihood"),
         samples=_field(sites, "samples"),

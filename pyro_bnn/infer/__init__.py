@@ -11,6 +11,10 @@ from pyro_bnn.infer.mixture.schedules import CosineAnnealing, CyclicalAnnealing,
 from pyro_bnn.infer.predict.draws import posterior_draws
 from pyro_bnn.infer.predict.moments import PredictiveMoments, SiteMoments, predictive_moments
 from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePrediction, posterior_predictive
+from pyro_bnn.infer.refine.forward_kl import ForwardKLResult, RefinementWarning, forward_kl
+from pyro_bnn.infer.refine.importance import ImportanceWarning, ImportanceWeights, importance_weights
+from pyro_bnn.infer.refine.stacking import Stacking, stack, stacking_gap, stacking_weights
+from pyro_bnn.infer.sample.evaluation import ChangedModelError
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
@@ -26,6 +30,7 @@ from pyro_bnn.model.networks import network_at
 
 __all__ = [
     "ChainResult",
+    "ChangedModelError",
     "Checkpoint",
     "ComponentLoopWarning",
     "ConvergenceTest",
@@ -35,6 +40,9 @@ __all__ = [
     "EarlyStopping",
     "FitResult",
     "FitState",
+    "ForwardKLResult",
+    "ImportanceWarning",
+    "ImportanceWeights",
     "LinearAnnealing",
     "LogDensity",
     "Mixture_ELBO",
@@ -45,12 +53,16 @@ __all__ = [
     "PosteriorPredictive",
     "PredictiveMoments",
     "Rank1Preset",
+    "RefinementWarning",
     "SiteMoments",
     "SitePrediction",
+    "Stacking",
     "StepSchedule",
     "default_preset",
     "dusenberry2020",
     "fit",
+    "forward_kl",
+    "importance_weights",
     "load_guide",
     "log_density",
     "mclmc",
@@ -61,4 +73,7 @@ __all__ = [
     "predictive_moments",
     "save_guide",
     "sgmcmc",
+    "stack",
+    "stacking_gap",
+    "stacking_weights",
 ]

@@ -211,7 +211,7 @@ def warn_of_runaways(report: HyperparameterReport, bends: Sequence[float] | None
         warn_user(
             f"optimize_hyperparameters: the evidence has no maximum in the multiplier of the prior precision of {'; '.join(found)} "
             f"(gain over tau = 1: {gain:.3g} nats): the latents sit at their prior mean, or the data determine them without the "
-            "prior. The guide uses this value; laplace_approximation(data) goes back to tau = 1. Choose per='global' or "
+            "prior. A guide uses this value until laplace_approximation(data) of an AutoLaplace, or further training, sets tau = 1 again. Choose per='global' or "
             "'layer', give the scale of these priors a prior of its own in the model, or use method='validation'.",
             HyperparameterWarning,
         )

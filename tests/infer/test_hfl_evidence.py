@@ -208,6 +208,70 @@ def test_multipliers_at_the_maximum_are_those_of_the_dense_evidence(per):
     assert mine.objective[-1] == pytest.approx(max(theirs.objective), abs=1e-5)
 
 
+def scaled(scale):
+    """A network of two outputs whose weights have prior scales of their own."""
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3, 2), scale).to_event(2))
+        v = pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(torch.tanh(x @ w.mT) @ v, 0.3), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("method", ["cg", "central", "probe"])
+@pytest.mark.parametrize("remainder", [None, "isotropic", "diagonal"])
+def test_multipliers_of_a_guide_are_a_model_with_that_prior(method, curvature, remainder):
+    if remainder is not None and method != "cg":
+        return
+    x, y, _ = data_of()
+    guides = []
+    for scale in (1.0, 0.5):
+        guide = AutoHessianFreeLaplace(scaled(scale), method=method, curvature=curvature, remainder=remainder)
+        guide.initialize(x, y)
+        guide.loc.data = torch.linspace(-1, 1.2, 9)
+        guides.append(guide)
+    first, second = guides
+    second.polish((x, y))
+    first.loc.data = second.loc.detach().clone()  # a minimum under the second prior
+    first.tau = torch.where(torch.arange(9) < 6, 4.0, 1.0)
+    targets = (torch.randn(3, 2, generator=torch.Generator().manual_seed(3)),)
+    for guide in guides:
+        guide.laplace_approximation((x, y), targets)
+    assert_close(first.result.variance, second.result.variance, rtol=1e-5)
+    assert first.result.newton_decrement < 1e-3
+    # where there are no targets, too
+    elsewhere = (torch.randn(2, 2, generator=torch.Generator().manual_seed(4)),)
+    variances = [guide.linearized_outputs(*elsewhere)["obs"].variance for guide in guides]
+    assert_close(variances[0], variances[1], rtol=1e-4)
+    assert_close(first.log_evidence((x, y)).log_evidence, second.log_evidence((x, y)).log_evidence, rtol=1e-9)
+
+
+def test_guides_use_the_multipliers_that_they_find():
+    guide, data, *_ = case()
+    guide.laplace_approximation(data, targets=(data[0][:2],), **QUIET)
+    before = guide.result.variance
+    report = guide.optimize_hyperparameters(data, per="site")
+    expected = hfl.optimize_hyperparameters(guide, data, per="site")
+    assert report.tau == expected.tau
+    assert_close(guide.tau.unique(), sorted(report.tau.values()), rtol=1e-6)
+    assert guide.result is None
+    guide.laplace_approximation(data, targets=(data[0][:2],), **QUIET)
+    assert not torch.allclose(guide.result.variance, before)
+    found = guide.log_evidence(data, **QUIET)
+    assert float(found.log_evidence) == pytest.approx(max(report.objective), abs=1e-3)
+
+
+def test_multipliers_of_coupled_priors_are_refused_by_name():
+    x, y, _ = data_of()
+    guide = AutoHessianFreeLaplace(hierarchy).initialize(x, y)
+    guide.tau = torch.tensor(2.0)
+    with pytest.raises(ValueError, match="multipliers of the prior precision are in use"):
+        hfl.solve(guide, (x, y), (x,))
+
+
 def test_latents_at_their_prior_mean_have_no_best_prior():
     _, data, model, _ = case()
     guide = AutoHessianFreeLaplace(model, curvature="ggn").initialize(*data)

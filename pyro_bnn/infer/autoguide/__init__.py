@@ -17,6 +17,7 @@ from pyro_bnn.infer.autoguide.laplace_mixture import AutoLaplaceMixture
 from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.autoguide.outputs import LinearizedOutputs
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport, PointEstimateWarning
+from pyro_bnn.infer.autoguide.rescaled import AutoRescaled
 from pyro_bnn.infer.autoguide.summary import GuideSummary
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "AutoLaplace",
     "AutoLaplaceMixture",
     "AutoMixture",
+    "AutoRescaled",
     "GuideSummary",
     "LinearizedOutputs",
     "MAPReport",

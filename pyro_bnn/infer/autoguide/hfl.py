@@ -18,10 +18,13 @@ from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport
 from pyro_bnn.infer.hfl.api import Method, solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
+from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
+from pyro_bnn.infer.hfl.multipliers import prior_shift
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
+from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.options import require_number
 
@@ -74,6 +77,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
     _shown = ("method", "curvature", "remainder")
 
     curvature: Curvature
+    tau: Tensor | None
     factor: Tensor | None
     gradients: Tensor | None
     displacements: Tensor | None
@@ -119,7 +123,15 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         self.remainder = remainder
         self.has_density = remainder is not None
         self.result: HFLResult | None = None
-        for name in ("factor", "gradients", "displacements", "covariance", "basis", "remainder_precision"):
+        for name in (
+            "tau",
+            "factor",
+            "gradients",
+            "displacements",
+            "covariance",
+            "basis",
+            "remainder_precision",
+        ):
             self.register_buffer(name, None)
 
     @takes_data(after=("targets",), also=(solve,))
@@ -236,8 +248,11 @@ class AutoHessianFreeLaplace(LinearizedGuide):
     def _precision(self, data: Any, proximal: float) -> Tensor:
         """The diagonal of Λ: that of the GGN, or the mean curvature of the dimensions without targets."""
         accumulator = CurvatureAccumulator(self.packed, self.loc, "ggn", chunk_size=self.chunk_size)
+        ridge: Tensor | float = 0.0
+        if self.tau is not None:
+            ridge, _ = prior_shift(self.packed, self.loc, data, self.tau)
         if self.remainder == "diagonal":
-            diagonal = accumulator.diagonal(data) + proximal
+            diagonal = accumulator.diagonal(data) + proximal + ridge
             self._require_curvature(int((diagonal <= 0).sum()), float(diagonal.min()))
             return diagonal
         assert self.basis is not None
@@ -250,7 +265,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         for _ in range(2):  # twice is enough where few dimensions remain
             free = free - free @ self.basis.mT @ self.basis
         both = torch.stack([probes, free])
-        products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape)
+        products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape) + ridge * both
         whole, mean = ((both * products).sum((1, 2)) / both.square().sum((1, 2))).tolist()
         noise = 1e2 * torch.finfo(self.loc.dtype).eps * whole
         mean += proximal
@@ -264,6 +279,39 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 f"remainder={self.remainder!r}: {number} dimensions have a curvature of {value:.3g}, so that no proper Gaussian "
                 "describes them without targets: give their latents a proper prior, or leave remainder out."
             )
+
+    # ------------------------------------------------------------------ evidence
+
+    @takes_data(also=(log_evidence,))
+    def log_evidence(self, *args: Any, **options: Any) -> HFLEvidence:
+        """
+        The Laplace approximation of the log marginal likelihood, with a bracket and a standard error; see
+        :func:`pyro_bnn.infer.hfl.log_evidence`. It takes the GGN, whatever the guide's own curvature.
+
+        :param args: the data, as for :meth:`laplace_approximation`; no targets.
+        :param options: of :func:`pyro_bnn.infer.hfl.log_evidence`.
+        :return: an :class:`~pyro_bnn.infer.hfl.HFLEvidence`, for the multipliers of the prior precision that are in use.
+        """
+        return log_evidence(self, *args, **options)
+
+    @takes_data(also=(optimize_hyperparameters,))
+    def optimize_hyperparameters(self, *args: Any, **options: Any) -> HyperparameterReport:
+        """
+        Tunes multipliers of the prior precision by the evidence, the point estimate held fixed; see
+        :func:`pyro_bnn.infer.hfl.optimize_hyperparameters`.
+
+        They are in use from now on, and all displacements change with them: the guide is a point estimate again until
+        :meth:`laplace_approximation` is called. Training it further forgets them.
+
+        :param args: the data, as for :meth:`laplace_approximation`; no targets.
+        :param options: of :func:`pyro_bnn.infer.hfl.optimize_hyperparameters`.
+        :return: the multipliers and the evidence at each step.
+        """
+        report = optimize_hyperparameters(self, *args, **options)
+        groups = Groups(self.packed.space.slices, self.loc, None, options.get("per", "global"))
+        self.to_point_estimate()
+        self.tau = groups.found(report)
+        return report
 
     @override
     def to_point_estimate(self) -> Self:

@@ -33,8 +33,9 @@ class AutoRescaled(AutoContinuous):
     It starts as the density of the other guide, and can be trained by any bound or by :func:`~pyro_bnn.infer.forward_kl`, which
     makes it. Predictions are those of the model, not of a linearised one: its parameters need not be near a mode.
 
-    :param guide: a Laplace approximation with a density of all latents, or a mixture of them; it is left as it is, and must not be
-        changed afterwards. To load a saved guide: one built like it.
+    :param guide: a Laplace approximation with a density of all latents, or a mixture of them. It is a part of the new guide, and
+        must not be changed afterwards. To load a saved guide: one built like it.
+    :raises TypeError: for other guides.
 
     Example::
 
@@ -47,8 +48,8 @@ class AutoRescaled(AutoContinuous):
         >>> x, y = torch.eye(2), torch.tensor([1.0, -1.0])
         >>> laplace = AutoLaplace(model).initialize(x, y).polish((x, y)).laplace_approximation((x, y))
         >>> guide = AutoRescaled(laplace).initialize(x, y)
-        >>> guide.get_posterior().variance
-        tensor([0.2000, 0.2000], grad_fn=<MvBackward0>)
+        >>> guide.get_posterior().variance.detach()
+        tensor([0.2000, 0.2000])
     """
 
     def __init__(self, guide: PackedGuide) -> None:
@@ -87,9 +88,6 @@ class AutoRescaled(AutoContinuous):
         with evaluation_mode(self._plain[0]):
             super()._setup_prototype(*args, **kwargs)
         self.argument_kinds = argument_kinds(self._plain[0], (args, kwargs))
-        for part in self.parts:
-            for parameter in part.parameters():
-                parameter.requires_grad_(False)
         loc = torch.stack([part.loc.detach() for part in self.parts])
         log_weights = getattr(guide, "log_weights", loc.new_zeros(1))
         self.loc = nn.Parameter(loc.clone())
@@ -149,5 +147,6 @@ class _Rescaled(TorchDistribution):
         return self.loc + self.scale * (draws - self.base.loc)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        # the location of the base cancels, and its gradient with it
         moved = self.base.loc + (value - self.loc) / self.scale
         return self.base.log_prob(moved) - self.scale.log().sum()

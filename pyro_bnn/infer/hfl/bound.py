@@ -4,7 +4,7 @@ r"""
 What is known of the curvature from below: :math:`P \succeq T`, with T the curvature of the prior.
 
 The generalised Gauss-Newton matrix is positive semi-definite, so that the precision is at least what the prior (and the
-proximal term) add to it. That is a number for every latent where the prior's Hessian at the point estimate is diagonal.
+proximal term and multipliers) add to it. That is a number for every latent where the prior's Hessian at the point estimate is diagonal.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def prior_bound(problem: Problem) -> Bound:
     diagonal = diagonal_of_diagonal(prior.operator, prior.latent, torch.finfo(problem.latent.dtype).eps)
     if diagonal is None:
         return Bound(reason="the prior couples latents, so that its curvature is no number for each")
-    diagonal = diagonal + problem.proximal
+    diagonal = diagonal + problem.ridge
     flat = ~(diagonal > 0)
     if not bool(flat.any()):
         return Bound(diagonal.to(problem.latent.dtype))

@@ -7,7 +7,7 @@ With ``curvature="hessian"`` the loss is :math:`L(u)` itself. With ``curvature="
 linearised model :math:`L(\phi(\hat u) + J(u - \hat u))`, which is convex and whose Hessian at :math:`\hat u` is
 the GGN; for a Gaussian likelihood and prior it is quadratic, so that perturbations of any size give the same
 variance. Either loss may carry a gradient correction :math:`-g_0^\top(u - \hat u)`, which makes the point estimate
-stationary, and a proximal term :math:`\frac\delta2 |u - \hat u|^2`.
+stationary, and a proximal term :math:`\frac\delta2 |u - \hat u|^2`; and the prior's precision may be multiplied.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError
 from pyro_bnn.curvature.fisher_checks import require_scores
+from pyro_bnn.infer.hfl.multipliers import prior_shift
 from pyro_bnn.model.data import Batch, iter_batches
 from pyro_bnn.model.handlers import Site
 from pyro_bnn.model.packed import PackedModel
@@ -38,6 +39,7 @@ class Problem:
 
     :param latent: the point estimate, shape ``(p,)``.
     :param proximal: δ.
+    :param tau: multipliers of the prior precision, a scalar or shape ``(p,)``; none by default.
     :param correct_gradient: whether the point estimate is made stationary.
     :param chunk_size: how many vectors are multiplied at once.
     :ivar gradient: of the uncorrected loss at the point estimate, shape ``(p,)``.
@@ -55,6 +57,7 @@ class Problem:
         proximal: float = 0.0,
         correct_gradient: bool = True,
         chunk_size: int = 256,
+        tau: Tensor | None = None,
     ) -> None:
         self.model = model
         self.latent = latent.detach().clone()
@@ -77,17 +80,29 @@ class Problem:
                 f"are not finite at the point estimate (the loss is {float(self.value):.3g}): check the data, and whether "
                 "the model can be differentiated there."
             )
+        shift = torch.zeros_like(self.gradient)
+        self._ridge: Tensor | float = 0.0
+        if tau is not None:
+            self._ridge, shift = prior_shift(model, self.latent, data, tau)
+            self.gradient = self.gradient + shift
+        #: a gradient that is added to that of the model's loss
+        self._linear = shift - self.gradient if correct_gradient else shift
         self._base = by_chunks(CurvatureAccumulator(model, self.latent, curvature).operator(data), chunk_size)
 
+    @property
+    def ridge(self) -> Tensor | float:
+        """What the proximal term and multipliers of the prior add to the diagonal of the curvature, shape ``(p,)`` or a number."""
+        return self._ridge + self.proximal
+
     def operator(self, v: Tensor) -> Tensor:
-        """Products with the curvature at the point estimate, proximal term included, of shape ``(S, p)`` both."""
+        """Products with the curvature at the point estimate, :attr:`ridge` included, of shape ``(S, p)`` both."""
         product = self._base(v)
         if not torch.isfinite(product).all():
             raise NotAMinimumError(
                 f"products with the {self.curvature} are not finite: the model has no second derivative at the point "
                 "estimate, or the data are not finite"
             )
-        return product + self.proximal * v if self.proximal else product
+        return product + self.ridge * v
 
     def gradients(self, offsets: Tensor) -> Tensor:
         r"""Gradients of the loss, corrected and with the proximal term, at :math:`\hat u` + offsets, shape ``(S, p)``."""
@@ -124,8 +139,8 @@ class Problem:
             u = self.latent + offset
             yield from self._terms(u)
             if rank() == 0:  # what is added counts once in all processes
-                extra = 0.5 * self.proximal * offset.square().sum() - shift * functional(u)
-                yield extra - self.gradient @ offset if self.correct_gradient else extra
+                extra = 0.5 * (self.ridge * offset.square()).sum() - shift * functional(u)
+                yield extra + self._linear @ offset
 
         return terms
 
@@ -133,8 +148,7 @@ class Problem:
         return self.model.losses(u, self.data)
 
     def _extra(self, offsets: Tensor) -> Tensor:
-        extra = self.proximal * offsets
-        return extra - self.gradient if self.correct_gradient else extra
+        return self.ridge * offsets + self._linear
 
     def _linearized_gradients(self, offsets: Tensor, leaf: Tensor, traces: Iterable[Trace]) -> Tensor:
         """Gradients of the linearised likelihood, from traces that were made at ``leaf``."""

@@ -47,8 +47,9 @@ def set_up(
     batch = batches[0] if batches else None
     model, latent = point_estimate(guide, data)
     problem = Problem(
-        model, latent, data, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size
-    )
+        model, latent, data, curvature, correct_gradient=correct_gradient, chunk_size=chunk_size,
+        tau=getattr(guide, "tau", None),
+    )  # fmt: skip
     options: dict[str, Any] = {"linearized": curvature == "ggn", "chunk_size": chunk_size}
     if functional is not None:
         return problem, user_functionals(model, latent, functional, batch, **options)

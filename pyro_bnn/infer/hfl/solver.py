@@ -189,7 +189,7 @@ class Solver:
             return lambda r: r / diagonal
         if preconditioner == "diagonal":
             accumulator = CurvatureAccumulator(problem.model, problem.latent, "ggn")
-            diagonal = accumulator.diagonal(problem.data) + problem.proximal
+            diagonal = accumulator.diagonal(problem.data) + problem.ridge
             return lambda r: r / diagonal
         if isinstance(preconditioner, str):
             raise ValueError(
@@ -210,7 +210,7 @@ class Solver:
         """The diagonal of the prior's curvature, kept positive where the prior is flat or not log-concave."""
         problem = self.problem
         index = torch.arange(len(problem.latent), device=problem.latent.device)
-        diagonal = prior_of(problem).diagonal(index) + problem.proximal
+        diagonal = prior_of(problem).diagonal(index) + problem.ridge
         largest = diagonal.max()
         if not largest > 0:
             return torch.ones_like(diagonal)

@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
-"""Densities at given draws: of a guide, and the joint density of a model."""
+"""The density of a guide at given draws."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -16,62 +16,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_bnn.infer.predict.draws import Draws
-from pyro_bnn.infer.predict.pieces import Pieces
-from pyro_bnn.infer.predict.stream import Wanted, predictions
-from pyro_bnn.model.coverage import other_prior
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.handlers import SubstituteMessenger, sample_sites
-from pyro_bnn.model.join import Join
 from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.parameters import local_parameters
-from pyro_bnn.model.plates import close
-
-
-@torch.no_grad()
-def model_terms(model: Callable[..., Any], draws: Draws, data: Any) -> dict[str, Tensor]:
-    """
-    The terms of the log joint density of a model at draws of all of its latent sites, the model run under many draws at once
-    where it broadcasts.
-
-    :param draws: values of the latent sites, each of shape ``(S,) + site shape``.
-    :param data: the data with observations, in any form.
-    :return: by latent, observed site and factor, shape ``(S,)``, with scales, masks and the factors of subsampled plates.
-    :raises ValueError: if there are no draws of a latent site.
-    """
-    pieces = Pieces(model, draws, data)
-    found = list(predictions(pieces, Wanted(samples=False, moments=False, terms=True)))
-    if found[-1].missing:
-        raise ValueError(
-            f"there are no draws of the sites {found[-1].missing}, which the model samples: the joint density needs all of them."
-        )
-    return joint_terms(pieces.join, [part.terms for part in found], draws)
-
-
-def joint_terms(
-    join: Join, parts: Iterable[Mapping[str, Tensor]], latent: Collection[str]
-) -> dict[str, Tensor]:
-    """
-    By site, its term of the log joint density of all the data, from those of the batches; priors count once.
-
-    :raises ValueError: if batches have different priors.
-    """
-    terms: dict[str, list[Tensor]] = {}
-    for part in parts:
-        for name, term in part.items():
-            terms.setdefault(name, []).append(term)
-    for name, values in terms.items():
-        if name in latent and len(values) > 1 and join.axis(name) is None:
-            for value in values[1:]:
-                if not close(values[0], value):
-                    raise other_prior(name, values[0][:1], value[:1])
-    return {name: torch.as_tensor(join.total(name, values)) for name, values in terms.items()}
-
-
-def total_of(terms: Mapping[str, Tensor]) -> Tensor:
-    """The log joint density from its terms, shape ``(S,)``."""
-    stacked = torch.stack(list(terms.values()))
-    # at impossible values of latents the rest need not be a number
-    return stacked.sum(0).masked_fill((stacked == -torch.inf).any(0), -torch.inf)
 
 
 def guide_log_prob(

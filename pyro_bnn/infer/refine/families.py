@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guides that are moved towards weighted draws: by their moments where these are the optimum, by gradients elsewhere."""
 
-import copy
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -125,7 +124,7 @@ class GradientFamily(Family):
 
 def family_of(guide: Any, batch: Batch) -> Family:
     """
-    A guide of the same density, with parameters, that leaves the given one as it is.
+    The guide itself, or, for Laplace approximations, one of the same density with parameters.
 
     :raises TypeError: for a guide that is no module: its parameters live in Pyro's parameter store.
     :raises ValueError: for one without parameters, or one that holds some latents fixed.
@@ -137,25 +136,14 @@ def family_of(guide: Any, batch: Batch) -> Family:
         )
     if isinstance(guide, PackedGuide):
         return _of_laplace(guide, batch)
-    own = copied(guide)
-    if isinstance(own, AutoNormal):
-        return MomentFamily(own, batch, *_of_sites(own))
-    if type(own) in (AutoDiagonalNormal, AutoMultivariateNormal):
-        return _of_normal(own, batch)
-    family = GradientFamily(own, batch)
+    if isinstance(guide, AutoNormal):
+        return MomentFamily(guide, batch, *_of_sites(guide))
+    if type(guide) in (AutoDiagonalNormal, AutoMultivariateNormal):
+        return _of_normal(guide, batch)
+    family = GradientFamily(guide, batch)
     if not family.parameters:
         raise ValueError(f"forward_kl: {type(guide).__name__} has no parameters to refine.")
     return family
-
-
-def copied(guide: Any) -> Any:
-    """A copy with parameters of its own, of the same model and the same prototypes."""
-    shared = [
-        getattr(part, name, None)
-        for part in guide.modules()
-        for name in ("prototype_trace", "model", "_model", "_plain", "_packed")
-    ]
-    return copy.deepcopy(guide, {id(part): part for part in shared if part is not None})
 
 
 def _of_laplace(guide: Any, batch: Batch) -> Family:
@@ -178,7 +166,7 @@ def _of_laplace(guide: Any, batch: Batch) -> Family:
         scale = posterior.variance.sqrt() if kind is AutoDiagonalNormal else _lower(posterior)
         family.put(posterior.loc.detach(), scale.detach())
         return family
-    own = AutoRescaled(copied(guide))
+    own = AutoRescaled(guide)
     own.initialize(*batch[0], **batch[1])
     return GradientFamily(own, batch)
 

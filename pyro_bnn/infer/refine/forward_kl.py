@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.infer.predict.density import guide_log_prob
 from pyro_bnn.infer.predict.predictive import seeded_by
 from pyro_bnn.infer.refine.families import Family, family_of
-from pyro_bnn.infer.refine.importance import ImportanceWeights, weigh
-from pyro_bnn.model.data import Batch, as_batches
+from pyro_bnn.infer.refine.importance import ImportanceWeights, log_prob, weigh
+from pyro_bnn.infer.sample.log_density import LogDensity, log_density
+from pyro_bnn.model.data import as_batches
 from pyro_bnn.ops.described import Described, table_text
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_count
@@ -40,8 +40,8 @@ class Quality(Described):
     :param k_hat: the shape of the tail of the importance ratios, see :func:`~pyro_bnn.infer.importance_weights`.
     :param effective_sample_size: the effective number of draws.
     :param num_samples: of so many.
-    :param exponent: the power of the ratios under which half of the draws are effective: 1 and more for a good guide; the inverse
-        of the spread of the log ratios.
+    :param exponent: the power of the ratios under which enough draws are effective for a step of :func:`forward_kl`: 1 and more
+        where the forward divergence itself is within reach; the inverse of the spread of the log ratios.
     :param elbo: the mean of the log ratios, nats.
     :param elbo_error: its standard error.
     """
@@ -54,12 +54,17 @@ class Quality(Described):
     elbo_error: float
 
     @classmethod
-    def of(cls, found: ImportanceWeights) -> "Quality":
-        """What weighted draws say."""
+    def of(cls, found: ImportanceWeights, needed: float) -> "Quality":
+        """What weighted draws say, if a step needs so many effective ones."""
         ratios, size = found.log_ratios, len(found.log_ratios)
         error = float(ratios.std()) / math.sqrt(size)
         return cls(
-            found.k_hat, found.effective_sample_size, size, half_exponent(ratios), float(ratios.mean()), error
+            found.k_hat,
+            found.effective_sample_size,
+            size,
+            exponent_of(ratios, needed),
+            float(ratios.mean()),
+            error,
         )
 
     @override
@@ -135,7 +140,7 @@ def forward_kl(
 
     over :math:`q'` [1]. At :math:`\beta = 1` this is the forward divergence, whose minimum covers the posterior where the ELBO's
     hides in one part of it. Weights of a poor guide rest on a few draws, from which nothing can be learnt: :math:`\beta` is the largest power
-    of at most 1 under which half of the draws are effective. A step at small :math:`\beta` is, to first order, one of natural-gradient
+    of at most 1 under which enough of them are effective, 20 per parameter and latent, at least a tenth and at most half of all. A step at small :math:`\beta` is, to first order, one of natural-gradient
     ascent of the ELBO; where :math:`\beta` stays small, as in large networks, the result is closer to that than to the forward
     divergence, and ``after.exponent`` says so.
 
@@ -149,11 +154,13 @@ def forward_kl(
     any other with parameters and a density                the same                                       gradients
     ====================================================== ============================================== ==============
 
-    The closed form is moment matching. The gradients are those of L-BFGS on the draws of the round. The given guide is left as it is.
-    The search ends when for three rounds the exponent has not grown, nor, while it is below 1, the ELBO by more than its noise. Then fresh draws of both guides, weighted as draws of their even
-    mixture, estimate what the divergence has gained. The refined guide is taken if that is reliable (k-hat) and two standard errors above
-    zero; where it is not reliable, if the exponent has grown and the ELBO by two standard errors. Else the given guide comes back, and a
-    warning says why.
+    The closed form is moment matching. The gradients are those of L-BFGS on the draws of the round. A Laplace approximation is left as
+    it is; other guides are refined in place, as by :func:`~pyro_bnn.infer.fit`.
+    The search ends after three rounds at
+    :math:`\beta = 1`, or three in which neither the exponent has grown nor the ELBO by more than its noise. Then fresh draws of both guides,
+    weighted as draws of their even mixture, estimate what the divergence has gained. The refined guide is taken if that is reliable (k-hat) and two standard errors
+    above zero, or four with a k-hat below 1; where it is not reliable, if the exponent has grown by a twentieth and the ELBO has not fallen by two standard errors. Else the
+    given guide comes back as it was, and a warning says why, unless both are as good.
 
     A refined Laplace approximation predicts by the model, not by the linearised one. In a network that is the comparison to make: a
     Laplace approximation may have a poor density and predict well, because the linearised model is what it is the posterior of.
@@ -191,45 +198,61 @@ def forward_kl(
     require_count("num_rounds", num_rounds)
     batches = as_batches(data)
     with seeded_by(generator):
-        first = weigh(model, guide, batches, num_samples)
+        density = log_density(model, data)
+    with seeded_by(generator):
+        first = weigh(density, guide, batches, num_samples)
         family = family_of(guide, batches.first)
-        rounds = _search(model, family, batches, num_samples, num_rounds)
-        after = weigh(model, family.guide, batches, num_samples)
-    before = Quality.of(first)
-    gain, error, k_hat = _gain(guide, family.guide, first, after, batches.first)
-    result = _judge(guide, family.guide, before, Quality.of(after), (gain, error, k_hat))
-    return ForwardKLResult(*result, before, Quality.of(after), gain, error, rounds)
+        start = family.state()
+        needed = needed_draws(family, density.size, num_samples)
+        rounds = _search(density, family, batches, num_samples, num_rounds, needed)
+        last = weigh(density, family.guide, batches, num_samples)
+    before, after = (Quality.of(found, needed) for found in (first, last))
+    gain = _gain(family, start, first, last)
+    improved, reason = _judge(before, after, gain)
+    if not improved:
+        family.restore(start)
+    taken = family.guide if improved else guide
+    return ForwardKLResult(taken, improved, reason, before, after, gain.value, gain.error, rounds)
 
 
-def half_exponent(log_ratios: Tensor) -> float:
-    """The power of importance ratios under which half of the draws are effective, by bisection; at most 100."""
-    size = len(log_ratios)
+def exponent_of(log_ratios: Tensor, needed: float) -> float:
+    """The power of importance ratios under which so many draws are effective, by bisection; at most 100."""
 
     def effective(power: float) -> float:
         return float(1 / (power * log_ratios).softmax(0).square().sum())
 
     low, high = 0.0, 100.0
-    if effective(high) >= size / 2:
+    if effective(high) >= needed:
         return high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if effective(middle) >= size / 2 else (low, middle)
+        low, high = (middle, high) if effective(middle) >= needed else (low, middle)
     return low
 
 
+def needed_draws(family: Family, size: int, num_samples: int) -> float:
+    """The effective draws that a step needs: 20 per parameter and latent, at least a tenth of all and at most half."""
+    parameters = sum(parameter.numel() for parameter in family.parameters)
+    return min(num_samples / 2, max(num_samples / 10, 20 * parameters / size))
+
+
 def _search(
-    model: Callable[..., Any], family: Family, data: Any, num_samples: int, num_rounds: int
+    density: LogDensity, family: Family, data: Any, num_samples: int, num_rounds: int, needed: float
 ) -> list[Quality]:
-    """Rounds until there is no progress; the family is left at the best."""
+    """
+    Rounds until there is no progress, or a few with all of the ratios, each of which goes to the optimum; the family is left at
+    the best.
+    """
     rounds: list[Quality] = []
-    best, state, since = None, family.state(), 0
+    best, state, since, whole = None, family.state(), 0, 0
     for _ in range(num_rounds):
-        found = weigh(model, family.guide, data, num_samples)
-        rounds.append(Quality.of(found))
+        found = weigh(density, family.guide, data, num_samples)
+        rounds.append(Quality.of(found, needed))
         since += 1
-        if best is None or _is_progress(best, rounds[-1]):
+        whole += rounds[-1].exponent >= 1
+        if rounds[-1].exponent >= 1 or best is None or _is_progress(best, rounds[-1]):
             best, state, since = rounds[-1], family.state(), 0
-        if since >= _PATIENCE:
+        if since >= _PATIENCE or whole > _PATIENCE:
             break
         log_weights, _ = smoothed(min(1.0, rounds[-1].exponent) * found.log_ratios)
         family.update(found.draws, log_weights.exp())
@@ -245,49 +268,57 @@ def _is_progress(before: Quality, after: Quality) -> bool:
     )
 
 
-def _gain(
-    old: Any, new: Any, of_old: ImportanceWeights, of_new: ImportanceWeights, batch: Batch
-) -> tuple[float, float, float]:
+@dataclass
+class _Gain:
+    """What the forward divergence gains, its standard error, and the shape of the tail of the weights."""
+
+    value: float
+    error: float
+    k_hat: float
+
+
+def _gain(family: Family, start: list[Tensor], first: ImportanceWeights, last: ImportanceWeights) -> _Gain:
     """
-    The mean of log q' - log q under the posterior, by draws of both with the weights of their even mixture, its standard error,
-    and the shape of the tail of these weights.
+    The mean of log q' - log q under the posterior, by draws of the family at its start and now, with the weights of their even
+    mixture.
     """
-    log_p, log_q, log_new = [], [], []
-    for found, own in ((of_old, old), (of_new, new)):
-        densities = [guide_log_prob(guide, found.draws, batch) for guide in (old, new)]
-        at_old, at_new = (torch.as_tensor(density).double() for density in densities)
-        log_p.append(found.log_ratios + (at_old if own is old else at_new))
-        log_q.append(at_old)
-        log_new.append(at_new)
-    p, q, q_new = (torch.cat(part) for part in (log_p, log_q, log_new))
-    log_weights, k_hat = smoothed(p - torch.logaddexp(q, q_new))
-    weights, change = log_weights.exp(), q_new - q
-    change = torch.where(weights > 0, change, 0.0)
+
+    def densities() -> list[Tensor]:
+        return [log_prob(family.guide, found.draws, family.batch).double() for found in (first, last)]
+
+    end, at_end = family.state(), densities()
+    family.restore(start)
+    at_start = densities()
+    family.restore(end)
+    log_p = torch.cat([first.log_ratios + at_start[0], last.log_ratios + at_end[1]])
+    q, q_new = torch.cat(at_start), torch.cat(at_end)
+    # densities in unconstrained and constrained space differ by the same in both
+    log_weights, k_hat = smoothed(log_p - torch.logaddexp(q, q_new))
+    weights = log_weights.exp()
+    change = torch.where(weights > 0, q_new - q, 0.0)
     gain = float(weights @ change)
     error = float((weights.square() @ (change - gain).square()).sqrt()) if math.isfinite(gain) else math.inf
-    return gain, error, k_hat
+    return _Gain(gain, error, k_hat)
 
 
-def _judge(
-    old: Any, new: Any, before: Quality, after: Quality, found: tuple[float, float, float]
-) -> tuple[Any, bool, str]:
-    """The better guide, whether it is the new one, and why."""
-    gain, error, k_hat = found
+def _judge(before: Quality, after: Quality, gain: _Gain) -> tuple[bool, str]:
+    """Whether the refined guide is better, and why."""
     limit = reliable_shape(2 * before.num_samples)
-    if k_hat <= limit:
-        improved = gain > 2 * error
-        reason = f"the forward divergence gains {gain:.3g} +- {error:.2g} nats"
+    reliable = gain.k_hat <= limit
+    if reliable or (gain.k_hat < 1 and gain.value > 4 * gain.error):
+        improved = gain.value > 2 * gain.error + 1e-6
+        reason = f"the forward divergence gains {gain.value:.3g} +- {gain.error:.2g} nats"
     else:
-        rise, rise_error = after.elbo - before.elbo, math.hypot(after.elbo_error, before.elbo_error)
-        improved = after.exponent > before.exponent and rise > 2 * rise_error
+        rise, noise = after.elbo - before.elbo, math.hypot(after.elbo_error, before.elbo_error)
+        improved = after.exponent > 1.05 * before.exponent and rise > -2 * noise
         reason = (
-            f"the gain of forward divergence cannot be estimated (k-hat {k_hat:.2f} > {limit:.2f}); the ELBO gains {rise:.3g} +- "
-            f"{rise_error:.2g} nats, the exponent goes from {before.exponent:.3g} to {after.exponent:.3g}"
+            f"the gain of forward divergence cannot be estimated (k-hat {gain.k_hat:.2f} > {limit:.2f}); the exponent goes from "
+            f"{before.exponent:.3g} to {after.exponent:.3g}, the ELBO gains {rise:.3g} +- {noise:.2g} nats"
         )
     if improved:
         logger.info("forward_kl: %s", reason)
-    elif gain < -2 * error or before.k_hat > reliable_shape(before.num_samples):
-        warn_user(f"forward_kl: the guide is as it was: {reason}.", RefinementWarning)
-    else:
+    elif reliable and abs(gain.value) <= 2 * gain.error + 1e-6:
         reason = f"it is as good: {reason}"
-    return (new if improved else old), improved, reason
+    else:
+        warn_user(f"forward_kl: the guide is as it was: {reason}.", RefinementWarning)
+    return improved, reason

@@ -13,10 +13,11 @@ from typing_extensions import override
 
 from pyro_bnn.infer.autoguide.empirical import AutoEmpirical
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
-from pyro_bnn.infer.predict.density import guide_log_prob, model_terms, total_of
+from pyro_bnn.infer.predict.density import guide_log_prob
 from pyro_bnn.infer.predict.draws import Draws, posterior_draws
 from pyro_bnn.infer.predict.predictive import seeded_by
 from pyro_bnn.infer.predict.weighted import systematic_index
+from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.model.data import Arguments, Batch, as_batches
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.model.handlers import is_factor, unwrap
@@ -28,6 +29,9 @@ from pyro_bnn.ops.options import require_choice, require_count
 from pyro_bnn.ops.pareto import reliable_shape, smoothed
 
 Space = Literal["latents", "functions"]
+
+#: Draws whose densities are computed in one pass.
+CHAINS = 200
 
 
 class ImportanceWarning(UserWarning):
@@ -197,7 +201,9 @@ def importance_weights(
     require_count("num_samples", num_samples)
     require_choice("space", space, "latents", "functions")
     with seeded_by(generator):
-        found = weigh(model, guide, as_batches(data), num_samples, space)
+        density = log_density(model, data)
+    with seeded_by(generator):  # whatever was drawn before
+        found = weigh(density, guide, data, num_samples, space)
     if not found.is_reliable:
         warn_user(
             f"importance_weights: k-hat is {found.k_hat:.2f}, above {reliable_shape(num_samples):.2f} for {num_samples} draws: "
@@ -210,24 +216,31 @@ def importance_weights(
 
 @torch.no_grad()
 def weigh(
-    model: Callable[..., Any], guide: Any, data: Any, num_samples: int, space: Space = "latents"
+    density: LogDensity, guide: Any, data: Any, num_samples: int, space: Space = "latents"
 ) -> ImportanceWeights:
-    """The same, without a word on whether the weights are reliable."""
+    """The same for a log density, without a word on whether the weights are reliable."""
     batches = as_batches(data)
-    with evaluation_mode(model), local_parameters():
+    with evaluation_mode(density.packed.model), local_parameters():
         draws = _draws(guide, num_samples, batches.first)
+        missing = [name for name in density.space.slices if name not in draws]
+        if missing:
+            raise ValueError(
+                f"importance_weights: the guide has no draws of the sites {missing}, which the model samples."
+            )
+        latent = density.space.pack(draws)
+        log_q = log_prob(guide, draws, batches.first) + density.space.log_abs_det_jacobian(latent)
         if space == "functions":
-            ratios = _linearised_joint(model, guide, draws, batches)
+            ratios = _linearised_joint(density, guide, draws, batches) - log_q
         else:
-            ratios = total_of(model_terms(model, draws, batches))
-        ratios = (ratios - _log_prob(guide, draws, batches.first)).double()
-    if not bool(ratios.max().isfinite()) or bool(ratios.isnan().any()):
+            ratios = torch.cat([density(part) for part in latent.split(CHAINS)]) - log_q
+    ratios = ratios.double()
+    if not bool(ratios.max().isfinite()):  # NaN is its own maximum
         raise ValueError(
             f"importance_weights: the log ratios lie between {float(ratios.min())} and {float(ratios.max())}, expected finite numbers (or "
             "minus infinity for impossible draws, but not for all): look at the densities of model and guide at its draws."
         )
     log_weights, k_hat = smoothed(ratios)
-    return ImportanceWeights(draws, ratios, log_weights, k_hat, space, model)
+    return ImportanceWeights(draws, ratios, log_weights, k_hat, space, density.packed.model)
 
 
 def _members(guide: Any) -> Sequence[Any]:
@@ -243,7 +256,7 @@ def _draws(guide: Any, num_samples: int, batch: Batch) -> Draws:
     return {name: torch.cat([draws[name] for draws in found]) for name in found[0]}
 
 
-def _log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor:
+def log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor:
     """The log density of a guide, of several with equal weights, at draws, shape ``(S,)``."""
     terms = []
     for member in _members(guide):
@@ -258,7 +271,7 @@ def _log_prob(guide: Any, draws: Draws, batch: Batch) -> Tensor:
     return stacked.logsumexp(0) - torch.tensor(float(len(terms)), dtype=stacked.dtype).log()
 
 
-def _linearised_joint(model: Callable[..., Any], guide: Any, draws: Draws, data: Any) -> Tensor:
+def _linearised_joint(density: LogDensity, guide: Any, draws: Draws, data: Any) -> Tensor:
     """The log joint density of the linearised model, shape ``(S,)``: the model's prior and the linearised likelihood."""
     if not isinstance(guide, LinearizedGuide):
         what = "a mixture is linearised around each mode: weigh guide.components one by one"
@@ -266,10 +279,11 @@ def _linearised_joint(model: Callable[..., Any], guide: Any, draws: Draws, data:
             f"space='functions' needs a guide with a linearised model, such as AutoLaplace, found {type(guide).__name__}"
             + (f" ({what})." if hasattr(guide, "components") else ": use space='latents'.")
         )
-    latents = set(guide.packed.space.slices)
-    terms = model_terms(model, draws, Arguments(*data.first))
-    prior = total_of({name: term for name, term in terms.items() if name in latents})
-    return prior + linearised_log_likelihood(guide, draws, data)
+    likelihood = linearised_log_likelihood(guide, draws, data)
+    first = Arguments(*as_batches(data).first)
+    parts = density.space.pack(draws).split(CHAINS)
+    prior = [density.batch_value_and_gradient(part, first, 0.0, once=())[0] for part in parts]
+    return likelihood + torch.cat(prior)
 
 
 def linearised_log_likelihood(guide: LinearizedGuide, draws: Draws, data: Any) -> Tensor:

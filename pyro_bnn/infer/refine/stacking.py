@@ -3,11 +3,21 @@
 """Weights of several posteriors that predict best together."""
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from pyro_bnn.ops.options import require_number
+from pyro_bnn.infer.predict.draws import component_draws
+from pyro_bnn.infer.predict.predictive import posterior_predictive, seeded_by
+from pyro_bnn.model.data import as_batches
+from pyro_bnn.ops.described import Described
+from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.options import require_choice, require_count, require_number
+from pyro_bnn.ops.pareto import reliable_shape, smoothed
 
 
 def stacking_weights(log_densities: Tensor, *, tolerance: float = 1e-8) -> Tensor:
@@ -134,3 +144,164 @@ def _room(values: Tensor, step: Tensor) -> float:
     """How far positive numbers can go along a step and stay positive: 0.99 of the way to the first zero."""
     shrinking = step < 0
     return 0.99 * float((-values[shrinking] / step[shrinking]).min()) if bool(shrinking.any()) else math.inf
+
+
+@dataclass(repr=False)
+class Stacking(Described):
+    """
+    What :func:`stack` returns; K posteriors, N observations.
+
+    :param weights: the weight of each posterior, shape ``(K,)``.
+    :param names: what they are called.
+    :param log_densities: the log predictive density of every observation, nats, shape ``(K, N)``.
+    :param gap: what other weights could gain, at most; nats per observation.
+    :param k_hat: with ``method="loo"`` the shapes of the tails, shape ``(K, N)``.
+    """
+
+    weights: Tensor
+    names: list[str]
+    log_densities: Tensor
+    gap: float
+    k_hat: Tensor | None = None
+
+    @property
+    def score(self) -> float:
+        """The mean log predictive density of the mixture, nats per observation."""
+        return float((self.weights.log().unsqueeze(-1) + self.log_densities.double()).logsumexp(0).mean())
+
+    @override
+    def described(self) -> tuple[str, dict[str, str]]:
+        rows = {
+            name: f"weight {float(w):.3f}, alone {float(row.mean()):.3f} nats per observation"
+            for name, w, row in zip(self.names, self.weights, self.log_densities, strict=True)
+        }
+        size = self.log_densities.shape[1]
+        title = f"stacking of {len(self.names)} posteriors: {self.score:.3f} nats per observation, of {size}"
+        return title, rows | {"missed": f"at most {self.gap:.1g} nats per observation"}
+
+
+@torch.no_grad()
+def stack(
+    model: Callable[..., Any],
+    posteriors: Any,
+    data: Any,
+    *,
+    method: Literal["held_out", "loo"] = "held_out",
+    site: str | None = None,
+    num_samples: int = 200,
+    generator: torch.Generator | None = None,
+) -> Stacking:
+    r"""
+    The weights with which several posteriors, modes or chains predict best together.
+
+    Modes of a network are weighed here by what they predict, not by the volume of a Gaussian around them, as the evidence does.
+    Held-out data need nothing else. ``"loo"`` takes the data that the posteriors were fitted to, and the leave-one-out density
+    :math:`\log p(y_n \mid y_{-n}) \approx \log\sum_s w_{sn} p(y_n \mid z_s)` with Pareto-smoothed :math:`w_{sn} \propto 1/p(y_n \mid
+    z_s)` [1, 2]. It takes the draws of every posterior for exact ones of the mode that it stands for: right for chains, and for a
+    linearised Laplace approximation as far as it is the posterior of its linearised model. A warning says where k-hat is too large.
+
+    :param callable model: a Pyro model.
+    :param posteriors: a list of posteriors (guides, runs, draws by site), a mapping from names to them, a mixture guide, whose
+        components they are, or a run of several chains.
+    :param data: held-out observations, or for ``"loo"`` those of the fit, in any form.
+    :param str method: ``"held_out"`` or ``"loo"``.
+    :param str site: the observed site; needed if there are several.
+    :param int num_samples: draws of every guide; of runs and draws all are taken.
+    :param generator: source of random numbers; the global state then stays as it is.
+    :return: weights and densities.
+    :raises ValueError: for no posteriors, or if the data hold no observations.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(w * x, 0.1), obs=y)
+        >>> x = torch.ones(4)
+        >>> modes = {"right": {"w": torch.full((10,), 1.0)}, "wrong": {"w": torch.full((10,), -1.0)}}
+        >>> stack(model, modes, (x, torch.tensor([0.9, 1.1, 1.0, 1.0]))).weights.round(decimals=4)
+        tensor([1., 0.])
+
+    **References**
+
+    [1] Yao, Vehtari, Simpson, Gelman, *Using stacking to average Bayesian predictive distributions*, Bayesian Analysis 2018.
+
+    [2] Vehtari, Gelman, Gabry, *Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC*, Statistics and
+    Computing 2017.
+    """
+    require_choice("method", method, "held_out", "loo")
+    require_count("num_samples", num_samples)
+    batches = as_batches(data)
+    with seeded_by(generator):
+        members = _members(posteriors, num_samples)
+        values = [_log_likelihood(model, member, batches, site, num_samples) for member in members.values()]
+    names = list(members)
+    if method == "held_out":
+        log_densities, shapes = torch.stack([v.logsumexp(0) - math.log(len(v)) for v in values]), None
+    else:
+        found = [leave_one_out(v) for v in values]
+        log_densities, shapes = (torch.stack(part) for part in zip(*found, strict=True))
+        limit = min(reliable_shape(len(v)) for v in values)
+        if bad := int((shapes > limit).sum()):
+            warn_user(
+                f"stack: k-hat is above {limit:.2f} for {bad} of {shapes.numel()} leave-one-out densities, up to {float(shapes.max()):.2f}: they are "
+                "not to be relied on. Take held-out data, or more draws."
+            )
+    weights = stacking_weights(log_densities)
+    return Stacking(weights, names, log_densities, stacking_gap(log_densities, weights), shapes)
+
+
+def leave_one_out(log_likelihood: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Leave-one-out log predictive densities by Pareto-smoothed importance sampling.
+
+    :param log_likelihood: of every observation under every draw, shape ``(S, N)``, nats.
+    :return: log densities and the shapes of the tails, both ``(N,)``.
+    """
+    columns = [(column, *smoothed(-column)) for column in log_likelihood.double().mT]
+    densities = torch.stack([(column + log_weights).logsumexp(0) for column, log_weights, _ in columns])
+    return densities, torch.tensor([shape for *_, shape in columns], dtype=densities.dtype)
+
+
+def _members(posteriors: Any, num_samples: int) -> dict[str, Any]:
+    """The single posteriors by name."""
+    if isinstance(posteriors, Mapping) and not any(isinstance(v, Tensor) for v in posteriors.values()):
+        found = {str(name): posterior for name, posterior in posteriors.items()}
+    elif isinstance(posteriors, (list, tuple)):
+        found = {f"posterior {k}": posterior for k, posterior in enumerate(posteriors)}
+    elif hasattr(posteriors, "get_samples"):
+        draws = posteriors.get_samples(group_by_chain=True)
+        chains = range(len(next(iter(draws.values()))))
+        found = {f"chain {k}": {name: value[k] for name, value in draws.items()} for k in chains}
+    elif hasattr(posteriors, "components"):
+        found = {f"component {k}": guide for k, guide in enumerate(posteriors.components)}
+    elif getattr(posteriors, "num_components", 0):
+        draws = component_draws(posteriors, num_samples)
+        parts = range(posteriors.num_components)
+        found = {f"component {k}": {name: value[k] for name, value in draws.items()} for k in parts}
+    else:
+        raise ValueError(
+            f"stack needs several posteriors, a mixture guide or a run of several chains, found {type(posteriors).__name__}."
+        )
+    if not found:
+        raise ValueError("stack: there are no posteriors.")
+    return found
+
+
+def _log_likelihood(
+    model: Callable[..., Any], posterior: Any, data: Any, site: str | None, num_samples: int
+) -> Tensor:
+    """The log likelihood of every observation under every draw, shape ``(S, N)``; those masked are left out."""
+    given = isinstance(posterior, Mapping) or hasattr(posterior, "get_samples")
+    sites = posterior_predictive(model, posterior, data, num_samples=None if given else num_samples)
+    if site is None and len(sites) != 1:
+        raise ValueError(f"stack: the model has the observed sites {list(sites)}: choose one by site=.")
+    name = next(iter(sites)) if site is None else site
+    if name not in sites or sites[name].log_likelihood is None:
+        raise ValueError(f"stack: there is no observed site {name!r} with observations in the data.")
+    found: Any = sites[name]
+    values, mask = found.log_likelihood, found.mask
+    if mask is not None and mask.shape == values.shape[1:]:
+        return values[:, mask]
+    return values.reshape(len(values), -1)

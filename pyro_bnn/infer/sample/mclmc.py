@@ -11,13 +11,14 @@ from pyro import poutine
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
+from pyro_bnn.infer.refine.stacking import stack
 from pyro_bnn.infer.sample.adaptation import FEWEST_STEPS, MOST_COORDINATES, pooled, spread
 from pyro_bnn.infer.sample.log_density import log_density
-from pyro_bnn.infer.sample.microcanonical_run import Plan, Run
+from pyro_bnn.infer.sample.microcanonical_run import Plan, Run, Units
 from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
 from pyro_bnn.infer.sample.starts import Mode, modes_of, points_of, prior_draws
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_scales
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_units
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.parameters import local_parameters
@@ -26,7 +27,7 @@ from pyro_bnn.ops.options import require_choice, require_count, require_number
 
 Start = Literal["mode", "draws"]
 Whiten = Literal["prior", "guide", "diagonal"]
-ModeWeights = Literal["equal", "evidence"]
+ModeWeights = Literal["equal", "evidence", "stacking"]
 
 #: A larger share of refused steps, or of diverging transitions, of a chain is warned of.
 _MOST_REFUSED = 0.01
@@ -42,10 +43,11 @@ def mclmc(
     num_chains: int = 1,
     adjusted: bool = False,
     start: Start = "mode",
-    whiten: Whiten | None = "prior",
+    whiten: Whiten | None = "diagonal",
     weights: ModeWeights = "equal",
     step_size: float | None = None,
     momentum_length: float | None = None,
+    per_mode: bool = False,
     energy_variance: float = 0.02,
     target_accept_prob: float = 0.8,
     thinning: int = 1,
@@ -74,27 +76,35 @@ def mclmc(
     **Adjusted** chains are exact: from a new direction a path of N steps without refreshment, whose end is accepted with probability
     :math:`\min(1, e^{-\Delta})` for its energy error :math:`\Delta`; N is uniform up to :math:`2L/h` and the same for all chains.
 
-    **Warm-up.** A third of the steps finds the step size h of each mode, a third the variances (which give a first
-    :math:`L = \sqrt{\sum_i \operatorname{Var} z_i}`), a third the autocorrelation time, which gives :math:`L` as 0.4 of the way between two
-    independent draws, the step size following all along. With ``adjusted=True`` this is the first half of the warm-up; :math:`L`, half as long
-    again, is then the mean length of a path, and the second half, of adjusted transitions, finds h by dual averaging.
+    **Warm-up.** Step sizes follow the energy errors by stochastic approximation in :math:`\log h`, pooled over all chains. After a quarter and
+    after half of the steps the scales of R are estimated (``whiten="diagonal"``): those of the prior times, for each site, the factor
+    :math:`(E|x|^2/E|g|^2)^{1/4}` with its positions x from the prior's centre and gradients g in units of the prior. Then
+    :math:`L = 3\,(E|z|^2)^{1/2}`, three times the radius, until the second half has shown an autocorrelation time of less than a tenth of it, and L
+    becomes 0.4 of the way between two independent draws. With ``adjusted=True`` this is the first half of the warm-up; the mean length L of a
+    path is then 1.5 times :math:`(\sum_i\operatorname{Var} z_i)^{1/2}` within chains, and the second half, of adjusted transitions, finds h by
+    dual averaging.
 
     :param callable model: a Pyro model.
     :param guide: where chains start. A mixture guide (:class:`~pyro_bnn.infer.autoguide.AutoMixture`,
         :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`) has one mode for each component, any other guide one, a list has those of
         its items: guides (an ensemble), or values by site. With ``None`` each chain starts at a draw of the prior, and is a mode of its own.
-    :param data: one batch with the full data.
+    :param data: the full data, in one batch or in several, of which each step takes all.
     :param int num_samples: draws that are kept of each chain.
     :param int warmup_steps: steps of adaptation, and of the way from the start, of each chain.
-    :param int num_chains: chains for each mode; they share step size and momentum length, and follow one another in the result.
+    :param int num_chains: chains for each mode, which follow one another in the result.
     :param bool adjusted: whether chains are Metropolis-adjusted; ``num_samples`` then counts transitions, of several gradients each.
     :param str start: ``"mode"`` (of a Gaussian guide its median) or ``"draws"`` of each mode's approximation.
-    :param whiten: R is diagonal with the scales of the prior (``"prior"``), a diagonal estimated in the warm-up (``"diagonal"``), the square
-        root of the covariance of the guide's Gaussian at each mode, in whatever structure it has (``"guide"``), or the identity (``None``).
-        A mode's curvature is wrong elsewhere: chains that leave it are better off with the scales of the prior.
-    :param str weights: of the modes: ``"equal"``, or ``"evidence"``, in proportion to the evidence that the guide has for each.
+    :param whiten: R is diagonal, with the scales of the prior times factors of the sites that the warm-up finds (``"diagonal"``), or
+        without them (``"prior"``); the square root of the covariance of the guide's Gaussian at each mode, in whatever structure it has
+        (``"guide"``), for which :math:`L = \sqrt p` at first; or the identity (``None``). A mode's curvature is wrong elsewhere: it makes only
+        short chains better.
+    :param str weights: of the modes: ``"equal"``; ``"evidence"``, in proportion to the evidence that the guide has for each; or ``"stacking"``, by
+        leave-one-out predictive densities of the data (:func:`~pyro_bnn.infer.stack`, which also weighs by held-out data, for
+        ``run.reweighted``). A chain has the weight of its mode, divided by ``num_chains``.
     :param float step_size: h, in whitened units, for all chains; by default found in the warm-up.
     :param float momentum_length: L, in whitened units; by default found in the warm-up.
+    :param bool per_mode: whether each mode has a step size and a momentum length of its own, as modes of very different widths need; by default
+        all chains share them.
     :param float energy_variance: the variance of the energy error of unadjusted steps per dimension: 0.02 explores, 0.0005 is accurate.
     :param float target_accept_prob: the mean acceptance probability of adjusted transitions.
     :param int thinning: steps, or adjusted transitions, from one draw that is kept to the next.
@@ -145,14 +155,14 @@ def mclmc(
         target_accept_prob=target_accept_prob,
     )  # fmt: skip
     require_choice("start", start, "mode", "draws")
-    require_choice("weights", weights, "equal", "evidence")
+    require_choice("weights", weights, "equal", "evidence", "stacking")
     if whiten is not None:
         require_choice("whiten", whiten, "prior", "guide", "diagonal")
     plan = Plan(
         num_samples, warmup_steps, thinning, adjusted, energy_variance, target_accept_prob, step_size,
-        momentum_length, whiten,
+        momentum_length, whiten, per_mode,
     )  # fmt: skip
-    batch = _one_batch(data)
+    batch = Batches(data).first
     density = log_density(model, data)
     if density.size < 2:
         raise ValueError(
@@ -161,14 +171,15 @@ def mclmc(
     modes = [] if guide is None else modes_of(guide, density.space, batch)
     points = _points(model, modes, density, batch, start, num_chains)
     num_modes = len(modes) or num_chains
-    shares = _shares(modes, weights, num_modes)
-    whitener = _whitener(whiten, model, modes, density, batch, points[:: len(points) // num_modes])
+    shares = _evidence(modes) if weights == "evidence" else None
+    units = _units(whiten, model, modes, density, batch, points[:: len(points) // num_modes])
     records = Records(plan.warmup_draws + num_samples, points, memory_limit)
-    run = Run(plan, density, whitener, points, num_modes, records)
+    run = Run(plan, density, units, points, records)
     files = _files(checkpoint, plan, start, run)
     files.load(run)
     run.go(progress_bar, lambda: files.save(run), files.is_due)
-    return _result(run, shares)
+    result = _result(run, shares)
+    return result.reweighted(_stacked(model, data, result, num_modes)) if weights == "stacking" else result
 
 
 def _check_options(**options: Any) -> None:
@@ -186,13 +197,6 @@ def _check_options(**options: Any) -> None:
             f"warmup_steps={options['warmup_steps']} finds no step size and no momentum length: pass step_size and momentum_length, or more "
             "steps (some hundred)."
         )
-
-
-def _one_batch(data: Any) -> Batch:
-    batches = list(Batches(data))
-    if len(batches) != 1:
-        raise ValueError(f"mclmc needs the full data as one batch, and found {len(batches)} batches.")
-    return batches[0]
 
 
 @torch.no_grad()
@@ -216,28 +220,40 @@ def _points(
     return points
 
 
-def _shares(modes: Sequence[Mode], weights: str, num_modes: int) -> Tensor | None:
-    """The weights of the modes, ``(K,)``; ``None`` for equal ones."""
-    if weights == "equal":
-        return None
+def _evidence(modes: Sequence[Mode]) -> Tensor:
+    """The weights of the modes by their evidence, ``(K,)``."""
     if not modes:
-        raise ValueError(f"weights={weights!r} are those of a guide's modes, and guide is None.")
+        raise ValueError("weights='evidence' are those of a guide's modes, and guide is None.")
     with local_parameters(), torch.no_grad():
         return torch.stack([mode.log_evidence().double() for mode in modes]).softmax(0)
 
 
-def _whitener(
-    whiten: str | None, model: Any, modes: Sequence[Mode], density: Any, batch: Batch, centres: Tensor
-) -> Any:
-    """What whitens the chains of modes at points ``(K, p)``; it knows how many chains a mode has when it sees them."""
-    if whiten is None:
-        return Scales(torch.ones_like(centres[0]))
+def _stacked(model: Callable[..., Any], data: Any, result: ChainResult, num_modes: int) -> Tensor:
+    """The weights of the chains by what their modes predict together, ``(C,)``."""
+    each = result.num_chains // num_modes
+    posteriors = {
+        f"mode {k}": {n: v[k * each : (k + 1) * each].flatten(0, 1) for n, v in result.samples.items()}
+        for k in range(num_modes)
+    }
+    weights = stack(model, posteriors, data, method="loo").weights.double()
+    return spread(weights / weights.sum(), result.num_chains) / each
+
+
+def _units(
+    whiten: str | None, model: Any, modes: Sequence[Mode], density: Any, batch: Batch, points: Tensor
+) -> Units:
+    """In what the chains of modes at points ``(K, p)`` are whitened."""
+    space = density.space
+    sizes = torch.tensor([part.stop - part.start for part in space.slices.values()])
+    site = torch.arange(len(sizes)).repeat_interleave(sizes).to(points.device)
     with local_parameters(), poutine.block(), torch.no_grad():
-        if whiten != "guide":
-            return Scales(prior_scales(model, batch, density.space, centres))
-        if not modes:
-            raise ValueError("whiten='guide': there is none. Use whiten='prior' or 'diagonal'.")
-        return Gaussians([mode.gaussian() for mode in modes])
+        centre, scale = prior_units(model, batch, space, points)
+        if whiten == "guide":
+            if not modes:
+                raise ValueError("whiten='guide': there is none. Use whiten='diagonal' or 'prior'.")
+            return Units(Gaussians([mode.gaussian() for mode in modes]), centre, None, site)
+    scale = torch.ones_like(scale) if whiten is None else scale
+    return Units(Scales(scale), centre, scale, site)
 
 
 def _files(
@@ -293,19 +309,19 @@ def _info(run: Run, positions: Tensor) -> dict[str, Any]:
         "modes": run.num_modes,
         "gradients": run.gradients,
         "seconds": run.elapsed,
-        "effective_sample_size": _by_mode(_effective_sizes(positions, run.num_modes)),
+        "effective_sample_size": _numbers(_effective_sizes(positions, run.num_modes)),
     }
     sampled = run.step - run.plan.warmup_steps
     if not run.plan.adjusted:
-        found["momentum_length"] = _by_mode(run.length)
-        found["energy_variance"] = _by_mode(run.squares / (run.dim * sampled))
+        found["momentum_length"] = _numbers(run.length)
+        found["energy_variance"] = _numbers(run.squares / (run.dim * sampled))
     if run.stopped_by != "num_samples":
         found["stopped_by"] = run.stopped_by
     return found
 
 
-def _by_mode(values: Tensor) -> Any:
-    """A number for each mode, or one if there is one mode."""
+def _numbers(values: Tensor) -> Any:
+    """Four digits of each number, or of the only one."""
     found = [float(f"{value:.4g}") for value in values.tolist()]
     return found[0] if len(found) == 1 else found
 

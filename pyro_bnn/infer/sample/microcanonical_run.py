@@ -39,7 +39,7 @@ from pyro_bnn.ops.notice import logger
 
 #: Steps that a path of an adjusted transition has at most.
 MOST_STEPS = 1000
-#: Length of the paths of adjusted transitions, in the mean, in units of the momentum length of unadjusted chains.
+#: Mean length of the paths of adjusted transitions in units of the spread: about a quarter of a period of a Gaussian.
 PATH_FACTOR = 1.5
 
 
@@ -50,7 +50,8 @@ class Plan:
 
     :ivar step_size: the steps, if they are given.
     :ivar momentum_length: the momentum length, if it is given.
-    :ivar whiten: ``"diagonal"`` estimates scales in the warm-up.
+    :ivar whiten: ``"diagonal"`` estimates factors of the prior's scales in the warm-up.
+    :ivar per_mode: whether each mode has its own step size and momentum length.
     """
 
     num_samples: int
@@ -62,6 +63,7 @@ class Plan:
     step_size: float | None
     momentum_length: float | None
     whiten: str | None
+    per_mode: bool
 
     @property
     def steps(self) -> int:
@@ -74,9 +76,9 @@ class Plan:
         return self.warmup_steps // 2 if self.adjusted else self.warmup_steps
 
     @property
-    def measuring(self) -> range:
-        """Steps that estimate variances: the second third of the unadjusted ones."""
-        return range(self.exploration // 3, 2 * self.exploration // 3)
+    def rounds(self) -> tuple[int, int]:
+        """Unadjusted steps after which scales are estimated: a quarter and half of them."""
+        return self.exploration // 4, self.exploration // 2
 
     @property
     def warmup_draws(self) -> int:
@@ -89,33 +91,50 @@ class Plan:
         return done % self.thinning == 0
 
 
+@dataclass
+class Units:
+    """
+    In what chains are whitened.
+
+    :ivar whitener: a square root of a covariance.
+    :ivar centre: of the prior, ``(K, p)``.
+    :ivar scale: its units, ``(K, p)``; ``None`` if whitening is not by units of latents.
+    :ivar site: the index of the site of each latent, ``(p,)``.
+    """
+
+    whitener: Any
+    centre: Tensor
+    scale: Tensor | None
+    site: Tensor
+
+
 class Run:
     """
     C chains of K modes on their way.
 
     :param plan: see there.
     :param density: the log density, with ``value_and_gradient``.
-    :param whitener: a square root of a covariance.
+    :param units: in what chains are whitened.
     :param points: where the chains start, shape ``(C, p)``.
-    :param num_modes: K.
     :param records: what is kept.
     """
 
-    def __init__(
-        self, plan: Plan, density: Any, whitener: Any, points: Tensor, num_modes: int, records: Records
-    ) -> None:
-        self.plan, self.density, self.records, self.num_modes = plan, density, records, num_modes
+    def __init__(self, plan: Plan, density: Any, units: Units, points: Tensor, records: Records) -> None:
+        self.plan, self.density, self.units, self.records = plan, density, units, records
+        self.num_modes = len(units.centre)
+        whitener, num_groups = units.whitener, self.num_modes if plan.per_mode else 1
         self.target = Target(density.value_and_gradient, whitener)
         self.dim = points.shape[-1]
         self.chains = self.target.start(points, normalized(torch.randn_like(points)))
-        start = torch.full((num_modes,), math.sqrt(self.dim), dtype=torch.float64, device=points.device)
+        start = torch.full((num_groups,), math.sqrt(self.dim), dtype=torch.float64, device=points.device)
         self.length = start if plan.momentum_length is None else torch.full_like(start, plan.momentum_length)
         self.step_size = 0.25 * start if plan.step_size is None else torch.full_like(start, plan.step_size)
         self.energy: EnergyTuner | None = None
         self.acceptance: AcceptanceTuner | None = None
         self.moments: Moments | None = None
         self.path: Path | None = None
-        self.scale: Tensor | None = None  # of a diagonal found in the warm-up
+        # of the prior's units, found in the warm-up
+        self.factors = torch.ones(int(units.site.max()) + 1, dtype=torch.float64, device=points.device)
         self.step, self.gradients = 0, density.gradients
         self.squares = torch.zeros_like(start)  # of energy errors after the warm-up
         self.refused = torch.zeros(
@@ -140,7 +159,7 @@ class Run:
             stats, errors, refused = self._unadjusted()
         self.refused += refused
         if self.is_warm:
-            self.squares += pooled(errors.double().square(), self.num_modes)
+            self.squares += pooled(errors.double().square(), len(self.squares))
         if self.plan.is_kept(self.step):
             self._keep(stats)
         self.step += 1
@@ -198,70 +217,80 @@ class Run:
     # ------------------------------------------------------------------ warm-up
 
     def _trial(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squares of the energy errors of single steps from the start, by mode, and whether all are finite."""
+        """Mean squares of the energy errors of single steps from the start, by group, and whether all are finite."""
         chains = self.chains._replace(direction=normalized(torch.randn_like(self.chains.position)))
         moved, error = leapfrog(self.target, chains, spread(step, len(chains.position)).to(chains.position))
-        sound = pooled(is_sound(moved, error).double(), self.num_modes) == 1
-        return pooled(error.double().square(), self.num_modes), sound
+        sound = pooled(is_sound(moved, error).double(), len(step)) == 1
+        return pooled(error.double().square(), len(step)), sound
 
     def _adapt(self, errors: Tensor, refused: Tensor) -> None:
         """What an unadjusted step of the warm-up teaches."""
-        measuring, last = self.plan.measuring, self.plan.exploration - 1
+        done, rounds, end = self.step + 1, self.plan.rounds, self.plan.exploration
         if self.plan.step_size is None:
-            if self.energy is None or self.step == measuring.start:  # the way from the start is over
+            if self.energy is None:
                 self.energy = EnergyTuner.start(self.step_size, self.plan.energy_variance)
             self.energy.update(errors, refused, self.dim)
-        if self.step in measuring:
-            if self.moments is None:
-                self.moments = Moments.start(self.chains.position, self.num_modes)
-            self.moments.update(self.chains.position, self.step_size)
-            if self.step == measuring[-1]:
-                self._use_moments(self.moments)
-        elif self.step >= measuring.stop:
-            if self.path is None:
-                room = self.plan.exploration - measuring.stop
-                self.path = Path.start(self.chains.position, self.num_modes, room)
-            self.path.update(self.chains.position, self.step_size)
-            if self.step == last:
-                self._use_path(self.path)
-        if self.energy is not None:
             self.step_size = self.energy.step
+        if self.step < rounds[1]:
+            begin, stop = (0, rounds[0]) if self.step < rounds[0] else rounds
+            if self.step >= (begin + stop) // 2:
+                self._measure()
+            if done == stop:
+                self._finish_round()
+        else:
+            self._walk(end)
+        if done == end and self.energy is not None:
+            self.step_size = self.energy.finish()
 
-    def _use_moments(self, moments: Moments) -> None:
-        """A first momentum length, and the scales if they are to be estimated."""
-        variance, whitener = moments.variance(), self.target.whitener
-        self.moments = None
-        if moments.count < 2 or not isinstance(whitener, Scales):
+    def _measure(self) -> None:
+        """Adds the present state to the second moments, in units of the prior."""
+        scale = self.units.scale
+        if scale is None:
             return
-        old = whitener.scale.expand_as(variance)
-        relative = variance / old.square()
-        size = relative.sum(-1).sqrt()
-        if self.plan.whiten == "diagonal":
-            # few positions say little of a single variance: as if five more had the mean one
-            share = moments.count / (moments.count + 5)
-            relative = share * relative + (1 - share) * relative.mean(-1, keepdim=True)
-            self._whiten(old * relative.sqrt().to(old))
-            self.step_size = self.step_size * math.sqrt(self.dim) / relative.sum(-1).sqrt()
-            self.energy = None
-            size = torch.full_like(size, math.sqrt(self.dim))
-        if self.plan.momentum_length is None:
-            self.length = torch.where(size > 0, size, self.length)
+        if self.moments is None:
+            self.moments = Moments.start(len(self.factors), self.factors.device)
+        chains, site = self.chains, self.units.site
+        centre, unit = (spread(value, len(chains.position)) for value in (self.units.centre, scale))
+        gradient = chains.gradient / self.factors[site].to(unit)
+        self.moments.update((chains.position - centre) / unit, gradient, site)
 
-    def _whiten(self, scale: Tensor) -> None:
-        """Whitens by scales of the modes, shape ``(K, p)``."""
-        self.scale = scale
+    def _finish_round(self) -> None:
+        """After each of the first two rounds: new scales, if they are to be estimated, a momentum length, the search for a step anew."""
+        moments, self.moments = self.moments, None
+        before = self.factors
+        if moments is not None and self.plan.whiten == "diagonal":
+            self._whiten(moments.factors())
+        if moments is not None and self.plan.momentum_length is None:
+            self.length = torch.full_like(self.length, moments.length(self.factors))
+        if self.energy is not None:
+            change = (before / self.factors).log()[self.units.site].mean().exp()
+            self.step_size, self.energy = self.energy.finish() * change, None
+
+    def _whiten(self, factors: Tensor) -> None:
+        """Whitens by so many units of the prior at each site, shape ``(S,)``."""
+        self.factors = factors
+        scale = self.units.scale * factors[self.units.site].to(self.units.centre)
         self.target = Target(self.density.value_and_gradient, Scales(scale))
         self.chains = self.target.start(self.chains.position, self.chains.direction)
 
-    def _use_path(self, path: Path) -> None:
-        """The momentum length by the autocorrelation; that of the paths of adjusted transitions."""
-        self.path = None
+    def _walk(self, end: int) -> None:
+        """Notes the path of the second half; at its end the momentum length by its autocorrelation, if it is long enough to tell."""
+        position, scale = self.chains.position, self.units.scale
+        if self.path is None:
+            self.path = Path.start(position, len(self.length), end - self.plan.rounds[1])
+        if scale is not None:  # whitened
+            position = position / spread(scale, len(position)) / self.factors[self.units.site].to(position)
+        self.path.update(position, self.step_size)
+        if self.step + 1 < end:
+            return
+        path, self.path = self.path, None
         if self.plan.momentum_length is not None:
             return
         found = path.length()
-        self.length = torch.where(found.isfinite(), found, self.length)
         if self.plan.adjusted:
-            self.length = PATH_FACTOR * self.length
+            found = path.spread(self.dim) if scale is not None else self.length / PATH_FACTOR
+            found = PATH_FACTOR * found.where(found > 0, self.length / PATH_FACTOR)
+        self.length = torch.where(found.isfinite(), found, self.length)
 
     # ------------------------------------------------------------------ loop
 
@@ -310,7 +339,7 @@ class Run:
             "elapsed": self.elapsed,
             "chains": list(self.chains),
             "sizes": [self.step_size, self.length, self.squares, self.refused],
-            "scale": self.scale,
+            "factors": self.factors,
             "adaptation": {name: vars(part) for name, part in parts.items() if part is not None},
             "records": self.records.state(),
             "random": random_state([]),
@@ -319,8 +348,8 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         """Goes to where another run was."""
         device = self.chains.position.device
-        if state["scale"] is not None:
-            self._whiten(state["scale"].to(device))
+        if self.plan.whiten == "diagonal":
+            self._whiten(state["factors"].to(device))
         self.step, self.gradients, self.elapsed = state["step"], state["gradients"], state["elapsed"]
         self.chains = Chains(*(value.to(device) for value in state["chains"]))
         self.step_size, self.length, self.squares, self.refused = (

@@ -16,6 +16,7 @@ from pyro_bnn.infer.sample.minibatches import Stream, Weighted
 from pyro_bnn.infer.sample.records import Records
 from pyro_bnn.infer.sample.schemes import SCHEMES, Chains, Step
 from pyro_bnn.infer.sample.steps import StepSchedule, step_at
+from pyro_bnn.infer.sample.whitening import Scales
 from pyro_bnn.infer.train.progress import shows_bars
 from pyro_bnn.infer.train.settings import describe
 from pyro_bnn.infer.train.state import deferred_interrupt
@@ -30,7 +31,7 @@ Estimate = Callable[[Tensor, Weighted], tuple[Tensor, Tensor]]
 class ControlVariates:
     """
     Estimates by the difference of a batch's gradients at a point and at a centre, and the gradient of all data there (Baker et al.,
-    2019, eq. 8). K centres serve C chains, those of a centre one after the other.
+    2019). K centres serve C chains, those of a centre one after the other.
 
     :param estimate: of the log density by a batch.
     :param centers: shape ``(K, p)``.
@@ -121,6 +122,7 @@ class Run:
         self.plan, self.estimate, self.space, self.whitener = plan, estimate, space, whitener
         self.stream, self.records = stream, records
         self.chains = Chains(start, torch.randn_like(start))
+        self.slopes = torch.zeros_like(start)  # estimates of the last step
         self.farthest = float(start.abs().max())  # at the start
         self.step = self.sampled = self.gradients = 0
         self.elapsed = 0.0
@@ -136,12 +138,13 @@ class Run:
     @torch.no_grad()
     def take(self, given: Weighted) -> bool:
         """One step of all chains by a batch; whether it is kept."""
-        step, stats = self.plan.step(self.step), {}
+        step = self.plan.step(self.step)
+        stats: dict[str, Any] = {}
 
         def gradient(points: Tensor) -> Tensor:
             values, slopes = self.estimate(points, given)
             self.gradients += self.cost
-            stats["log_density_estimate"] = values
+            stats["log_density_estimate"], self.slopes = values, slopes
             return -slopes
 
         moved = SCHEMES[self.plan.scheme](self.chains, gradient, step, self.whitener)
@@ -152,11 +155,19 @@ class Run:
         kept = self._is_kept()
         if kept:
             stats |= {"step_size": step.size, "cycle": self.plan.schedule.cycle(self.step)}
-            if self.plan.scheme != "sgld":
-                stats["kinetic_temperature"] = moved.momentum.square().mean(-1)
-            self.records.add(moved.position, stats)
+            self.records.add(moved.position, stats | self._heat(step))
         self.step += 1
         return kept
+
+    def _heat(self, step: Step) -> dict[str, Tensor]:
+        """
+        What tells how much a step heats each chain ``(C,)``: the kinetic temperature |r|^2 / p, 1 in the mean; of SGLD the squares of
+        the drift over those of the noise, h^2 |R^T g|^2 / (4 p), in the mean about the relative excess of the variances.
+        """
+        if self.plan.scheme != "sgld":
+            return {"kinetic_temperature": self.chains.momentum.square().mean(-1)}
+        drift = 0.5 * step.size * self.whitener.transposed(self.slopes)
+        return {"drift_to_noise": drift.square().mean(-1)}
 
     def _is_kept(self) -> bool:
         if self.step < self.plan.warmup_steps:
@@ -177,7 +188,7 @@ class Run:
         where = (
             f"chains {chains} are not finite at step {self.step}, site {site!r} first of chain {chains[0]}"
         )
-        if largest > 1e3 * (1 + self.farthest):
+        if largest > 30 * (1 + self.farthest):
             raise ArithmeticError(
                 f"sgmcmc: {where}: step sizes of {step.size:.3g} are too large, the chain has run away to {largest:.3g} (at most "
                 f"{self.farthest:.3g} at the start). Take half of it, or whiten by a guide: no scheme is stable beyond 2 / sqrt(largest "
@@ -226,6 +237,7 @@ class Run:
             "gradients": self.gradients,
             "elapsed": self.elapsed,
             "chains": list(self.chains),
+            "scales": self.whitener.scale if isinstance(self.whitener, Scales) else None,
             "records": self.records.state(),
             "stream": self.stream.state(),
         }
@@ -241,5 +253,7 @@ class Run:
         self.step, self.sampled, self.elapsed = state["step"], state["sampled"], state["elapsed"]
         self.gradients = state["gradients"]
         self.chains = Chains(*(value.to(self.chains.position) for value in state["chains"]))
+        if isinstance(self.whitener, Scales):  # those at the first start, which may have been at random
+            self.whitener = Scales(state["scales"].to(self.chains.position))
         self.records.load(state["records"])
         self.stream.load(state["stream"])

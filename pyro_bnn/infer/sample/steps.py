@@ -56,7 +56,7 @@ class PolynomialSteps(StepSchedule):
     :math:`a (b + t)^{-\gamma}`.
 
     The bias of a scheme goes to zero with the step, for :math:`\gamma` of at most 1. Draws count alike, although later ones are
-    closer to each other; averages weighted by :math:`h_t^2` (their eq. 5 and 6) can be taken with ``sample_stats["step_size"]``.
+    closer to each other; their averages weighted by :math:`h_t^2` can be taken with ``sample_stats["step_size"]``.
 
     :param float step_size: :math:`h_0`.
     :param float scale: :math:`b`, in steps.
@@ -86,7 +86,7 @@ class PolynomialSteps(StepSchedule):
 class CyclicalSteps(StepSchedule):
     r"""
     Cycles of steps that start large, to leave a mode, and end small, to sample another (Zhang et al., 2020):
-    :math:`h_t = h_0 \sqrt{\tfrac12 (1 + \cos \pi r_t)}` with :math:`r_t = (t \bmod L) / L`, so that :math:`h_t^2` is their eq. 1.
+    :math:`h_t = h_0 \sqrt{\tfrac12 (1 + \cos \pi r_t)}` with :math:`r_t = (t \bmod L) / L`, so that :math:`h_t^2` is their cosine schedule.
 
     While :math:`r_t < \beta` a cycle explores: steps without noise, whose draws are not kept. From then on it samples, at temperature
     one. Cycles begin with the first step, also of the warm-up. The draws of all cycles count alike, whatever the mass of the

@@ -149,35 +149,45 @@ def component_gaussians(guide: Any, space: LatentSpace) -> list[Independent]:
     return [Independent(row) for row in torch.cat(rows, -1)]
 
 
-@torch.no_grad()
 def prior_scales(model: Callable[..., Any], batch: Batch, space: LatentSpace, points: Tensor) -> Tensor:
+    """The spreads of :func:`prior_units` alone, ``(K, p)``."""
+    return prior_units(model, batch, space, points)[1]
+
+
+@torch.no_grad()
+def prior_units(
+    model: Callable[..., Any], batch: Batch, space: LatentSpace, points: Tensor
+) -> tuple[Tensor, Tensor]:
     """
-    The spread of each latent under its prior given those that it depends on, at points ``(K, p)``, in unconstrained space,
-    shape ``(K, p)``: its standard deviation; where there is none, or the latent is constrained, half the distance between the
-    quantiles 0.16 and 0.84 of draws with a fixed seed; 1 for flat priors.
+    The centre and the spread of each latent under its prior given those that it depends on, at points ``(K, p)``, in unconstrained
+    space, ``(K, p)`` each: mean and standard deviation; where there are none, or the latent is constrained, the median and half the
+    distance between the quantiles 0.16 and 0.84 of draws with a fixed seed; 0 and 1 for flat priors.
     """
-    rows = []
+    centres, scales = [], []
     for point in points:
         sites = run_model(model, batch, space.unpack(point))
-        rows.append(torch.cat([_scale(sites[name], space.is_constrained(name)) for name in space.slices]))
-    return torch.stack(rows).to(points)
+        found = [_unit(sites[name], space.is_constrained(name)) for name in space.slices]
+        centres.append(torch.cat([centre for centre, _ in found]))
+        scales.append(torch.cat([scale for _, scale in found]))
+    return torch.stack(centres).to(points), torch.stack(scales).to(points)
 
 
-def _scale(site: Site, is_constrained: bool) -> Tensor:
+def _unit(site: Site, is_constrained: bool) -> tuple[Tensor, Tensor]:
     fn, value = site["fn"], site["value"]
     if is_flat(site):
-        return torch.ones_like(biject_to(fn.support).inv(value)).reshape(-1)
+        raw = biject_to(fn.support).inv(value).reshape(-1)
+        return torch.zeros_like(raw), torch.ones_like(raw)
     if not is_constrained:
         try:
-            scale = fn.variance.sqrt().expand(value.shape).reshape(-1)
+            centre, scale = (m.expand(value.shape).reshape(-1) for m in (fn.mean, fn.variance.sqrt()))
         except NotImplementedError:
-            scale = value.new_zeros(1)
-        if bool((scale.isfinite() & (scale > 0)).all()):
-            return scale
+            centre = scale = value.new_zeros(1)
+        if bool((centre.isfinite() & scale.isfinite() & (scale > 0)).all()):
+            return centre, scale
     with torch.random.fork_rng(devices=[] if value.device.type == "cpu" else [value.device]):
         torch.manual_seed(0)
         draws = biject_to(fn.support).inv(fn.sample((_DRAWS,))).reshape(_DRAWS, -1).double()
-    levels = draws.new_tensor([0.16, 0.84])
-    low, high = draws.quantile(levels, 0)
+    low, middle, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), 0)
     scale = 0.5 * (high - low)
-    return torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale)).to(value)
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+    return middle.to(value), scale.to(value)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """sgmcmc from its door: laws of whole runs, files, schedules, guides, and what it refuses."""
 
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -195,6 +196,38 @@ def test_interrupted_runs_go_on_bit_by_bit(tmp_path: Path, form: str, stop: int,
     assert resumed.info["minibatch_gradients"] == whole.info["minibatch_gradients"]
 
 
+def test_ctrl_c_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
+    """Without a guide, so that start and scales are random: both are those of the first run."""
+
+    def model(y: Tensor) -> None:
+        s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, s))
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=y)
+
+    def run(stop: int | None, path: Path | None, seed: int) -> Any:
+        def steps(t: int) -> float:
+            if t == stop:
+                signal.raise_signal(signal.SIGINT)
+            return 0.2
+
+        pyro.set_rng_seed(seed)
+        return sample(model, None, torch.ones(6), step_size=steps, whiten="prior", batch_size=2, num_samples=6, warmup_steps=4,
+                      num_chains=2, checkpoint=path)  # fmt: skip
+
+    path = tmp_path / "run.ckpt"
+    whole = run(None, None, seed=4)
+    with pytest.raises(KeyboardInterrupt, match="interrupted before the first draw"):
+        run(2, path, seed=4)
+    early = run(7, path, seed=5)
+    assert early.info["stopped_by"] == "interrupted"
+    assert torch.equal(early.samples["z"], whole.samples["z"][:, :4])
+    late = run(None, path, seed=6)
+    for name in ("s", "z"):
+        assert torch.equal(late.samples[name], whole.samples[name])
+        assert torch.equal(late.warmup[name], whole.warmup[name])
+
+
 def test_files_go_on_with_more_draws_and_refuse_others(tmp_path: Path) -> None:
     x, y = linear_data(7)
     guide, path = fitted(x, y), tmp_path / "run.ckpt"
@@ -309,6 +342,28 @@ def test_constrained_latents_and_masks_and_pyro_guides() -> None:
     means = run.samples["sigma"].log().mean(0)  # chains share batches: errors by time
     expected = (weights * u).sum()
     assert float((means.mean() - expected).abs()) < 5 * float(means.std() / 40**0.5) + 0.02
+
+
+@pytest.mark.parametrize("scheme", ["sgld", "sghmc", "baoa"])
+def test_hot_chains_are_named(scheme: str) -> None:
+    """Batches of one row of forty heat; all rows do not. The statistic is what the docs say it is."""
+    x, y = linear_data(40)
+    run = partial(
+        sample, linear_model, fitted(x, y), (x, y), scheme=scheme, step_size=0.4, order="independent", num_chains=2,
+        num_samples=150, warmup_steps=30,
+    )  # fmt: skip
+    with pytest.warns(
+        UserWarning, match=r"in chain 0, chain 1 the .* spread too far. Take a smaller step_size"
+    ):
+        hot = run(batch_size=1)
+    cold = run()
+    spread = [found.samples["weight"].flatten(0, 1).var(0).sum() for found in (hot, cold)]
+    assert float(spread[0]) > 2 * float(spread[1])
+    if scheme == "sgld":  # h^2 |R^T g|^2 / 4 p at the draws before, from the posterior of the linear model
+        mean, covariance = linear_posterior(x, y)
+        offset = cold.samples["weight"][:, :-1] - mean
+        expected = 0.04 * ((offset @ torch.linalg.inv(covariance)) * offset).sum(-1) / 3
+        assert_close(cold.sample_stats["drift_to_noise"][:, 1:], expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------ what is refused
