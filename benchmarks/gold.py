@@ -110,7 +110,7 @@ def predict_once(method: str, fits: SharedFits, path: Path | None) -> tuple[Pred
     """A method's prediction, its CPU seconds and what it says about itself, from a file if there is one."""
     if path and path.exists():
         values, report = torch.load(path)
-        return Prediction(*values), report
+        return Prediction(*values), report if isinstance(report, dict) else {"seconds": round(report, 2)}
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     fits.extra = {}

@@ -13,6 +13,7 @@ ORDER = (
     "plot_larger_model.py",
     "plot_arviz_workflow.py",
     "plot_nuts_from_guide.py",
+    "plot_sampling.py",
     "plot_svi_checkpoint.py",
     "plot_rank1_priors.py",
     "plot_hierarchical_priors.py",
