@@ -3,6 +3,8 @@
 """Chains of Pyro models from guides of every kind, against closed forms and quadrature."""
 
 import math
+import os
+import signal
 
 import pyro
 import pyro.distributions as dist
@@ -250,6 +252,54 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, adjusted):
             mclmc(linear, guide, (x, y), checkpoint=path, **{**options, **changed})
     with pytest.raises(ValueError, match="other data"):
         mclmc(linear, guide, (x, y + 1), checkpoint=path, **options)
+
+
+class Interrupting(Checkpoint):
+    """Somebody presses Ctrl-C at a step."""
+
+    when = 0
+
+    def is_due(self, step):
+        if step == self.when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+
+def test_an_interrupted_run_returns_its_draws_and_goes_on(tmp_path):
+    x, y = line()
+    modes = [{"w": torch.ones(2), "b": torch.tensor(0.0)}]
+    options = {"num_samples": 30, "warmup_steps": 40, "thinning": 2, **QUIET}
+    pyro.set_rng_seed(1)
+    whole = mclmc(linear, modes, (x, y), **options)
+    pyro.set_rng_seed(1)
+    pressed = Interrupting(tmp_path / "chains")
+    pressed.when = 20
+    with pytest.raises(KeyboardInterrupt, match="before the first draw"):
+        mclmc(linear, modes, (x, y), checkpoint=pressed, **options)
+    pressed.when = 59
+    part = mclmc(linear, modes, (x, y), checkpoint=pressed, **options)
+    assert part.info["stopped_by"] == "interrupted"
+    assert torch.equal(part.samples["w"], whole.samples["w"][:, : part.num_draws])
+    assert 10 <= part.num_draws < 30
+    again = mclmc(linear, modes, (x, y), checkpoint=tmp_path / "chains", **options)
+    assert torch.equal(again.samples["w"], whole.samples["w"])
+    assert again.info["gradients"] == whole.info["gradients"]
+
+
+def test_chains_for_arviz_and_as_a_guide():
+    pytest.importorskip("arviz")
+    from pyro_bnn.diagnostics import to_datatree
+
+    x, y = line()
+    modes = [{"w": torch.ones(2), "b": torch.tensor(0.0)}] * 2
+    run = mclmc(linear, modes, (x, y), num_samples=30, warmup_steps=40, per_mode=True, **QUIET)
+    assert len(run.info["momentum_length"]) == 2
+    found = to_datatree(linear, run, (x, y))["sample_stats"]
+    assert found["mode"].values.tolist() == [[0] * 30, [1] * 30]
+    assert (
+        abs(float(found["lp"][1, 3]) - float(run.sample_stats["lp"][1, 3])) < 1e-3
+    )  # no site is constrained
+    assert run.guide(linear, x, y).num_chains == 2
 
 
 def test_units_of_the_prior():
