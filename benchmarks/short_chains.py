@@ -58,8 +58,9 @@ def modes(member: Member, data: Data, recipe: Recipe, seed: int) -> list[Tensor]
     widths = torch.cat([scale.expand(n) for scale, n in zip(*_by_site(member), strict=True)])
     for k in range(recipe.modes):
         pyro.set_rng_seed(seed + k)
-        start = recipe.spread * widths * torch.randn_like(guide.loc)
-        found.append(lbfgs(lambda u: [energy(u)], start, max_iter=recipe.iterations))
+        start = recipe.spread * torch.randn_like(guide.loc)
+        # in units of the prior, in which L-BFGS goes further
+        found.append(widths * lbfgs(lambda z: [energy(widths * z)], start, max_iter=recipe.iterations))
     return found
 
 
