@@ -57,6 +57,7 @@ TARGETS = [
     "model/latent_space.py",
     "infer/evidence.py",
     "infer/hyperparameters.py",
+    *(f"infer/sample/{name}.py" for name in ("joint", "evaluation", "log_density")),
     "infer/hfl/*.py",
     *(f"infer/autoguide/{name}.py" for name in ("components", "outputs")),
     *(f"infer/predict/{name}.py" for name in ("density", "moments")),

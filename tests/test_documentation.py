@@ -169,6 +169,23 @@ def test_sampling_minibatch() -> None:
     assert names["run"].num_draws == names["explored"].num_draws == 5
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pyro_bnn.infer.ImportanceWarning", "ignore::pyro_bnn.infer.RefinementWarning"
+)
+def test_refine() -> None:
+    names = world()
+    names["guide"] = names["laplace"] = laplace(names)
+    names["mixture"] = AutoMixture(names["model"], 2).initialize(*names["data"])
+    draws = pyro_bnn.infer.posterior_draws(names["guide"], 10)
+    names["run"] = pyro_bnn.infer.ChainResult(
+        {name: value.unflatten(0, (2, 5)) for name, value in draws.items()}
+    )
+    names["x_held_out"], names["y_held_out"] = names["held_out"]
+    names = run(PAGES / "refine.rst", names)
+    assert names["refined"].after.elbo > names["refined"].before.elbo
+    assert names["run"].weights.shape == (2,)
+
+
 def test_bayesopt() -> None:
     names: dict[str, Any] = {}
     for block in blocks(PAGES / "bayesopt.rst"):

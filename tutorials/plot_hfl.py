@@ -7,10 +7,12 @@ Hessian-free Laplace
 The Laplace variance of a prediction is how far it moves when the fit is pulled a little towards it: minimise
 :math:`L(\theta) - \lambda f_\theta(x)` instead of :math:`L(\theta)`, and :math:`(f_{\theta_\lambda}(x) -
 f_{\hat\theta}(x))/\lambda` is its variance. No Hessian is formed. This script computes variances of predictions and of
-other quantities, turns them into a guide, and shows when the cheap score of one fine-tuning run is no variance.
+other quantities with certified bounds, turns them into a guide that knows what it misses, and shows when the cheap score of one
+fine-tuning run is no variance.
 """
 
 import os
+import warnings
 
 import matplotlib.pyplot as plt
 import pyro
@@ -51,11 +53,36 @@ exact = AutoLaplace(model, curvature="hessian", init_loc_fn=init_to_sample).init
 exact.polish((x, y)).laplace_approximation((x, y))
 
 # %%
-# Variances of all predictions on a grid. The result prints its own diagnostics: how far the point estimate is from the
-# minimum, the smallest curvature met, what the solves left over, and the cost.
+# Variances of all predictions on a grid, to 1 %. The generalised Gauss-Newton matrix is at least the prior's precision, and from
+# that alone follow bounds from both sides, whatever a solve has found so far; it stops when they are as close as ``tolerance``. The
+# result prints them with its other diagnostics: how far the point estimate is from the minimum, and the cost.
+
+result = hfl.solve(exact, (x, y), (grid,), curvature="ggn", tolerance=0.01)
+print(result)
+full = AutoLaplace(model, curvature="ggn").initialize(x, y)
+full.loc.data.copy_(exact.loc.data)
+ggn = full.laplace_approximation((x, y)).linearized_outputs(grid)["obs"].variance
+print("the dense variance lies between them:", bool(((result.lower <= ggn) & (ggn <= result.upper)).all()))
+
+# %%
+# What is known of one prediction after k products: the truth is between the bounds from the first product on.
+
+target, steps = grid[len(grid) // 3 :][:1], range(1, 9)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", hfl.HFLWarning)  # that the solves stop early
+    known = [hfl.solve(exact, (x, y), (target,), curvature="ggn", tolerance=1e-6, max_iter=k) for k in steps]
+figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+axis.fill_between(
+    steps, [float(r.lower.sqrt()) for r in known], [float(r.upper.sqrt()) for r in known], alpha=0.3
+)
+axis.axhline(float(ggn[len(grid) // 3].sqrt()), color="k", lw=1)
+axis.set(xlabel="iterations", ylabel="bounds of the sd of f(x)")
+
+# %%
+# The exact Hessian has no bound that is known beforehand, and the result says so. Its solves stop at a small residual.
 
 result = hfl.solve(exact, (x, y), (grid,))
-print(result)
+print(result.uncertified)
 dense = exact.linearized_outputs(grid)["obs"].variance
 print(
     f"largest relative difference from the dense Hessian: {float((result.variance / dense - 1).abs().max()):.1e}"
@@ -87,18 +114,22 @@ print("standard deviations:", functional.variance.sqrt())
 print("sandwich standard deviations, robust to the noise model:", functional.sandwich.diagonal().sqrt())
 
 # %%
-# As a guide the displacements make a Gaussian of low rank, exact at its targets and a lower bound elsewhere. Targets
-# can be added later, and only the new ones are solved for.
+# As a guide the displacements make a Gaussian of low rank, exact at its targets and a lower bound elsewhere. It bounds from above
+# what it misses, and adds targets until that is little everywhere on a validation set.
 
-guide = AutoHessianFreeLaplace(model).initialize(x, y)
+guide = AutoHessianFreeLaplace(model, curvature="ggn").initialize(x, y)
 guide.loc.data.copy_(exact.loc.data)
-few = guide.laplace_approximation((x, y), (grid[::20],)).linearized_outputs(grid)["obs"].variance.squeeze(-1)
-more = guide.add_targets((x, y), (grid[10::20],)).linearized_outputs(grid)["obs"].variance.squeeze(-1)
+guide.laplace_approximation((x, y), (grid[:: len(grid) // 2],))
+few = guide.variance_bounds(grid, least=0.0)["obs"]
+guide.cover((x, y), (grid,), missed=0.05, batch_size=2)
+more = guide.variance_bounds(grid)["obs"]
+print(guide.summary())
 
 figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-axis.plot(grid, dense.sqrt(), "k", lw=3, alpha=0.3, label="dense Hessian")
-axis.plot(grid, few.sqrt(), label=f"guide, {len(grid[::20])} targets")
-axis.plot(grid, more.sqrt(), "--", label="targets added")
+axis.plot(grid, ggn.sqrt(), "k", lw=3, alpha=0.3, label="dense GGN")
+axis.plot(grid, few.variance.sqrt(), label="guide, three targets")
+axis.plot(grid, few.upper.sqrt(), "C0:", label="upper bound")
+axis.plot(grid, more.variance.sqrt(), "C1--", label=f"guide, {len(guide.gradients)} targets")
 axis.plot(x, torch.zeros_like(x), "k|")
 axis.set(xlabel="x", ylabel="sd of f(x)")
 axis.legend()

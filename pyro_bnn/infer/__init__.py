@@ -14,6 +14,7 @@ from pyro_bnn.infer.predict.predictive import PosteriorPredictive, SitePredictio
 from pyro_bnn.infer.refine.forward_kl import ForwardKLResult, RefinementWarning, forward_kl
 from pyro_bnn.infer.refine.importance import ImportanceWarning, ImportanceWeights, importance_weights
 from pyro_bnn.infer.refine.stacking import Stacking, stack, stacking_gap, stacking_weights
+from pyro_bnn.infer.sample.evaluation import ChangedModelError
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.infer.sample.mclmc import mclmc
 from pyro_bnn.infer.sample.nuts import nuts
@@ -29,6 +30,7 @@ from pyro_bnn.model.networks import network_at
 
 __all__ = [
     "ChainResult",
+    "ChangedModelError",
     "Checkpoint",
     "ComponentLoopWarning",
     "ConvergenceTest",

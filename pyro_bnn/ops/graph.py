@@ -46,7 +46,7 @@ class FirstOrderSum:
         found = [leaf for leaf in leaves(term) if id(leaf) not in self._fixed]
         if not found:
             return
-        how = {"materialize_grads": True, "retain_graph": retain_graph}
+        how: dict[str, Any] = {"materialize_grads": True, "retain_graph": retain_graph}
         for leaf, new in zip(found, torch.autograd.grad(term, found, **how), strict=True):
             old = self._gradients.get(id(leaf))
             self._gradients[id(leaf)] = (leaf, new if old is None else old[1] + new)

@@ -107,10 +107,10 @@ def lanczos(
     squares = start.double().square().sum(-1)
     q = start / start.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
     alphas, betas = squares.new_zeros(S, 0), squares.new_zeros(S, 0)
-    basis = start.new_empty(S, min(max_steps, p, 16), p)
+    basis = start.new_empty(S, min(max_steps, p, 8), p)
     for step in range(min(max_steps, p)):
         if step == basis.shape[1]:
-            basis = torch.cat([basis, torch.empty_like(basis)], 1)
+            basis = torch.cat([basis, basis.new_empty(S, 8, p)], 1)
         basis[:, step] = q
         image, known = operator(q), basis[:, : step + 1]
         size = image.norm(dim=-1)

@@ -342,21 +342,31 @@ class Plan:
     max_steps: int = 200
     seed: int = 0
 
-    def sketch(self, operator: LinearMap, diagonal: Tensor) -> tuple[Sketch, Probes]:
+    def start(
+        self, operator: LinearMap, diagonal: Tensor, *, solve: bool = False
+    ) -> tuple[Tensor, Probes, int]:
         """
-        A Nyström approximation with as many directions as are worth their products, and the first probes.
+        A Nyström approximation with as many directions as are worth their products.
 
         The rank doubles while the probes that are still needed would cost more than that.
+
+        :param operator: products with A, from ``(S, p)`` to ``(S, p)``.
+        :param diagonal: of A, shape ``(p,)``.
+        :param solve: see :class:`Probes`.
+        :return: its rows, shape ``(r, p)``, the first few probes, to be finished, and the number of products beside theirs.
         """
         generator = torch.Generator(device=diagonal.device).manual_seed(self.seed)
         sketch = Sketch(operator, diagonal, generator)
         rank = 32 if self.rank is None else self.rank
+        spent = 0
         while True:
             sketch.grow(rank)
-            probes = self.probes(Split(operator, diagonal, sketch.rows()), least=True)
+            rows = sketch.rows()
+            probes = self.first(Split(operator, diagonal, rows), solve=solve)
             full = rank >= min(self.max_rank, len(diagonal))
             if self.rank is not None or full or not self._is_worth_more(probes, rank):
-                return sketch, probes
+                return rows, probes, sketch.rank + spent
+            spent += probes.split.products
             rank = min(2 * rank, self.max_rank)
 
     def _is_worth_more(self, probes: Probes, rank: int) -> bool:
@@ -365,23 +375,21 @@ class Plan:
             return missing > self.num_probes
         return missing * probes.steps > 3 * rank
 
-    def probes(self, split: Split, *, least: bool = False, solve: bool = False) -> Probes:
-        """Probes of a split, as many as are needed, or the first few."""
+    def first(self, split: Split, *, solve: bool = False) -> Probes:
+        """The first few probes of a split."""
         probes = Probes(
             split, seed=self.seed + 1, width=0.4 * self.tolerance, max_steps=self.max_steps, solve=solve
         )
-        few = _FEW if self.num_probes is None else min(self.num_probes, _FEW)
-        probes.run(few)
-        if not least:
-            self.finish(probes)
+        probes.run(_FEW if self.num_probes is None else min(self.num_probes, _FEW))
         return probes
 
-    def finish(self, probes: Probes) -> None:
-        """The probes that are still needed."""
+    def finished(self, probes: Probes) -> Probes:
+        """The same with the probes that are still needed."""
         wanted = self.num_probes
         if wanted is None:
             wanted = max(2 * _FEW, self.needed(probes)) if probes.spread > 0 else _FEW
         probes.run(min(wanted, self.max_probes if self.num_probes is None else wanted) - len(probes))
+        return probes
 
     def needed(self, probes: Probes) -> int:
         """How many probes the tolerance takes, with a margin for what the first few do not know."""

@@ -165,8 +165,8 @@ class Program:
         Refuses values of inputs that are handed to Python, or decide the shape of others: these may decide what is computed.
         Whether there are such values from outside.
         """
-        levels = [max(n.meta["level"] for n in node.all_input_nodes) for node in nodes if _decides(node)]
-        if (level := max(levels, default=FIXED)) >= DATA:
+        read = [n for node in nodes if _decides(node) for n in node.all_input_nodes]
+        if (level := max((n.meta["level"] for n in read), default=FIXED)) >= DATA:
             what = "the variables" if level == VARIABLE else "the data"
             raise UnrecordableError(f"it decides by a value that depends on {what}", level)
         return level == OUTSIDE
@@ -198,8 +198,9 @@ def _decides(node: fx.Node) -> bool:
     """Whether an operation hands a value to Python, or gives a tensor whose shape depends on values."""
     if node.target in _NUMBERS:
         return True
-    if _base(node) == "index":
-        return any(tensor_of(i).dtype in (torch.bool, torch.uint8) for i in node.all_input_nodes[1:])
+    if _base(node) in ("index", "_unsafe_index"):
+        indices: Any = node.args[1]
+        return any(tensor_of(i).dtype in (torch.bool, torch.uint8) for i in indices if i is not None)
     return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
@@ -241,7 +242,7 @@ def _native(node: fx.Node, name: str) -> fx.Node:
     if str(getattr(node.target, "namespace", "")) == "aten":
         if name in _NATIVE:
             node.target = getattr(torch, name)
-        elif name in _METHODS:
+        elif name in _METHODS and not node.kwargs:
             node.op, node.target = "call_method", name
     return node
 
@@ -264,8 +265,9 @@ class Replay:
         self.run, self.operations = self._last.run, self._last.size
         needed = {n for stage in (*self._rare, self._last) for n in stage.needs}
         self._fixed = {n: tensor_of(n).detach() for n in needed if n.meta["level"] == FIXED}
-        self._outside = [o for o in program.outside if o.node in needed or program.reads_outside]
-        self._entries = [o.entries for o in self._outside]
+        read = [o for o in program.outside if o.node in needed or program.reads_outside]
+        self._outside = {o.node: o.tensor for o in read}
+        self._entries = [o.entries for o in read]
         self._reads_outside = program.reads_outside
         for node in nodes:  # whose values, but for these, are not needed any more
             node.meta.pop("tensor", None)
@@ -275,7 +277,7 @@ class Replay:
     @property
     def outside(self) -> list[Tensor]:
         """The tensors from outside that it reads."""
-        return [o.tensor for o in self._outside]
+        return list(self._outside.values())
 
     def refresh(self) -> None:
         """
@@ -292,7 +294,7 @@ class Replay:
     def _renew(self) -> None:
         self.age += 1
         self._before = [x.clone() for x in self._entries]
-        self._held = self._fixed | {o.node: o.tensor.detach() for o in self._outside}
+        self._held = self._fixed | {n: x.detach() for n, x in self._outside.items()}
         self._held |= self._results(self._rare[0], self._held)
 
     def _results(self, stage: _Stage, held: dict[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:

@@ -380,3 +380,17 @@ def test_draws_of_other_libraries_with_deterministic_sites() -> None:
         lambda: pyro.sample("k", dist.Categorical(torch.ones(4))), {"k": np.array([3, 0, 2])}
     )
     assert labels.initialize().median()["k"].item() == 2
+
+
+def test_sites_that_are_summed_over_have_no_draws() -> None:
+    def mixed(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        flat = pyro.sample("flat", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(y), dim=-1):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)), infer={"enumerate": "parallel"})
+            pyro.sample("obs", dist.Normal(loc[k] + flat, 0.1), obs=y)
+
+    given = {"loc": torch.tensor([[-1.0, 1.0]] * 3), "flat": torch.arange(3.0)}
+    found = AutoEmpirical(mixed, given).initialize(torch.zeros(4))
+    assert set(found(torch.zeros(4))) == {"loc", "flat"}
+    assert found.median()["flat"] == 1.0

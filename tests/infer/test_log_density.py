@@ -149,6 +149,15 @@ def test_constraints_masks_scales_factors_and_a_literal_in_place() -> None:
     check(density, handlers(model, density, *args))
 
 
+def test_inference_mode() -> None:
+    y = torch.tensor([0.3, 1.0])
+    for model in (conditional, counting):
+        with torch.inference_mode():
+            density, rows = log_density(model, y), torch.ones(2, 1)
+            found = density.value_and_gradient(rows)[0]
+        assert_close(found, torch.stack([handlers(model, density, y)(row.clone()) for row in rows]))
+
+
 def test_autograd_goes_through_once() -> None:
     model, x, y = regression()
     density = log_density(model, (x, y))
@@ -208,6 +217,24 @@ def test_numbers_that_change_are_found_out() -> None:
     state["noise"] = 1.0
     with pytest.raises(ChangedModelError, match="replaced by another"):
         ask(20)
+
+
+def test_a_decision_far_out_that_torch_does_not_show() -> None:
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        width = 1.0 if abs(z.detach().numpy()) < 8 else 2.0
+        with pyro.plate("data", len(y)):
+            pyro.sample("obs", dist.Normal(z, width), obs=y)
+
+    density = log_density(model, torch.ones(4))
+    near, far = torch.ones(1), torch.full((1,), 9.0)
+    for _ in range(3):
+        density(near)
+    with pytest.raises(ChangedModelError, match="numpy"):
+        density(far)
+    first = log_density(model, torch.ones(4))
+    assert_close(first(far), handlers(model, first, torch.ones(4))(far))
+    assert "does not show" in first.reason
 
 
 def test_networks_are_in_evaluation_mode_and_keep_their_statistics() -> None:
@@ -362,7 +389,7 @@ def test_minibatches_whose_values_decide(hidden: bool) -> None:
     for part in (y[:2], y[2:], y[1:3]):
         value, _ = density.batch_value_and_gradient(u, (part,), 1.0)
         assert_close(value, handlers(model, density, part)(u), rtol=1e-10)
-    assert "data" in density.reason
+    assert ("a way that torch does not show" if hidden else "the data") in density.reason
 
 
 def test_latents_of_rows_are_exact_in_one_batch() -> None:

@@ -160,14 +160,12 @@ def test_ranks_and_probes_are_chosen_for_a_tolerance():
     ranks = []
     for tolerance in (30.0, 0.3):
         plan = Plan(tolerance)
-        sketch, first = plan.sketch(lambda v: v @ A, A.diagonal())
-        plan.finish(first)
-        found = first.log_det()
+        rows, first, _ = plan.start(lambda v: v @ A, A.diagonal())
+        found = plan.finished(first).log_det()
         assert 0.5 * (found.upper - found.lower) + found.error < 1.2 * tolerance
         assert abs(found.value - exact) < 4 * found.error + found.upper - found.lower + 1e-9
-        ranks.append(sketch.rank)
+        ranks.append(len(rows))
     assert ranks[0] < ranks[1]
     plan = Plan(0.3, rank=20, num_probes=12)
-    sketch, first = plan.sketch(lambda v: v @ A, A.diagonal())
-    plan.finish(first)
-    assert (sketch.rank, len(first)) == (20, 12)
+    rows, first, products = plan.start(lambda v: v @ A, A.diagonal())
+    assert (len(rows), len(plan.finished(first)), products) == (20, 12, 20)

@@ -13,9 +13,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.infer import load_guide, posterior_predictive, save_guide
-from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
+from pyro_bnn.infer.autoguide import AutoEmpirical, AutoLaplace, AutoMixture
 from tests.programs.facts import Facts, Pairs, few, is_function, operation
 from tests.programs.laplace import approximation
+from tests.programs.predictions import compare_prediction
 from tests.programs.program import Case
 
 
@@ -45,6 +46,8 @@ def restored(facts: Facts, build: Callable[[Case], Any]) -> Pairs:
 
 
 def empty(guide: Any, case: Case) -> Any:
+    if isinstance(guide, AutoEmpirical):
+        return AutoEmpirical(case.model)
     if isinstance(guide, AutoMixture):
         return AutoMixture(case.model, 2, "normal", rest="normal")
     return AutoLaplace(case.model)
@@ -79,3 +82,28 @@ def save_mixture(facts: Facts) -> Pairs:
 )
 def save_laplace(facts: Facts) -> Pairs:
     yield from restored(facts, lambda case: approximation(facts, case))
+
+
+@operation(
+    "a guide of draws: predictions, draws, save and load",
+    "the model draws nothing beyond its latents",
+    is_function,
+)
+def save_draws(facts: Facts) -> Pairs:
+    case = facts.program.make()
+    draws = facts.draws()
+    guide = AutoEmpirical(case.model, draws).initialize(*case.data)
+    yield from compare_prediction(facts, posterior_predictive(case.model, guide, case.data), facts.traces())
+    with poutine.block(), case.evaluation():
+        for _ in range(2):
+            trace = poutine.trace(guide).get_trace(*case.data)
+            values = {n: trace.nodes[n]["value"] for n in draws}
+            found = [
+                s
+                for s in range(len(facts.traces()))
+                if all(torch.equal(v, draws[n][s]) for n, v in values.items())
+            ]
+            yield "a call is one of the draws", len(found), 1
+            replayed = poutine.trace(poutine.replay(case.model, trace)).get_trace(*case.data)
+            yield "its joint density", replayed.log_prob_sum(), facts.traces()[found[0]].log_prob_sum()
+    yield from restored(facts, lambda other: AutoEmpirical(other.model, draws).initialize(*other.data))

@@ -73,6 +73,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(model)
+        self._start: dict[str, Any] = {}  # values of the latents while the prototype is made
         self._layout: dict[str, tuple[int, slice, Size]] = {}
         self._median: dict[str, Tensor] | None = None  # once it was asked for, of draws that stay
         self.register_buffer("weights", None)
@@ -128,6 +129,13 @@ class AutoEmpirical(WeightedChains, AutoGuide):
 
     # ------------------------------------------------------------------ set-up
 
+    @property
+    @override
+    def model(self) -> Any:
+        """The model; while the guide is initialised, one that draws nothing, since not every prior can be drawn from."""
+        model = super().model
+        return SubstituteMessenger(self._start)(model) if self._start else model
+
     def initialize(self, *args: Any, **kwargs: Any) -> Self:
         """
         Runs the model once, to know its sites and plates, and compares them with the draws.
@@ -149,9 +157,11 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         with local_parameters(), poutine.block(), evaluation_mode():
             trace = run_model(self.model, (args, kwargs))
             check_latents(trace, self)
-            values = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
-            with SubstituteMessenger(values):
+            self._start = {name: trace.nodes[name]["value"] for name in latent_names(trace)}
+            try:
                 super()._setup_prototype(*args, **kwargs)
+            finally:
+                self._start = {}
         detach_prototypes(self)
         if self._layout:
             self._match(trace)

@@ -12,40 +12,47 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 from typing_extensions import override
 
-from pyro_bnn.curvature.accumulate import Curvature, CurvatureAccumulator, NotAMinimumError, check_option
+from pyro_bnn.curvature.accumulate import Curvature, check_option
 from pyro_bnn.distributions.factor_normal import FactorNormal
-from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
+from pyro_bnn.infer.autoguide.certified import CertifiedGuide
 from pyro_bnn.infer.autoguide.point_estimate import MAPReport
-from pyro_bnn.infer.hfl.api import Method, solve
+from pyro_bnn.infer.autoguide.remainder import Remainder, precision_of, split
+from pyro_bnn.infer.hfl.api import solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
-from pyro_bnn.infer.hfl.multipliers import prior_shift
 from pyro_bnn.infer.hfl.result import HFLResult
+from pyro_bnn.infer.hfl.run import Method
 from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.options import require_number
 
-Remainder = Literal["isotropic", "diagonal"]
+#: What ``laplace_approximation`` makes: the Gaussian, what it is made of, and what bounds the variances of all else.
+_BUFFERS = (
+    *("tau", "factor", "gradients", "displacements", "covariance", "basis", "remainder_precision"),
+    *("bound_precision", "directions", "images", "gap"),
+)
 
 
-class AutoHessianFreeLaplace(LinearizedGuide):
+class AutoHessianFreeLaplace(CertifiedGuide):
     r"""
     A low-rank Gaussian guide :math:`u = \hat u + W z,\ z\sim N(0, I_r)`, from m displacements of the point estimate.
 
     Its predictive covariance at the targets is exactly that of the linearised Laplace approximation with the same
     curvature, :math:`J P^{-1} J^\top`, yet no p × p matrix is formed: memory is O(p m). Away from the targets it
     never exceeds the full posterior variance, and underestimates it by the conditional variance given the targets:
-    offer targets that cover the inputs you will predict at, or add some later with :meth:`add_targets`.
+    offer targets that cover the inputs you will predict at, or add some later with :meth:`add_targets`. Where variances can
+    be certified (:func:`pyro_bnn.infer.hfl.solve`), :meth:`variance_bounds` tells at any input how much of the full variance
+    the guide is certain to have, and :meth:`cover` adds targets until that is enough on a validation set.
 
     :param callable model: a Pyro model, called as ``model(*args, **kwargs)`` with and without observations.
     :param str method: ``"cg"`` (the limit of vanishing perturbations; exact up to ``tolerance``), ``"central"``,
         ``"one_sided"``, ``"paired"`` or ``"probe"``; see :func:`pyro_bnn.infer.hfl.solve`.
     :param str curvature: ``"hessian"``, or ``"ggn"`` (the linearised model).
     :param float epsilon: see :func:`pyro_bnn.infer.hfl.solve`.
-    :param float tolerance: relative residual of the solves.
+    :param float tolerance: see :func:`pyro_bnn.infer.hfl.solve`.
     :param proximal: see :func:`pyro_bnn.infer.hfl.solve`.
     :param preconditioner: see :func:`pyro_bnn.infer.hfl.solve`.
     :param bool robust: whether the covariance at the targets is the infinitesimal-jackknife sandwich instead.
@@ -78,8 +85,6 @@ class AutoHessianFreeLaplace(LinearizedGuide):
 
     curvature: Curvature
     tau: Tensor | None
-    factor: Tensor | None
-    gradients: Tensor | None
     displacements: Tensor | None
     covariance: Tensor | None
     basis: Tensor | None
@@ -122,16 +127,7 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         self.robust = robust
         self.remainder = remainder
         self.has_density = remainder is not None
-        self.result: HFLResult | None = None
-        for name in (
-            "tau",
-            "factor",
-            "gradients",
-            "displacements",
-            "covariance",
-            "basis",
-            "remainder_precision",
-        ):
+        for name in _BUFFERS:
             self.register_buffer(name, None)
 
     @takes_data(after=("targets",), also=(solve,))
@@ -157,14 +153,19 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         :raises ValueError: for data that are empty, not finite, or without observations.
         """
         (data,) = args
-        result = self._solve(data, targets, options)
+        self._begin(data, self._solve(data, targets, options), map_tolerance)
+        return self
+
+    def _begin(self, data: Any, result: HFLResult, map_tolerance: float) -> None:
+        """A new Gaussian from a first result."""
         value, gradient = self.negative_log_joint(data)
-        self._finish(data, result, result.gradients, result.displacements, _responses(result))
+        self.bound_precision = self.directions = self.images = self.gap = None
+        self._covered = ""
+        self._finish(data, result, result.gradients, result.displacements, result.responses())
         self.map_report = MAPReport(
             float(value), float(gradient.norm()), result.newton_decrement, result.smallest_curvature
         )
         self.map_report.warn_beyond(map_tolerance)
-        return self
 
     @takes_data(after=("targets",), also=(solve,))
     @torch.inference_mode(False)
@@ -181,29 +182,26 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         :raises RuntimeError: before ``laplace_approximation(data, targets)``.
         """
         (data,) = args
-        J, D, K = self.gradients, self.displacements, self.covariance
-        if J is None or D is None or K is None:
+        if self.gradients is None:
             raise RuntimeError(
                 "the guide has no targets yet: call laplace_approximation(data, targets) first"
             )
-        result = self._solve(data, targets, options)
+        self._add(data, self._solve(data, targets, options))
+        return self
+
+    def _add(self, data: Any, result: HFLResult) -> None:
+        """The Gaussian of all targets, those of a further result included."""
+        J, D, K = self.gradients, self.displacements, self.covariance
+        assert J is not None
+        assert D is not None
+        assert K is not None
         cross = 0.5 * (J @ result.displacements.mT + D @ result.gradients.mT)
         J, D = torch.cat([J, result.gradients]), torch.cat([D, result.displacements])
-        K = torch.cat([torch.cat([K, cross], 1), torch.cat([cross.mT, _responses(result)], 1)])
+        K = torch.cat([torch.cat([K, cross], 1), torch.cat([cross.mT, result.responses()], 1)])
         old = self.result
         if old is not None:  # a guide loaded from a state dict has none
-            result = replace(
-                result,
-                antisymmetry=max(old.antisymmetry, result.antisymmetry),
-                residual=max(old.residual, result.residual),
-                smallest_curvature=min(old.smallest_curvature, result.smallest_curvature),
-                mean=result.mean if self.method == "probe" else torch.cat([old.mean, result.mean]),
-                products=old.products + result.products,
-                gradient_evaluations=old.gradient_evaluations + result.gradient_evaluations,
-                iterations=old.iterations + result.iterations,
-            )
+            result = result.after(old)
         self._finish(data, result, J, D, K)
-        return self
 
     def _solve(self, data: Any, targets: Any, options: dict[str, Any]) -> HFLResult:
         if not self.packed.observed:
@@ -211,20 +209,13 @@ class AutoHessianFreeLaplace(LinearizedGuide):
                 "the model has no observed site, only pyro.factor statements, so that there is nothing to predict at "
                 "targets: use hfl.solve(guide, data, functional=lambda sites: ...) with functions of the latent sites."
             )
-        return solve(
-            self,
-            data,
-            targets,
-            method=self.method,
-            curvature=self.curvature,
-            epsilon=self.epsilon,
-            tolerance=self.tolerance,
-            proximal=self.proximal,
-            preconditioner=self.preconditioner,
-            chunk_size=self.chunk_size,
-            map_tolerance=float("inf"),  # the guide has a warning of its own
-            **options,
-        )
+        options = self._options() | options
+        return solve(self, data, targets, curvature=self.curvature, **options)
+
+    def _options(self) -> dict[str, Any]:
+        """Those of :func:`~pyro_bnn.infer.hfl.solve` that the guide has; of the point estimate it warns itself."""
+        names = ("method", "epsilon", "tolerance", "proximal", "preconditioner", "chunk_size")
+        return {name: getattr(self, name) for name in names} | {"map_tolerance": float("inf")}
 
     def _finish(self, data: Any, result: HFLResult, J: Tensor, D: Tensor, K: Tensor) -> None:
         """The factor from gradients, displacements and covariance, and the remainder."""
@@ -235,50 +226,19 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         scaled = J / sd[:, None]
         factor = low_rank_factor(scaled, D / sd[:, None], wanted / sd / sd[:, None], result.antisymmetry)
         if self.remainder is not None:
-            factor, self.basis = _split(factor, scaled)
-            self.remainder_precision = self._precision(data, result.proximal)
+            factor, self.basis = split(factor, scaled)
+            self.remainder_precision = precision_of(self, data, self.basis, result.proximal)
         self.factor = factor
         own: dict[str, Any] = {"gradients": J, "displacements": D, "factor": factor, "sandwich": scores}
         if self.method != "probe":  # whose result is about the last targets alone
             own |= {"half": J @ factor, "variances": K.diagonal().clone()}
             own |= {} if len(result.variances) == len(J) else {"shape": torch.Size([len(J)])}
+        if result.certificate is not None:
+            self._certify(result)
+            if self.method != "probe":
+                own["certificate"] = self._certificate(J)
         self.result = replace(result, **own)
         self._posterior = None
-
-    def _precision(self, data: Any, proximal: float) -> Tensor:
-        """The diagonal of Λ: that of the GGN, or the mean curvature of the dimensions without targets."""
-        accumulator = CurvatureAccumulator(self.packed, self.loc, "ggn", chunk_size=self.chunk_size)
-        ridge: Tensor | float = 0.0
-        if self.tau is not None:
-            ridge, _ = prior_shift(self.packed, self.loc, data, self.tau)
-        if self.remainder == "diagonal":
-            diagonal = accumulator.diagonal(data) + proximal + ridge
-            self._require_curvature(int((diagonal <= 0).sum()), float(diagonal.min()))
-            return diagonal
-        assert self.basis is not None
-        r, p = self.basis.shape
-        if r == p:  # nothing remains
-            return torch.ones_like(self.loc).detach()
-        generator = torch.Generator(device=self.loc.device).manual_seed(0)
-        probes = torch.randn(32, p, dtype=self.loc.dtype, device=self.loc.device, generator=generator)
-        free = probes
-        for _ in range(2):  # twice is enough where few dimensions remain
-            free = free - free @ self.basis.mT @ self.basis
-        both = torch.stack([probes, free])
-        products = accumulator.operator(data)(both.flatten(0, 1)).reshape(both.shape) + ridge * both
-        whole, mean = ((both * products).sum((1, 2)) / both.square().sum((1, 2))).tolist()
-        noise = 1e2 * torch.finfo(self.loc.dtype).eps * whole
-        mean += proximal
-        self._require_curvature(0 if mean > noise else p - r, mean)
-        # the mean curvature minimises KL(q || Laplace) over isotropic remainders
-        return torch.full_like(self.loc, mean).detach()
-
-    def _require_curvature(self, number: int, value: float) -> None:
-        if number:
-            raise NotAMinimumError(
-                f"remainder={self.remainder!r}: {number} dimensions have a curvature of {value:.3g}, so that no proper Gaussian "
-                "describes them without targets: give their latents a proper prior, or leave remainder out."
-            )
 
     # ------------------------------------------------------------------ evidence
 
@@ -322,22 +282,3 @@ class AutoHessianFreeLaplace(LinearizedGuide):
         if self.factor is None:
             return None
         return FactorNormal(self.loc.detach().clone(), self.factor, self.basis, self.remainder_precision)
-
-
-def _responses(result: HFLResult) -> Tensor:
-    """The symmetric covariance of the functionals whose gradients the result holds."""
-    K = result.gradients @ result.displacements.mT
-    K = 0.5 * (K + K.mT)
-    if result.method in ("one_sided", "central", "paired"):
-        # function differences have a smaller bias than displacements
-        K = result.covariance
-        K.diagonal().copy_(result.variances)
-    return K
-
-
-def _split(factor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor without null directions, and an orthonormal basis of the functionals that it moves."""
-    U, singular, Vt = torch.linalg.svd(rows @ factor, full_matrices=False)
-    keep = singular > 1e3 * torch.finfo(factor.dtype).eps * singular.max()
-    basis = torch.linalg.qr((U[:, keep].mT @ rows).mT).Q.mT
-    return factor @ Vt[keep].mT, basis

@@ -55,7 +55,8 @@ def _tensor(value: Any) -> Tensor:
 def in_order(samples: dict[str, Tensor], trace: Any) -> dict[str, Tensor]:
     """The draws in the order of the model's sites, without deterministic ones; refused where they are not those of the model."""
     sites = sample_sites(trace)
-    latents = latent_names(trace)
+    # over sites that are enumerated samplers sum
+    latents = [n for n in latent_names(trace) if n in samples or not sites[n]["infer"].get("enumerate")]
     missing = [name for name in latents if name not in samples]
     extra = [n for n in samples if n not in latents and not (n in sites and is_deterministic(sites[n]))]
     if missing or extra:

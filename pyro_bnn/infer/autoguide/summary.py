@@ -178,12 +178,13 @@ def _of_linearized(guide: Any) -> tuple[Facts, Rows]:
     if report is not None:
         found["Newton decrement"] = f"{report.newton_decrement:.3g} posterior standard deviations"
         found |= {"smallest curvature": f"{report.smallest_curvature:.3g}"} if guide.is_fitted else {}
-    if guide.is_fitted and hasattr(guide, "log_evidence"):
+    if guide.is_fitted and hasattr(guide, "part_store"):  # others need the data again
         found["log evidence"] = f"{float(guide.log_evidence()):.6g} nats"
         if guide.tau is not None:
             found["multiplier of the prior precision"] = span_of(guide.tau)
     if getattr(guide, "gradients", None) is not None:
         found["targets"] = f"{len(guide.gradients)} outputs, at which the covariance is exact"
+        found |= guide.facts()
     return found, sites
 
 

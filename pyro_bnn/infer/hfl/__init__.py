@@ -12,14 +12,17 @@ Source: McInerney and Kallus (2024), "Hessian-free Laplace in Bayesian deep lear
 regularization tractably recovers Bayesian deep learning". The limit follows from the implicit function theorem.
 """
 
-from pyro_bnn.infer.hfl.api import Method, covariance, regvar, solve, variance
+from pyro_bnn.infer.hfl.api import covariance, regvar, solve, variance
+from pyro_bnn.infer.hfl.certificate import Certificate
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
 from pyro_bnn.infer.hfl.influence import Influence, influence
 from pyro_bnn.infer.hfl.regvar import RegVarScore
 from pyro_bnn.infer.hfl.result import HFLResult
+from pyro_bnn.infer.hfl.run import Method
 
 __all__ = [
+    "Certificate",
     "HFLEvidence",
     "HFLResult",
     "HFLWarning",

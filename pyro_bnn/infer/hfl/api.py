@@ -3,42 +3,23 @@
 """Variances and covariances of any functional of a model's latents."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import Curvature, check_option
-from pyro_bnn.infer.hfl.bound import prior_bound
-from pyro_bnn.infer.hfl.certify import certify
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes, require_derivatives, require_slopes
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
-from pyro_bnn.infer.hfl.direct import cg
 from pyro_bnn.infer.hfl.functionals import Functional
-from pyro_bnn.infer.hfl.nystrom import probe
-from pyro_bnn.infer.hfl.paired import paired
-from pyro_bnn.infer.hfl.perturbation import central, one_sided
 from pyro_bnn.infer.hfl.regvar import RegVarScore, regvar_score
 from pyro_bnn.infer.hfl.result import HFLResult
-from pyro_bnn.infer.hfl.sandwich import sandwich
-from pyro_bnn.infer.hfl.setup import set_proximal, set_up
+from pyro_bnn.infer.hfl.run import Method, solve_for
+from pyro_bnn.infer.hfl.setup import set_up
 from pyro_bnn.infer.hfl.solver import Preconditioner, Solver
-from pyro_bnn.infer.hfl.task import Found, Task
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_count
-
-Method = Literal["cg", "one_sided", "central", "paired", "probe"]
-
-#: A method is a function in a file of its own.
-METHODS: dict[str, Callable[[Task], Found]] = {
-    "cg": cg,
-    "one_sided": one_sided,
-    "central": central,
-    "paired": paired,
-    "probe": probe,
-}
 
 
 @takes_data(after=("targets", "functional"))
@@ -160,37 +141,11 @@ def solve(
     if functional is not None:
         require_slopes(functionals, by_direction=method == "probe")
         require_derivatives(functionals)
-    double = problem.latent.dtype == torch.float64
-    epsilon = epsilon if epsilon is not None else (1e-3 if double else 3e-3)
-    notes = [*_resolution(method, epsilon, double=double), *set_proximal(problem, proximal)]
-    for text in notes:  # now, because what follows may raise
-        warn_user(text, HFLWarning)
-    bound = prior_bound(problem)
-    width = None if bound.precision is None else tolerance
-    residual = tolerance if tolerance is not None else (1e-6 if double else 1e-4)
-    solver = Solver(
-        problem, tolerance=residual, max_iter=max_iter, preconditioner=preconditioner, rank=rank,
-        block_size=block_size, bound=bound, width=width,
+    return solve_for(
+        problem, functionals, method=method, epsilon=epsilon, tolerance=tolerance, max_iter=max_iter,
+        proximal=proximal, preconditioner=preconditioner, rank=rank, block_size=block_size, robust=robust,
+        check=check, num_probes=num_probes, num_epochs=num_epochs, map_tolerance=map_tolerance,
     )  # fmt: skip
-    task = Task(problem, functionals, solver, epsilon, num_epochs, num_probes, check)
-    found = METHODS[method](task)
-    scores = sandwich(problem.model, problem.latent, data, found.displacements) if robust else None
-    options: dict[str, Any] = {
-        "method": method,
-        "curvature": curvature,
-        "sandwich": scores,
-        "certificate": certify(task, found),
-        "uncertified": bound.reason,
-        "warnings": notes,
-    }
-    result = _result(task, found, **options)
-    result.warn(
-        tolerance=residual,
-        width=width,
-        largest_curvature=solver.largest_curvature,
-        map_tolerance=map_tolerance,
-    )
-    return result
 
 
 def _check_options(method: str, curvature: str, robust: bool) -> None:
@@ -200,35 +155,6 @@ def _check_options(method: str, curvature: str, robust: bool) -> None:
     check_option("curvature", curvature, Curvature)
     if robust and method == "probe":
         raise ValueError("robust=True needs the displacement of every functional: use method='cg'")
-
-
-def _resolution(method: str, epsilon: float, *, double: bool) -> list[str]:
-    """What to say of perturbations that the precision of the numbers does not resolve."""
-    if double or method not in ("one_sided", "central") or 1e-3 <= epsilon <= 3e-2:
-        return []
-    return [
-        f"float32 resolves perturbations of 1e-3 to 3e-2 standard deviations, not {epsilon:.2g}: use "
-        "epsilon=3e-3, float64, or method='cg'"
-    ]
-
-
-def _result(task: Task, found: Found, *, method: str, **options: Any) -> HFLResult:
-    """What has been found, and what it took."""
-    problem, solver = task.problem, task.solver
-    known = {name: value for name, value in vars(found).items() if name not in ("remainders", "rest")}
-    return HFLResult(
-        **known,
-        **options,
-        method=method,
-        shape=task.functionals.shape,
-        mean=task.functionals.values,
-        epsilon=task.epsilon if method in ("one_sided", "central", "paired") else None,
-        proximal=problem.proximal,
-        smallest_curvature=solver.smallest_curvature,
-        iterations=solver.iterations,
-        products=solver.products,
-        gradient_evaluations=problem.gradient_evaluations,
-    )
 
 
 @takes_data(after=("targets",))

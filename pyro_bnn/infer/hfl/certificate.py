@@ -35,6 +35,21 @@ class Certificate:
     :ivar gap: how far residuals may be from the true ones, in posterior standard deviations.
     :ivar enclosure: what encloses the inverse of the precision.
     :ivar remainders: what the displacements of the result leave over, :math:`G - DP`, shape ``(m, p)``.
+    :ivar precision: T, the curvature of the prior, which P exceeds, shape ``(p,)``.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x, y=None):
+        ...     w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         return pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+        >>> x, y = torch.eye(2), torch.tensor([1.0, -1.0])
+        >>> from pyro_bnn import AutoLaplace, hfl
+        >>> guide = AutoLaplace(model).initialize(x, y).polish((x, y))
+        >>> found = hfl.solve(guide, (x, y), (x,), curvature="ggn", tolerance=0.01).certificate
+        >>> found.width < 0.01
+        True
     """
 
     lower: Tensor
@@ -43,6 +58,7 @@ class Certificate:
     gap: float
     enclosure: Enclosure
     remainders: Tensor
+    precision: Tensor
 
     @property
     def widths(self) -> Tensor:

@@ -12,7 +12,7 @@ from pyro_bnn.infer.hfl.task import Found, Task
 def certify(task: Task, found: Found) -> Certificate | None:
     """The bounds of what a method has found; ``None`` where no bound of the curvature is known."""
     solver, G, D, R = task.solver, found.gradients, found.displacements, found.remainders
-    if solver.metric is None:
+    if solver.precision is None:
         return None
     if R is None:
         R = G - task.problem.operator(D)
@@ -24,10 +24,10 @@ def certify(task: Task, found: Found) -> Certificate | None:
     if found.captured is None:
         joint = covariance_bounds(enclosure, G, D, R, gap)
         diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest)
-        return Certificate(*diagonal, joint, gap, enclosure, remainders)
+        return Certificate(*diagonal, joint, gap, enclosure, remainders, solver.precision)
     parts = [variance_bounds(enclosure, g, *enclosure.solve(g), gap) for g in task.functionals.rows()]
     lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
-    return Certificate(lower, upper, None, gap, enclosure, remainders)
+    return Certificate(lower, upper, None, gap, enclosure, remainders, solver.precision)
 
 
 def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:

@@ -16,7 +16,7 @@ from pyro_bnn.infer.hfl.evidence_terms import EvidenceGradient, EvidenceTerms
 from pyro_bnn.infer.hyperparameters import LIMIT, Groups, HyperparameterReport, Per, warn_of_runaways
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.described import Described
-from pyro_bnn.ops.log_det import LogDet, Plan, Probes, Split
+from pyro_bnn.ops.log_det import Plan, Probes, Split
 from pyro_bnn.ops.memory import available_bytes
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_count, require_number
@@ -81,31 +81,12 @@ class HFLEvidence(Described):
         }
 
 
-class Estimator:
-    """
-    The evidence as a function of multipliers of the prior precision, always with the same random numbers.
-
-    :param terms: what it is made of.
-    :param plan: how precise it has to be.
-    :ivar products: with the curvature so far.
-    """
-
-    def __init__(self, terms: EvidenceTerms, plan: Plan, tau: Tensor | None = None) -> None:
-        self.terms, self.plan = terms, plan
-        scale = terms.scale(tau)
-        diagonal = terms.part.curvature * scale.square()
-        sketch, self._first = plan.sketch(terms.whitened(scale), diagonal)
-        #: F with F' F below H, shape (r, q)
-        self.rows = sketch.rows() / scale
-        self.products = sketch.rank + self._first.split.products
-
-    def probes(self, tau: Tensor | None = None, *, solve: bool = False) -> tuple[Split, Probes]:
-        """The curvature relative to a prior, split, and as many probes of it as are needed."""
-        scale = self.terms.scale(tau)
-        diagonal = self.terms.part.curvature * scale.square()
-        split = Split(self.terms.whitened(scale), diagonal, self.rows * scale)
-        probes = self.plan.probes(split, solve=solve)
-        return split, probes
+def _start(
+    terms: EvidenceTerms, plan: Plan, tau: Tensor | None, *, solve: bool
+) -> tuple[Tensor, Probes, int]:
+    """The start of a plan for A under multipliers of the prior precision."""
+    scale = terms.scale(tau)
+    return plan.start(terms.whitened(scale), terms.part.curvature * scale.square(), solve=solve)
 
 
 def _plan(
@@ -208,11 +189,9 @@ def log_evidence(
             "is: call laplace_approximation again, or leave tau out."
         )
     _check_tau(tau, len(terms.latent))
-    estimator = Estimator(terms, _plan(terms, tolerance, rank, num_probes, max_steps, seed), tau)
-    split, probes = estimator.probes(tau, solve=differentiable)
-    found = probes.log_det()
-    decrement = terms.decrement(split, terms.scale(tau), tau)
-    result = _result(terms, tau, found, split, probes, estimator.products, decrement)
+    plan = _plan(terms, tolerance, rank, num_probes, max_steps, seed)
+    _, probes, products = _start(terms, plan, tau, solve=differentiable)
+    result = _result(terms, tau, plan.finished(probes), products)
     _warn(result, tolerance, map_tolerance)
     if not differentiable:
         return result
@@ -228,16 +207,8 @@ def _check_tau(tau: Tensor | None, p: int) -> None:
         raise ValueError(f"tau must be positive, found {float(tau.min()):.3g} to {float(tau.max()):.3g}")
 
 
-def _result(
-    terms: EvidenceTerms,
-    tau: Tensor | None,
-    found: LogDet,
-    split: Split,
-    probes: Probes,
-    products: int,
-    decrement: float,
-) -> HFLEvidence:
-    constant = terms.constant(tau)
+def _result(terms: EvidenceTerms, tau: Tensor | None, probes: Probes, products: int) -> HFLEvidence:
+    split, found, constant = probes.split, probes.log_det(), terms.constant(tau)
     log_prior = -2 * float(terms.scale(tau).double().log().sum())
     return HFLEvidence(
         log_evidence=torch.tensor(
@@ -248,7 +219,7 @@ def _result(
         error=0.5 * found.error,
         log_joint=terms.log_joint(tau),
         log_det=log_prior + found.value,
-        newton_decrement=decrement,
+        newton_decrement=terms.decrement(split, terms.scale(tau), tau),
         rank=len(split.values),
         num_probes=len(probes),
         products=products + split.products,
@@ -330,14 +301,17 @@ def optimize_hyperparameters(
     terms = EvidenceTerms(guide, data, chunk_size=chunk_size)
     plan = _plan(terms, tolerance, rank, num_probes, max_steps, seed)
     groups = Groups(terms.model.space.slices, terms.latent, terms.active, per)
-    return _Search(terms, Estimator(terms, plan), groups).run(max_iter)
+    return _Search(terms, plan, groups).run(max_iter)
 
 
 class _Search:
     """Fixed-point steps in the logarithms of multipliers, one for each group, with the slope of the last two."""
 
-    def __init__(self, terms: EvidenceTerms, estimator: Estimator, groups: Groups) -> None:
-        self.terms, self.estimator, self.groups = terms, estimator, groups
+    def __init__(self, terms: EvidenceTerms, plan: Plan, groups: Groups) -> None:
+        self.terms, self.plan, self.groups = terms, plan, groups
+        rows, *_ = _start(terms, plan, None, solve=False)
+        #: F with F' F below H, whatever the prior, shape (r, q)
+        self.rows = rows / terms.scale()
         #: the group of each random entry, shape (q,)
         self.places = torch.zeros_like(terms.index)
         for number, mask in enumerate(groups.masks.values()):
@@ -374,6 +348,9 @@ class _Search:
     def _evaluate(self, log_tau: Tensor) -> tuple[float, Tensor]:
         """The evidence and the effective numbers of parameters, shape ``(G,)``."""
         tau = self.groups.expand(log_tau.exp().to(self.groups.like))
-        _, probes = self.estimator.probes(tau, solve=True)
+        scale = self.terms.scale(tau)
+        diagonal = self.terms.part.curvature * scale.square()
+        split = Split(self.terms.whitened(scale), diagonal, self.rows * scale)
+        probes = self.plan.finished(self.plan.first(split, solve=True))
         gamma, _ = probes.traces(self.places)
         return self.terms.constant(tau) - 0.5 * probes.log_det().value, gamma

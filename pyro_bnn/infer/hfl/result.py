@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of a Hessian-free Laplace computation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -124,6 +124,29 @@ class HFLResult(Diagnostics):
     def covariance(self) -> Tensor:
         """The covariance of the flattened functionals, positive semi-definite, shape ``(m, m)``."""
         return self.half @ self.half.mT
+
+    def responses(self) -> Tensor:
+        """The symmetric covariance of the functionals whose gradients the result holds, shape ``(m, m)``."""
+        K = self.gradients @ self.displacements.mT
+        K = 0.5 * (K + K.mT)
+        if self.method in ("one_sided", "central", "paired"):
+            # function differences have a smaller bias than displacements
+            K = self.covariance
+            K.diagonal().copy_(self.variances)
+        return K
+
+    def after(self, old: "HFLResult") -> "HFLResult":
+        """The result of further functionals with the account of both; means are joined, but for probes."""
+        return replace(
+            self,
+            antisymmetry=max(old.antisymmetry, self.antisymmetry),
+            residual=max(old.residual, self.residual),
+            smallest_curvature=min(old.smallest_curvature, self.smallest_curvature),
+            mean=self.mean if self.method == "probe" else torch.cat([old.mean, self.mean]),
+            products=old.products + self.products,
+            gradient_evaluations=old.gradient_evaluations + self.gradient_evaluations,
+            iterations=old.iterations + self.iterations,
+        )
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:

@@ -35,6 +35,8 @@ class Solver:
     :param bound: what P is known to exceed; the bounds of solutions follow from it.
     :param width: the relative width of the bounds of :math:`g^\top P^{-1} g` at which solves stop, in place of the
         residual; the preconditioner is then the bound, if there is no other.
+    :param basis: directions of earlier solves with the same P, to which this solver adds its own.
+    :ivar precision: what P is known to exceed, shape ``(p,)``, or ``None``.
     :ivar metric: the map :math:`r \mapsto M^{-1} r` of an M that P is known to exceed, or ``None``.
     :ivar remainder: what the latest solutions leave over, shape ``(S, p)``, where there is a bound.
     :ivar rest: bounds of what these leave of :math:`g^\top P^{-1} g`, shape ``(S,)``, where solves stopped by the width.
@@ -51,6 +53,7 @@ class Solver:
         rank: int = 64,
         bound: Bound | None = None,
         width: float | None = None,
+        basis: ConjugateBasis | None = None,
     ) -> None:
         self.problem = problem
         self.tolerance = tolerance
@@ -65,14 +68,14 @@ class Solver:
         self.metric: LinearMap | None = None
         self.remainder: Tensor | None = None
         self.rest: Tensor | None = None
-        precision = None if bound is None else bound.precision
+        self.precision = precision = None if bound is None else bound.precision
         if precision is not None:
             self.metric = lambda r: r / precision
             preconditioner = "prior" if preconditioner is None and width is not None else preconditioner
         self.preconditioner = self.resolve(preconditioner, rank, precision)
         if precision is not None and preconditioner == "nystrom":
             self.metric = self.preconditioner
-        self._basis: ConjugateBasis | None = None
+        self._basis = basis
         self._enclosure: Enclosure | None = None
         self._several = False  # blocks in the latest solve
 

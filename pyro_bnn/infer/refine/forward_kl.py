@@ -29,7 +29,14 @@ _PATIENCE = 3
 
 
 class RefinementWarning(UserWarning):
-    """A refinement that was not taken, or that left a guide whose weights are not reliable."""
+    """
+    A refinement that was not taken, because the guide had not become better.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.filterwarnings("error", category=RefinementWarning)  # raises where a guide stays as it was
+    """
 
 
 @dataclass(repr=False)
@@ -98,6 +105,12 @@ class ForwardKLResult(Described):
         gives draws of the posterior no density.
     :param gain_error: its standard error.
     :param rounds: the quality at the start of every round.
+
+    Example::
+
+        >>> quality = Quality(0.4, 800.0, 1000, 1.8, -3.0, 0.1)
+        >>> ForwardKLResult(None, True, "it gains", quality, quality, 0.5, 0.1, [quality]).improved
+        True
     """
 
     guide: Any
@@ -139,28 +152,26 @@ def forward_kl(
     .. math:: -\sum_s w_s \log q'(z_s)
 
     over :math:`q'` [1]. At :math:`\beta = 1` this is the forward divergence, whose minimum covers the posterior where the ELBO's
-    hides in one part of it. Weights of a poor guide rest on a few draws, from which nothing can be learnt: :math:`\beta` is the largest power
-    of at most 1 under which enough of them are effective, 20 per parameter and latent, at least a tenth and at most half of all. A step at small :math:`\beta` is, to first order, one of natural-gradient
-    ascent of the ELBO; where :math:`\beta` stays small, as in large networks, the result is closer to that than to the forward
+    hides in one part of it. Weights of a poor guide rest on a few draws, from which nothing can be learnt: :math:`\beta` is the largest
+    power of at most 1 under which enough of them are effective, 20 per parameter and latent, at least a tenth and at most half of all. A
+    step at small :math:`\beta` is, to first order, one of natural-gradient ascent of the ELBO; where :math:`\beta` stays small, as in large networks, the result is closer to that than to the forward
     divergence, and ``after.exponent`` says so.
 
-    ====================================================== ============================================== ==============
-    guide                                                  becomes                                        step
-    ====================================================== ============================================== ==============
-    ``AutoLaplace`` of dense precision, its like of Pyro   :class:`~pyro.infer.autoguide.AutoMultivariateNormal` closed form
-    ``AutoLaplace(structure="diagonal")``, its like        :class:`~pyro.infer.autoguide.AutoDiagonalNormal`     closed form
-    :class:`~pyro.infer.autoguide.AutoNormal`              the same                                       closed form
-    all other Laplace guides, mixtures of them             :class:`~pyro_bnn.infer.autoguide.AutoRescaled` gradients
-    any other with parameters and a density                the same                                       gradients
-    ====================================================== ============================================== ==============
+    What becomes of a guide:
+
+    - a Laplace approximation of dense precision: an :class:`~pyro.infer.autoguide.AutoMultivariateNormal`, in closed form;
+    - one of diagonal precision: an :class:`~pyro.infer.autoguide.AutoDiagonalNormal`, in closed form;
+    - all other Laplace approximations, and mixtures: an :class:`~pyro_bnn.infer.autoguide.AutoRescaled`, by gradients;
+    - Pyro's ``AutoMultivariateNormal``, ``AutoDiagonalNormal`` and ``AutoNormal``: the same, in closed form;
+    - any other with parameters and a density: the same, by gradients.
 
     The closed form is moment matching. The gradients are those of L-BFGS on the draws of the round. A Laplace approximation is left as
     it is; other guides are refined in place, as by :func:`~pyro_bnn.infer.fit`.
-    The search ends after three rounds at
-    :math:`\beta = 1`, or three in which neither the exponent has grown nor the ELBO by more than its noise. Then fresh draws of both guides,
-    weighted as draws of their even mixture, estimate what the divergence has gained. The refined guide is taken if that is reliable (k-hat) and two standard errors
-    above zero, or four with a k-hat below 1; where it is not reliable, if the exponent has grown by a twentieth and the ELBO has not fallen by two standard errors. Else the
-    given guide comes back as it was, and a warning says why, unless both are as good.
+    The search ends after three rounds at :math:`\beta = 1`, or three in which neither the exponent has grown nor the ELBO by more than
+    its noise. Then fresh draws of both guides, weighted as draws of their even mixture, estimate what the divergence has gained. The
+    refined guide is taken if that is reliable (k-hat) and two standard errors above zero, or four with a k-hat below 1 and an exponent that
+    is not smaller by a tenth; where it is not reliable, if the exponent has grown by a twentieth and the ELBO has not fallen by two
+    standard errors. Else the given guide comes back as it was, and a warning says why, unless both are as good.
 
     A refined Laplace approximation predicts by the model, not by the linearised one. In a network that is the comparison to make: a
     Laplace approximation may have a poor density and predict well, because the linearised model is what it is the posterior of.
@@ -169,7 +180,7 @@ def forward_kl(
     :param guide: a fitted guide with a density of all latents, and parameters.
     :param data: the data with observations, in any form.
     :param int num_samples: draws per round; several times the number of latents for a dense covariance.
-    :param int num_rounds: rounds at most. Each costs ``num_samples`` evaluations of the model, without gradients.
+    :param int num_rounds: rounds at most. Each costs ``num_samples`` evaluations of the log density.
     :param generator: source of random numbers; the global state then stays as it is.
     :return: the guide, its quality before and after.
     :raises ValueError: if the guide has no density, no parameters, or holds latents fixed.
@@ -305,7 +316,8 @@ def _judge(before: Quality, after: Quality, gain: _Gain) -> tuple[bool, str]:
     """Whether the refined guide is better, and why."""
     limit = reliable_shape(2 * before.num_samples)
     reliable = gain.k_hat <= limit
-    if reliable or (gain.k_hat < 1 and gain.value > 4 * gain.error):
+    clear = gain.k_hat < 1 and gain.value > 4 * gain.error and after.exponent > 0.9 * before.exponent
+    if reliable or clear:
         improved = gain.value > 2 * gain.error + 1e-6
         reason = f"the forward divergence gains {gain.value:.3g} +- {gain.error:.2g} nats"
     else:

@@ -35,7 +35,14 @@ CHAINS = 200
 
 
 class ImportanceWarning(UserWarning):
-    """Importance weights in which a few draws decide: their estimates are not to be relied on."""
+    """
+    Importance weights in which a few draws decide: their estimates are not to be relied on.
+
+    Example::
+
+        >>> import warnings
+        >>> warnings.filterwarnings("error", category=ImportanceWarning)  # raises where weights are not reliable
+    """
 
 
 @dataclass(repr=False)
@@ -49,6 +56,13 @@ class ImportanceWeights(Described):
     :param k_hat: the shape of the tail of the ratios.
     :param space: ``"latents"`` or ``"functions"``.
     :param model: the model.
+
+    Example::
+
+        >>> ratios = torch.tensor([0.0, 0.0, 0.0, 0.0]).log_softmax(0)
+        >>> found = ImportanceWeights({"w": torch.arange(4.0)}, ratios, ratios, 0.1, "latents", lambda: None)
+        >>> found.mean(found.draws["w"]), found.effective_sample_size, found.resample(2)["w"]
+        (tensor(1.5000), 4.0, tensor([1., 3.]))
     """
 
     draws: Draws

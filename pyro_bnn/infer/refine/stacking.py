@@ -156,6 +156,13 @@ class Stacking(Described):
     :param log_densities: the log predictive density of every observation, nats, shape ``(K, N)``.
     :param gap: what other weights could gain, at most; nats per observation.
     :param k_hat: with ``method="loo"`` the shapes of the tails, shape ``(K, N)``.
+
+    Example::
+
+        >>> densities = torch.tensor([[0.0, -2.0], [-2.0, 0.0]])
+        >>> found = Stacking(torch.tensor([0.5, 0.5]), ["left", "right"], densities, 0.0)
+        >>> round(found.score, 4)
+        -0.5662
     """
 
     weights: Tensor

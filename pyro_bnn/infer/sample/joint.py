@@ -94,6 +94,7 @@ class Joint:
             total = torch.where(outside_support(trace.nodes[name]).any(), -torch.inf, total)
         return total
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def value_and_gradient(
         self, u: Tensor, share: Share, tensors: Tensors, factor: Tensor | None = None
@@ -104,7 +105,8 @@ class Joint:
         :return: float64, shape ``()`` or ``(C,)``, and the shape of the vectors.
         """
         batch = share.with_tensors(tensors)
-        parts = {n: x.detach().requires_grad_() for n, x in self.packed.space.split(u.detach()).items()}
+        u = u.clone() if u.is_inference() else u.detach()  # those cannot take part in a graph
+        parts = {n: x.detach().requires_grad_() for n, x in self.packed.space.split(u).items()}
 
         def log_prob(parts: Mapping[str, Tensor]) -> Tensor:
             return self.log_prob(parts, share, batch, factor)

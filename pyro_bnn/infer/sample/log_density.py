@@ -88,7 +88,8 @@ class LogDensity(Described):
 
         :param u: packed vectors, shape ``(p,)`` or ``(C, p)``.
         :return: the density, shape ``()`` or ``(C,)``, and the gradient, of the shape of ``u``. A chain at which they are not
-            finite does not change those of the others; where the model's linear algebra fails both are NaN.
+            finite does not change those of the others; where the model's linear algebra fails both are NaN. The memory is
+            that of ``C`` gradients.
         :raises ValueError: if ``u`` does not have such a shape.
         :raises ChangedModelError: if the model computes something else than when the density was made.
         """
@@ -206,6 +207,8 @@ class _Value(torch.autograd.Function):
         return weight.unsqueeze(-1) * gradient, None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # some models take derivatives themselves
 def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> LogDensity:
     r"""
     The log density of a model given data, on the packed vector of its latents in unconstrained space.
@@ -243,13 +246,14 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     evaluator = evaluator_of(model, kept[0])
     packed, latent = evaluator.joint.packed, evaluator.anchors[0]
     _require_same_space(packed.space, guide)
-    with torch.enable_grad():  # some models take derivatives themselves
-        shares = _shares(packed, latent, kept, batches.is_single)
+    shares = _shares(packed, latent, kept, batches.is_single)
     if packed.likelihood_names(packed.trace(latent, kept[0])):
         packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
     return LogDensity(evaluator, shares, kept[0])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def evaluator_of(model: Callable[..., Any], batch: Batch) -> Evaluator:
     """The density of a model on batches like a first one, with observations; its first anchor is a run of the model."""
     with evaluation_mode(model) as modules, local_parameters(), poutine.block():
@@ -300,7 +304,6 @@ def _require_same_space(space: LatentSpace, guide: Any) -> None:
         )
 
 
-@torch.enable_grad()
 def _moving(packed: PackedModel, latent: Tensor, batch: Batch) -> frozenset[str]:
     """The observed sites whose support depends on latents; raises if that of a latent site does."""
     sites = sample_sites(packed.trace(latent.clone().requires_grad_(), batch))

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
+from pyro_bnn.infer.refine.stacking import stack
 from pyro_bnn.infer.sample.adaptation import FEWEST_STEPS, MOST_COORDINATES, pooled, spread
 from pyro_bnn.infer.sample.log_density import log_density
 from pyro_bnn.infer.sample.microcanonical_run import Plan, Run, Units
@@ -26,7 +27,7 @@ from pyro_bnn.ops.options import require_choice, require_count, require_number
 
 Start = Literal["mode", "draws"]
 Whiten = Literal["prior", "guide", "diagonal"]
-ModeWeights = Literal["equal", "evidence"]
+ModeWeights = Literal["equal", "evidence", "stacking"]
 
 #: A larger share of refused steps, or of diverging transitions, of a chain is warned of.
 _MOST_REFUSED = 0.01
@@ -87,7 +88,7 @@ def mclmc(
     :param guide: where chains start. A mixture guide (:class:`~pyro_bnn.infer.autoguide.AutoMixture`,
         :class:`~pyro_bnn.infer.autoguide.AutoLaplaceMixture`) has one mode for each component, any other guide one, a list has those of
         its items: guides (an ensemble), or values by site. With ``None`` each chain starts at a draw of the prior, and is a mode of its own.
-    :param data: one batch with the full data.
+    :param data: the full data, in one batch or in several, of which each step takes all.
     :param int num_samples: draws that are kept of each chain.
     :param int warmup_steps: steps of adaptation, and of the way from the start, of each chain.
     :param int num_chains: chains for each mode, which follow one another in the result.
@@ -97,7 +98,9 @@ def mclmc(
         without them (``"prior"``); the square root of the covariance of the guide's Gaussian at each mode, in whatever structure it has
         (``"guide"``), for which :math:`L = \sqrt p` at first; or the identity (``None``). A mode's curvature is wrong elsewhere: it makes only
         short chains better.
-    :param str weights: of the modes: ``"equal"``, or ``"evidence"``, in proportion to the evidence that the guide has for each.
+    :param str weights: of the modes: ``"equal"``; ``"evidence"``, in proportion to the evidence that the guide has for each; or ``"stacking"``, by
+        leave-one-out predictive densities of the data (:func:`~pyro_bnn.infer.stack`, which also weighs by held-out data, for
+        ``run.reweighted``). A chain has the weight of its mode, divided by ``num_chains``.
     :param float step_size: h, in whitened units, for all chains; by default found in the warm-up.
     :param float momentum_length: L, in whitened units; by default found in the warm-up.
     :param bool per_mode: whether each mode has a step size and a momentum length of its own, as modes of very different widths need; by default
@@ -152,14 +155,14 @@ def mclmc(
         target_accept_prob=target_accept_prob,
     )  # fmt: skip
     require_choice("start", start, "mode", "draws")
-    require_choice("weights", weights, "equal", "evidence")
+    require_choice("weights", weights, "equal", "evidence", "stacking")
     if whiten is not None:
         require_choice("whiten", whiten, "prior", "guide", "diagonal")
     plan = Plan(
         num_samples, warmup_steps, thinning, adjusted, energy_variance, target_accept_prob, step_size,
         momentum_length, whiten, per_mode,
     )  # fmt: skip
-    batch = _one_batch(data)
+    batch = Batches(data).first
     density = log_density(model, data)
     if density.size < 2:
         raise ValueError(
@@ -168,14 +171,15 @@ def mclmc(
     modes = [] if guide is None else modes_of(guide, density.space, batch)
     points = _points(model, modes, density, batch, start, num_chains)
     num_modes = len(modes) or num_chains
-    shares = _shares(modes, weights, num_modes)
+    shares = _evidence(modes) if weights == "evidence" else None
     units = _units(whiten, model, modes, density, batch, points[:: len(points) // num_modes])
     records = Records(plan.warmup_draws + num_samples, points, memory_limit)
     run = Run(plan, density, units, points, records)
     files = _files(checkpoint, plan, start, run)
     files.load(run)
     run.go(progress_bar, lambda: files.save(run), files.is_due)
-    return _result(run, shares)
+    result = _result(run, shares)
+    return result.reweighted(_stacked(model, data, result, num_modes)) if weights == "stacking" else result
 
 
 def _check_options(**options: Any) -> None:
@@ -193,13 +197,6 @@ def _check_options(**options: Any) -> None:
             f"warmup_steps={options['warmup_steps']} finds no step size and no momentum length: pass step_size and momentum_length, or more "
             "steps (some hundred)."
         )
-
-
-def _one_batch(data: Any) -> Batch:
-    batches = list(Batches(data))
-    if len(batches) != 1:
-        raise ValueError(f"mclmc needs the full data as one batch, and found {len(batches)} batches.")
-    return batches[0]
 
 
 @torch.no_grad()
@@ -223,14 +220,23 @@ def _points(
     return points
 
 
-def _shares(modes: Sequence[Mode], weights: str, num_modes: int) -> Tensor | None:
-    """The weights of the modes, ``(K,)``; ``None`` for equal ones."""
-    if weights == "equal":
-        return None
+def _evidence(modes: Sequence[Mode]) -> Tensor:
+    """The weights of the modes by their evidence, ``(K,)``."""
     if not modes:
-        raise ValueError(f"weights={weights!r} are those of a guide's modes, and guide is None.")
+        raise ValueError("weights='evidence' are those of a guide's modes, and guide is None.")
     with local_parameters(), torch.no_grad():
         return torch.stack([mode.log_evidence().double() for mode in modes]).softmax(0)
+
+
+def _stacked(model: Callable[..., Any], data: Any, result: ChainResult, num_modes: int) -> Tensor:
+    """The weights of the chains by what their modes predict together, ``(C,)``."""
+    each = result.num_chains // num_modes
+    posteriors = {
+        f"mode {k}": {n: v[k * each : (k + 1) * each].flatten(0, 1) for n, v in result.samples.items()}
+        for k in range(num_modes)
+    }
+    weights = stack(model, posteriors, data, method="loo").weights.double()
+    return spread(weights / weights.sum(), result.num_chains) / each
 
 
 def _units(

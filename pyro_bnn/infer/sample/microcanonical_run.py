@@ -268,6 +268,7 @@ class Run:
 
     def _whiten(self, factors: Tensor) -> None:
         """Whitens by so many units of the prior at each site, shape ``(S,)``."""
+        assert self.units.scale is not None
         self.factors = factors
         scale = self.units.scale * factors[self.units.site].to(self.units.centre)
         self.target = Target(self.density.value_and_gradient, Scales(scale))

@@ -122,6 +122,7 @@ class Run:
         self.plan, self.estimate, self.space, self.whitener = plan, estimate, space, whitener
         self.stream, self.records = stream, records
         self.chains = Chains(start, torch.randn_like(start))
+        self.slopes = torch.zeros_like(start)  # estimates of the last step
         self.farthest = float(start.abs().max())  # at the start
         self.step = self.sampled = self.gradients = 0
         self.elapsed = 0.0
@@ -143,7 +144,7 @@ class Run:
         def gradient(points: Tensor) -> Tensor:
             values, slopes = self.estimate(points, given)
             self.gradients += self.cost
-            stats["log_density_estimate"] = values
+            stats["log_density_estimate"], self.slopes = values, slopes
             return -slopes
 
         moved = SCHEMES[self.plan.scheme](self.chains, gradient, step, self.whitener)
@@ -154,11 +155,19 @@ class Run:
         kept = self._is_kept()
         if kept:
             stats |= {"step_size": step.size, "cycle": self.plan.schedule.cycle(self.step)}
-            if self.plan.scheme != "sgld":
-                stats["kinetic_temperature"] = moved.momentum.square().mean(-1)
-            self.records.add(moved.position, stats)
+            self.records.add(moved.position, stats | self._heat(step))
         self.step += 1
         return kept
+
+    def _heat(self, step: Step) -> dict[str, Tensor]:
+        """
+        What tells how much a step heats each chain ``(C,)``: the kinetic temperature |r|^2 / p, 1 in the mean; of SGLD the squares of
+        the drift over those of the noise, h^2 |R^T g|^2 / (4 p), in the mean about the relative excess of the variances.
+        """
+        if self.plan.scheme != "sgld":
+            return {"kinetic_temperature": self.chains.momentum.square().mean(-1)}
+        drift = 0.5 * step.size * self.whitener.transposed(self.slopes)
+        return {"drift_to_noise": drift.square().mean(-1)}
 
     def _is_kept(self) -> bool:
         if self.step < self.plan.warmup_steps:
@@ -179,7 +188,7 @@ class Run:
         where = (
             f"chains {chains} are not finite at step {self.step}, site {site!r} first of chain {chains[0]}"
         )
-        if largest > 1e3 * (1 + self.farthest):
+        if largest > 30 * (1 + self.farthest):
             raise ArithmeticError(
                 f"sgmcmc: {where}: step sizes of {step.size:.3g} are too large, the chain has run away to {largest:.3g} (at most "
                 f"{self.farthest:.3g} at the start). Take half of it, or whiten by a guide: no scheme is stable beyond 2 / sqrt(largest "

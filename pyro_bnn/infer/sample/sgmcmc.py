@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minibatch sampling: stochastic gradient Langevin and Hamiltonian dynamics for any Pyro model."""
 
+import math
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Literal
@@ -23,7 +24,9 @@ from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
 from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.described import first_of
 from pyro_bnn.ops.distributed import world_size
+from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice, require_count
 
 SchemeName = Literal["baoa", "sghmc", "sgld"]
@@ -85,8 +88,10 @@ def sgmcmc(
     ============ ============================================================================================
 
     V falls with the batch size n as :math:`N^2/n`, by ``control_variates`` near the centre, and cancels to a higher order in h
-    where batches come in symmetric sweeps. ``sample_stats["kinetic_temperature"]`` (of "sghmc" and "baoa") is 1 on average where
-    nothing is heated. Compare results of h and h / 2.
+    where batches come in symmetric sweeps. Two statistics of the draws tell of heat: ``kinetic_temperature`` (of "sghmc" and "baoa"),
+    :math:`|r|^2/p`, 1 on average where nothing is heated; and ``drift_to_noise`` (of "sgld"), :math:`h^2|R^\top\hat g|^2/4p`, on average
+    about the relative excess of the variances. A warning names chains that are far off. Compare results of h and h / 2 nevertheless:
+    where the curvature away from the modes is much larger than there, as that of a noise scale, steps must be small for it.
 
     Each chain takes steps of its own noise, and all chains take the **same batch** in a step: one pass of the model serves them
     all. Errors of chains by the noise of gradients are therefore correlated, and R-hat sees only what the injected noise does.
@@ -120,7 +125,7 @@ def sgmcmc(
     :param checkpoint: a :class:`~pyro_bnn.infer.Checkpoint` or a path. If the file exists, the run goes on as it would have without the
         interruption, bit by bit on one device; ``num_samples`` may have grown, other settings, models and data are refused.
     :return: draws, and of each the ``step_size``, the ``cycle``, the ``log_density_estimate`` (by the batch of its step, where the
-        step took its gradient: **not** the log density of the draw), and the ``kinetic_temperature`` :math:`|r|^2/p`.
+        step took its gradient: **not** the log density of the draw), and the ``kinetic_temperature`` or ``drift_to_noise``.
     :raises ValueError: for options that do not fit; if batches do not give the log density without bias, which is compared with
         all data at one point: rows interact, have latents of their own, or do not cover the plate.
     :raises ArithmeticError: if a chain leaves the finite numbers; names the chains, the step, the site, and what to do.
@@ -246,6 +251,7 @@ def _result(run: Run, minibatches: Minibatches, num_modes: int) -> ChainResult:
     if run.stopped_by != "num_samples":
         info["stopped_by"] = run.stopped_by
     samples = unpack(early) if first else {}
+    _warn_of_heat(run.plan, stats, positions.shape[-1])
     return ChainResult(
         unpack(positions), _typed(stats), samples, _typed(early_stats) if first else {}, info=info
     )
@@ -254,3 +260,28 @@ def _result(run: Run, minibatches: Minibatches, num_modes: int) -> ChainResult:
 def _typed(stats: dict[str, Tensor]) -> dict[str, Tensor]:
     """Statistics with the numbers of cycles as integers."""
     return {name: value.long() if name == "cycle" else value for name, value in stats.items()}
+
+
+def _warn_of_heat(plan: Plan, stats: dict[str, Tensor], dim: int) -> None:
+    """Says which chains are much too hot, by more than the error of a mean over the draws."""
+    step, draws = float(stats["step_size"].mean()), stats["step_size"].shape[1]
+    rate = step**2 if plan.scheme == "sgld" else 2 * plan.friction * step
+    size = (
+        dim * draws * math.tanh(rate * plan.thinning / 2)
+    )  # independent numbers in the mean, at a decay of exp(-rate)
+    name, limit = ("drift_to_noise", 0.5) if plan.scheme == "sgld" else ("kinetic_temperature", 1.5)
+    found = stats[name].mean(-1)
+    # the tail of a mean of squares of normal numbers (Laurent and Massart, 2000, lemma 1), one in a thousand for all chains together
+    tail = (7 + math.log(len(found))) / size
+    hot = (found > limit * (1 + 2 * math.sqrt(tail) + 2 * tail)).nonzero().flatten().tolist()
+    if hot:
+        worst = float(found.max())
+        what = {
+            "drift_to_noise": f"the squares of the drift are up to {worst:.3g} times those of the noise, far below 1 where steps are small",
+            "kinetic_temperature": f"the kinetic temperature is up to {worst:.3g} in the mean of the draws, and 1 without bias",
+        }[name]
+        warn_user(
+            f"sgmcmc: in {first_of([f'chain {c}' for c in hot], most=10)} {what}: the noise of the gradients, or steps too large for "
+            "the curvature away from the modes, heat them, and their draws spread too far. Take a smaller step_size, larger batches, more "
+            "friction, or control_variates for chains that stay near the modes."
+        )

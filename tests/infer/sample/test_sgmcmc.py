@@ -209,7 +209,7 @@ def test_ctrl_c_ends_a_run_that_goes_on_later(tmp_path: Path) -> None:
         def steps(t: int) -> float:
             if t == stop:
                 signal.raise_signal(signal.SIGINT)
-            return 0.2
+            return 0.02
 
         pyro.set_rng_seed(seed)
         return sample(model, None, torch.ones(6), step_size=steps, whiten="prior", batch_size=2, num_samples=6, warmup_steps=4,
@@ -342,6 +342,28 @@ def test_constrained_latents_and_masks_and_pyro_guides() -> None:
     means = run.samples["sigma"].log().mean(0)  # chains share batches: errors by time
     expected = (weights * u).sum()
     assert float((means.mean() - expected).abs()) < 5 * float(means.std() / 40**0.5) + 0.02
+
+
+@pytest.mark.parametrize("scheme", ["sgld", "sghmc", "baoa"])
+def test_hot_chains_are_named(scheme: str) -> None:
+    """Batches of one row of forty heat; all rows do not. The statistic is what the docs say it is."""
+    x, y = linear_data(40)
+    run = partial(
+        sample, linear_model, fitted(x, y), (x, y), scheme=scheme, step_size=0.4, order="independent", num_chains=2,
+        num_samples=150, warmup_steps=30,
+    )  # fmt: skip
+    with pytest.warns(
+        UserWarning, match=r"in chain 0, chain 1 the .* spread too far. Take a smaller step_size"
+    ):
+        hot = run(batch_size=1)
+    cold = run()
+    spread = [found.samples["weight"].flatten(0, 1).var(0).sum() for found in (hot, cold)]
+    assert float(spread[0]) > 2 * float(spread[1])
+    if scheme == "sgld":  # h^2 |R^T g|^2 / 4 p at the draws before, from the posterior of the linear model
+        mean, covariance = linear_posterior(x, y)
+        offset = cold.samples["weight"][:, :-1] - mean
+        expected = 0.04 * ((offset @ torch.linalg.inv(covariance)) * offset).sum(-1) / 3
+        assert_close(cold.sample_stats["drift_to_noise"][:, 1:], expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------ what is refused
