@@ -254,6 +254,70 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, adjusted):
         mclmc(linear, guide, (x, y + 1), checkpoint=path, **options)
 
 
+def hierarchy(y):
+    """A prior whose width is a latent."""
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), width).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", dist.Normal(z.sum(), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("whiten", ["prior", "diagonal"])
+def test_a_killed_run_keeps_the_scales_of_its_random_start(tmp_path, whiten):
+    # the scales of z are those at a draw of its width, and the second process draws another one
+    options = {"num_samples": 10, "warmup_steps": 70, "whiten": whiten, **QUIET}
+    y, path = torch.randn(6), tmp_path / "chains"
+    pyro.set_rng_seed(1)
+    whole = mclmc(hierarchy, None, (y,), **options)
+    pyro.set_rng_seed(1)
+    with pytest.raises(ConnectionError):
+        mclmc(hierarchy, None, (y,), checkpoint=Killed(path, every_steps=20), **options)
+    pyro.set_rng_seed(2)
+    again = mclmc(hierarchy, None, (y,), checkpoint=path, **options)
+    assert torch.equal(again.samples["z"], whole.samples["z"])
+    assert torch.equal(again.sample_stats["lp"], whole.sample_stats["lp"])
+
+
+def test_a_run_that_another_guide_whitens_is_not_continued(tmp_path):
+    x, y = line()
+    guides = [AutoNormal(linear, init_scale=scale) for scale in (0.1, 0.2)]
+    for guide in guides:
+        pyro.clear_param_store()  # their parameters have the same names
+        guide(x, y)
+    options = {
+        "num_samples": 2,
+        "warmup_steps": 4,
+        "whiten": "guide",
+        "checkpoint": tmp_path / "run",
+        **QUIET,
+    }
+    mclmc(linear, guides[0], (x, y), **options)
+    with pytest.raises(ValueError, match="cannot be continued with guide"):
+        mclmc(linear, guides[1], (x, y), **options)
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_energies_of_single_precision_are_those_of_differences(adjusted):
+    # a constant of 3e7, whose neighbours in single precision are 2 away, changes neither decisions nor errors
+    def model(constant):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1))
+        pyro.factor("constant", constant + 0 * z.sum())
+
+    options = {"num_samples": 30, "warmup_steps": 0, "step_size": 1.2, "momentum_length": 2.0, **QUIET}
+    start = {"z": torch.tensor([0.3, -0.8], dtype=torch.float32)}
+    runs = []
+    for constant in (0.0, 3e7):
+        pyro.set_rng_seed(1)
+        given = torch.tensor(constant, dtype=torch.float32)
+        runs.append(mclmc(model, start, (given,), adjusted=adjusted, **options))
+    plain, moved = runs
+    assert plain.samples["z"].dtype == torch.float32
+    assert torch.equal(plain.samples["z"], moved.samples["z"])
+    errors = [run.sample_stats["energy_error"] for run in runs]
+    torch.testing.assert_close(*errors, rtol=0, atol=1e-6)
+    assert errors[0].abs().max() > 0.01
+
+
 class Interrupting(Checkpoint):
     """Somebody presses Ctrl-C at a step."""
 
