@@ -3,6 +3,7 @@
 """The modes of any guide: where chains start, what whitens them, how likely they are."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,13 +36,16 @@ class Mode:
 
     def centre(self) -> Tensor:
         """The point in the middle, shape ``(p,)``."""
-        guide = self.guide
-        if not hasattr(guide, "median") or isinstance(guide, WeightedChains):
+        guide, values = self.guide, None
+        if hasattr(guide, "median") and not isinstance(guide, WeightedChains):
+            with suppress(NotImplementedError):  # flows have none
+                values = guide.median(*self.batch[0], **self.batch[1])
+        if values is None:
             raise ValueError(
                 f"start='mode': {type(guide).__name__} is no guide with one mode: it has no median, or one of many draws. "
                 "Pass start='draws', or a guide such as AutoDelta, AutoLaplace or AutoMixture."
             )
-        return self._packed(guide.median(*self.batch[0], **self.batch[1]))
+        return self._packed(values)
 
     def draws(self, number: int) -> Tensor:
         """Draws, shape ``(number, p)``."""
@@ -75,6 +79,15 @@ class Point(Mode):
 
     @override
     def centre(self) -> Tensor:
+        shapes = {n: v.shape for n, v in self.space.unpack(torch.zeros(self.space.dim)).items()}
+        for name in shapes.keys() & self.guide.keys():
+            value = self.guide[name]
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if found != shapes[name]:
+                raise ValueError(
+                    f"guide: the value of site {name!r} must be a tensor of shape {tuple(shapes[name])}, one point of a chain, found "
+                    f"{found}. Several points are a list of such dictionaries."
+                )
         return self._packed(self.guide)
 
     @override
@@ -133,8 +146,12 @@ def modes_of(guide: Any, space: LatentSpace, batch: Batch) -> list[Mode]:
     :param batch: the data.
     """
     if isinstance(guide, (list, tuple, nn.ModuleList)) and not hasattr(guide, "median"):
+        if not len(guide):
+            raise ValueError(
+                "guide: an empty list has no modes. With None chains start at draws of the prior."
+            )
         return [mode for item in guide for mode in modes_of(item, space, batch)]
-    if isinstance(guide, Mapping) and all(isinstance(value, Tensor) for value in guide.values()):
+    if isinstance(guide, Mapping) and not isinstance(guide, nn.Module):
         return [Point(guide, space, batch)]
     if hasattr(guide, "component_distributions"):
         return [Component(guide, space, batch, k) for k in range(guide.num_components)]

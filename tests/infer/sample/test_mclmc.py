@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import (
     AutoDelta,
+    AutoIAFNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -252,6 +253,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, adjusted):
             mclmc(linear, guide, (x, y), checkpoint=path, **{**options, **changed})
     with pytest.raises(ValueError, match="other data"):
         mclmc(linear, guide, (x, y + 1), checkpoint=path, **options)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.zeros(3, 2), r"site 'w' must be a tensor of shape \(2, 3\).*found \(3, 2\)"),
+        (torch.zeros(4, 2, 3), r"found \(4, 2, 3\)"),
+        (1.0, "found float"),
+    ],
+)
+def test_values_of_another_shape_are_no_start(value, found):
+    def model():
+        return pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=found):
+        mclmc(model, {"w": value}, (), num_samples=2, **QUIET)
+
+
+def test_guides_without_modes_are_named():
+    x, y = line()
+    with pytest.raises(ValueError, match="an empty list has no modes"):
+        mclmc(linear, [], (x, y), **QUIET)
+    flow = AutoIAFNormal(linear)
+    flow(x, y)
+    with pytest.raises(ValueError, match="AutoIAFNormal is no guide with one mode"):
+        mclmc(linear, flow, (x, y), **QUIET)
+    with pytest.raises(ValueError, match="AutoIAFNormal has the posterior"):
+        mclmc(linear, flow, (x, y), start="draws", whiten="guide", **QUIET)
 
 
 def hierarchy(y):
