@@ -24,7 +24,8 @@ from pyro_bnn.model.parameters import local_parameters
 
 class Mode:
     """
-    One mode, known by a guide.
+    One mode, known by a guide. Guides of an ensemble have parameters of the same names: each speaks in a context of its own, where it
+    neither finds those of another nor takes them over.
 
     :param guide: a guide with one mode.
     :param space: of the packed latents.
@@ -34,6 +35,7 @@ class Mode:
     def __init__(self, guide: Any, space: LatentSpace, batch: Batch) -> None:
         self.guide, self.space, self.batch = guide, space, batch
 
+    @local_parameters()
     def centre(self) -> Tensor:
         """The point in the middle, shape ``(p,)``."""
         guide, values = self.guide, None
@@ -51,10 +53,12 @@ class Mode:
         """Draws, shape ``(number, p)``."""
         return self._packed(posterior_draws(self.guide, number, batch=self.batch))
 
+    @local_parameters()
     def gaussian(self) -> Any:
         """The Gaussian around it; see :func:`gaussian_of`."""
         return gaussian_of(self.guide, self.space, self.batch)
 
+    @local_parameters()
     def log_evidence(self) -> Tensor:
         """The logarithm of its mass, a scalar."""
         if not hasattr(self.guide, "log_evidence"):
@@ -103,6 +107,7 @@ class Component(Mode):
         self.index = index
 
     @override
+    @local_parameters()
     def centre(self) -> Tensor:
         found = self.guide.component_distributions()
         shared = self.guide.sample_posterior(()) if set(found) != set(self.space.slices) else {}
@@ -121,6 +126,7 @@ class Component(Mode):
         return self._packed({name: value[self.index] for name, value in found.items()})
 
     @override
+    @local_parameters()
     def gaussian(self) -> Any:
         return component_gaussians(self.guide, self.space)[self.index]
 
@@ -177,7 +183,7 @@ def points_of(modes: Sequence[Mode], start: str, num_chains: int) -> Tensor:
     Where so many chains for each mode start, shape ``(C, p)``, those of a mode one after the other: at the modes, or at draws
     around them.
     """
-    with local_parameters(), poutine.block():
+    with poutine.block():
         if start == "mode":
             return torch.stack([mode.centre() for mode in modes]).repeat_interleave(num_chains, 0)
         return torch.cat([mode.draws(num_chains) for mode in modes])

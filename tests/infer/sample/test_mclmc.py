@@ -255,6 +255,39 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, adjusted):
         mclmc(linear, guide, (x, y + 1), checkpoint=path, **options)
 
 
+@pytest.mark.parametrize("kind", [AutoDelta, AutoNormal, AutoMultivariateNormal, AutoLaplace])
+def test_guides_of_an_ensemble_keep_their_own_modes(kind):
+    # parameters of guides of one kind have the same names in the store
+    x, y = line()
+    guides, own = [], []
+    for _ in range(3):
+        pyro.clear_param_store()
+        guide = kind(linear).initialize(x, y) if kind is AutoLaplace else kind(linear)
+        guide(x, y)
+        with torch.no_grad():
+            for value in guide.parameters():
+                value.add_(0.1 * torch.randn_like(value))
+        guides.append(guide)
+        own.append({name: value.detach().clone() for name, value in guide.named_parameters()})
+    space = log_density(linear, (x, y)).space
+    modes = modes_of(guides, space, ((x, y), {}))
+    starts = points_of(modes, "mode", 2)
+    apart = torch.stack([points_of([mode], "mode", 2) for mode in modes]).flatten(0, 1)
+    assert torch.equal(starts, apart)
+    assert len(starts.unique(dim=0)) == 3
+    if kind is AutoDelta:
+        assert torch.equal(
+            starts[::2], torch.stack([torch.cat([guide.w, guide.b[None]]) for guide in guides])
+        )
+    else:
+        assert torch.equal(starts[::2], torch.stack([space.pack(guide.median(x, y)) for guide in guides]))
+    start = "mode" if kind is AutoLaplace else "draws"
+    mclmc(linear, guides, (x, y), num_samples=2, warmup_steps=4, start=start, **QUIET)
+    for guide, values in zip(guides, own, strict=True):
+        for name, value in guide.named_parameters():
+            assert torch.equal(value, values[name]), name
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [
