@@ -18,7 +18,7 @@ from pyro_bnn.infer.sample.microcanonical_run import Plan, Run, Units
 from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
 from pyro_bnn.infer.sample.starts import Mode, modes_of, points_of, prior_draws
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_units
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_units
 from pyro_bnn.infer.train.checkpoint import Checkpoint
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.parameters import local_parameters
@@ -263,7 +263,7 @@ def _files(
         checkpoint = Checkpoint(checkpoint)
     chains, point = run.chains, run.chains.position[0]
     settings = vars(plan) | {"start": start, "modes": run.num_modes, "chains": len(chains.position)}
-    settings["dtype"] = str(point.dtype)
+    settings |= {"dtype": str(point.dtype), "guide": fingerprint(run.units.whitener, run.chains.position)}
 
     def density(at: Tensor) -> float:
         return float(run.density.value_and_gradient(at.unsqueeze(0))[0])
