@@ -21,7 +21,7 @@ from pyro_bnn.infer.autoguide.captured import (
 from pyro_bnn.infer.autoguide.linearized import LinearizedGuide
 from pyro_bnn.infer.hfl.api import solve
 from pyro_bnn.infer.hfl.certificate import Certificate
-from pyro_bnn.infer.hfl.checks import check_sizes
+from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.functionals import Functionals
 from pyro_bnn.infer.hfl.result import HFLResult
@@ -32,6 +32,9 @@ from pyro_bnn.ops.block_cg import ConjugateBasis
 from pyro_bnn.ops.enclosure import Enclosure
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_number
+
+#: Options of solves that are whole numbers.
+_SIZES = ("rank", "block_size", "num_probes", "num_epochs", "chunk_size", "max_iter")
 
 
 class CertifiedGuide(LinearizedGuide):
@@ -111,10 +114,12 @@ class CertifiedGuide(LinearizedGuide):
         (data,) = args
         self._refuse_sandwich()
         require_number("missed", missed, above=0, below=1)
-        check_sizes(max_targets=max_targets, batch_size=batch_size)
         options = self._options() | options
-        chunk_size = options.pop("chunk_size")
-        problem, functionals = set_up(self, data, validation, None, self.curvature, chunk_size=chunk_size)
+        check_accuracy(options["epsilon"], options["tolerance"])
+        sizes = {name: options[name] for name in _SIZES if name in options}
+        check_sizes(max_targets=max_targets, batch_size=batch_size, **sizes)
+        loss = {name: options.pop(name) for name in ("chunk_size", "correct_gradient") if name in options}
+        problem, functionals = set_up(self, data, validation, None, self.curvature, **loss)
         basis = ConjugateBasis(len(self.loc))
         if self.directions is not None and self.images is not None:
             basis.append(self.directions, self.images)
@@ -162,7 +167,7 @@ class CertifiedGuide(LinearizedGuide):
         :param args: arguments of the model; observations are not needed.
         :param float least: the fraction of a variance below which a warning says that the guide may miss the rest.
         :param kwargs: keyword arguments of the model.
-        :return: by observed site, bounds and variance of its parameters, of the shape of the linearised outputs.
+        :return: by observed site, :class:`VarianceBounds` of its parameters, of the shape of the linearised outputs.
         :raises ValueError: where variances cannot be certified, saying why.
         :raises RuntimeError: before ``laplace_approximation(data, targets)``.
 

@@ -137,9 +137,8 @@ class Run:
         self.factors = torch.ones(int(units.site.max()) + 1, dtype=torch.float64, device=points.device)
         self.step, self.gradients = 0, density.gradients
         self.squares = torch.zeros_like(start)  # of energy errors after the warm-up
-        self.refused = torch.zeros(
-            len(points), dtype=torch.int64, device=points.device
-        )  # steps since the last draw
+        # steps since the last draw
+        self.refused = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         self.elapsed = 0.0
         self.stopped_by = "num_samples"
 

@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributions as td
@@ -20,6 +20,9 @@ from pyro_bnn.model.flat import StartFlatSites
 from pyro_bnn.model.handlers import base_distribution, run_model
 from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.parameters import local_parameters
+
+#: At the modes, or at draws around them.
+Start = Literal["mode", "draws"]
 
 
 class Mode:
@@ -177,8 +180,20 @@ def prior_draws(model: Callable[..., Any], space: LatentSpace, batch: Batch, num
     return torch.stack(points)
 
 
+def chain_starts(
+    model: Callable[..., Any],
+    modes: Sequence[Mode],
+    space: LatentSpace,
+    batch: Batch,
+    start: Start,
+    num_chains: int,
+) -> Tensor:
+    """Where so many chains for each mode start, shape ``(C, p)``; at draws of the prior where there is no mode."""
+    return points_of(modes, start, num_chains) if modes else prior_draws(model, space, batch, num_chains)
+
+
 @torch.no_grad()
-def points_of(modes: Sequence[Mode], start: str, num_chains: int) -> Tensor:
+def points_of(modes: Sequence[Mode], start: Start, num_chains: int) -> Tensor:
     """
     Where so many chains for each mode start, shape ``(C, p)``, those of a mode one after the other: at the modes, or at draws
     around them.
