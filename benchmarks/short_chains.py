@@ -86,7 +86,7 @@ def short_chains(member: Member, data: Data, recipe: Recipe, seed: int) -> tuple
     assert member.guide is not None
     fitted = member.gradients
     points = modes(member, data, recipe, seed)
-    searched = member.gradients - fitted
+    searched, member.gradients = member.gradients - fitted, fitted  # the next recipe has modes of its own
     if recipe.laplace:
         guide: Any = [member.at(u, data).laplace_approximation(data, map_tolerance=math.inf) for u in points]
     else:

@@ -133,6 +133,8 @@ class Evaluator:
         :param keep: a name for the share, if it comes again.
         :return: float64, ``()`` or ``(C,)``, and the shape of ``u``.
         """
+        if not len(u):
+            return u.new_zeros(0, dtype=torch.float64), u.clone()
         if u.dim() == 2 and len(u) == 1:
             value, gradient = self(u[0], share, factor, keep=keep)
             return value[None], gradient[None]

@@ -18,7 +18,7 @@ from pyro_bnn.infer.sample.microcanonical_run import Plan, Run, Units
 from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
 from pyro_bnn.infer.sample.starts import Mode, Start, chain_starts, modes_of
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_units
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_units
 from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.parameters import local_parameters
@@ -254,7 +254,7 @@ def _files(
 ) -> Resumption:
     chains, point = run.chains, run.chains.position[0]
     settings = vars(plan) | {"start": start, "modes": run.num_modes, "chains": len(chains.position)}
-    settings["dtype"] = str(point.dtype)
+    settings |= {"dtype": str(point.dtype), "guide": fingerprint(run.units.whitener, run.chains.position)}
 
     def density(at: Tensor) -> float:
         return float(run.density.value_and_gradient(at.unsqueeze(0))[0])

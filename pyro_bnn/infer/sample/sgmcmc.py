@@ -19,7 +19,7 @@ from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
 from pyro_bnn.infer.sample.starts import Mode, Start, chain_starts, modes_of, points_of
 from pyro_bnn.infer.sample.steps import StepSchedule, as_schedule
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_scales
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_scales
 from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint
 from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
 from pyro_bnn.model.data import repeatable_batches
@@ -173,7 +173,7 @@ def sgmcmc(
         "whiten": whiten,
         "start": start,
         "chains": len(points),
-        "guide": _fingerprint(whitener, points),
+        "guide": fingerprint(whitener, points),
         "control_variates": f"{float(centers.norm()):.6g}" if control_variates else False,
     }
     files = Resumption("sgmcmc", checkpoint, settings, probe, minibatches.density)
@@ -209,14 +209,6 @@ def _whitener(
         if whiten == "guide":
             return Gaussians([mode.gaussian() for mode in modes])
         return Scales(prior_scales(model, minibatches.batches.first, minibatches.packed.space, centers))
-
-
-def _fingerprint(whitener: Whitener, points: Tensor) -> str:
-    """A few digits by which the Gaussians of guides are told apart."""
-    if not isinstance(whitener, Gaussians):
-        return "not used"
-    rows = torch.linspace(-1, 1, points.shape[1], dtype=points.dtype, device=points.device)
-    return f"{float(whitener.forward(rows.expand_as(points).contiguous()).norm()):.6g}"
 
 
 def _result(run: Run, minibatches: Minibatches, num_modes: int) -> ChainResult:
