@@ -8,6 +8,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+#: The method of the row that compares two halves of the reference.
+HALVES = "NUTS, half of the chains"
+
 
 def mixture_on_grid(mean: Tensor, variance: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
     """Density and distribution function of one point's (1/S) sum_s N(mean_s, variance_s), shape of the grid."""

@@ -103,9 +103,9 @@ def measure(name: str, hidden: int, rows: int, tests: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--set", default="energy")
-    parser.add_argument("--hidden", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=150)
-    parser.add_argument("--tests", type=int, default=50)
+    parser.add_argument("--hidden", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--tests", type=int, default=30)
     parser.add_argument("--smoke", action="store_true", help="a small case")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gold import HALVES
+from gold_distances import HALVES
 from uci_tables import RESULTS, write
 
 Rows = list[dict[str, Any]]
@@ -31,7 +31,9 @@ def number(value: Any, digits: int) -> str:
 def gold(rows: Rows) -> list[list[str]]:
     """Total variation, mass and cost of short chains and their controls, by data set."""
     sets = [name for name in GOLD_SETS if any(row["set"] == name for row in rows)]
-    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m in (HALVES, *NEIGHBOURS) or "MCLMC" in m]
+    methods = [
+        m for m in dict.fromkeys(row["method"] for row in rows) if m in (HALVES, *NEIGHBOURS) or "MCLMC" in m
+    ]
     header = [""]
     for name in sets:
         header += [f"{name}: TV", "mass in 95 %", "sd ratio", "LL", "gradients", "CPU seconds"]
@@ -41,8 +43,13 @@ def gold(rows: Rows) -> list[list[str]]:
         line = [method]
         for name in sets:
             row = found.get((name, method), {})
-            line += [number(row.get(key), 3) for key in ("total_variation", "mass", "sd_ratio", "log_likelihood")]
-            line += [number(row.get("gradients"), 0), number(row.get("seconds", row.get("sampling_seconds")), 0)]
+            line += [
+                number(row.get(key), 3) for key in ("total_variation", "mass", "sd_ratio", "log_likelihood")
+            ]
+            line += [
+                number(row.get("gradients"), 0),
+                number(row.get("seconds", row.get("sampling_seconds")), 0),
+            ]
         table.append(line)
     return table
 
@@ -62,7 +69,9 @@ def posteriordb(rows: Rows) -> list[list[str]]:
 
 def calibration(rows: Rows) -> list[list[str]]:
     """The smallest p-value over the quantities of a model, and the smallest that is to be expected of so many tests."""
-    table = [["model", "way", "adjusted", "simulations", "tests", "smallest p-value", "times tests", "acceptance"]]
+    table = [
+        ["model", "way", "adjusted", "simulations", "tests", "smallest p-value", "times tests", "acceptance"]
+    ]
     for key in dict.fromkeys((row["model"], row["way"], row["adjusted"]) for row in rows):
         here = [row for row in rows if (row["model"], row["way"], row["adjusted"]) == key]
         least = min(row["p_value"] for row in here)
@@ -75,7 +84,10 @@ def main(names: Sequence[str] = ("gold", "posteriordb", "calibration")) -> None:
     for name in names:
         rows = read(f"{name}.jsonl")
         if rows:
-            write(f"sampling_{name}", {"gold": gold, "posteriordb": posteriordb, "calibration": calibration}[name](rows))
+            write(
+                f"sampling_{name}",
+                {"gold": gold, "posteriordb": posteriordb, "calibration": calibration}[name](rows),
+            )
 
 
 if __name__ == "__main__":

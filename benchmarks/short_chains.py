@@ -58,8 +58,9 @@ def modes(member: Member, data: Data, recipe: Recipe, seed: int) -> list[Tensor]
     widths = torch.cat([scale.expand(n) for scale, n in zip(*_by_site(member), strict=True)])
     for k in range(recipe.modes):
         pyro.set_rng_seed(seed + k)
-        start = recipe.spread * widths * torch.randn_like(guide.loc)
-        found.append(lbfgs(lambda u: [energy(u)], start, max_iter=recipe.iterations))
+        start = recipe.spread * torch.randn_like(guide.loc)
+        # in units of the prior, in which L-BFGS goes further
+        found.append(widths * lbfgs(lambda z: [energy(widths * z)], start, max_iter=recipe.iterations))
     return found
 
 
@@ -85,7 +86,7 @@ def short_chains(member: Member, data: Data, recipe: Recipe, seed: int) -> tuple
     assert member.guide is not None
     fitted = member.gradients
     points = modes(member, data, recipe, seed)
-    searched = member.gradients - fitted
+    searched, member.gradients = member.gradients - fitted, fitted  # the next recipe has modes of its own
     if recipe.laplace:
         guide: Any = [member.at(u, data).laplace_approximation(data, map_tolerance=math.inf) for u in points]
     else:

@@ -5,7 +5,7 @@ From an ensemble to chains
 ==========================
 
 An ensemble is a handful of modes. Short microcanonical chains start at each of them, all in one batch, and turn the ensemble into
-draws of the posterior: with R-hat, a tree for ArviZ, and predictions like those of any other posterior.
+draws of the posterior: with R-hat, an export for ArviZ, and predictions like those of any other posterior.
 """
 
 import os
@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 
-from pyro_bnn.diagnostics import mixing, to_datatree
+from pyro_bnn.diagnostics import mixing, to_inference_data
 from pyro_bnn.infer import mclmc, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoLaplace
 from pyro_bnn.nn import bayesian_
@@ -55,15 +55,15 @@ class Regression(PyroModule):
 model = Regression()
 
 # %%
-# The ensemble: five modes. Searches start from a tenth of a draw of the prior. Modes of small weights are simple functions, from
-# which chains take larger steps; chains bring the weights to their size by themselves. Laplace approximations around the modes are not needed
-# for that: here they show what a Gaussian at each mode says.
+# The ensemble: five modes, with Laplace approximations around them, which show what a Gaussian at each mode says; chains need the modes
+# alone. Searches start from half a draw of the prior, with a noise that asks for a fit. From much smaller weights a model with an unknown
+# noise ends at the constant function that takes all data for noise; where the noise is known, small weights are the better start.
 
 
 def small(site):
-    """A start near zero: a tenth of a draw of the prior."""
+    """Half a draw of the prior, and a small noise."""
     value = site["fn"].sample()
-    return value if site["name"] == "sigma" else 0.1 * value
+    return torch.full_like(value, 0.1) if site["name"] == "sigma" else 0.5 * value
 
 
 guides = []
@@ -88,10 +88,10 @@ print(mixing(model, run, (grid,)))
 print(mixing(model, run, (grid,), groups="mode"))
 
 # %%
-# The tree for ArviZ holds the draws, the warm-up, the statistics and the predictions. The noise is identified:
+# The export for ArviZ holds the draws, the warm-up, the statistics and the predictions. The noise is identified:
 
-tree = to_datatree(model, run, (x, y))
-print(az.summary(tree, var_names=["sigma"]).to_string())
+exported = to_inference_data(model, run, (x, y))
+print(az.summary(exported, var_names=["sigma"]).to_string())
 
 # %%
 # Members agree in the gap more than they should, Laplace approximations open up as their local slopes say, and chains know what the functions

@@ -242,10 +242,8 @@ class _BlockSolve:
         self.tolerance, self.max_iter, self.enclosure = tolerance, max_iter, enclosure
         self.iterations = self.products = 0
         self.smallest, self.largest, self.indefinite = torch.inf, 0.0, False
-        self.block, self.recursive = (
-            0,
-            False,
-        )  # directions in the latest block; whether bounds see no more than it
+        # directions in the latest block, and whether bounds see no more than it
+        self.block, self.recursive = 0, False
         self.x, self.r = basis.solve(rhs)
         self.value = torch.zeros_like(rhs[:, 0])
         self.judge(sharp=True)

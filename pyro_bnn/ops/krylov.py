@@ -238,9 +238,8 @@ def nystrom_below(operator: LinearMap, diagonal: Tensor, rank: int, *, passes: i
     sizes, vectors = torch.linalg.eigh(half @ half.mT)
     directions = (vectors / sizes.sqrt()).mT @ half
     shrink = sizes / (1 + sizes)
-    reduced = 1 + eps**0.75 * float(
-        sizes.max() if len(sizes) else 0.0
-    )  # images are rounded by eps, over values above its root
+    # images are rounded by eps, over values above its root
+    reduced = 1 + eps**0.75 * float(sizes.max() if len(sizes) else 0.0)
 
     def solve(r: Tensor) -> Tensor:
         white = r * scale

@@ -33,7 +33,8 @@ from pyro_bnn.ops.replay import (
 
 class _Recording:
     """
-    The methods of :class:`_Recorder`. Of a function that a mode defines itself torch makes one that the compiler skips, and
+    The methods of :class:`_Recorder`. torch's documentation ("Extending PyTorch") has modes for what happens below autograd and
+    batching in the module that they are imported from, and nowhere else. Of a function that a mode defines itself torch makes one that the compiler skips, and
     for that imports the compiler, which takes seconds.
     """
 

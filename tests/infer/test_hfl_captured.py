@@ -121,6 +121,16 @@ def test_targets_are_added_until_enough_is_captured(method, before):
     assert guide.result.products == products
 
 
+def test_cover_takes_the_options_of_solves():
+    guide, data, variance = fitted()
+    guide.cover(data, (GRID[::10],), correct_gradient=False, preconditioner="nystrom", rank=5, **FAR)
+    assert (guide.linearized_outputs(GRID[::10])["obs"].variance[:, 0] >= 0.9 * variance(GRID[::10])).all()
+    with pytest.raises(ValueError, match=r"tolerance must be a number above 0 and below 1, found 1.5"):
+        guide.cover(data, (GRID,), tolerance=1.5, **FAR)
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1, found 0"):
+        guide.cover(data, (GRID,), rank=0, **FAR)
+
+
 def test_not_enough_targets_are_told():
     guide, data, _ = fitted()
     with pytest.warns(HFLWarning, match="with 2 more targets the guide is certain to have .* not 0.99"):

@@ -221,11 +221,11 @@ def scaled(scale):
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
-@pytest.mark.parametrize("method", ["cg", "central", "probe"])
-@pytest.mark.parametrize("remainder", [None, "isotropic", "diagonal"])
+@pytest.mark.parametrize(
+    ("method", "remainder"),
+    [("cg", None), ("central", None), ("probe", None), ("cg", "isotropic"), ("cg", "diagonal")],
+)
 def test_multipliers_of_a_guide_are_a_model_with_that_prior(method, curvature, remainder):
-    if remainder is not None and method != "cg":
-        return
     x, y, _ = data_of()
     guides = []
     for scale in (1.0, 0.5):

@@ -449,6 +449,19 @@ def test_the_vector_of_a_guide() -> None:
         log_density(other, (x, y), guide=guide)
 
 
+def test_integers_and_no_chains() -> None:
+    model, x, y = regression()
+    density = log_density(model, (x, y))
+    u = torch.arange(density.size)
+    value, gradient = density.value_and_gradient(u)
+    assert value.dtype == gradient.dtype == density.dtype
+    assert_close(value, by_hand(x, y)(u.to(density.dtype)), rtol=1e-10)
+    assert density.numpy()(u.numpy())[0] == value
+    none, rows = density.value_and_gradient(torch.zeros(0, density.size))
+    assert none.shape == (0,)
+    assert rows.shape == (0, density.size)
+
+
 # ---------------------------------------------------------------- NUTS
 
 

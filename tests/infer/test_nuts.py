@@ -22,6 +22,13 @@ from tests.common import assert_close
 from tests.infer.models import linear_data, linear_model, linear_posterior
 
 
+@pytest.mark.parametrize("options", [{"num_samples": 0}, {"warmup_steps": -1}, {"num_chains": 1.5}])
+def test_numbers_that_are_none_are_refused(options: dict[str, float]) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=rf"{name} must be a whole number of at least [01], found {value}"):
+        nuts(linear_model, linear_data(), progress_bar=False, **options)
+
+
 def test_posterior_from_a_laplace_guide() -> None:
     x, y = linear_data()
     guide = AutoLaplace(linear_model)

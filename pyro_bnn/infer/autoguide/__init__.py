@@ -4,6 +4,7 @@
 """Automatic guides."""
 
 from pyro_bnn.curvature.mode import UnconvergedMAPWarning
+from pyro_bnn.infer.autoguide.captured import VarianceBounds
 from pyro_bnn.infer.autoguide.empirical import AutoEmpirical
 from pyro_bnn.infer.autoguide.hfl import AutoHessianFreeLaplace
 from pyro_bnn.infer.autoguide.initialization import (
@@ -32,6 +33,7 @@ __all__ = [
     "MAPReport",
     "PointEstimateWarning",
     "UnconvergedMAPWarning",
+    "VarianceBounds",
     "dropout_scale",
     "init_component",
     "init_to_normal",

@@ -73,7 +73,7 @@ class AutoEmpirical(WeightedChains, AutoGuide):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__(model)
-        self._start: dict[str, Tensor] = {}  # values of the latents while the prototype is made
+        self._start: dict[str, Any] = {}  # values of the latents while the prototype is made
         self._layout: dict[str, tuple[int, slice, Size]] = {}
         self._median: dict[str, Tensor] | None = None  # once it was asked for, of draws that stay
         self.register_buffer("weights", None)

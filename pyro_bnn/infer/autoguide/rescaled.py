@@ -88,7 +88,8 @@ class AutoRescaled(AutoContinuous):
         with evaluation_mode(self._plain[0]):
             super()._setup_prototype(*args, **kwargs)
         self.argument_kinds = argument_kinds(self._plain[0], (args, kwargs))
-        loc = torch.stack([part.loc.detach() for part in self.parts])
+        parts: Any = self.parts
+        loc = torch.stack([part.loc.detach() for part in parts])
         log_weights = getattr(guide, "log_weights", loc.new_zeros(1))
         self.loc = nn.Parameter(loc.clone())
         self.scale = PyroParam(torch.ones_like(loc), constraints.positive)
@@ -98,9 +99,10 @@ class AutoRescaled(AutoContinuous):
     def get_posterior(self, *args: Any, **kwargs: Any) -> PackedMixture:
         """:return: the distribution of the packed vector."""
         guides: Any = self.parts
+        scales: Any = self.scale
         parts = [
             _Rescaled(loc, scale, guide.posterior)
-            for loc, scale, guide in zip(self.loc, self.scale, guides, strict=True)
+            for loc, scale, guide in zip(self.loc, scales, guides, strict=True)
         ]
         return PackedMixture(parts, self.logits.log_softmax(0))
 

@@ -65,6 +65,10 @@ def solve(
     \epsilon/\text{sd}_j`, with sd from a rough solve. Usable values: up to 1e-2 (one-sided) or 3e-2 (central), down
     to 1e-8 in float64 and 1e-3 in float32.
 
+    With ``curvature="ggn"`` and a prior whose curvature at the point estimate is a positive number for every latent, such as any
+    independent Gaussian, the result certifies its variances: ``lower`` and ``upper`` contain :math:`g^\top P^{-1} g`,
+    whatever the method and however early a solve has stopped (:doc:`/hfl`).
+
     :param guide: a point estimate: :class:`~pyro_bnn.infer.autoguide.AutoLaplace` or
         :class:`~pyro_bnn.infer.autoguide.AutoHessianFreeLaplace` after ``polish`` or training, or any Pyro autoguide
         whose ``median`` is the MAP in unconstrained space, such as :class:`~pyro.infer.autoguide.AutoDelta` of a
@@ -102,10 +106,6 @@ def solve(
         point estimate has not converged.
     :param int chunk_size: how many reverse passes run at once.
     :param kwargs: keyword arguments of the model.
-    With ``curvature="ggn"`` and a prior whose curvature at the point estimate is a positive number for every latent, such as any
-    independent Gaussian, the result certifies its variances: ``lower`` and ``upper`` contain :math:`g^\top P^{-1} g`,
-    whatever the method and however early a solve has stopped (:doc:`/hfl`).
-
     :return: an :class:`~pyro_bnn.infer.hfl.HFLResult`; print it.
     :raises NotAMinimumError: if a solve meets negative curvature or a variance is negative, either of which proves
         that the point estimate is not a minimum or that a minimisation failed.

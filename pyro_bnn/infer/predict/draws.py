@@ -54,7 +54,7 @@ def posterior_draws(
     if num_samples is not None:
         require_count("num_samples", num_samples)
     if isinstance(posterior, WeightedChains):
-        return posterior.resampled(num_samples)
+        return posterior.resample(num_samples)
     if hasattr(posterior, "get_samples"):  # MCMC
         posterior = posterior.get_samples()
     if isinstance(posterior, Mapping):

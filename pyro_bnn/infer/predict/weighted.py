@@ -108,7 +108,7 @@ class WeightedChains:
             return systematic_index(self.draw_weights, size)
         return torch.linspace(0, stored - 1, size, dtype=torch.float64).long()
 
-    def resampled(self, num_samples: int | None = None) -> dict[str, Tensor]:
+    def resample(self, num_samples: int | None = None) -> dict[str, Tensor]:
         """
         Draws that stand for all with equal weights, see :meth:`draw_index`.
 
@@ -133,7 +133,7 @@ class WeightedChains:
         :raises ValueError: for chains by themselves whose weights are not equal, since a dictionary has no place for weights.
         """
         if not group_by_chain:
-            return self.resampled()
+            return self.resample()
         if not self.equal_weights:
             raise ValueError(
                 "get_samples(group_by_chain=True): the draws do not have equal weights, which draws by chain would lose. Take "

@@ -179,9 +179,10 @@ def _lower(posterior: Any) -> Tensor:
 
 def _of_normal(guide: Any, batch: Batch) -> MomentFamily:
     """A guide over the packed vector with a location, scales, and perhaps a Cholesky factor."""
+    is_diagonal = isinstance(guide, AutoDiagonalNormal)
 
     def get() -> tuple[Tensor, Tensor]:
-        if isinstance(guide, AutoDiagonalNormal):
+        if is_diagonal:
             return guide.loc.detach(), guide.scale.detach()
         return guide.loc.detach(), (guide.scale[..., None] * guide.scale_tril).detach()
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refinement of a guide by the forward divergence, with what it is worth before and after."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +17,9 @@ from pyro_bnn.infer.refine.importance import ImportanceWeights, log_prob, weigh
 from pyro_bnn.infer.sample.log_density import LogDensity, log_density
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.ops.described import Described, table_text
-from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.notice import logger, warn_user
 from pyro_bnn.ops.options import require_count
 from pyro_bnn.ops.pareto import reliable_shape, smoothed
-
-logger = logging.getLogger("pyro_bnn")
 
 #: Rounds without progress after which the search ends.
 _PATIENCE = 3
@@ -154,8 +151,8 @@ def forward_kl(
     over :math:`q'` [1]. At :math:`\beta = 1` this is the forward divergence, whose minimum covers the posterior where the ELBO's
     hides in one part of it. Weights of a poor guide rest on a few draws, from which nothing can be learnt: :math:`\beta` is the largest
     power of at most 1 under which enough of them are effective, 20 per parameter and latent, at least a tenth and at most half of all. A
-    step at small :math:`\beta` is, to first order, one of natural-gradient ascent of the ELBO; where :math:`\beta` stays small, as in large networks, the result is closer to that than to the forward
-    divergence, and ``after.exponent`` says so.
+    step at small :math:`\beta` is, to first order, one of natural-gradient ascent of the ELBO; where :math:`\beta` stays small, as in
+    large networks, the result is closer to that than to the forward divergence, and ``after.exponent`` says so.
 
     What becomes of a guide:
 

@@ -29,7 +29,23 @@ _RARELY, _UNITS = 1024, 1e4
 
 
 class ChangedModelError(RuntimeError):
-    """A model computes something else than when its log density was made."""
+    """
+    A model computes something else than when its log density was made.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> from pyro_bnn.infer import log_density
+        >>> scale = [1.0]
+        >>> density = log_density(lambda: pyro.sample("z", dist.Normal(0.0, scale[0])), ())
+        >>> _ = [density(torch.zeros(1)) for _ in range(3)]
+        >>> scale[0] = 2.0
+        >>> try:
+        ...     _ = [density(torch.zeros(1)) for _ in range(10)]  # compared with the model now and then
+        ... except ChangedModelError:
+        ...     print("the model has changed")
+        the model has changed
+    """
 
 
 def form(value: Any) -> Hashable:
@@ -117,6 +133,8 @@ class Evaluator:
         :param keep: a name for the share, if it comes again.
         :return: float64, ``()`` or ``(C,)``, and the shape of ``u``.
         """
+        if not len(u):
+            return u.new_zeros(0, dtype=torch.float64), u.clone()
         if u.dim() == 2 and len(u) == 1:
             value, gradient = self(u[0], share, factor, keep=keep)
             return value[None], gradient[None]

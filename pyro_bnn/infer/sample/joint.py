@@ -150,7 +150,8 @@ def unvalidated(fn: Any) -> Any:
     for name, value in vars(fn).items():
         if isinstance(value, Distribution):
             setattr(new, name, unvalidated(value))
-    new._validate_args = False  # what was made with validation keeps it, whatever the default is
+    # what was made with validation keeps it whatever the default is, and torch has no public way to switch it off
+    new._validate_args = False
     return new
 
 

@@ -188,7 +188,7 @@ class LogDensity(Described):
         return u.detach().to(self.dtype)
 
     def _given(self, found: Tensor, u: Tensor) -> Tensor:
-        return found.to(u.dtype)
+        return found.to(u.dtype if u.is_floating_point() else self.dtype)
 
 
 class _Value(torch.autograd.Function):

@@ -17,15 +17,15 @@ from pyro_bnn.infer.sample.log_density import log_density
 from pyro_bnn.infer.sample.microcanonical_run import Plan, Run, Units
 from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
-from pyro_bnn.infer.sample.starts import Mode, modes_of, points_of, prior_draws
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_units
-from pyro_bnn.infer.train.checkpoint import Checkpoint
+from pyro_bnn.infer.sample.starts import Mode, Start, chain_starts, modes_of
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_units
+from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.described import first_of
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice, require_count, require_number
 
-Start = Literal["mode", "draws"]
 Whiten = Literal["prior", "guide", "diagonal"]
 ModeWeights = Literal["equal", "evidence", "stacking"]
 
@@ -169,7 +169,8 @@ def mclmc(
             f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}: use nuts."
         )
     modes = [] if guide is None else modes_of(guide, density.space, batch)
-    points = _points(model, modes, density, batch, start, num_chains)
+    points = chain_starts(model, modes, density.space, batch, start, num_chains).to(density.dtype)
+    _require_finite(density, points)
     num_modes = len(modes) or num_chains
     shares = _evidence(modes) if weights == "evidence" else None
     units = _units(whiten, model, modes, density, batch, points[:: len(points) // num_modes])
@@ -200,15 +201,8 @@ def _check_options(**options: Any) -> None:
 
 
 @torch.no_grad()
-def _points(
-    model: Any, modes: Sequence[Mode], density: Any, batch: Batch, start: str, num_chains: int
-) -> Tensor:
-    """Where the chains start, shape ``(C, p)``, finite."""
-    if modes:
-        points = points_of(modes, start, num_chains)
-    else:
-        points = prior_draws(model, density.space, batch, num_chains)
-    points = points.detach().to(density.dtype)
+def _require_finite(density: Any, points: Tensor) -> None:
+    """Refuses starting points ``(C, p)`` at which the log density or its gradient is not finite."""
     values, gradients = density.value_and_gradient(points)
     for chain, sound in enumerate((values.isfinite() & gradients.isfinite().all(-1)).tolist()):
         if not sound:
@@ -217,7 +211,6 @@ def _points(
                 f"{'' if bool(gradients[chain].isfinite().all()) else ' and its gradient not finite'}: start elsewhere (start='mode', another "
                 "guide), or check the model there."
             )
-    return points
 
 
 def _evidence(modes: Sequence[Mode]) -> Tensor:
@@ -259,16 +252,16 @@ def _units(
 def _files(
     checkpoint: Checkpoint | str | os.PathLike[str] | None, plan: Plan, start: str, run: Run
 ) -> Resumption:
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
     chains, point = run.chains, run.chains.position[0]
     settings = vars(plan) | {"start": start, "modes": run.num_modes, "chains": len(chains.position)}
-    settings["dtype"] = str(point.dtype)
+    settings |= {"dtype": str(point.dtype), "guide": fingerprint(run.units.whitener, run.chains.position)}
 
     def density(at: Tensor) -> float:
         return float(run.density.value_and_gradient(at.unsqueeze(0))[0])
 
-    return Resumption("mclmc", checkpoint, settings, (point, float(chains.log_density[0])), density)
+    return Resumption(
+        "mclmc", as_checkpoint(checkpoint), settings, (point, float(chains.log_density[0])), density
+    )
 
 
 # ------------------------------------------------------------------ result
@@ -345,10 +338,11 @@ def _warn(positions: Tensor, stats: dict[str, Tensor], mode: Tensor) -> None:
     what = {"refused steps": share > _MOST_REFUSED, "no movement at all": stuck}
     for text, found in what.items():
         if positions.shape[1] > 1 and bool(found.any()):
-            named = [f"chain {c} (mode {int(mode[c])})" for c in found.nonzero().flatten().tolist()]
-            more = f" and {len(named) - 10} more" if len(named) > 10 else ""
+            named = first_of(
+                (f"chain {c} (mode {int(mode[c])})" for c in found.nonzero().flatten().tolist()), most=10
+            )
             warn_user(
-                f"mclmc: {', '.join(named[:10])}{more}: {text}. Their draws are not those of the posterior: take a smaller step_size or "
+                f"mclmc: {named}: {text}. Their draws are not those of the posterior: take a smaller step_size or "
                 "energy_variance, more warm-up, or leave them out by result.reweighted.",
                 RuntimeWarning,
             )

@@ -28,8 +28,8 @@ class Whitener(Protocol):
 
 class Chains(NamedTuple):
     """
-    The state of C chains: positions and whitened directions ``(C, p)``, log densities ``(C,)``, whitened gradients of the log
-    density ``(C, p)``.
+    The state of C chains: positions and whitened directions ``(C, p)``, log densities ``(C,)``, float64, whitened gradients of the
+    log density ``(C, p)``.
     """
 
     position: Tensor
@@ -53,9 +53,12 @@ class Target:
         self.value_and_gradient, self.whitener = value_and_gradient, whitener
 
     def __call__(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The log densities ``(C,)`` and whitened gradients ``(C, p)`` at positions ``(C, p)``."""
-        value, gradient = self.value_and_gradient(position)
-        return value, self.whitener.transposed(gradient)
+        """
+        The log densities ``(C,)``, float64, and whitened gradients ``(C, p)`` at positions ``(C, p)``: energy errors are small
+        differences of log densities, which of many data have too few digits in single precision.
+        """
+        value, gradient = self.value_and_gradient(position.double())
+        return value, self.whitener.transposed(gradient.to(position))
 
     def start(self, position: Tensor, direction: Tensor) -> Chains:
         """Chains at positions, one gradient each."""

@@ -5,7 +5,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,9 +137,8 @@ class Run:
         self.factors = torch.ones(int(units.site.max()) + 1, dtype=torch.float64, device=points.device)
         self.step, self.gradients = 0, density.gradients
         self.squares = torch.zeros_like(start)  # of energy errors after the warm-up
-        self.refused = torch.zeros(
-            len(points), dtype=torch.int64, device=points.device
-        )  # steps since the last draw
+        # steps since the last draw
+        self.refused = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         self.elapsed = 0.0
         self.stopped_by = "num_samples"
 
@@ -268,6 +267,7 @@ class Run:
 
     def _whiten(self, factors: Tensor) -> None:
         """Whitens by so many units of the prior at each site, shape ``(S,)``."""
+        assert self.units.scale is not None
         self.factors = factors
         scale = self.units.scale * factors[self.units.site].to(self.units.centre)
         self.target = Target(self.density.value_and_gradient, Scales(scale))
@@ -340,6 +340,7 @@ class Run:
             "chains": list(self.chains),
             "sizes": [self.step_size, self.length, self.squares, self.refused],
             "factors": self.factors,
+            "units": [self.units.centre, self.units.scale],
             "adaptation": {name: vars(part) for name, part in parts.items() if part is not None},
             "records": self.records.state(),
             "random": random_state([]),
@@ -348,7 +349,9 @@ class Run:
     def load(self, state: dict[str, Any]) -> None:
         """Goes to where another run was."""
         device = self.chains.position.device
-        if self.plan.whiten == "diagonal":
+        centre, scale = state["units"]  # at the first start, which may have been at random
+        if scale is not None:
+            self.units = replace(self.units, centre=centre.to(device), scale=scale.to(device))
             self._whiten(state["factors"].to(device))
         self.step, self.gradients, self.elapsed = state["step"], state["gradients"], state["elapsed"]
         self.chains = Chains(*(value.to(device) for value in state["chains"]))

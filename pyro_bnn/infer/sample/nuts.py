@@ -26,6 +26,7 @@ from pyro_bnn.model.handlers import latent_names, sample_sites
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.plates import plates_of
 from pyro_bnn.ops.notice import logger
+from pyro_bnn.ops.options import require_count
 
 _Nuts: Any = NUTS
 
@@ -235,8 +236,8 @@ def nuts(
     :param kwargs: arguments of :class:`~pyro.infer.NUTS`, such as ``target_accept_prob``.
     :return: draws and statistics, which :func:`~pyro_bnn.diagnostics.to_datatree` and
         :func:`~pyro_bnn.infer.posterior_predictive` take.
-    :raises ValueError: if there are several batches, if the model observes nothing in the data, or if the guide lacks
-        one of its sites.
+    :raises ValueError: for a number of draws, steps or chains that is none, if there are several batches, if the model observes
+        nothing in the data, or if the guide lacks one of its sites.
 
     Example::
 
@@ -249,6 +250,9 @@ def nuts(
         >>> run.samples["z"].shape, sorted(run.sample_stats)[0]
         (torch.Size([2, 20]), 'acceptance_rate')
     """
+    require_count("num_samples", num_samples)
+    require_count("warmup_steps", warmup_steps, least=0)
+    require_count("num_chains", num_chains)
     batches = list(Batches(data))
     if len(batches) != 1:
         raise ValueError(f"nuts needs the full data as one batch, and found {len(batches)} batches.")

@@ -17,10 +17,10 @@ from pyro_bnn.infer.sample.minibatch_run import ControlVariates, Estimate, Plan,
 from pyro_bnn.infer.sample.minibatches import Estimator, Minibatches, Order, Stream
 from pyro_bnn.infer.sample.records import Records, Resumption
 from pyro_bnn.infer.sample.result import ChainResult
-from pyro_bnn.infer.sample.starts import Mode, modes_of, points_of, prior_draws
+from pyro_bnn.infer.sample.starts import Mode, Start, chain_starts, modes_of, points_of
 from pyro_bnn.infer.sample.steps import StepSchedule, as_schedule
-from pyro_bnn.infer.sample.whitening import Gaussians, Scales, prior_scales
-from pyro_bnn.infer.train.checkpoint import Checkpoint
+from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_scales
+from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint
 from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
 from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.model.parameters import local_parameters
@@ -44,7 +44,7 @@ def sgmcmc(
     order: Order = "symmetric",
     control_variates: bool = False,
     whiten: Literal["guide", "prior"] | None = "guide",
-    start: Literal["mode", "draws"] = "mode",
+    start: Start = "mode",
     num_samples: int = 500,
     warmup_steps: int = 500,
     thinning: int = 1,
@@ -154,16 +154,16 @@ def sgmcmc(
     with same_random_numbers(generators):  # looking at the data leaves their shuffling as it was
         evaluator = evaluator_of(model, batches.first)
         minibatches = Minibatches(evaluator, batches, batch_size, order)
-        modes = [] if guide is None else modes_of(guide, evaluator.joint.packed.space, batches.first)
-        points = _points(model, minibatches, modes, start, num_chains)
+        modes = [] if guide is None else modes_of(guide, minibatches.packed.space, batches.first)
+        points = chain_starts(model, modes, minibatches.packed.space, batches.first, start, num_chains)
+        points = points.to(evaluator.anchors)
         probe = minibatches.prepare(points[0])
         estimate: Estimate = Estimator(evaluator, minibatches.once)
         if control_variates:
             centers = points_of(modes, "mode", 1)
             estimate = ControlVariates(estimate, centers, *minibatches.of_all_data(centers))
         whitener = _whitener(whiten, model, minibatches, modes, points[:: num_chains if modes else 1])
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
+    checkpoint = as_checkpoint(checkpoint)
     stream = Stream(minibatches.one_pass, generators, keeps=checkpoint is not None and minibatches.number > 1)
     records = Records(plan.draws, points, memory_limit)
     run = Run(plan, estimate, minibatches.packed.space, whitener, points, stream, records)
@@ -173,7 +173,7 @@ def sgmcmc(
         "whiten": whiten,
         "start": start,
         "chains": len(points),
-        "guide": _fingerprint(whitener, points),
+        "guide": fingerprint(whitener, points),
         "control_variates": f"{float(centers.norm()):.6g}" if control_variates else False,
     }
     files = Resumption("sgmcmc", checkpoint, settings, probe, minibatches.density)
@@ -194,17 +194,6 @@ def _check_options(guide: Any, control_variates: bool, whiten: str | None, start
         raise ValueError("sgmcmc samples in one process: run it without torch.distributed.")
 
 
-def _points(
-    model: Callable[..., Any], minibatches: Minibatches, modes: Sequence[Mode], start: str, num_chains: int
-) -> Tensor:
-    """Where the chains start, ``(C, p)``."""
-    if modes:
-        points = points_of(modes, start, num_chains)
-    else:
-        points = prior_draws(model, minibatches.packed.space, minibatches.batches.first, num_chains)
-    return points.detach().to(minibatches.evaluator.anchors)
-
-
 @torch.no_grad()
 def _whitener(
     whiten: str | None,
@@ -220,14 +209,6 @@ def _whitener(
         if whiten == "guide":
             return Gaussians([mode.gaussian() for mode in modes])
         return Scales(prior_scales(model, minibatches.batches.first, minibatches.packed.space, centers))
-
-
-def _fingerprint(whitener: Whitener, points: Tensor) -> str:
-    """A few digits by which the Gaussians of guides are told apart."""
-    if not isinstance(whitener, Gaussians):
-        return "not used"
-    rows = torch.linspace(-1, 1, points.shape[1], dtype=points.dtype, device=points.device)
-    return f"{float(whitener.forward(rows.expand_as(points).contiguous()).norm()):.6g}"
 
 
 def _result(run: Run, minibatches: Minibatches, num_modes: int) -> ChainResult:
@@ -266,9 +247,8 @@ def _warn_of_heat(plan: Plan, stats: dict[str, Tensor], dim: int) -> None:
     """Says which chains are much too hot, by more than the error of a mean over the draws."""
     step, draws = float(stats["step_size"].mean()), stats["step_size"].shape[1]
     rate = step**2 if plan.scheme == "sgld" else 2 * plan.friction * step
-    size = (
-        dim * draws * math.tanh(rate * plan.thinning / 2)
-    )  # independent numbers in the mean, at a decay of exp(-rate)
+    # independent numbers in the mean, at a decay of exp(-rate)
+    size = dim * draws * math.tanh(rate * plan.thinning / 2)
     name, limit = ("drift_to_noise", 0.5) if plan.scheme == "sgld" else ("kinetic_temperature", 1.5)
     found = stats[name].mean(-1)
     # the tail of a mean of squares of normal numbers (Laurent and Massart, 2000, lemma 1), one in a thousand for all chains together

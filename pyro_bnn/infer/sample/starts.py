@@ -3,7 +3,8 @@
 """The modes of any guide: where chains start, what whitens them, how likely they are."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import torch
 import torch.distributions as td
@@ -20,10 +21,14 @@ from pyro_bnn.model.handlers import base_distribution, run_model
 from pyro_bnn.model.latent_space import LatentSpace
 from pyro_bnn.model.parameters import local_parameters
 
+#: At the modes, or at draws around them.
+Start = Literal["mode", "draws"]
+
 
 class Mode:
     """
-    One mode, known by a guide.
+    One mode, known by a guide. Guides of an ensemble have parameters of the same names: each speaks in a context of its own, where it
+    neither finds those of another nor takes them over.
 
     :param guide: a guide with one mode.
     :param space: of the packed latents.
@@ -33,24 +38,30 @@ class Mode:
     def __init__(self, guide: Any, space: LatentSpace, batch: Batch) -> None:
         self.guide, self.space, self.batch = guide, space, batch
 
+    @local_parameters()
     def centre(self) -> Tensor:
         """The point in the middle, shape ``(p,)``."""
-        guide = self.guide
-        if not hasattr(guide, "median") or isinstance(guide, WeightedChains):
+        guide, values = self.guide, None
+        if hasattr(guide, "median") and not isinstance(guide, WeightedChains):
+            with suppress(NotImplementedError):  # flows have none
+                values = guide.median(*self.batch[0], **self.batch[1])
+        if values is None:
             raise ValueError(
                 f"start='mode': {type(guide).__name__} is no guide with one mode: it has no median, or one of many draws. "
                 "Pass start='draws', or a guide such as AutoDelta, AutoLaplace or AutoMixture."
             )
-        return self._packed(guide.median(*self.batch[0], **self.batch[1]))
+        return self._packed(values)
 
     def draws(self, number: int) -> Tensor:
         """Draws, shape ``(number, p)``."""
         return self._packed(posterior_draws(self.guide, number, batch=self.batch))
 
+    @local_parameters()
     def gaussian(self) -> Any:
         """The Gaussian around it; see :func:`gaussian_of`."""
         return gaussian_of(self.guide, self.space, self.batch)
 
+    @local_parameters()
     def log_evidence(self) -> Tensor:
         """The logarithm of its mass, a scalar."""
         if not hasattr(self.guide, "log_evidence"):
@@ -75,6 +86,15 @@ class Point(Mode):
 
     @override
     def centre(self) -> Tensor:
+        shapes = {n: v.shape for n, v in self.space.unpack(torch.zeros(self.space.dim)).items()}
+        for name in shapes.keys() & self.guide.keys():
+            value = self.guide[name]
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if found != shapes[name]:
+                raise ValueError(
+                    f"guide: the value of site {name!r} must be a tensor of shape {tuple(shapes[name])}, one point of a chain, found "
+                    f"{found}. Several points are a list of such dictionaries."
+                )
         return self._packed(self.guide)
 
     @override
@@ -90,6 +110,7 @@ class Component(Mode):
         self.index = index
 
     @override
+    @local_parameters()
     def centre(self) -> Tensor:
         found = self.guide.component_distributions()
         shared = self.guide.sample_posterior(()) if set(found) != set(self.space.slices) else {}
@@ -108,6 +129,7 @@ class Component(Mode):
         return self._packed({name: value[self.index] for name, value in found.items()})
 
     @override
+    @local_parameters()
     def gaussian(self) -> Any:
         return component_gaussians(self.guide, self.space)[self.index]
 
@@ -133,8 +155,12 @@ def modes_of(guide: Any, space: LatentSpace, batch: Batch) -> list[Mode]:
     :param batch: the data.
     """
     if isinstance(guide, (list, tuple, nn.ModuleList)) and not hasattr(guide, "median"):
+        if not len(guide):
+            raise ValueError(
+                "guide: an empty list has no modes. With None chains start at draws of the prior."
+            )
         return [mode for item in guide for mode in modes_of(item, space, batch)]
-    if isinstance(guide, Mapping) and all(isinstance(value, Tensor) for value in guide.values()):
+    if isinstance(guide, Mapping) and not isinstance(guide, nn.Module):
         return [Point(guide, space, batch)]
     if hasattr(guide, "component_distributions"):
         return [Component(guide, space, batch, k) for k in range(guide.num_components)]
@@ -154,13 +180,25 @@ def prior_draws(model: Callable[..., Any], space: LatentSpace, batch: Batch, num
     return torch.stack(points)
 
 
+def chain_starts(
+    model: Callable[..., Any],
+    modes: Sequence[Mode],
+    space: LatentSpace,
+    batch: Batch,
+    start: Start,
+    num_chains: int,
+) -> Tensor:
+    """Where so many chains for each mode start, shape ``(C, p)``; at draws of the prior where there is no mode."""
+    return points_of(modes, start, num_chains) if modes else prior_draws(model, space, batch, num_chains)
+
+
 @torch.no_grad()
-def points_of(modes: Sequence[Mode], start: str, num_chains: int) -> Tensor:
+def points_of(modes: Sequence[Mode], start: Start, num_chains: int) -> Tensor:
     """
     Where so many chains for each mode start, shape ``(C, p)``, those of a mode one after the other: at the modes, or at draws
     around them.
     """
-    with local_parameters(), poutine.block():
+    with poutine.block():
         if start == "mode":
             return torch.stack([mode.centre() for mode in modes]).repeat_interleave(num_chains, 0)
         return torch.cat([mode.draws(num_chains) for mode in modes])

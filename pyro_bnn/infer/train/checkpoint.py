@@ -114,6 +114,11 @@ class Checkpoint:
         return state
 
 
+def as_checkpoint(given: Checkpoint | str | os.PathLike[str] | None) -> Checkpoint | None:
+    """A checkpoint, whatever a user passes as one."""
+    return given if given is None or isinstance(given, Checkpoint) else Checkpoint(given)
+
+
 def describe_run(run: "Run") -> dict[str, Any]:
     """The settings of a run before its first step; random numbers stay where they are."""
     step = run.descent

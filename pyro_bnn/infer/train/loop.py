@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_bnn.infer.initialize import initialize_guide
 from pyro_bnn.infer.mixture.elbo import default_elbo
-from pyro_bnn.infer.train.checkpoint import Checkpoint, resume, save_run
+from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint, resume, save_run
 from pyro_bnn.infer.train.failures import (
     check_autocast,
     check_batch,
@@ -138,16 +138,14 @@ def fit(
         require_number("clip_grad_norm", clip_grad_norm, above=0)
     if kl_scale is not None and not callable(kl_scale):
         require_number("kl_scale", kl_scale, least=0)
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
     run = Run(model, guide, data, default_elbo(guide) if elbo is None else elbo)
     step = run.prepare(optim, scheduler)
     step.clip_grad_norm, step.kl_scale, step.autocast = clip_grad_norm, kl_scale, autocast
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
-    run.checkpoint = checkpoint
+    run.checkpoint = as_checkpoint(checkpoint)
     run.num_epochs, run.num_steps = num_epochs, num_steps
-    if checkpoint is not None:
-        resume(run, checkpoint)
+    if run.checkpoint is not None:
+        resume(run, run.checkpoint)
     return run.train(progress_bar)
 
 

@@ -3,6 +3,8 @@
 """Chains of Pyro models from guides of every kind, against closed forms and quadrature."""
 
 import math
+import os
+import signal
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +12,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import (
     AutoDelta,
+    AutoIAFNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
@@ -250,6 +253,179 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, adjusted):
             mclmc(linear, guide, (x, y), checkpoint=path, **{**options, **changed})
     with pytest.raises(ValueError, match="other data"):
         mclmc(linear, guide, (x, y + 1), checkpoint=path, **options)
+
+
+@pytest.mark.parametrize("kind", [AutoDelta, AutoNormal, AutoMultivariateNormal, AutoLaplace])
+def test_guides_of_an_ensemble_keep_their_own_modes(kind):
+    # parameters of guides of one kind have the same names in the store
+    x, y = line()
+    guides, own = [], []
+    for _ in range(3):
+        pyro.clear_param_store()
+        guide = kind(linear).initialize(x, y) if kind is AutoLaplace else kind(linear)
+        guide(x, y)
+        with torch.no_grad():
+            for value in guide.parameters():
+                value.add_(0.1 * torch.randn_like(value))
+        guides.append(guide)
+        own.append({name: value.detach().clone() for name, value in guide.named_parameters()})
+    space = log_density(linear, (x, y)).space
+    modes = modes_of(guides, space, ((x, y), {}))
+    starts = points_of(modes, "mode", 2)
+    apart = torch.stack([points_of([mode], "mode", 2) for mode in modes]).flatten(0, 1)
+    assert torch.equal(starts, apart)
+    assert len(starts.unique(dim=0)) == 3
+    if kind is AutoDelta:
+        assert torch.equal(
+            starts[::2], torch.stack([torch.cat([guide.w, guide.b[None]]) for guide in guides])
+        )
+    else:
+        assert torch.equal(starts[::2], torch.stack([space.pack(guide.median(x, y)) for guide in guides]))
+    start = "mode" if kind is AutoLaplace else "draws"
+    mclmc(linear, guides, (x, y), num_samples=2, warmup_steps=4, start=start, **QUIET)
+    for guide, values in zip(guides, own, strict=True):
+        for name, value in guide.named_parameters():
+            assert torch.equal(value, values[name]), name
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.zeros(3, 2), r"site 'w' must be a tensor of shape \(2, 3\).*found \(3, 2\)"),
+        (torch.zeros(4, 2, 3), r"found \(4, 2, 3\)"),
+        (1.0, "found float"),
+    ],
+)
+def test_values_of_another_shape_are_no_start(value, found):
+    def model():
+        return pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    with pytest.raises(ValueError, match=found):
+        mclmc(model, {"w": value}, (), num_samples=2, **QUIET)
+
+
+def test_guides_without_modes_are_named():
+    x, y = line()
+    with pytest.raises(ValueError, match="an empty list has no modes"):
+        mclmc(linear, [], (x, y), **QUIET)
+    flow = AutoIAFNormal(linear)
+    flow(x, y)
+    with pytest.raises(ValueError, match="AutoIAFNormal is no guide with one mode"):
+        mclmc(linear, flow, (x, y), **QUIET)
+    with pytest.raises(ValueError, match="AutoIAFNormal has the posterior"):
+        mclmc(linear, flow, (x, y), start="draws", whiten="guide", **QUIET)
+
+
+def hierarchy(y):
+    """A prior whose width is a latent."""
+    width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+    z = pyro.sample("z", dist.Normal(torch.zeros(3), width).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("obs", dist.Normal(z.sum(), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("whiten", ["prior", "diagonal"])
+def test_a_killed_run_keeps_the_scales_of_its_random_start(tmp_path, whiten):
+    # the scales of z are those at a draw of its width, and the second process draws another one
+    options = {"num_samples": 10, "warmup_steps": 70, "whiten": whiten, **QUIET}
+    y, path = torch.randn(6), tmp_path / "chains"
+    pyro.set_rng_seed(1)
+    whole = mclmc(hierarchy, None, (y,), **options)
+    pyro.set_rng_seed(1)
+    with pytest.raises(ConnectionError):
+        mclmc(hierarchy, None, (y,), checkpoint=Killed(path, every_steps=20), **options)
+    pyro.set_rng_seed(2)
+    again = mclmc(hierarchy, None, (y,), checkpoint=path, **options)
+    assert torch.equal(again.samples["z"], whole.samples["z"])
+    assert torch.equal(again.sample_stats["lp"], whole.sample_stats["lp"])
+
+
+def test_a_run_that_another_guide_whitens_is_not_continued(tmp_path):
+    x, y = line()
+    guides = [AutoNormal(linear, init_scale=scale) for scale in (0.1, 0.2)]
+    for guide in guides:
+        pyro.clear_param_store()  # their parameters have the same names
+        guide(x, y)
+    options = {
+        "num_samples": 2,
+        "warmup_steps": 4,
+        "whiten": "guide",
+        "checkpoint": tmp_path / "run",
+        **QUIET,
+    }
+    mclmc(linear, guides[0], (x, y), **options)
+    with pytest.raises(ValueError, match="cannot be continued with guide"):
+        mclmc(linear, guides[1], (x, y), **options)
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_energies_of_single_precision_are_those_of_differences(adjusted):
+    # a constant of 3e7, whose neighbours in single precision are 2 away, changes neither decisions nor errors
+    def model(constant):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1))
+        pyro.factor("constant", constant + 0 * z.sum())
+
+    options = {"num_samples": 30, "warmup_steps": 0, "step_size": 1.2, "momentum_length": 2.0, **QUIET}
+    start = {"z": torch.tensor([0.3, -0.8], dtype=torch.float32)}
+    runs = []
+    for constant in (0.0, 3e7):
+        pyro.set_rng_seed(1)
+        given = torch.tensor(constant, dtype=torch.float32)
+        runs.append(mclmc(model, start, (given,), adjusted=adjusted, **options))
+    plain, moved = runs
+    assert plain.samples["z"].dtype == torch.float32
+    assert torch.equal(plain.samples["z"], moved.samples["z"])
+    errors = [run.sample_stats["energy_error"] for run in runs]
+    torch.testing.assert_close(*errors, rtol=0, atol=1e-6)
+    assert errors[0].abs().max() > 0.01
+
+
+class Interrupting(Checkpoint):
+    """Somebody presses Ctrl-C at a step."""
+
+    when = 0
+
+    def is_due(self, step):
+        if step == self.when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+
+def test_an_interrupted_run_returns_its_draws_and_goes_on(tmp_path):
+    x, y = line()
+    modes = [{"w": torch.ones(2), "b": torch.tensor(0.0)}]
+    options = {"num_samples": 30, "warmup_steps": 40, "thinning": 2, **QUIET}
+    pyro.set_rng_seed(1)
+    whole = mclmc(linear, modes, (x, y), **options)
+    pyro.set_rng_seed(1)
+    pressed = Interrupting(tmp_path / "chains")
+    pressed.when = 20
+    with pytest.raises(KeyboardInterrupt, match="before the first draw"):
+        mclmc(linear, modes, (x, y), checkpoint=pressed, **options)
+    pressed.when = 59
+    part = mclmc(linear, modes, (x, y), checkpoint=pressed, **options)
+    assert part.info["stopped_by"] == "interrupted"
+    assert torch.equal(part.samples["w"], whole.samples["w"][:, : part.num_draws])
+    assert 10 <= part.num_draws < 30
+    again = mclmc(linear, modes, (x, y), checkpoint=tmp_path / "chains", **options)
+    assert torch.equal(again.samples["w"], whole.samples["w"])
+    assert again.info["gradients"] == whole.info["gradients"]
+
+
+def test_chains_for_arviz_and_as_a_guide():
+    pytest.importorskip("arviz")
+    from pyro_bnn.diagnostics import to_datatree
+
+    x, y = line()
+    modes = [{"w": torch.ones(2), "b": torch.tensor(0.0)}] * 2
+    run = mclmc(linear, modes, (x, y), num_samples=30, warmup_steps=40, per_mode=True, **QUIET)
+    assert len(run.info["momentum_length"]) == 2
+    found = to_datatree(linear, run, (x, y))["sample_stats"]
+    assert found["mode"].values.tolist() == [[0] * 30, [1] * 30]
+    assert (
+        abs(float(found["lp"][1, 3]) - float(run.sample_stats["lp"][1, 3])) < 1e-3
+    )  # no site is constrained
+    assert run.guide(linear, x, y).num_chains == 2
 
 
 def test_units_of_the_prior():
