@@ -97,13 +97,16 @@ def operator_diagonal(operator: LinearMap, like: Tensor, chunk_size: int) -> Ten
     return torch.cat(parts)
 
 
-def diagonal_of_diagonal(operator: LinearMap, like: Tensor, eps: float | None = None) -> Tensor | None:
+def diagonal_of_diagonal(
+    operator: LinearMap, like: Tensor, eps: float | None = None, *, by_row: bool = False
+) -> Tensor | None:
     """
     The diagonal, shape ``(p,)``, of a map from ``(S, p)`` to ``(S, p)`` that is diagonal, which holds for the Hessian of any
     factorised prior; ``None`` if it is not. Its products have the relative precision ``eps``, by default that of ``like``.
 
     A map D is diagonal if and only if D r = (D 1) * r for every r; one Gaussian probe r decides it with
-    probability one.
+    probability one, up to the rounding of the largest row, or, ``by_row``, up to that of each: a coupling of wide latents is
+    small beside the precision of narrow ones.
     """
     generator = torch.Generator(device=like.device).manual_seed(0)
     probe = torch.randn(like.shape[0], dtype=like.dtype, device=like.device, generator=generator)
@@ -111,6 +114,18 @@ def diagonal_of_diagonal(operator: LinearMap, like: Tensor, eps: float | None = 
     eps = torch.finfo(like.dtype).eps if eps is None else eps
     # entries of a diagonal map are products of few numbers; a weak coupling differs by more than their rounding
     tolerance = min(64 * eps, 0.02) * images.abs().max()
-    if torch.allclose(images[0] * probe, images[1], rtol=min(256 * eps, 0.02), atol=float(tolerance)):
-        return images[0]
-    return None
+    if not torch.allclose(images[0] * probe, images[1], rtol=min(256 * eps, 0.02), atol=float(tolerance)):
+        return None
+    return None if by_row and _couples_rows(operator, probe, images, eps) else images[0]
+
+
+def _couples_rows(operator: LinearMap, probe: Tensor, images: Tensor, eps: float) -> bool:
+    """Whether images, shape (2, p), of ones and a probe are not of a diagonal map by what each row is rounded."""
+    size = images.abs().amax(0)
+    # terms that cancel in a row round by more than its size: by what images of sums differ from sums of images
+    rounding = torch.ones_like(size[:1])
+    for a, b in ((1.0, 1.0), (1.0, -1.0), (3.0, 1.0), (1.0, 3.0)):
+        defect = (operator((a + b * probe)[None])[0] - a * images[0] - b * images[1]).abs()
+        rounding = torch.maximum(rounding, (defect / (eps * size)).nan_to_num(0.0, posinf=torch.inf).max())
+    gap = (images[0] * probe - images[1]).abs()
+    return bool((gap > 64 * eps * rounding * size * (1 + probe.abs())).any())

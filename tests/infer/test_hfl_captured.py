@@ -184,3 +184,21 @@ def test_directions_that_are_not_all_kept(monkeypatch):
     assert (bounds.lower <= exact * (1 + 1e-9)).all()
     assert (exact <= bounds.upper * (1 + 1e-9)).all()
     assert float(bounds.captured[::4].min()) > 0.9
+
+
+def test_targets_of_another_precision_are_refused():
+    guide, (x, y), variance = fitted()
+    guide.laplace_approximation((x, y), (GRID[:2],), **FAR)
+    calls = (
+        lambda: guide.add_targets((torch.cat([x, x]), torch.cat([y, y])), (GRID[30:31],), **FAR),
+        lambda: guide.add_targets((x, y), (GRID[30:31],), proximal=1.0, **FAR),
+        lambda: guide.cover((x[1:], y[1:]), (GRID,), **FAR),
+        lambda: guide.cover((x, y), (GRID,), proximal=1.0, **FAR),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="the precision is not that of the targets before"):
+            call()
+    assert guide.gradients.shape[0] == 2  # as it was
+    guide.add_targets([(x[:5], y[:5]), (x[5:], y[5:])], (GRID[30:31],), **FAR)  # the same data in parts
+    bounds, exact = guide.variance_bounds(GRID, least=0.0)["obs"], variance(GRID)[:, None]
+    assert ((bounds.lower <= exact * (1 + 1e-9)) & (exact <= bounds.upper * (1 + 1e-9))).all()

@@ -258,6 +258,35 @@ def test_what_is_not_certified_says_why(name):
         assert case.solve(tolerance=1e-3, proximal=1.0).certificate.width <= 1e-3
 
 
+@pytest.mark.parametrize(("dtype", "narrow"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("correlation", [0.0, 0.05])
+def test_couplings_that_are_small_beside_a_narrow_prior(dtype, narrow, correlation):
+    covariance = torch.tensor([[1.0, correlation], [correlation, 1.0]], dtype=dtype)
+
+    def model(x, y=None):
+        a = pyro.sample("a", dist.Normal(x.new_zeros(3), x.new_tensor(narrow)).to_event(1))
+        b = pyro.sample("b", dist.MultivariateNormal(x.new_zeros(2), covariance))
+        noise = pyro.sample("noise", dist.LogNormal(x.new_tensor(0.0), x.new_tensor(100.0)))  # terms cancel
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ torch.cat([a, b]), noise), obs=y)
+
+    x = torch.eye(5, dtype=dtype)
+    guide = AutoLaplace(model).initialize(x, x[0])
+    guide.loc.data.zero_()
+    options = {"curvature": "ggn", "tolerance": 0.01, "map_tolerance": float("inf")}
+    result = hfl.solve(guide, (x, x[0]), functional=lambda z: z["b"], **options)
+    exact = torch.linalg.inv(torch.linalg.inv(covariance.double()) + torch.eye(2)).diagonal()
+    assert_close(result.variance.double(), exact, rtol=0.01, atol=0.0)
+    if correlation:
+        assert "prior couples latents" in result.uncertified
+        with pytest.raises(ValueError, match=r"prior couples latents with each other .site .b."):
+            hfl.log_evidence(guide, (x, x[0]))
+    else:
+        assert result.certificate is not None
+        assert (result.lower.double() <= exact * (1 + 1e-6)).all()
+        assert (exact <= result.upper.double() * (1 + 1e-6)).all()
+
+
 def test_the_exact_hessian_is_not_certified():
     result = Linear("even").solve(curvature="hessian")
     assert result.certificate is None

@@ -24,9 +24,10 @@ from pyro_bnn.infer.hfl.certificate import Certificate
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.functionals import Functionals
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import solve_for
-from pyro_bnn.infer.hfl.setup import set_up
+from pyro_bnn.infer.hfl.setup import set_proximal, set_up
 from pyro_bnn.model.arguments import takes_data
 from pyro_bnn.ops.block_cg import ConjugateBasis
 from pyro_bnn.ops.enclosure import Enclosure
@@ -122,6 +123,8 @@ class CertifiedGuide(LinearizedGuide):
         problem, functionals = set_up(self, data, validation, None, self.curvature, **loss)
         basis = ConjugateBasis(len(self.loc))
         if self.directions is not None and self.images is not None:
+            set_proximal(problem, options["proximal"])
+            self._require_same_precision(problem)
             basis.append(self.directions, self.images)
         left, captured = max_targets, 0.0
         chosen = spread(len(functionals), min(batch_size, left), self.loc.device)
@@ -143,6 +146,23 @@ class CertifiedGuide(LinearizedGuide):
                 HFLWarning,
             )
         return self
+
+    def _require_same_precision(self, problem: Problem) -> None:
+        """Raises where products with the precision are not those of the directions that the guide has."""
+        directions, images = self.directions, self.images
+        if directions is None or images is None or not len(directions):
+            return
+        generator = torch.Generator(device=directions.device).manual_seed(0)
+        weights = torch.randn(1, len(directions), generator=generator, device=directions.device).to(
+            directions
+        )
+        known = weights @ images
+        changed = float((problem.operator(weights @ directions) - known).norm() / known.norm())
+        if not changed <= 10 * torch.finfo(known.dtype).eps ** 0.5:
+            raise ValueError(
+                f"the precision is not that of the targets before (products with it differ by {changed:.2g} of their size): "
+                "other data, another proximal term or another prior. Call laplace_approximation(data, targets) anew."
+            )
 
     def _next(self, functionals: Functionals, number: int) -> tuple[Tensor, float]:
         """Which of some functionals to solve for next, and the smallest fraction of a variance that the guide has."""

@@ -20,6 +20,7 @@ from pyro_bnn.infer.autoguide.remainder import Remainder, precision_of, split
 from pyro_bnn.infer.hfl.api import solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
+from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import Method
@@ -27,6 +28,7 @@ from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport
 from pyro_bnn.model.arguments import takes_data
+from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.ops.options import require_number
 
 #: What ``laplace_approximation`` makes: the Gaussian, what it is made of, and what bounds the variances of all else.
@@ -180,13 +182,24 @@ class AutoHessianFreeLaplace(CertifiedGuide):
         :param options: as for :meth:`laplace_approximation`.
         :return: the guide itself.
         :raises RuntimeError: before ``laplace_approximation(data, targets)``.
+        :raises ValueError: if variances are certified and the precision is not that of the targets before (other data, another
+            proximal term).
         """
         (data,) = args
         if self.gradients is None:
             raise RuntimeError(
                 "the guide has no targets yet: call laplace_approximation(data, targets) first"
             )
-        self._add(data, self._solve(data, targets, options))
+        result = self._solve(data, targets, options)
+        if self.directions is not None:
+            known: dict[str, Any] = {
+                "proximal": result.proximal,
+                "tau": self.tau,
+                "chunk_size": self.chunk_size,
+            }
+            problem = Problem(self.packed, self.loc, repeatable_batches(data), self.curvature, **known)
+            self._require_same_precision(problem)
+        self._add(data, result)
         return self
 
     def _add(self, data: Any, result: HFLResult) -> None:

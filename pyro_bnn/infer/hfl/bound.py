@@ -42,7 +42,9 @@ def prior_bound(problem: Problem) -> Bound:
             reason="the exact Hessian has no bound that is known beforehand; that of curvature='ggn' is the prior's curvature"
         )
     prior = prior_of(problem)
-    diagonal = diagonal_of_diagonal(prior.operator, prior.latent, torch.finfo(problem.latent.dtype).eps)
+    diagonal = diagonal_of_diagonal(
+        prior.operator, prior.latent, torch.finfo(problem.latent.dtype).eps, by_row=True
+    )
     if diagonal is None:
         return Bound(reason="the prior couples latents, so that its curvature is no number for each")
     diagonal = diagonal + problem.ridge

@@ -147,7 +147,7 @@ def _active(guide: Any) -> Tensor | None:
 
 def prior_diagonal(prior: PriorCurvature, index: Tensor, model: PackedModel) -> Tensor:
     """The prior's precision at some positions, shape ``(q,)``; raises, naming the sites, where that is not all there is."""
-    diagonal = diagonal_of_diagonal(prior.restricted(index), prior.latent[index], prior.eps)
+    diagonal = diagonal_of_diagonal(prior.restricted(index), prior.latent[index], prior.eps, by_row=True)
     if diagonal is None:
         raise ValueError(
             f"the prior couples latents with each other ({_sites(model, _coupled(prior, index))}: a covariance, or a scale that is a "

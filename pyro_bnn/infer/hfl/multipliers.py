@@ -22,7 +22,7 @@ def prior_shift(model: PackedModel, latent: Tensor, data: Any, tau: Tensor) -> t
     leaf = latent.detach().clone().requires_grad_(True)
     trace = model.trace(leaf, next(iter_batches(data)))
     prior = prior_curvature(-model.log_prior(leaf, trace), leaf)
-    diagonal = diagonal_of_diagonal(prior.operator, prior.latent, prior.eps)
+    diagonal = diagonal_of_diagonal(prior.operator, prior.latent, prior.eps, by_row=True)
     if diagonal is None:
         raise ValueError(
             "multipliers of the prior precision are in use, and the prior couples latents with each other, for which they mean "
