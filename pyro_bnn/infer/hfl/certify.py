@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.hfl.certificate import Certificate, covariance_bounds, variance_bounds
 from pyro_bnn.infer.hfl.task import Found, Task
+from pyro_bnn.ops.enclosure import Enclosure
 
 
 def certify(task: Task, found: Found) -> Certificate | None:
@@ -21,13 +22,26 @@ def certify(task: Task, found: Found) -> Certificate | None:
     steps, R = enclosure.solve(R)
     D = D + steps
     gap = residual_gap(task, G, D, R)
+    others = max(gap, image_gap(task, enclosure))
     if found.captured is None:
         joint = covariance_bounds(enclosure, G, D, R, gap)
         diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest)
-        return Certificate(*diagonal, joint, gap, enclosure, remainders, solver.precision)
-    parts = [variance_bounds(enclosure, g, *enclosure.solve(g), gap) for g in task.functionals.rows()]
+        return Certificate(*diagonal, joint, others, enclosure, remainders, solver.precision)
+    parts = [variance_bounds(enclosure, g, *enclosure.solve(g), others) for g in task.functionals.rows()]
     lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
-    return Certificate(lower, upper, None, gap, enclosure, remainders, solver.precision)
+    return Certificate(lower, upper, None, others, enclosure, remainders, solver.precision)
+
+
+def image_gap(task: Task, enclosure: Enclosure) -> float:
+    """
+    How far the residual of any solution in the span of the directions may be from the true one, as :func:`residual_gap`.
+
+    It is the error of the images in the combination, whose coefficients have the length of the standard deviation.
+    """
+    if enclosure.is_recursive or not len(enclosure.directions):
+        return 0.0
+    directions, images = enclosure.directions, enclosure.images
+    return len(directions) ** 0.5 * residual_gap(task, images, directions, torch.zeros_like(images))
 
 
 def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:
