@@ -110,15 +110,16 @@ class Enclosure:
         coefficients = rows @ self.directions.mT
         return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
-    def above(self, rows: Tensor, *, diagonal: bool = False) -> Tensor:
+    def above(self, rows: Tensor, *, diagonal: bool = False, sharp: bool = True) -> Tensor:
         r"""
         :param rows: R, shape ``(m, p)``.
         :param diagonal: whether the diagonal is enough.
+        :param sharp: whether the images are trusted; else the bound is :math:`R M^{-1} R^\top`.
         :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
         """
         scaled = self.metric(rows)
         whole = (rows * scaled).sum(-1) if diagonal else _even(rows @ scaled.mT)
-        if not len(self._gram):
+        if not sharp or not len(self._gram):
             return whole
         half = (scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
         if not diagonal:

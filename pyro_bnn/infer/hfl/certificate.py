@@ -22,6 +22,9 @@ from torch import Tensor
 from pyro_bnn.ops.enclosure import Enclosure
 from pyro_bnn.ops.quadrature import Bracket
 
+#: Where rounding makes larger gaps, products are no longer used to sharpen the bound of what they leave over.
+_SHARP = 1e-2
+
 
 @dataclass(repr=False)
 class Certificate:
@@ -84,7 +87,7 @@ def variance_bounds(
     is another upper bound of what residuals leave over.
     """
     value = (D * (G + R)).sum(-1).clamp(min=0)
-    left = enclosure.above(R, diagonal=True)
+    left = enclosure.above(R, diagonal=True, sharp=gap <= _SHARP)
     left = left if rest is None else torch.minimum(left, rest)
     # with e the error of a residual, of length gap * sd: v = value + d'e + |r + e|^2 in the norm of the inverse
     error = gap * value.sqrt()
@@ -99,5 +102,5 @@ def covariance_bounds(enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap
     # errors of m residuals in one combination a: (sum |a_j| gap sd_j)^2 <= m gap^2 sum a_j^2 sd_j^2
     spread = len(G) * gap * torch.diag(value.diagonal().clamp(min=0))
     lower = (1 - gap / 2) * value - spread / 2
-    upper = (1 + gap / 2) * value + (1 + gap) * enclosure.above(R) + (1.5 + gap) * spread
+    upper = (1 + gap / 2) * value + (1 + gap) * enclosure.above(R, sharp=gap <= _SHARP) + (1.5 + gap) * spread
     return Bracket(lower, upper)
