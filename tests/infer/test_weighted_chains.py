@@ -292,3 +292,8 @@ def test_a_comparison_with_nuts_takes_all_stored_draws() -> None:
     x, y = data()
     found = compare_with_nuts(model, chains(None), (x, y), num_samples=10, warmup_steps=3, num_chains=2)
     assert {"w", "scale", "obs_mean"} == set(found["quantity"].values)
+
+
+def test_draws_without_chains_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"samples of shape \(5,\), expected \(chains, draws\)"):
+        ChainResult({"w": torch.zeros(5)})

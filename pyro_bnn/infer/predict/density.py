@@ -10,7 +10,13 @@ from typing import Any
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDelta,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoNormal,
+)
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -47,7 +53,9 @@ def guide_log_prob(
             parts = [guide_log_prob(part, draws, batch, differentiable=differentiable) for part in guide]
             known = [part for part in parts if part is not None]
             return torch.stack(known).sum(0) if len(known) == len(parts) else None
-        if isinstance(guide, AutoDelta):
+        if isinstance(
+            guide, (AutoDelta, AutoLaplaceApproximation)
+        ):  # the latter makes a guide with a density
             return None
         if isinstance(guide, (AutoContinuous, AutoNormal)):
             return _autoguide_log_prob(guide, draws, batch)

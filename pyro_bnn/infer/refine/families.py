@@ -132,14 +132,15 @@ def family_of(guide: Any, batch: Batch) -> Family:
     if not isinstance(guide, torch.nn.Module):
         raise TypeError(
             f"forward_kl needs a guide that is a module and holds its parameters, found {type(guide).__name__}: a function's live in "
-            "Pyro's parameter store."
+            "Pyro's parameter store, and of a list refine the guides one by one."
         )
     if isinstance(guide, PackedGuide):
         return _of_laplace(guide, batch)
-    if isinstance(guide, AutoNormal):
-        return MomentFamily(guide, batch, *_of_sites(guide))
-    if type(guide) in (AutoDiagonalNormal, AutoMultivariateNormal):
-        return _of_normal(guide, batch)
+    if all(parameter.requires_grad for parameter in guide.parameters()):  # moments would move frozen ones
+        if isinstance(guide, AutoNormal):
+            return MomentFamily(guide, batch, *_of_sites(guide))
+        if type(guide) in (AutoDiagonalNormal, AutoMultivariateNormal):
+            return _of_normal(guide, batch)
     family = GradientFamily(guide, batch)
     if not family.parameters:
         raise ValueError(f"forward_kl: {type(guide).__name__} has no parameters to refine.")

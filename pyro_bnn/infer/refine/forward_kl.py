@@ -101,7 +101,7 @@ class ForwardKLResult(Described):
     :param gain: :math:`\mathrm{KL}(p\|q) - \mathrm{KL}(p\|q')`, nats, by draws of both guides; minus infinity where the refined guide
         gives draws of the posterior no density.
     :param gain_error: its standard error.
-    :param rounds: the quality at the start of every round.
+    :param rounds: the quality at the start of every round, and at the end of the last.
 
     Example::
 
@@ -127,7 +127,7 @@ class ForwardKLResult(Described):
         rows["guide"] = (
             f"{type(self.guide).__name__}, {'refined' if self.improved else 'as it was'}: {self.reason}"
         )
-        return f"refinement by the forward divergence, {len(self.rounds)} rounds", rows
+        return f"refinement by the forward divergence, {max(0, len(self.rounds) - 1)} rounds", rows
 
 
 @torch.no_grad()
@@ -160,7 +160,8 @@ def forward_kl(
     - one of diagonal precision: an :class:`~pyro.infer.autoguide.AutoDiagonalNormal`, in closed form;
     - all other Laplace approximations, and mixtures: an :class:`~pyro_bnn.infer.autoguide.AutoRescaled`, by gradients;
     - Pyro's ``AutoMultivariateNormal``, ``AutoDiagonalNormal`` and ``AutoNormal``: the same, in closed form;
-    - any other with parameters and a density: the same, by gradients.
+    - any other with parameters and a density: the same, by gradients; so are those of which some parameters are frozen
+      (``requires_grad``), which stay where they are.
 
     The closed form is moment matching. The gradients are those of L-BFGS on the draws of the round. A Laplace approximation is left as
     it is; other guides are refined in place, as by :func:`~pyro_bnn.infer.fit`.
@@ -180,7 +181,8 @@ def forward_kl(
     :param int num_rounds: rounds at most. Each costs ``num_samples`` evaluations of the log density.
     :param generator: source of random numbers; the global state then stays as it is.
     :return: the guide, its quality before and after.
-    :raises ValueError: if the guide has no density, no parameters, or holds latents fixed.
+    :raises ValueError: if the guide has no density, no parameters, or holds latents fixed, or if too many of its draws are impossible
+        under the model.
     :raises TypeError: if the guide is no module.
 
     Example::
@@ -212,6 +214,7 @@ def forward_kl(
         family = family_of(guide, batches.first)
         start = family.state()
         needed = needed_draws(family, density.size, num_samples)
+        _require_possible(first, needed)
         rounds = _search(density, family, batches, num_samples, num_rounds, needed)
         last = weigh(density, family.guide, batches, num_samples)
     before, after = (Quality.of(found, needed) for found in (first, last))
@@ -244,6 +247,16 @@ def needed_draws(family: Family, size: int, num_samples: int) -> float:
     return min(num_samples / 2, max(num_samples / 10, 20 * parameters / size))
 
 
+def _require_possible(found: ImportanceWeights, needed: float) -> None:
+    """No power makes impossible draws effective."""
+    possible = int((found.log_ratios > -math.inf).sum())
+    if possible < needed:
+        raise ValueError(
+            f"forward_kl: {possible} of {len(found.log_ratios)} draws of the guide are possible under the model, and a step needs {needed:.0f}: "
+            "start from a guide that lies where the model has a density, or constrain the latents to where it has one."
+        )
+
+
 def _search(
     density: LogDensity, family: Family, data: Any, num_samples: int, num_rounds: int, needed: float
 ) -> list[Quality]:
@@ -253,14 +266,14 @@ def _search(
     """
     rounds: list[Quality] = []
     best, state, since, whole = None, family.state(), 0, 0
-    for _ in range(num_rounds):
+    for _ in range(num_rounds + 1):  # the last one looks where the last step has led
         found = weigh(density, family.guide, data, num_samples)
         rounds.append(Quality.of(found, needed))
         since += 1
         whole += rounds[-1].exponent >= 1
         if rounds[-1].exponent >= 1 or best is None or _is_progress(best, rounds[-1]):
             best, state, since = rounds[-1], family.state(), 0
-        if since >= _PATIENCE or whole > _PATIENCE:
+        if since >= _PATIENCE or whole > _PATIENCE or not rounds[-1].exponent or len(rounds) > num_rounds:
             break
         log_weights, _ = smoothed(min(1.0, rounds[-1].exponent) * found.log_ratios)
         family.update(found.draws, log_weights.exp())

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws of a guide, weighted so that they are draws of the posterior."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,7 +103,8 @@ class ImportanceWeights(Described):
         """
         The weighted mean of something that was computed of every draw.
 
-        :param values: shape ``(S, ...)``.
+        :param values: shape ``(S, ...)``; conditions and whole numbers count as real ones. Those of draws of weight zero do not enter,
+            even where they are not finite.
         :return: shape ``(...)``.
         :raises ValueError: if there is not one value per draw.
         """
@@ -111,7 +112,11 @@ class ImportanceWeights(Described):
             raise ValueError(
                 f"values has shape {tuple(values.shape)}, expected (S, ...) with S = {len(self.log_weights)}, the number of draws."
             )
-        return torch.tensordot(self.weights.to(values), values, 1)
+        weights = self.weights.to(values.device)
+        if not (values.is_floating_point() or values.is_complex()):
+            values = values.to(weights)
+        kept = weights > 0
+        return torch.tensordot(weights[kept].to(values), values[kept], 1)
 
     def resample(self, num_samples: int) -> Draws:
         """
@@ -236,11 +241,7 @@ def weigh(
     batches = as_batches(data)
     with evaluation_mode(density.packed.model), local_parameters():
         draws = _draws(guide, num_samples, batches.first)
-        missing = [name for name in density.space.slices if name not in draws]
-        if missing:
-            raise ValueError(
-                f"importance_weights: the guide has no draws of the sites {missing}, which the model samples."
-            )
+        _require_sites(draws, density.space.slices)
         latent = density.space.pack(draws)
         log_q = log_prob(guide, draws, batches.first) + density.space.log_abs_det_jacobian(latent)
         if space == "functions":
@@ -257,8 +258,28 @@ def weigh(
     return ImportanceWeights(draws, ratios, log_weights, k_hat, space, density.packed.model)
 
 
+def _require_sites(draws: Draws, sites: Collection[str]) -> None:
+    """The draws are those of the model's latents, and of nothing else: a ratio needs densities of the same thing."""
+    if missing := [name for name in sites if name not in draws]:
+        raise ValueError(
+            f"importance_weights: the guide has no draws of the sites {missing}, which the model samples."
+        )
+    if extra := [name for name in draws if name not in sites]:
+        raise ValueError(
+            f"importance_weights: the guide draws the sites {extra}, to which the model gives no density: sample them in the model too, or "
+            "leave them out of the guide."
+        )
+
+
 def _members(guide: Any) -> Sequence[Any]:
-    return guide if isinstance(guide, (list, tuple)) else [guide]
+    members = guide if isinstance(guide, (list, tuple)) else [guide]
+    wrong = sorted({type(member).__name__ for member in members if not callable(member)})
+    if wrong or not members:
+        raise ValueError(
+            f"importance_weights needs a guide with a density, or a list of such guides, found {wrong or 'an empty list'}: draws and runs "
+            "have none; fit a guide to them."
+        )
+    return members
 
 
 def _draws(guide: Any, num_samples: int, batch: Batch) -> Draws:
@@ -267,6 +288,10 @@ def _draws(guide: Any, num_samples: int, batch: Batch) -> Draws:
     if num_samples % len(members):
         raise ValueError(f"num_samples={num_samples} is no multiple of the number of guides, {len(members)}.")
     found = [posterior_draws(member, num_samples // len(members), batch=batch) for member in members]
+    if odd := [sorted(draws) for draws in found if draws.keys() != found[0].keys()]:
+        raise ValueError(
+            f"importance_weights: the guides of a list draw different sites, {sorted(found[0])} and {odd[0]}: each must draw all."
+        )
     return {name: torch.cat([draws[name] for draws in found]) for name in found[0]}
 
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from pyro_bnn.infer.predict.draws import component_draws
 from pyro_bnn.infer.predict.predictive import posterior_predictive, seeded_by
+from pyro_bnn.infer.predict.weighted import WeightedChains
 from pyro_bnn.model.data import as_batches
 from pyro_bnn.ops.described import Described
 from pyro_bnn.ops.notice import warn_user
@@ -51,6 +52,7 @@ def stacking_weights(log_densities: Tensor, *, tolerance: float = 1e-8) -> Tenso
     Yao, Vehtari, Simpson, Gelman, *Using stacking to average Bayesian predictive distributions*, Bayesian Analysis 2018, eq. 4.
     """
     require_number("tolerance", tolerance, above=0)
+    log_densities = torch.as_tensor(log_densities)
     ratios = _ratios(log_densities)
     weights = _interior_point(ratios, tolerance)
     gap = math.log(float(_gradient(ratios, weights).max()))
@@ -59,7 +61,7 @@ def stacking_weights(log_densities: Tensor, *, tolerance: float = 1e-8) -> Tenso
             f"stacking_weights: the best weights are missed by at most {gap:.2g} nats per point, more than tolerance={tolerance:g}. "
             "Raise the tolerance, or leave out posteriors that are almost the same."
         )
-    return weights.to(log_densities.dtype)
+    return weights.to(log_densities.dtype) if log_densities.is_floating_point() else weights
 
 
 def stacking_gap(log_densities: Tensor, weights: Tensor) -> float:
@@ -209,7 +211,7 @@ def stack(
 
     :param callable model: a Pyro model.
     :param posteriors: a list of posteriors (guides, runs, draws by site), a mapping from names to them, a mixture guide, whose
-        components they are, or a run of several chains.
+        components they are, or a run of several chains, whose present weights do not enter.
     :param data: held-out observations, or for ``"loo"`` those of the fit, in any form.
     :param str method: ``"held_out"`` or ``"loo"``.
     :param str site: the observed site; needed if there are several.
@@ -249,11 +251,11 @@ def stack(
     else:
         found = [leave_one_out(v) for v in values]
         log_densities, shapes = (torch.stack(part) for part in zip(*found, strict=True))
-        limit = min(reliable_shape(len(v)) for v in values)
-        if bad := int((shapes > limit).sum()):
+        limits = torch.tensor([reliable_shape(len(v)) for v in values], dtype=shapes.dtype).unsqueeze(-1)
+        if bad := int((shapes > limits).sum()):
             warn_user(
-                f"stack: k-hat is above {limit:.2f} for {bad} of {shapes.numel()} leave-one-out densities, up to {float(shapes.max()):.2f}: they are "
-                "not to be relied on. Take held-out data, or more draws."
+                f"stack: k-hat is above {limits.min():.2f} for {bad} of {shapes.numel()} leave-one-out densities, up to {float(shapes.max()):.2f}: "
+                "they are not to be relied on. Take held-out data, or more draws."
             )
     weights = stacking_weights(log_densities)
     return Stacking(weights, names, log_densities, stacking_gap(log_densities, weights), shapes)
@@ -273,12 +275,12 @@ def leave_one_out(log_likelihood: Tensor) -> tuple[Tensor, Tensor]:
 
 def _members(posteriors: Any, num_samples: int) -> dict[str, Any]:
     """The single posteriors by name."""
-    if isinstance(posteriors, Mapping) and not any(isinstance(v, Tensor) for v in posteriors.values()):
+    if isinstance(posteriors, Mapping) and not any(hasattr(v, "shape") for v in posteriors.values()):
         found = {str(name): posterior for name, posterior in posteriors.items()}
     elif isinstance(posteriors, (list, tuple)):
         found = {f"posterior {k}": posterior for k, posterior in enumerate(posteriors)}
     elif hasattr(posteriors, "get_samples"):
-        draws = posteriors.get_samples(group_by_chain=True)
+        draws = _chains(posteriors)
         chains = range(len(next(iter(draws.values()))))
         found = {f"chain {k}": {name: value[k] for name, value in draws.items()} for k in chains}
     elif hasattr(posteriors, "components"):
@@ -296,6 +298,18 @@ def _members(posteriors: Any, num_samples: int) -> dict[str, Any]:
     return found
 
 
+def _chains(run: Any) -> Mapping[str, Tensor]:
+    """Draws by chain, of which the weights of chains say nothing: they are sought."""
+    if not isinstance(run, WeightedChains):
+        return dict(run.get_samples(group_by_chain=True))
+    weights = run.draw_weights.unflatten(0, (run.num_chains, -1))
+    if not bool((weights == weights[:, :1]).all()):
+        raise ValueError(
+            "stack weighs chains, but the draws of a chain have weights of their own: pass a list of posteriors."
+        )
+    return dict(run.samples)
+
+
 def _log_likelihood(
     model: Callable[..., Any], posterior: Any, data: Any, site: str | None, num_samples: int
 ) -> Tensor:
@@ -309,6 +323,7 @@ def _log_likelihood(
         raise ValueError(f"stack: there is no observed site {name!r} with observations in the data.")
     found: Any = sites[name]
     values, mask = found.log_likelihood, found.mask
-    if mask is not None and mask.shape == values.shape[1:]:
-        return values[:, mask]
-    return values.reshape(len(values), -1)
+    kept = values[:, mask] if mask is not None and mask.shape == values.shape[1:] else values.flatten(1)
+    if not kept.shape[1]:
+        raise ValueError(f"stack: all observations of site {name!r} are masked.")
+    return kept

@@ -288,7 +288,8 @@ def _require_continuous(trace: Trace) -> None:
     if discrete:
         raise ValueError(
             f"log_density: the latent sites {discrete} are discrete, and a packed vector holds real numbers. Sum over them in the "
-            "model: observe a mixture (pyro.distributions.MixtureSameFamily, MaskedMixture) in their place."
+            "model: observe a mixture (pyro.distributions.MixtureSameFamily, MaskedMixture) in their place. If they are what is observed, the "
+            "data lack the observations."
         )
 
 

@@ -56,7 +56,13 @@ class ChainResult(WeightedChains, Described):
     def __post_init__(self) -> None:
         if not self.samples:
             raise ValueError(f"{type(self).__name__}: samples holds no site.")
-        chains, draws = next(iter(self.samples.values())).shape[:2]
+        first = next(iter(self.samples.values()))
+        if first.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__}: samples of shape {tuple(first.shape)}, expected (chains, draws) + site shape; those of one chain are "
+                "value.unsqueeze(0)."
+            )
+        chains, draws = first.shape[:2]
         _check_shapes("samples", self.samples, (chains, draws))
         _check_shapes("sample_stats", self.sample_stats, (chains, draws))
         for name, values in (("warmup", self.warmup), ("warmup_stats", self.warmup_stats)):

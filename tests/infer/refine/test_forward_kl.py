@@ -16,6 +16,7 @@ from pyro.infer.autoguide import (
     AutoMultivariateNormal,
     AutoNormal,
 )
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 import pyro_bnn.infer.refine.forward_kl as module
@@ -39,13 +40,18 @@ def model(x: Tensor, y: Tensor | None = None) -> Tensor:
         return pyro.sample("obs", dist.Bernoulli(logits=2 * (w[..., :1] * x + w[..., 1:])), obs=y)
 
 
-def moments() -> tuple[Tensor, Tensor]:
-    """The mean and covariance of the posterior, by quadrature."""
+def quadrature() -> tuple[Tensor, Tensor]:
+    """Points and their shares of the posterior."""
     axis = torch.linspace(-12, 12, 601, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
     log_p = dist.Normal(0.0, 2.0).log_prob(grid).sum(-1)
     logits = 2 * (grid[:, :1] * X + grid[:, 1:])
-    p = (log_p + dist.Bernoulli(logits=logits).log_prob(Y).sum(-1)).softmax(0)
+    return grid, (log_p + dist.Bernoulli(logits=logits).log_prob(Y).sum(-1)).softmax(0)
+
+
+def moments() -> tuple[Tensor, Tensor]:
+    """The mean and covariance of the posterior, by quadrature."""
+    grid, p = quadrature()
     mean = p @ grid
     return mean, (grid - mean).mT @ (p.unsqueeze(-1) * (grid - mean))
 
@@ -253,3 +259,72 @@ def test_refusals() -> None:
         TypeError, match="needs a Laplace approximation or a mixture of them, found AutoNormal"
     ):
         AutoRescaled(AutoNormal(model))  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match=r"needs a guide that is a module.*found list"):
+        forward_kl(model, [started(AutoNormal), started(AutoNormal)], (X, Y), num_samples=50)
+
+
+def test_one_round_is_one_step() -> None:
+    """The only step moves the guide towards the mean of the posterior, and is looked at."""
+    guide = started(AutoMultivariateNormal, init_scale=1.5)
+    before = guide.loc.detach().clone()
+    found = forward_kl(model, guide, (X, Y), num_samples=SIZE, num_rounds=1)
+    mean, _ = moments()
+    assert found.improved
+    assert len(found.rounds) == 2
+    assert found.rounds[1].exponent > found.rounds[0].exponent
+    assert float((guide.loc.detach() - mean).norm()) < float((before - mean).norm())
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoMultivariateNormal])
+def test_frozen_parameters_stay(kind: Any) -> None:
+    """With the location frozen away from the mean, the best variance is that around the location."""
+    guide = started(kind, init_scale=1.5)
+    loc = next(p for name, p in guide.named_parameters() if "loc" in name)
+    loc.requires_grad_(False)
+    before = loc.clone()
+    found = forward_kl(model, guide, (X, Y), num_samples=SIZE)
+    assert found.improved
+    assert torch.equal(loc, before)
+    grid, p = quadrature()
+    expected, fourth = (p @ (grid - before).pow(power) for power in (2, 4))
+    variance = guide.scales.w.square() if kind is AutoNormal else moments_of(guide)[1].diagonal()
+    error = ((fourth - expected.square()) / (SIZE / 2)).sqrt()  # of half the draws, as above
+    assert bool(((variance - expected).abs() < 4 * error).all())
+
+
+def cut(least: float) -> Any:
+    """An observation of 1 with unit noise, of a standard normal that is at least so large."""
+
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.factor("cut", torch.where(w > least, 0.0 * w, -math.inf))
+        pyro.sample("obs", dist.Normal(w, 1.0), obs=y)
+
+    guide = AutoDiagonalNormal(
+        model, init_loc_fn=init_to_value(values={"w": torch.tensor(0.5)}), init_scale=1.0
+    )
+    guide(torch.tensor(1.0))
+    return model, guide
+
+
+def test_impossible_draws() -> None:
+    """The moments of a normal that is cut at zero, where a third of the draws have no density."""
+    shape, guide = cut(0.0)
+    found = forward_kl(shape, guide, (torch.tensor(1.0),), num_samples=SIZE)
+    standard, s = torch.distributions.Normal(0.0, 1.0), math.sqrt(0.5)
+    a = torch.tensor(-0.5 / s)
+    ratio = standard.log_prob(a).exp() / (1 - standard.cdf(a))
+    variance = 0.5 * (1 + a * ratio - ratio**2)
+    error = 4 / math.sqrt(SIZE / 2)
+    assert found.improved
+    assert abs(float(guide.loc.detach() - (0.5 + s * ratio))) < error * float(variance.sqrt())
+    assert abs(float(guide.scale.detach().square() / variance) - 1) < 2 * error
+
+
+def test_too_many_impossible_draws_are_refused() -> None:
+    shape, guide = cut(2.5)
+    with pytest.raises(
+        ValueError, match="of 1000 draws of the guide are possible under the model, and a step needs 100"
+    ):
+        forward_kl(shape, guide, (torch.tensor(1.0),))

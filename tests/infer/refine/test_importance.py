@@ -9,11 +9,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoGuideList,
+    AutoLaplaceApproximation,
+    AutoNormal,
+)
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_bnn import AutoLaplace, AutoLaplaceMixture, posterior_predictive
+from pyro_bnn.infer import ChainResult
+from pyro_bnn.infer.refine.forward_kl import forward_kl
 from pyro_bnn.infer.refine.importance import ImportanceWarning, ImportanceWeights, importance_weights, weigh
 from pyro_bnn.infer.sample.log_density import log_density
 from tests.common import assert_close
@@ -268,3 +276,100 @@ def test_modules_are_evaluated() -> None:
     model = Module()
     guide = AutoLaplace(model).initialize(X, Y).polish((X, Y)).laplace_approximation((X, Y))
     assert float(weights_of(model, guide, (X, Y), 50).log_ratios.std()) < 1e-7
+
+
+def test_means_of_conditions_whole_numbers_and_impossible_draws() -> None:
+    log_weights = torch.tensor([0.25, 0.75, 0.0]).log()
+    draws = {"w": torch.tensor([-1.0, 2.0, math.inf])}
+    found = ImportanceWeights(draws, log_weights, log_weights, 0.1, "latents", nonlinear)
+    assert_close(found.mean(draws["w"] > 0), 0.75)
+    assert_close(found.mean(torch.tensor([4, 8, 100])), 7.0)
+    assert_close(found.mean(draws["w"]), 1.25)  # a draw of weight zero does not enter
+    assert found.mean(draws["w"].float()).dtype == torch.float32
+
+
+def test_what_has_no_density_is_refused() -> None:
+    model, x, y = linear_regression(n=8)
+    point = AutoLaplaceApproximation(model)  # a point: its draws are all the same, and their weights would be
+    point(x, y)
+    with pytest.raises(ValueError, match="AutoLaplaceApproximation has no density"):
+        weights_of(model, point, (x, y), 20)
+    draws = {"w": torch.zeros(20, 3)}
+    for wrong, found in ((draws, "dict"), (ChainResult({"w": torch.zeros(1, 20, 3)}), "ChainResult")):
+        with pytest.raises(ValueError, match=rf"needs a guide with a density.*found \['{found}'\]"):
+            weights_of(model, wrong, (x, y), 20)
+    with pytest.raises(ValueError, match="found an empty list"):
+        weights_of(model, [], (x, y), 20)
+
+
+def test_sites_that_the_model_does_not_sample_are_refused() -> None:
+    model, x, y = linear_regression(n=8)
+
+    def more(x: Tensor, y: Tensor | None = None) -> Tensor:
+        pyro.sample("v", dist.Normal(0.0, 1.0))
+        return model(x, y)
+
+    guides = [AutoNormal(more), AutoNormal(model)]
+    for guide in guides:
+        guide(x, y)
+    with pytest.raises(
+        ValueError, match=r"the guide draws the sites \['v'\], to which the model gives no density"
+    ):
+        weights_of(model, guides[0], (x, y), 20)
+    with pytest.raises(ValueError, match=r"draw different sites, \['v', 'w'\] and \['w'\]"):
+        weights_of(more, guides, (x, y), 20)
+
+
+def counts(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Counts with a skewed posterior: a positive factor and a line in the logarithm."""
+    factor = pyro.sample("factor", dist.LogNormal(0.0, 0.7))
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        rate = factor * (w[..., 0] * x + w[..., 1]).exp()
+        return pyro.sample("obs", dist.Poisson(rate), obs=y)
+
+
+def rates_by_metropolis(x: Tensor, y: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means of rates and their standard errors by random walks, 1,000 side by side, in plain torch."""
+
+    def parts(u: Tensor, at: Tensor) -> Tensor:
+        return u[:, :1].exp() * (u[:, 1:2] * at + u[:, 2:]).exp()
+
+    def log_p(u: Tensor) -> Tensor:
+        prior = dist.Normal(0.0, torch.tensor([0.7, 1.0, 1.0])).log_prob(u).sum(-1)
+        return prior + dist.Poisson(parts(u, x)).log_prob(y).sum(-1)
+
+    u = 0.3 * torch.randn(1000, 3)
+    value, total, steps = log_p(u), torch.zeros(1000, len(points)), 1200
+    for step in range(steps):
+        proposal = u + 0.5 * torch.randn_like(u)
+        new = log_p(proposal)
+        taken = torch.rand(1000).log() < new - value
+        u, value = torch.where(taken.unsqueeze(-1), proposal, u), torch.where(taken, new, value)
+        if step >= 400:
+            total += parts(u, points) / (steps - 400)
+    return total.mean(0), total.std(0) / math.sqrt(1000)
+
+
+def test_weighted_predictions_agree_with_metropolis() -> None:
+    """Means of rates under weights of a refined guide, and under the guide of draws, within 4 standard errors."""
+    x, y = torch.linspace(-1, 1, 5), torch.tensor([0.0, 2.0, 1.0, 4.0, 5.0])
+    points = torch.tensor([-1.5, 0.0, 1.5])
+    expected, noise = rates_by_metropolis(x, y, points)
+    laplace = AutoLaplace(counts).initialize(x, y).polish((x, y)).laplace_approximation((x, y))
+    refined = forward_kl(counts, laplace, (x, y))
+    assert refined.improved
+    refined.guide.scale = 1.4 * refined.guide.scale  # covers the tails
+    found = importance_weights(counts, refined.guide, (x, y), num_samples=10000)
+    assert found.is_reliable
+    w = found.draws["w"]
+    rates = found.draws["factor"].unsqueeze(-1) * (w[:, :1] * points + w[:, 1:]).exp()
+    mean = found.mean(rates)
+    error = (found.weights.square() @ (rates - mean).square()).sqrt()
+    assert bool(((mean - expected).abs() < 4 * (error.square() + noise.square()).sqrt()).all())
+    assert bool((error < 0.05 * expected).all())  # or the comparison would say little
+    guide = found.guide().initialize(x, y)
+    predicted = posterior_predictive(counts, guide, (points,), num_samples=10000).mean.mean(0)
+    # counts of draws are rounded, which moves a mean by no more than the error of so many draws
+    spread = (found.weights @ (rates - mean).square()).sqrt()
+    assert bool(((predicted - mean).abs() < 4 * spread / math.sqrt(10000)).all())

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import arviz as az
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pyro_bnn import AutoLaplace, AutoLaplaceMixture, AutoMixture
 from pyro_bnn.infer import ChainResult
+from pyro_bnn.infer.autoguide import AutoEmpirical
 from pyro_bnn.infer.refine.stacking import leave_one_out, stack, stacking_weights
 from tests.common import assert_close
 
@@ -135,3 +137,21 @@ def test_refusals() -> None:
         stack(model, [guide], (X, Y), site="other")
     with pytest.raises(ValueError, match="method must be 'held_out' or 'loo'"):
         stack(model, [guide], (X, Y), method="waic")  # type: ignore[arg-type]
+    masked = pyro.poutine.mask(model, mask=False)
+    with pytest.raises(ValueError, match="all observations of site 'obs' are masked"):
+        stack(masked, [{"w": torch.zeros(3)}], (X, Y))
+    with pytest.raises(ValueError, match="a run of several chains, found dict"):
+        stack(model, {"w": np.zeros(3)}, (X, Y))
+    draws = torch.randn(2, 4)
+    weighted = AutoEmpirical(model, ChainResult({"w": draws}), weights=torch.arange(8) / 28)
+    with pytest.raises(ValueError, match="the draws of a chain have weights of their own"):
+        stack(model, weighted, (X, Y))
+
+
+def test_present_weights_of_chains_do_not_enter() -> None:
+    """Chains that have weights are stacked by what each predicts."""
+    run = ChainResult({"w": torch.randn(3, 5)})
+    expected = stack(model, run, (X, Y))
+    found = stack(model, run.reweighted([0.5, 0.5, 0.0]), (X, Y))
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.log_densities, expected.log_densities)

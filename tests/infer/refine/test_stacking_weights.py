@@ -105,3 +105,11 @@ def test_refusals(values: Tensor, message: str) -> None:
 def test_weights_that_are_none_have_no_gap() -> None:
     with pytest.raises(ValueError, match="2 numbers of at least 0 that sum to 1"):
         stacking_gap(torch.zeros(2, 3), torch.tensor([0.7, 0.7]))
+
+
+def test_whole_numbers_and_arrays() -> None:
+    """Weights are never rounded to the type of whole numbers."""
+    values = [[0, -1, -1], [-1, 0, 0]]
+    expected = stacking_weights(torch.tensor(values, dtype=torch.float64))
+    assert_close(stacking_weights(torch.tensor(values)), expected)
+    assert_close(stacking_weights(np.array(values)), expected)  # type: ignore[arg-type]
