@@ -170,7 +170,7 @@ def against_nuts(path: Path) -> Iterator[tuple[str, list[list[str]]]]:
             *([row["set"], str(row["chains"]), f"{row['warmup']:,} + {row['draws']:,}", f"{row['r_hat']:.3f}",
                f"{row['r_hat_median']:.4f}", f"{row['r_hat_below_1.01']:.0%}", f"{row['ess']:,.0f}",
                f"{row['ess_median']:,.0f}", f"{row['gradients']:,}", f"{row['sampling_seconds']:,.0f}",
-               str(row["diverging"])] for row in rows if "r_hat" in row),
+               str(row["diverging"])] for row in rows if "warmup" in row),
         ]  # fmt: skip
     for name in dict.fromkeys(row["set"] for row in rows):
         table = [["", *columns]]
