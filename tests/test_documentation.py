@@ -150,6 +150,7 @@ def test_hfl() -> None:
     names["guide"] = laplace(names, curvature="hessian")
     dense = names["guide"].linearized_outputs(names["x_test"])["obs"].variance
     names["value"] = names["guide"].median()["sigma"].detach()
+    names["x_validation"], names["x_new"] = names["x_test"][:5], names["x_test"][5:9]
     names = run(PAGES / "hfl.rst", names)
     torch.testing.assert_close(names["result"].variance, dense, rtol=1e-6, atol=0)
 

@@ -14,7 +14,7 @@ import pyro_bnn
 
 ROOT = Path(__file__).parents[1]
 #: Packages without which tests are skipped.
-OPTIONAL = {"lightning"}
+OPTIONAL = {"lightning", "blackjax", "jax", "numpyro", "nutpie"}
 
 
 def imported(path: Path) -> set[str]:

@@ -81,8 +81,8 @@ class ChainResult(WeightedChains, Described):
 
             >>> import torch
             >>> run = ChainResult({"w": torch.zeros(2, 5)})
-            >>> run.reweighted([0.9, 0.1]).weights
-            tensor([0.9000, 0.1000], dtype=torch.float64)
+            >>> run.reweighted([0.75, 0.25]).weights.tolist()
+            [0.75, 0.25]
         """
         return replace(self, weights=as_weights(weights, self.num_chains, what="chain"))
 
