@@ -13,17 +13,38 @@ Gaussian prior. For directions Q, one per row, and their images :math:`W = QP`, 
 For any d with residual :math:`r = g - Pd` one has :math:`g^\top P^{-1} g = g^\top d + d^\top r + r^\top P^{-1} r`, so that
 :math:`h(d) = g^\top d + d^\top r + r^\top M^{-1} r` is an upper bound. Its minimum over d in the span of Q is
 :math:`g^\top` times the right-hand side times :math:`g`, which proves it; for the Krylov space of one vector and :math:`M = \tau`
-it is the Gauss-Radau rule with a node at :math:`\tau` (:mod:`pyro_bnn.ops.quadrature`), as the maximum of
+it is the Gauss-Radau rule with a node at :math:`\tau`, as the maximum of
 :math:`g^\top d + d^\top r`, on the left, is the Gauss rule. Neither asks for a Krylov space: blocks, directions of
 earlier solves and any preconditioner serve as well.
 
 Source: Golub and Meurant (1994), "Matrices, moments and quadrature", for one vector; the argument above for any span.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from pyro_bnn.ops.jacobian import LinearMap
+
+
+class Bracket(NamedTuple):
+    """
+    A lower and an upper bound, tensors of one shape.
+
+    Example::
+
+        >>> Bracket(torch.tensor(0.5), torch.tensor(0.75)).width
+        tensor(0.2500)
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    @property
+    def width(self) -> Tensor:
+        """The upper bound less the lower one."""
+        return self.upper - self.lower
 
 
 class Enclosure:

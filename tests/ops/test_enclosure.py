@@ -7,8 +7,8 @@ import torch
 
 from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
 from pyro_bnn.ops.enclosure import Enclosure
-from pyro_bnn.ops.quadrature import bracket
 from tests.common import assert_close
+from tests.ops.quadrature import bracket
 
 
 def rotated(values):

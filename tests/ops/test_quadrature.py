@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_bnn.ops.quadrature import bracket, gauss, gauss_radau
+from tests.ops.quadrature import bracket, gauss, gauss_radau
 
 FUNCTIONS = {"inverse": torch.reciprocal, "log": torch.log}
 SPECTRA = {

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_bnn.ops.enclosure import Enclosure
-from pyro_bnn.ops.quadrature import Bracket
+from pyro_bnn.ops.enclosure import Bracket, Enclosure
 
 #: Where rounding makes larger gaps, products are no longer used to sharpen the bound of what they leave over.
 _SHARP = 1e-2

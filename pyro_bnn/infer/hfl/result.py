@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from pyro_bnn.infer.hfl.diagnostics import Diagnostics
-from pyro_bnn.ops.quadrature import Bracket
+from pyro_bnn.ops.enclosure import Bracket
 
 
 @dataclass(kw_only=True, repr=False)

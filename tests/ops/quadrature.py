@@ -13,33 +13,15 @@ bound and the Radau rule the upper one, for :math:`\log x` the other way round.
 Source: Golub and Meurant (1994), "Matrices, moments and quadrature".
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.enclosure import Bracket
 from pyro_bnn.ops.options import require_choice
 
 Function = Literal["inverse", "log"]
-
-
-class Bracket(NamedTuple):
-    """
-    A lower and an upper bound, tensors of one shape.
-
-    Example::
-
-        >>> Bracket(torch.tensor(0.5), torch.tensor(0.75)).width
-        tensor(0.2500)
-    """
-
-    lower: Tensor
-    upper: Tensor
-
-    @property
-    def width(self) -> Tensor:
-        """The upper bound less the lower one."""
-        return self.upper - self.lower
 
 
 def bracket(
