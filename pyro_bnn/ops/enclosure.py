@@ -20,12 +20,21 @@ earlier solves and any preconditioner serve as well.
 Source: Golub and Meurant (1994), "Matrices, moments and quadrature", for one vector; the argument above for any span.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.ops.jacobian import LinearMap
+
+#: From what a process contributes to inner products of rows to these products: a sum over processes, where rows are sharded.
+Total = Callable[[Tensor], Tensor]
+
+
+def whole(products: Tensor) -> Tensor:
+    """Inner products of rows that are not sharded."""
+    return products
 
 
 class Bracket(NamedTuple):
@@ -52,6 +61,7 @@ class Enclosure:
     Bounds of :math:`R P^{-1} R^\top` for rows R.
 
     :param metric: the map :math:`r \mapsto M^{-1} r`, of shape (S, p) both.
+    :param total: makes inner products of the parts of rows that processes have; for whole rows the identity.
     :ivar directions: Q, shape ``(k, p)``; none at first.
     :ivar images: :math:`QP`, shape ``(k, p)``.
     :ivar is_recursive: whether directions follow a recursion, :meth:`follow`, and are orthogonal in N rather than in P.
@@ -67,8 +77,9 @@ class Enclosure:
         True
     """
 
-    def __init__(self, metric: LinearMap) -> None:
+    def __init__(self, metric: LinearMap, total: Total = whole) -> None:
         self.metric = metric
+        self.total = total
         self.directions = self.images = torch.empty(0, 0)
         self._gram = torch.empty(0, 0)  # N
         self._size = torch.empty(0)  # Q P Q', the diagonal
@@ -90,7 +101,7 @@ class Enclosure:
         gram[old:], gram[:, old:] = rows, rows.mT
         gram[old:, old:] = 0.5 * (rows[:, old:] + rows[:, old:].mT)
         self._gram, self._factor = gram, None
-        self._size = (directions * images).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+        self._size = self.total((directions * images).sum(-1)).clamp(min=torch.finfo(gram.dtype).tiny)
         self._largest = max(self._largest, float((1 + gram.diagonal() / self._size).max()))
 
     def follow(self, directions: Tensor, images: Tensor) -> None:
@@ -128,7 +139,7 @@ class Enclosure:
         """
         if self.is_recursive or not len(self._gram):
             return torch.zeros_like(rows), rows
-        coefficients = rows @ self.directions.mT
+        coefficients = self.total(rows @ self.directions.mT)
         return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
     def above(self, rows: Tensor, *, diagonal: bool = False, sharp: bool = True) -> Tensor:
@@ -139,13 +150,13 @@ class Enclosure:
         :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
         """
         scaled = self.metric(rows)
-        whole = (rows * scaled).sum(-1) if diagonal else _even(rows @ scaled.mT)
+        size = self.total((rows * scaled).sum(-1)) if diagonal else _even(self.total(rows @ scaled.mT))
         if not sharp or not len(self._gram):
-            return whole
-        half = (scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
+            return size
+        half = self.total(scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
         if not diagonal:
-            return (1 + self._noise()) * whole - half @ half.mT
-        return ((1 + self._noise()) * whole - half.square().sum(-1)).clamp(min=0)
+            return (1 + self._noise()) * size - half @ half.mT
+        return ((1 + self._noise()) * size - half.square().sum(-1)).clamp(min=0)
 
     def _noise(self) -> float:
         """The relative error of an image in the metric, were it rounded in the worst of directions."""
@@ -153,7 +164,7 @@ class Enclosure:
 
     def _products(self, directions: Tensor, images: Tensor) -> Tensor:
         """Rows of N: of some directions with all of them."""
-        return self.metric(images) @ self.images.mT - directions @ self.images.mT
+        return self.total(self.metric(images) @ self.images.mT - directions @ self.images.mT)
 
     def _root(self) -> Tensor:
         r"""R with :math:`R R^\top \preceq N^{-1}`, shape (k, k): smaller than rounding could make N^-1 larger."""
@@ -175,12 +186,16 @@ class Enclosure:
         return self._factor
 
 
-def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+def conjugate_rows(
+    directions: Tensor, images: Tensor, *, floor: float = 0.0, total: Total = whole
+) -> tuple[Tensor, Tensor]:
     r"""
     Directions with :math:`QPQ^\top = 1` of the span of others, and their images.
 
     :param directions: shape ``(k, p)``; those that depend on others, or have no length, are left out.
     :param images: their products with P, shape ``(k, p)``.
+    :param floor: the relative error of images; what depends on others up to it is left out.
+    :param total: see :class:`Enclosure`.
     :return: both of shape ``(r, p)`` with r ≤ k.
 
     Example::
@@ -190,15 +205,12 @@ def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         >>> (Q @ images.mT).round(decimals=5)
         tensor([[1.]])
     """
-    scale = (directions * images).sum(-1).clamp(min=0).rsqrt()
+    scale = total((directions * images).sum(-1)).clamp(min=0).rsqrt()
     scale = torch.where(scale.isfinite(), scale, 0.0)
     directions, images = directions * scale[:, None], images * scale[:, None]
-    values, vectors = torch.linalg.eigh(_even((directions @ images.mT).double()))
-    keep = (
-        values > 1e3 * torch.finfo(images.dtype).eps * values.clamp(min=0).max()
-        if len(values)
-        else values > 0
-    )
+    values, vectors = torch.linalg.eigh(_even(total(directions @ images.mT).double()))
+    floor = max(floor, 1e3 * torch.finfo(images.dtype).eps)
+    keep = values > floor * values.clamp(min=0).max() if len(values) else values > 0
     root = (vectors[:, keep] / values[keep].sqrt()).mT.to(images.dtype)
     return root @ directions, root @ images
 

@@ -38,7 +38,7 @@ def said(*, largest_curvature: float = 1.0, map_tolerance: float = 0.1, **facts:
         ("largest_curvature", 5e-2 / EPS, "more than float64 resolves to 1 %", {"smallest_curvature": 5.0}),
         ("residual", 1e-5, "the solves stopped at a relative residual", {"method": "cg"}),
         ("residual", 1e-5, "the solves stopped at a relative residual", {"method": "probe"}),
-        ("residual", 0.02, "short of their minima", {"method": "paired"}),
+        ("residual", 0.02**0.5, "short of their minima", {"method": "paired"}),
         ("residual", 0.1, "short of their minima", {"method": "central"}),
         ("residual", 0.1, "short of their minima", {"method": "one_sided"}),
         ("agreement", 0.01, "variances at epsilon and epsilon / 3 differ", {"method": "central"}),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from pyro.infer.autoguide import AutoDelta
 from pyro.infer.autoguide.initialization import init_to_value
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_bnn.infer import fit
+from pyro_bnn.infer import fit, hfl
 from tests.common import assert_close
+from tests.infer.first_order_script import PRECISION, TARGETS, N, at_mode, data, linear, loss, reference
 from tests.infer.models import TextbookNet, linear_data
 
 lightning = pytest.importorskip("lightning")
@@ -72,3 +74,35 @@ def test_mixed_precision_with_clipping(optim: float | None, tmp_path: Path) -> N
     )
     trainer.fit(module, loader)
     assert all(not torch.equal(p, q) for p, q in zip(guide.parameters(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_first_order_runs(tmp_path: Path) -> None:
+    """Hooks of an optimiser that is made within the run, and whose steps take a closure; against a dense Hessian."""
+    net = at_mode(linear)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return loss(self.net, *batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return runs.attach(torch.optim.SGD(net.parameters(), lr=0.02, weight_decay=PRECISION / N))
+
+    runs = hfl.FirstOrder(net, lambda net: net(TARGETS), scale=N, method="paired", curvature="ggn")
+    module, loader = Module(), DataLoader(TensorDataset(*data()), batch_size=6, shuffle=True)
+    for run in runs:
+        trainer = lightning.Trainer(
+            max_epochs=run.epochs(2),
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, loader)
+    assert_close(runs.result().covariance, reference(linear), rtol=1e-7)

@@ -85,7 +85,7 @@ def variance_bounds(
     Of the variances of functionals, shape (m,), from their gradients, displacements and residuals, shape (m, p) each; ``rest``
     is another upper bound of what residuals leave over.
     """
-    value = (D * (G + R)).sum(-1).clamp(min=0)
+    value = enclosure.total((D * (G + R)).sum(-1)).clamp(min=0)
     left = enclosure.above(R, diagonal=True, sharp=gap <= _SHARP)
     left = left if rest is None else torch.minimum(left, rest)
     # with e the error of a residual, of length gap * sd: v = value + d'e + |r + e|^2 in the norm of the inverse
@@ -96,7 +96,7 @@ def variance_bounds(
 
 def covariance_bounds(enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap: float) -> Bracket:
     """Of the covariance of functionals, shape (m, m), in the order of positive semi-definite matrices; see above."""
-    value = G @ D.mT + D @ R.mT
+    value = enclosure.total(G @ D.mT + D @ R.mT)
     value = 0.5 * (value + value.mT)
     # errors of m residuals in one combination a: (sum |a_j| gap sd_j)^2 <= m gap^2 sum a_j^2 sd_j^2
     spread = len(G) * gap * torch.diag(value.diagonal().clamp(min=0))

@@ -120,6 +120,20 @@ class Diagnostics(Described):
                 "bounds by more than 1 %: read lower and upper, or use method='cg'"
             )
 
+    def _of_the_span(self) -> str:
+        share = f"{self.residual**2:.2g}"
+        if self.method == "paired":
+            return (
+                f"runs and gradients stopped {self.residual:.2g} epsilon short of their minima, so that variances may be too small "
+                f"by {share} of them: use a preconditioner, more epochs, or method='cg'"
+            )
+        if self.certificate is not None:
+            return f"variances may be too small by {share} of them, the width of their bounds: allow more sweeps, or train longer"
+        return (
+            f"variances may be too small: the last directions raised one by {share} of it, and what is missing may be more than "
+            "that. Allow more sweeps, or train longer in the runs"
+        )
+
     def _of_the_method(self, tolerance: float) -> Iterator[str]:
         if self.method in ("cg", "probe"):
             if self.residual > 10 * tolerance:
@@ -127,7 +141,10 @@ class Diagnostics(Described):
                     f"the solves stopped at a relative residual of {self.residual:.2g}, not {tolerance:.2g}: variances are "
                     "lower bounds. Use a preconditioner, a larger max_iter, or float64"
                 )
-        elif self.residual > (0.02 if self.method == "paired" else 0.1):
+        elif self.method in ("paired", "first_order"):
+            if self.residual**2 > 0.02:
+                yield self._of_the_span()
+        elif self.residual > 0.1:
             yield (
                 f"the perturbed minimisations stopped {self.residual:.2g} epsilon short of their minima, so that variances "
                 "may be wrong by as large a fraction: use method='cg', float64, a preconditioner, or more epochs"

@@ -36,9 +36,11 @@ class HFLResult(Diagnostics):
     :ivar smallest_curvature: the smallest curvature met by the solves, an upper bound of the smallest eigenvalue
         of the precision (with ``proximal`` included).
     :ivar residual: largest relative residual of the solves (``"cg"``, ``"probe"``), or the largest Newton
-        decrement left by the perturbed minimisations relative to ``epsilon``.
-    :ivar agreement: largest relative difference between the variances at ``epsilon`` and at ``epsilon / 3``;
-        ``None`` where there is no epsilon, or no check was asked for.
+        decrement left by the perturbed minimisations relative to ``epsilon``; of ``"paired"`` and of
+        :class:`~pyro_bnn.infer.hfl.FirstOrder` the root of the share of a variance that is missing, of the latter the width of its
+        bounds, or else what the last directions have added.
+    :ivar agreement: largest relative difference between the variances at ``epsilon`` and at ``epsilon / 3`` (of ``FirstOrder``,
+        of one curvature); ``None`` where there is no epsilon, or no check was asked for.
     :ivar epsilon: posterior standard deviations by which functionals were moved, or ``None``.
     :ivar proximal: δ of the term :math:`\frac\delta2|u-\hat u|^2` that was added to the loss.
     :ivar captured: for probes, the estimated fraction of the summed variance that they captured.
@@ -46,6 +48,7 @@ class HFLResult(Diagnostics):
     :ivar certificate: bounds of the variances from both sides, and of covariances in the order of positive semi-definite
         matrices; ``None`` where no bound of the curvature is known.
     :ivar uncertified: the reason for that.
+    :ivar num_latents: p, where the rows above are one process's part of vectors of that length; else ``None``.
     :ivar iterations: block iterations of the linear solves.
     :ivar products: curvature-vector products.
     :ivar gradient_evaluations: gradients of the loss over all the data.
@@ -74,6 +77,7 @@ class HFLResult(Diagnostics):
     factor: Tensor
     half: Tensor
     sandwich: Tensor | None = None
+    num_latents: int | None = None
 
     @property
     def variance(self) -> Tensor:
@@ -150,7 +154,7 @@ class HFLResult(Diagnostics):
 
     @override
     def described(self) -> tuple[str, dict[str, str]]:
-        m, p = self.mean.shape[0], self.displacements.shape[1]
+        m, p = self.mean.shape[0], self.num_latents or self.displacements.shape[1]
         sd = self.variances.sqrt()
         rows = {f"warning: {text}": "" for text in self.warnings}
         rows |= {

@@ -1,0 +1,60 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+"""Where a training loop starts from: weights, buffers, optimisers, random numbers."""
+
+import copy
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.infer.hfl.module_weights import ModuleWeights
+
+
+class Snapshot:
+    """
+    All that runs of a loop may change, as it was at first.
+
+    :ivar point: the weights, shape ``(p,)``.
+    """
+
+    def __init__(self, weights: ModuleWeights, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.weights = weights
+        self.point = weights.read()
+        self._buffers = [(b, b.detach().clone()) for b in weights.module.buffers()]
+        self._optimizers = [(o, copy.deepcopy(o.state_dict())) for o in optimizers]
+        self._random = _random_state()
+
+    @torch.no_grad()
+    def restore(self, *, random_state: bool, offset: Tensor | None = None) -> None:
+        """Everything as it was, gradients ``None``, and the weights plus an offset of shape ``(p,)``."""
+        self.weights.write(self.point if offset is None else self.point + offset)
+        for p in self.weights.parameters:
+            p.grad = None
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for optimizer, state in self._optimizers:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        if random_state:
+            _set_random_state(self._random)
+
+
+def _random_state() -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        found["numpy"] = sys.modules["numpy"].random.get_state()
+    return found
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])
