@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log density of any Pyro model on its packed latent vector: what samplers run on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.sample.callbacks import Arrays, on_arrays, on_jax
+from pyro_bnn.infer.sample.collapse import collapsed
 from pyro_bnn.infer.sample.evaluation import Evaluator
 from pyro_bnn.infer.sample.joint import Joint, Share, moving_supports, unvalidated
 from pyro_bnn.model.data import Arguments, Batch, Batches, as_batch
@@ -36,7 +37,7 @@ class LogDensity(Described):
     Called with ``u`` of shape ``(p,)`` or, for ``C`` chains, ``(C, p)``, it returns the density, of shape ``()`` or ``(C,)`` and
     the type of ``u``; the result can be differentiated once by autograd. The sum over data points is formed in double precision.
 
-    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``.
+    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``; without latents that are integrated out.
     :ivar size: its length ``p``.
     :ivar dtype: the type in which the model computes.
     :ivar device: where its latents are.
@@ -60,8 +61,7 @@ class LogDensity(Described):
 
     def __init__(self, evaluator: Evaluator, shares: list[Share], first: Batch) -> None:
         self._evaluator, self._shares, self._first = evaluator, shares, first
-        self.packed = evaluator.joint.packed
-        self.space = self.packed.space
+        self.packed, self.space = evaluator.joint.packed, evaluator.joint.space
         self.size = self.space.dim
         self.dtype, self.device = evaluator.anchors.dtype, evaluator.anchors.device
         self.gradients = 0
@@ -115,6 +115,10 @@ class LogDensity(Described):
         :param once: names of observed sites and factors; by default :attr:`repeated`.
         :return: as :meth:`value_and_gradient`.
         """
+        if self._evaluator.joint.space is not self.packed.space:
+            raise ValueError(
+                "batch_value_and_gradient: latents that are integrated out depend on all data: make the log density without collapse."
+            )
         rows = self._rows(u)
         names = self.repeated if once is None else frozenset(once)
         share = Share(as_batch(batch), scaled=True, once=names)
@@ -168,6 +172,38 @@ class LogDensity(Described):
         """
         return on_jax(self)
 
+    def restrict(self, u: Tensor) -> Tensor:
+        """
+        The latents that are not integrated out.
+
+        :param u: packed vectors of all latents, shape ``(..., p)``.
+        :return: packed vectors of this density, shape ``(..., size)``; ``u`` itself where nothing is integrated out.
+        """
+        return self._evaluator.joint.restrict(u)
+
+    def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        All latents, those that are integrated out drawn given the others: with ``u`` from this density they are from the posterior.
+
+        :param u: packed vectors of this density, shape ``(..., size)``.
+        :return: packed vectors of all latents, shape ``(..., p)``, and the log density of what was drawn, shape ``(...)``.
+
+        Example::
+
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(y):
+            ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(y)):
+            ...         pyro.sample("obs", dist.Normal(z, scale), obs=y)
+            >>> whole, part = (log_density(model, torch.ones(3), collapse=names) for names in (None, "z"))
+            >>> u = torch.zeros(part.size)
+            >>> v, log_prob = part.complete(u)
+            >>> part.size, v.shape, bool(abs(part(u) + log_prob - whole(v)) < 1e-5)
+            (1, torch.Size([2]), True)
+        """
+        return self._evaluator.joint.complete(u)
+
     @cached_property
     def repeated(self) -> frozenset[str]:
         """The observed sites and factors that do not belong to rows of the data, and count once whatever the batches are."""
@@ -209,7 +245,9 @@ class _Value(torch.autograd.Function):
 
 @torch.inference_mode(False)
 @torch.enable_grad()  # some models take derivatives themselves
-def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> LogDensity:
+def log_density(
+    model: Callable[..., Any], data: Any, *, guide: Any = None, collapse: str | Sequence[str] | None = None
+) -> LogDensity:
     r"""
     The log density of a model given data, on the packed vector of its latents in unconstrained space.
 
@@ -224,10 +262,14 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     :param callable model: a Pyro model with continuous latents.
     :param data: the data, with observations: one batch, or several, whose densities are added; they are kept in memory.
     :param guide: a guide over the packed latents of the same model, to make sure that its vectors are those of the density.
+    :param collapse: names of latent sites, or of modules for all of their sites, that are integrated out in closed form: given all other
+        latents they are Gaussian, as the weights of the last layer of a network with Gaussian noise and a Gaussian prior. This is
+        compared with the model, at first and again and again, up to a thousand standard deviations from the mode.
+        :meth:`LogDensity.complete` draws them. A gradient takes second derivatives in them and a decomposition of their precision.
     :return: the density.
     :raises ValueError: if the model observes nothing in the data, or data that are not finite; if the data are a part of a
         plate only; if a latent is discrete, or its support depends on other latents; if the model is not a function of its
-        latents, or the likelihood of none.
+        latents, or the likelihood of none; if what is to be integrated out is not Gaussian.
 
     Example::
 
@@ -249,7 +291,13 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     shares = _shares(packed, latent, kept, batches.is_single)
     if packed.likelihood_names(packed.trace(latent, kept[0])):
         packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
-    return LogDensity(evaluator, shares, kept[0])
+    if collapse is None:
+        return LogDensity(evaluator, shares, kept[0])
+    joint = collapsed(evaluator.joint, collapse, shares)
+    anchors = joint.restrict(evaluator.anchors)
+    for anchor in anchors:
+        joint.require_gaussian(anchor)
+    return LogDensity(Evaluator(joint, anchors), [joint.share], kept[0])
 
 
 @torch.inference_mode(False)

@@ -1,0 +1,218 @@
+# Copyright Contributors to the pyro_bnn project.
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Log joint densities with some latents integrated out, which are Gaussian given all others.
+
+With latents h that stay and w that are integrated out, :math:`\log p(h, w, D)` is quadratic in w, with precision A(h) and mode m(h):
+
+.. math::
+    \log p(h, D) &= \log p(h, m, D) - \tfrac12\log\det A + \tfrac q2\log 2\pi, \qquad w \mid h, D \sim N(m, A^{-1}), \\
+    \nabla\log p(h, D) &= E_{w\mid h, D}[\nabla_h\log p(h, w, D)] \qquad\text{(Fisher's identity)},
+
+where the expectation of a quadratic function is its mean over the q + 1 corners of a simplex.
+
+In a network with Gaussian noise and a Gaussian prior w are the weights of the last layer, which follow every move of the others: they
+are what makes the joint density stiff.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from pyro_bnn.infer.sample.joint import Joint, Leaves, Share, Tensors
+from pyro_bnn.model.data import Batch
+from pyro_bnn.model.plates import close
+
+#: Standard deviations from its mode at which a density is compared with a Gaussian, and the units in the last place by which it may differ.
+_DISTANCES, _UNITS = (1.0, 30.0, 1000.0), 1e3
+#: Vectors whose conditionals are computed together.
+_CHUNK = 64
+
+
+class Collapsed(Joint):
+    """
+    The log density of the other latents.
+
+    :param Joint joint: of all latents.
+    :param names: the sites that are integrated out.
+    :param shares: of the batches; the share that is evaluated has the batches for its arguments.
+    """
+
+    def __init__(self, joint: Joint, names: Sequence[str], shares: Sequence[Share]) -> None:
+        super().__init__(joint.packed, joint.moving)
+        self.names, self.shares = list(names), list(shares)
+        self.inner = joint.space.only(names)
+        self.space = joint.space.only(joint.space.slices.keys() - set(names))
+
+    @property
+    def share(self) -> Share:
+        """All batches together, as what is evaluated."""
+        return Share((tuple(share.batch for share in self.shares), {}))
+
+    def _whole(self, parts: Mapping[str, Tensor], w: Tensor, batch: Batch) -> Tensor:
+        """The log density of all latents, those that are integrated out at a packed vector ``(q,)``."""
+        parts = {**parts, **self.inner.split(w)}
+        ordered = {name: parts[name] for name in self.packed.space.slices}
+        pairs = zip(self.shares, batch[0], strict=True)
+        return torch.stack([super(Collapsed, self).log_prob(ordered, s, b, None) for s, b in pairs]).sum()
+
+    def conditional(self, parts: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mode ``(q,)`` and the lower triangular root ``(q, q)`` of the precision of what is integrated out, float64."""
+        like = next(iter(parts.values()))
+        zero = like.new_zeros(self.inner.dim)
+        slope = torch.func.grad(lambda w: self._whole(parts, w, batch))
+        with Leaves():
+            at_zero, pull = torch.func.vjp(slope, zero)
+        (rows,) = torch.func.vmap(pull)(torch.eye(len(zero), dtype=like.dtype, device=like.device))
+        root = torch.linalg.cholesky(-rows.double())
+        return torch.cholesky_solve(at_zero.double().unsqueeze(-1), root).squeeze(-1), root
+
+    @override
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def value_and_gradient(
+        self, u: Tensor, share: Share, tensors: Tensors, factor: Tensor | None = None
+    ) -> Tensors:
+        batch = share.with_tensors(tensors)
+        u = u.clone() if u.is_inference() else u.detach()
+        # chain by chain: units of a layer that are the same for all of many output layers enter products of two matrices, and
+        # of chains together products of one small matrix for each chain and output layer
+        found = [self._one(row, batch) for row in u.reshape(-1, u.shape[-1])]
+        value, gradient = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return value.reshape(u.shape[:-1]), gradient.reshape(u.shape)
+
+    def _one(self, u: Tensor, batch: Batch) -> Tensors:
+        """At one vector ``(p,)``."""
+        parts = {n: x.detach().requires_grad_() for n, x in self.space.split(u).items()}
+        mode, root = self.conditional(parts, batch)
+        mode, root = mode.detach(), root.detach()
+        # points of which mean and covariance are those of the conditional: their mean of a quadratic function is its expectation
+        points = (
+            mode + torch.linalg.solve_triangular(root.mT, _simplex(self.inner.dim).to(root), upper=True).mT
+        )
+        with Leaves():
+            values = torch.func.vmap(lambda w: self._whole(parts, w, batch))(points.to(u))
+        value = values.mean()
+        slopes = torch.autograd.grad(value, [*parts.values()], materialize_grads=True)
+        half = 0.5 * self.inner.dim
+        total = value.detach() + half + half * math.log(2 * math.pi) - root.diagonal().log().sum()
+        return total, torch.cat([slope.reshape(-1) for slope in slopes])
+
+    @override
+    def evaluate(self, u: Tensor, share: Share, factor: Tensor | None = None) -> Tensors:
+        found = super().evaluate(u, share, factor)
+        if bool(found[0].isfinite()):
+            self.require_gaussian(u)
+        return found
+
+    @torch.no_grad()
+    def require_gaussian(self, u: Tensor) -> None:
+        """Raises if the conditional density at a vector ``(p,)`` is not that of a Gaussian, near and far."""
+        parts, batch = self.space.split(u), self.share.batch
+        try:
+            mode, root = self.conditional(parts, batch)
+        except torch.linalg.LinAlgError:
+            raise self._not_gaussian("the precision at zero is not positive definite") from None
+        generator = torch.Generator(device=u.device).manual_seed(0)
+        noise = torch.randn(len(mode), 1, generator=generator, dtype=mode.dtype, device=u.device)
+        along = torch.linalg.solve_triangular(root.mT, noise / noise.norm(), upper=True).squeeze(-1)
+        top = float(self._whole(parts, mode.to(u), batch))
+        # an error of one unit in the largest entry of the precision, seen along the direction
+        loss = 1 + float(root.square().sum() * along.square().sum())
+        for distance in _DISTANCES:
+            fall = top - float(self._whole(parts, (mode + distance * along).to(u), batch))
+            expected = 0.5 * distance**2
+            rounding = torch.finfo(u.dtype).eps * _UNITS * (1 + abs(top) + loss * expected)
+            if not abs(fall - expected) <= rounding:
+                raise self._not_gaussian(
+                    f"{distance:g} standard deviations from its mode the log density falls by {fall:.6g}, that of a Gaussian by "
+                    f"{expected:.6g}"
+                )
+
+    def _not_gaussian(self, why: str) -> ValueError:
+        return ValueError(
+            f"collapse: given all other latents the sites {self.names} are not Gaussian: {why}. Integrate out sites with Gaussian priors "
+            "in which the mean of a Gaussian likelihood is linear, such as the last layer of a network, or none."
+        )
+
+    # ------------------------------------------------------------ to and from all latents
+
+    @override
+    def restrict(self, u: Tensor) -> Tensor:
+        parts = self.packed.space.slices
+        return torch.cat([u[..., parts[name]] for name in self.space.slices], -1)
+
+    @override
+    @torch.no_grad()
+    def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        rows = u.reshape(-1, u.shape[-1])
+        noise = torch.randn(len(rows), self.inner.dim, dtype=torch.float64, device=u.device)
+        found = [self._draw(a, b) for a, b in zip(rows.split(_CHUNK), noise.split(_CHUNK), strict=True)]
+        drawn, log_prob = (torch.cat(parts) for parts in zip(*found, strict=True))
+        pieces = {n: rows[:, part] for n, part in self.space.slices.items()}
+        pieces |= {n: drawn[:, part].to(u) for n, part in self.inner.slices.items()}
+        whole = torch.cat([pieces[name] for name in self.packed.space.slices], -1)
+        return whole.reshape(*u.shape[:-1], -1), log_prob.reshape(u.shape[:-1])
+
+    def _draw(self, rows: Tensor, noise: Tensor) -> Tensors:
+        """Draws ``(C, q)`` of what is integrated out given vectors ``(C, p)``, and their log densities ``(C,)``."""
+
+        def conditional(u: Tensor) -> Tensors:
+            return self.conditional(self.space.split(u), self.share.batch)
+
+        one = conditional(rows[0])
+        try:
+            mode, root = torch.func.vmap(conditional, randomness="different")(rows)
+            batched = all(close(a[0], b) for a, b in zip((mode, root), one, strict=True))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # batching refuses what it does not know in many ways
+            batched = False
+        if not batched:
+            found = [conditional(u) for u in rows]
+            mode, root = (torch.stack(parts) for parts in zip(*found, strict=True))
+        step = torch.linalg.solve_triangular(root.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * self.inner.dim * math.log(2 * math.pi)
+        return mode + step, log_det - 0.5 * noise.square().sum(-1) - constant
+
+
+def _simplex(dim: int) -> Tensor:
+    """The corners of a regular simplex with mean zero and covariance one, shape ``(dim, dim + 1)``, float64."""
+    centred = torch.eye(dim + 1, dtype=torch.float64) - 1 / (dim + 1)
+    # an orthonormal basis of what is orthogonal to the vector of ones
+    basis = torch.linalg.eigh(centred).eigenvectors[:, 1:]
+    return math.sqrt(dim + 1) * basis.mT
+
+
+def collapsed(joint: Joint, sites: str | Sequence[str], shares: Sequence[Share]) -> Collapsed:
+    """
+    The log density with some sites integrated out.
+
+    :param joint: of all latents.
+    :param sites: names of latent sites, or of modules, all of whose sites are meant.
+    :param shares: of the batches.
+    :raises ValueError: if a name is that of no latent site, if a site is constrained, or if none is left.
+    """
+    known = list(joint.space.slices)
+    asked = [sites] if isinstance(sites, str) else list(sites)
+    by_name = {a: [n for n in known if n == a or n.startswith(f"{a}.")] for a in asked}
+    unknown = [a for a, found in by_name.items() if not found]
+    if unknown or not asked:
+        raise ValueError(
+            f"collapse: {unknown or sites!r} names no latent site of the model, whose sites are {known}."
+        )
+    names = [n for n in known if any(n in found for found in by_name.values())]
+    bound = [n for n in names if joint.space.is_constrained(n)]
+    if bound:
+        raise ValueError(
+            f"collapse: the sites {bound} are constrained, and Gaussian sites are not: leave them out."
+        )
+    if len(names) == len(known):
+        raise ValueError(
+            f"collapse: {names} are all latents of the model, whose posterior is Gaussian, then: a Laplace approximation is exact."
+        )
+    return Collapsed(joint, names, shares)
