@@ -51,8 +51,10 @@ REFERENCE_DRAWS = 1500
 BASE = Recipe()
 #: The recipe of ``MCLMC`` and its controls: some 21,000 steps each, but for short ones and adjusted ones.
 RECIPES = {
+    "MCLMC, 10,000 gradients": replace(BASE, warmup=200, steps=400, draws=100),
+    "MCLMC, output layer not integrated out": BASE.with_options(collapse=None),
     "MCLMC, whitened by the prior": BASE.with_options(whiten="prior"),
-    "MCLMC, whitened by Laplace": replace(BASE, laplace=True).with_options(whiten="guide"),
+    "MCLMC, whitened by Laplace": replace(BASE, laplace=True).with_options(whiten="guide", collapse=None),
     "MCLMC, energy variance 0.002": BASE.with_options(energy_variance=0.002),
     "MCLMC, energy variance 0.2": BASE.with_options(energy_variance=0.2),
     "MCLMC, modes near prior draws": replace(BASE, spread=1.0),

@@ -46,7 +46,9 @@ SETTINGS = {
     "kin8nm": replace(SMALL, iterations=150, short=LARGE),
     "power": replace(SMALL, iterations=150, rounds=7, short=LARGE),
     "naval": replace(SMALL, iterations=150, settle_noise=True, short=LARGE),
-    "protein": replace(SMALL, hidden=100, epochs=20, iterations=50, rounds=4, short=(5, 300, 300)),
+    "protein": replace(
+        SMALL, hidden=100, epochs=20, iterations=50, rounds=4, short=(5, 300, 300), collapse=None
+    ),
 }
 #: Chosen by ``--choose --kinds gap``: with more rounds, smaller noise and fewer constraints, networks extrapolate wildly.
 GAP_ROUNDS = 2
@@ -208,7 +210,9 @@ class Fits:
     def microcanonical(self, recipe: Recipe | None = None) -> Prediction:
         """Short microcanonical chains under the evidence's prior and noise."""
         number, warmup, steps = self.settings.short
-        recipe = recipe or Recipe(modes=number, warmup=warmup, steps=steps)
+        recipe = recipe or Recipe(modes=number, warmup=warmup, steps=steps).with_options(
+            collapse=self.settings.collapse
+        )
         run, report = short_chains(self.first, self.data, recipe, self.seed + 100)
         found = posterior_predictive(self.first.model, run, (self.x_test,), batch_size=500)
         self.extra = report | mixing(found.mean.reshape(report["chains"], -1, found.mean.shape[-1]))
