@@ -38,7 +38,7 @@ from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace
 
 SMALL = Settings()
 #: Microcanonical chains where a gradient costs ten times as much.
-LARGE = (5, 400, 800)
+LARGE = (5, 200, 400)
 #: The numbers of rounds were chosen by ``--choose``, on a fifth of the training part of split 0; ARD by the same scores,
 #: ``settle_noise`` on those of splits 0 and 2.
 SETTINGS = {
