@@ -17,6 +17,7 @@ are what makes the joint density stiff.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class Collapsed(Joint):
         zero = like.new_zeros(self.inner.dim)
         slope = torch.func.grad(lambda w: self._whole(parts, w, batch))
         with Leaves():
-            at_zero, pull = torch.func.vjp(slope, zero)
+            found: Any = torch.func.vjp(slope, zero)
+        at_zero, pull = found
         (rows,) = torch.func.vmap(pull)(torch.eye(len(zero), dtype=like.dtype, device=like.device))
         root = torch.linalg.cholesky(-rows.double())
         return torch.cholesky_solve(at_zero.double().unsqueeze(-1), root).squeeze(-1), root
@@ -182,10 +184,10 @@ class Collapsed(Joint):
 
 def _simplex(dim: int) -> Tensor:
     """The corners of a regular simplex with mean zero and covariance one, shape ``(dim, dim + 1)``, float64."""
-    centred = torch.eye(dim + 1, dtype=torch.float64) - 1 / (dim + 1)
-    # an orthonormal basis of what is orthogonal to the vector of ones
-    basis = torch.linalg.eigh(centred).eigenvectors[:, 1:]
-    return math.sqrt(dim + 1) * basis.mT
+    k = torch.arange(1, dim + 1, dtype=torch.float64)
+    # rows of Helmert's matrix, an orthonormal basis of what is orthogonal to the vector of ones
+    rows = torch.ones(dim, dim + 1, dtype=torch.float64).tril() - k.diag(1)[:dim]
+    return math.sqrt(dim + 1) * rows / (k * (k + 1)).sqrt().unsqueeze(-1)
 
 
 def collapsed(joint: Joint, sites: str | Sequence[str], shares: Sequence[Share]) -> Collapsed:
