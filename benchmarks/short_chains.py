@@ -41,7 +41,11 @@ class Recipe:
     spread: float = 0.1
     iterations: int = 200
     laplace: bool = False
-    options: tuple[tuple[str, Any], ...] = (("whiten", "diagonal"), ("collapse", "net.2"))
+    options: tuple[tuple[str, Any], ...] = (
+        ("whiten", "diagonal"),
+        ("collapse", "net.2"),
+        ("energy_variance", 0.005),
+    )
 
     def with_options(self, **options: Any) -> "Recipe":
         return replace(self, options=tuple((dict(self.options) | options).items()))

@@ -60,7 +60,7 @@ class Settings:
     draws: int = 100
     settle_noise: bool = False
     nuts: tuple[int, int, int] = (2, 300, 200)
-    short: tuple[int, int, int] = (10, 300, 700)
+    short: tuple[int, int, int] = (10, 250, 500)
     collapse: str | None = "net.2"
 
 
