@@ -73,7 +73,7 @@ class Collapsed(Joint):
         with Leaves():
             found: Any = torch.func.vjp(slope, zero)
         at_zero, pull = found
-        (rows,) = torch.func.vmap(pull)(torch.eye(len(zero), dtype=like.dtype, device=like.device))
+        (rows,) = torch.func.vmap(pull, randomness="different")(torch.eye(len(zero)).to(like))
         root = _root(-rows.double(), torch.finfo(like.dtype).eps)
 
         def newton(step: Tensor) -> Tensor:
@@ -108,7 +108,9 @@ class Collapsed(Joint):
             mode + torch.linalg.solve_triangular(root.mT, _simplex(self.inner.dim).to(root), upper=True).mT
         )
         with Leaves():
-            values = torch.func.vmap(lambda w: self._whole(parts, w, batch))(points.to(u))
+            values = torch.func.vmap(lambda w: self._whole(parts, w, batch), randomness="different")(
+                points.to(u)
+            )
         value = values.mean()
         slopes = torch.autograd.grad(value, [*parts.values()], materialize_grads=True)
         half = 0.5 * self.inner.dim
@@ -175,7 +177,10 @@ class Collapsed(Joint):
             # the parabola through its farthest points has not
             share = t / far
             even = abs(right + left - share**2 * sum(falls[far])) / 2 <= slack[t] + share**2 * slack[far]
-            odd = abs(right - left - share * (falls[far][0] - falls[far][1])) / 2 <= slack[t] + share * slack[far]
+            odd = (
+                abs(right - left - share * (falls[far][0] - falls[far][1])) / 2
+                <= slack[t] + share * slack[far]
+            )
             if not (even and odd):
                 raise self._not_gaussian(
                     f"{t:g} and {far:g} standard deviations from its mode the log density falls by {right:.6g} and {falls[far][0]:.6g} one "
@@ -206,6 +211,8 @@ class Collapsed(Joint):
         noise = torch.randn(len(rows), self.inner.dim, dtype=torch.float64, device=u.device)
         found = [self._draw(a, b) for a, b in zip(rows.split(_CHUNK), noise.split(_CHUNK), strict=True)]
         drawn, log_prob = (torch.cat(parts) for parts in zip(*found, strict=True))
+        for row in rows[log_prob.isfinite()][:: _CHUNK + 1]:  # each time another place among those of a chain
+            self.require_gaussian(row)
         pieces = {n: rows[:, part] for n, part in self.space.slices.items()}
         pieces |= {n: drawn[:, part].to(u) for n, part in self.inner.slices.items()}
         whole = torch.cat([pieces[name] for name in self.packed.space.slices], -1)
