@@ -17,6 +17,7 @@ are what makes the joint density stiff.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,10 +26,10 @@ from typing_extensions import override
 
 from pyro_bnn.infer.sample.joint import Joint, Leaves, Share, Tensors
 from pyro_bnn.model.data import Batch
-from pyro_bnn.model.plates import close
+from pyro_bnn.model.plates import FAILURES, first_line
 
 #: Standard deviations from its mode at which a density is compared with a Gaussian, and the units in the last place by which it may differ.
-_DISTANCES, _UNITS = (1.0, 30.0, 1000.0), 1e3
+_DISTANCES, _UNITS = (1.0, 30.0, 1000.0), 100.0
 #: Vectors whose conditionals are computed together.
 _CHUNK = 64
 
@@ -47,6 +48,7 @@ class Collapsed(Joint):
         self.names, self.shares = list(names), list(shares)
         self.inner = joint.space.only(names)
         self.space = joint.space.only(joint.space.slices.keys() - set(names))
+        self.checks = 0
 
     @property
     def share(self) -> Share:
@@ -61,16 +63,26 @@ class Collapsed(Joint):
         return torch.stack([super(Collapsed, self).log_prob(ordered, s, b, None) for s, b in pairs]).sum()
 
     def conditional(self, parts: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """The mode ``(q,)`` and the lower triangular root ``(q, q)`` of the precision of what is integrated out, float64."""
+        """
+        The mode ``(q,)`` and the lower triangular root ``(q, q)`` of the precision of what is integrated out, float64; NaN where the
+        precision is not positive definite beyond rounding errors.
+        """
         like = next(iter(parts.values()))
         zero = like.new_zeros(self.inner.dim)
         slope = torch.func.grad(lambda w: self._whole(parts, w, batch))
         with Leaves():
             found: Any = torch.func.vjp(slope, zero)
         at_zero, pull = found
-        (rows,) = torch.func.vmap(pull)(torch.eye(len(zero), dtype=like.dtype, device=like.device))
-        root = torch.linalg.cholesky(-rows.double())
-        return torch.cholesky_solve(at_zero.double().unsqueeze(-1), root).squeeze(-1), root
+        (rows,) = torch.func.vmap(pull, randomness="different")(torch.eye(len(zero)).to(like))
+        root = _root(-rows.double(), torch.finfo(like.dtype).eps)
+
+        def newton(step: Tensor) -> Tensor:
+            return torch.cholesky_solve(step.double().unsqueeze(-1), root).squeeze(-1)
+
+        mode = newton(at_zero)
+        # once more from where the terms of the slope are small, and so are their rounding errors
+        with Leaves():
+            return mode + newton(slope(mode.to(like))), root
 
     @override
     @torch.inference_mode(False)
@@ -96,7 +108,9 @@ class Collapsed(Joint):
             mode + torch.linalg.solve_triangular(root.mT, _simplex(self.inner.dim).to(root), upper=True).mT
         )
         with Leaves():
-            values = torch.func.vmap(lambda w: self._whole(parts, w, batch))(points.to(u))
+            values = torch.func.vmap(lambda w: self._whole(parts, w, batch), randomness="different")(
+                points.to(u)
+            )
         value = values.mean()
         slopes = torch.autograd.grad(value, [*parts.values()], materialize_grads=True)
         half = 0.5 * self.inner.dim
@@ -110,28 +124,67 @@ class Collapsed(Joint):
             self.require_gaussian(u)
         return found
 
+    def require(self, anchors: Tensor) -> None:
+        """Raises if the sites cannot be integrated out, as far as some vectors ``(A, p)`` show."""
+        with suppress(torch.linalg.LinAlgError):
+            try:
+                self.value_and_gradient(anchors[0], self.share, self.share.tensors)
+            except FAILURES as error:
+                raise ValueError(
+                    f"collapse: the model cannot be run at several values of {self.names} together, or not be differentiated twice in "
+                    f"them ({type(error).__name__}: {first_line(error)}). It may not decide by their values, leave torch or write "
+                    "into tensors."
+                ) from error
+        for anchor in anchors:
+            self.require_gaussian(anchor)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def require_gaussian(self, u: Tensor) -> None:
-        """Raises if the conditional density at a vector ``(p,)`` is not that of a Gaussian, near and far."""
+        """Raises if the conditional density at a vector ``(p,)`` is not that of a Gaussian on a line, near and far, both ways."""
+        u = u.clone() if u.is_inference() else u
         parts, batch = self.space.split(u), self.share.batch
-        try:
-            mode, root = self.conditional(parts, batch)
-        except torch.linalg.LinAlgError:
-            raise self._not_gaussian("the precision at zero is not positive definite") from None
-        generator = torch.Generator(device=u.device).manual_seed(0)
+        mode, root = self.conditional(parts, batch)
+        if not bool(root.isfinite().all()):
+            raise self._not_gaussian(
+                f"their precision is not positive definite, or singular but for rounding errors of {u.dtype}"
+            )
+        self.checks += 1  # another line in every check
+        generator = torch.Generator(device=u.device).manual_seed(self.checks)
         noise = torch.randn(len(mode), 1, generator=generator, dtype=mode.dtype, device=u.device)
         along = torch.linalg.solve_triangular(root.mT, noise / noise.norm(), upper=True).squeeze(-1)
-        top = float(self._whole(parts, mode.to(u), batch))
-        # an error of one unit in the largest entry of the precision, seen along the direction
-        loss = 1 + float(root.square().sum() * along.square().sum())
-        for distance in _DISTANCES:
-            fall = top - float(self._whole(parts, (mode + distance * along).to(u), batch))
-            expected = 0.5 * distance**2
-            rounding = torch.finfo(u.dtype).eps * _UNITS * (1 + abs(top) + loss * expected)
-            if not abs(fall - expected) <= rounding:
+
+        def value(distance: float) -> float:
+            return float(self._whole(parts, (mode + distance * along).to(u), batch))
+
+        top, size = value(0.0), float(root.norm())
+        unit = torch.finfo(u.dtype).eps * _UNITS
+        # how much larger terms are that cancel: an error of one unit in the largest entry of the precision, seen along the line
+        loss = 1 + (size * float(along.norm())) ** 2
+        shift = size * float(mode.norm())
+        falls = {t: (top - value(t), top - value(-t)) for t in _DISTANCES}
+        slack = {t: unit * (1 + abs(top) + t * shift + 0.5 * t**2 * math.sqrt(loss)) for t in _DISTANCES}
+        far = _DISTANCES[-1]
+        for t, (right, left) in falls.items():
+            # the Gaussian of the conditional has the rounding errors of second derivatives
+            expected = 0.5 * t**2
+            wrong = max(abs(right - expected), abs(left - expected)) - slack[t] - unit * loss * expected
+            if not (wrong <= 0 and math.isfinite(right + left)):
                 raise self._not_gaussian(
-                    f"{distance:g} standard deviations from its mode the log density falls by {fall:.6g}, that of a Gaussian by "
+                    f"{t:g} standard deviations from its mode the log density falls by {right:.6g} and {left:.6g}, that of a Gaussian by "
                     f"{expected:.6g}"
+                )
+            # the parabola through its farthest points has not
+            share = t / far
+            even = abs(right + left - share**2 * sum(falls[far])) / 2 <= slack[t] + share**2 * slack[far]
+            odd = (
+                abs(right - left - share * (falls[far][0] - falls[far][1])) / 2
+                <= slack[t] + share * slack[far]
+            )
+            if not (even and odd):
+                raise self._not_gaussian(
+                    f"{t:g} and {far:g} standard deviations from its mode the log density falls by {right:.6g} and {falls[far][0]:.6g} one "
+                    f"way, {left:.6g} and {falls[far][1]:.6g} the other, which is no parabola"
                 )
 
     def _not_gaussian(self, why: str) -> ValueError:
@@ -148,12 +201,18 @@ class Collapsed(Joint):
         return torch.cat([u[..., parts[name]] for name in self.space.slices], -1)
 
     @override
+    @torch.inference_mode(False)
     @torch.no_grad()
     def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        rows = u.reshape(-1, u.shape[-1])
+        rows = u.clone().reshape(-1, u.shape[-1])  # a tensor of inference mode cannot take part in a graph
+        if not len(rows):
+            shape = (*u.shape[:-1], self.packed.space.dim)
+            return u.new_zeros(shape), u.new_zeros(shape[:-1], dtype=torch.float64)
         noise = torch.randn(len(rows), self.inner.dim, dtype=torch.float64, device=u.device)
         found = [self._draw(a, b) for a, b in zip(rows.split(_CHUNK), noise.split(_CHUNK), strict=True)]
         drawn, log_prob = (torch.cat(parts) for parts in zip(*found, strict=True))
+        for row in rows[log_prob.isfinite()][:: _CHUNK + 1]:  # each time another place among those of a chain
+            self.require_gaussian(row)
         pieces = {n: rows[:, part] for n, part in self.space.slices.items()}
         pieces |= {n: drawn[:, part].to(u) for n, part in self.inner.slices.items()}
         whole = torch.cat([pieces[name] for name in self.packed.space.slices], -1)
@@ -165,21 +224,36 @@ class Collapsed(Joint):
         def conditional(u: Tensor) -> Tensors:
             return self.conditional(self.space.split(u), self.share.batch)
 
-        one = conditional(rows[0])
+        alone = [conditional(rows[0])]
         try:
             mode, root = torch.func.vmap(conditional, randomness="different")(rows)
-            batched = all(close(a[0], b) for a, b in zip((mode, root), one, strict=True))
+            batched = _same(alone[0], (mode[0], root[0]), torch.finfo(rows.dtype).eps)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # batching refuses what it does not know in many ways
             batched = False
         if not batched:
-            found = [conditional(u) for u in rows]
-            mode, root = (torch.stack(parts) for parts in zip(*found, strict=True))
+            alone += [conditional(u) for u in rows[1:]]
+            mode, root = (torch.stack(parts) for parts in zip(*alone, strict=True))
         step = torch.linalg.solve_triangular(root.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
         log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = 0.5 * self.inner.dim * math.log(2 * math.pi)
         return mode + step, log_det - 0.5 * noise.square().sum(-1) - constant
+
+
+def _root(precision: Tensor, eps: float) -> Tensor:
+    """The lower triangular root of a matrix with relative errors ``eps``, NaN where it may be singular."""
+    root, failed = torch.linalg.cholesky_ex(precision)
+    sound = root.diagonal().square() > len(root) ** 0.5 * eps * precision.diagonal()
+    return root.where(sound.all() & (failed == 0), torch.nan)
+
+
+def _same(one: Tensors, other: Tensors, eps: float) -> bool:
+    """Whether modes and roots of two precisions differ, in units of the first, by rounding errors of numbers with errors ``eps``."""
+    (mode, root), (other_mode, other_root) = one, other
+    shift = root.mT @ (other_mode - mode)
+    ratio = torch.linalg.solve_triangular(other_root, root, upper=False) - torch.eye(len(root)).to(root)
+    return bool((torch.cat([shift, ratio.flatten()]).abs() <= eps**0.5).all())
 
 
 def _simplex(dim: int) -> Tensor:

@@ -144,16 +144,14 @@ class Joint:
 
 
 class Leaves(TorchFunctionMode):
-    """Lets Pyro ask parameters that require gradients to require them, which batching refuses."""
+    """Lets parameters, frozen ones too, be asked to require gradients or not to, which batching refuses; they stay as they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is Tensor.requires_grad_
-            and args[0].requires_grad
-            and not kwargs
-            and args[1:] in ((), (True,))
-        ):
-            return args[0]
+        if func is Tensor.requires_grad_ and not kwargs:
+            frozen = isinstance(args[0], torch.nn.Parameter) and not args[0].requires_grad
+            asked = args[1:] in ((), (True,))
+            if (asked and args[0].requires_grad) or frozen:
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 

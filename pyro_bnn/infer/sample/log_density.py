@@ -59,8 +59,8 @@ class LogDensity(Described):
         True
     """
 
-    def __init__(self, evaluator: Evaluator, shares: list[Share], first: Batch) -> None:
-        self._evaluator, self._shares, self._first = evaluator, shares, first
+    def __init__(self, evaluator: Evaluator, shares: list[Share], kept: list[Batch]) -> None:
+        self._evaluator, self._shares, self._first, self._batches = evaluator, shares, kept[0], len(kept)
         self.packed, self.space = evaluator.joint.packed, evaluator.joint.space
         self.size = self.space.dim
         self.dtype, self.device = evaluator.anchors.dtype, evaluator.anchors.device
@@ -73,7 +73,7 @@ class LogDensity(Described):
 
     def described(self) -> tuple[str, dict[str, str]]:
         """What it is, for its ``repr``."""
-        rows = {"batches": str(len(self._shares)), "gradients": f"{self.gradients:,}"}
+        rows = {"batches": str(self._batches), "gradients": f"{self.gradients:,}"}
         return f"log density of {self.size:,} latents", rows | (
             {"reason": self.reason} if self.reason else {}
         )
@@ -115,10 +115,7 @@ class LogDensity(Described):
         :param once: names of observed sites and factors; by default :attr:`repeated`.
         :return: as :meth:`value_and_gradient`.
         """
-        if self._evaluator.joint.space is not self.packed.space:
-            raise ValueError(
-                "batch_value_and_gradient: latents that are integrated out depend on all data: make the log density without collapse."
-            )
+        self._require_batches("batch_value_and_gradient")
         rows = self._rows(u)
         names = self.repeated if once is None else frozenset(once)
         share = Share(as_batch(batch), scaled=True, once=names)
@@ -179,6 +176,7 @@ class LogDensity(Described):
         :param u: packed vectors of all latents, shape ``(..., p)``.
         :return: packed vectors of this density, shape ``(..., size)``; ``u`` itself where nothing is integrated out.
         """
+        self._require_width(u, self.packed.space.dim)
         return self._evaluator.joint.restrict(u)
 
     def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,17 +200,31 @@ class LogDensity(Described):
             >>> part.size, v.shape, bool(abs(part(u) + log_prob - whole(v)) < 1e-5)
             (1, torch.Size([2]), True)
         """
-        return self._evaluator.joint.complete(u)
+        self._require_width(u, self.size)
+        whole, log_prob = self._evaluator.joint.complete(u.detach().to(self.dtype))
+        return self._given(whole, u), log_prob
+
+    @staticmethod
+    def _require_width(u: Tensor, size: int) -> None:
+        if not u.dim() or u.shape[-1] != size:
+            raise ValueError(f"u must have shape (..., {size}), found {tuple(u.shape)}.")
 
     @cached_property
     def repeated(self) -> frozenset[str]:
         """The observed sites and factors that do not belong to rows of the data, and count once whatever the batches are."""
+        self._require_batches("repeated")
         if len(self._shares) > 1:
             return frozenset.intersection(*(share.left_out for share in self._shares[1:]))
         latent, packed = self._evaluator.anchors[0], self.packed
         found = packed.rows(latent, self._first, 1)
         names = packed.likelihood_names(packed.trace(latent, self._first))
         return frozenset(n for n in names if found and n not in found[0].axes)
+
+    def _require_batches(self, what: str) -> None:
+        if self.space is not self.packed.space:
+            raise ValueError(
+                f"{what}: latents that are integrated out depend on all data: make the log density without collapse."
+            )
 
     def _rows(self, u: Tensor) -> Tensor:
         if u.dim() not in (1, 2) or u.shape[-1] != self.size:
@@ -292,12 +304,11 @@ def log_density(
     if packed.likelihood_names(packed.trace(latent, kept[0])):
         packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
     if collapse is None:
-        return LogDensity(evaluator, shares, kept[0])
+        return LogDensity(evaluator, shares, kept)
     joint = collapsed(evaluator.joint, collapse, shares)
     anchors = joint.restrict(evaluator.anchors)
-    for anchor in anchors:
-        joint.require_gaussian(anchor)
-    return LogDensity(Evaluator(joint, anchors), [joint.share], kept[0])
+    joint.require(anchors)
+    return LogDensity(Evaluator(joint, anchors), [joint.share], kept)
 
 
 @torch.inference_mode(False)

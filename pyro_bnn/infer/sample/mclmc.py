@@ -170,7 +170,8 @@ def mclmc(
     density = log_density(model, data, collapse=collapse)
     if density.size < 2:
         raise ValueError(
-            f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}: use nuts."
+            f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}"
+            f"{' beside those that are integrated out: leave collapse out, or' if collapse is not None else ':'} use nuts."
         )
     space = density.packed.space
     modes = [] if guide is None else modes_of(guide, space, batch)
@@ -180,7 +181,7 @@ def mclmc(
     num_modes = len(modes) or num_chains
     shares = _evidence(modes) if weights == "evidence" else None
     units = _units(whiten, model, modes, density, batch, whole[:: len(points) // num_modes])
-    records = Records(plan.warmup_draws + num_samples, points, memory_limit)
+    records = Records(plan.warmup_draws + num_samples, points, memory_limit, space.dim)
     run = Run(plan, density, units, points, records)
     files = _files(checkpoint, plan, start, run)
     files.load(run)
