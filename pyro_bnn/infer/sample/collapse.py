@@ -16,7 +16,7 @@ are what makes the joint density stiff.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,10 +27,12 @@ from typing_extensions import override
 from pyro_bnn.infer.sample.joint import Joint, Leaves, Share, Tensors
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.plates import FAILURES, first_line
+from pyro_bnn.ops.replay import Bound, UnrecordableError
+from pyro_bnn.ops.tape import record
 
 #: Standard deviations from its mode at which a density is compared with a Gaussian, and the units in the last place by which it may differ.
 _DISTANCES, _UNITS = (1.0, 30.0, 1000.0), 100.0
-#: Vectors whose conditionals are computed together.
+#: Vectors whose conditionals are held together.
 _CHUNK = 64
 
 
@@ -209,7 +211,9 @@ class Collapsed(Joint):
             shape = (*u.shape[:-1], self.packed.space.dim)
             return u.new_zeros(shape), u.new_zeros(shape[:-1], dtype=torch.float64)
         noise = torch.randn(len(rows), self.inner.dim, dtype=torch.float64, device=u.device)
-        found = [self._draw(a, b) for a, b in zip(rows.split(_CHUNK), noise.split(_CHUNK), strict=True)]
+        conditional = self._conditional_of(rows)
+        pairs = zip(rows.split(_CHUNK), noise.split(_CHUNK), strict=True)
+        found = [self._draw([conditional(u) for u in part], more) for part, more in pairs]
         drawn, log_prob = (torch.cat(parts) for parts in zip(*found, strict=True))
         for row in rows[log_prob.isfinite()][:: _CHUNK + 1]:  # each time another place among those of a chain
             self.require_gaussian(row)
@@ -218,23 +222,25 @@ class Collapsed(Joint):
         whole = torch.cat([pieces[name] for name in self.packed.space.slices], -1)
         return whole.reshape(*u.shape[:-1], -1), log_prob.reshape(u.shape[:-1])
 
-    def _draw(self, rows: Tensor, noise: Tensor) -> Tensors:
-        """Draws ``(C, q)`` of what is integrated out given vectors ``(C, p)``, and their log densities ``(C,)``."""
+    def _conditional_of(self, rows: Tensor) -> Callable[[Tensor], Tensors]:
+        """Mode and root as a function of a vector: a recording, if it agrees with runs of the model at the first and the last of some."""
+        share, eps = self.share, torch.finfo(rows.dtype).eps
 
-        def conditional(u: Tensor) -> Tensors:
-            return self.conditional(self.space.split(u), self.share.batch)
+        def compute(u: Tensor, *tensors: Tensor) -> Tensors:
+            return self.conditional(self.space.split(u), share.with_tensors(tensors))
 
-        alone = [conditional(rows[0])]
-        try:
-            mode, root = torch.func.vmap(conditional, randomness="different")(rows)
-            batched = _same(alone[0], (mode[0], root[0]), torch.finfo(rows.dtype).eps)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # batching refuses what it does not know in many ways
-            batched = False
-        if not batched:
-            alone += [conditional(u) for u in rows[1:]]
-            mode, root = (torch.stack(parts) for parts in zip(*alone, strict=True))
+        def run(u: Tensor) -> Tensors:
+            return compute(u, *share.tensors)
+
+        with suppress(UnrecordableError):
+            replayed = Bound(record(compute, (rows[0],), share.tensors, data_stay=True), share.tensors)
+            if all(_same(run(u), replayed(u), eps) for u in (rows[0], rows[-1])):
+                return replayed
+        return run
+
+    def _draw(self, conditionals: list[Tensors], noise: Tensor) -> Tensors:
+        """Draws ``(C, q)`` of what is integrated out given its modes and roots, and their log densities ``(C,)``."""
+        mode, root = (torch.stack(parts) for parts in zip(*conditionals, strict=True))
         step = torch.linalg.solve_triangular(root.mT, noise.unsqueeze(-1), upper=True).squeeze(-1)
         log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = 0.5 * self.inner.dim * math.log(2 * math.pi)
