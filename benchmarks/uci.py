@@ -37,12 +37,13 @@ from pyro_bnn.infer import posterior_predictive
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace
 
 SMALL = Settings()
-#: Microcanonical chains where a gradient costs ten times as much.
+#: Microcanonical chains where a gradient costs more: on more than 900 rows.
 LARGE = (5, 200, 400)
 #: The numbers of rounds were chosen by ``--choose``, on a fifth of the training part of split 0; ARD by the same scores,
 #: ``settle_noise`` on those of splits 0 and 2.
 SETTINGS = {
-    "wine": replace(SMALL, rounds=2),
+    "wine": replace(SMALL, rounds=2, short=LARGE),
+    "concrete": replace(SMALL, short=LARGE),
     "kin8nm": replace(SMALL, iterations=150, short=LARGE),
     "power": replace(SMALL, iterations=150, rounds=7, short=LARGE),
     "naval": replace(SMALL, iterations=150, settle_noise=True, short=LARGE),
