@@ -9,7 +9,9 @@ With latents h that stay and w that are integrated out, :math:`\log p(h, w, D)` 
     \log p(h, D) &= \log p(h, m, D) - \tfrac12\log\det A + \tfrac q2\log 2\pi, \qquad w \mid h, D \sim N(m, A^{-1}), \\
     \nabla\log p(h, D) &= E_{w\mid h, D}[\nabla_h\log p(h, w, D)] \qquad\text{(Fisher's identity)},
 
-where the expectation of a quadratic function is its mean over the q + 1 corners of a simplex.
+where the expectation of a quadratic function is its mean over the q + 1 corners of a simplex. An error E of A in the first formula is
+one of second order in the second, in which the mean over the corners stands for :math:`\log p(h, m, D) - q/2`: in a model of float32
+this matters, as does a second Newton step for m.
 
 In a network with Gaussian noise and a Gaussian prior w are the weights of the last layer, which follow every move of the others: they
 are what makes the joint density stiff.
@@ -128,15 +130,15 @@ class Collapsed(Joint):
 
     def require(self, anchors: Tensor) -> None:
         """Raises if the sites cannot be integrated out, as far as some vectors ``(A, p)`` show."""
-        with suppress(torch.linalg.LinAlgError):
-            try:
-                self.value_and_gradient(anchors[0], self.share, self.share.tensors)
-            except FAILURES as error:
-                raise ValueError(
-                    f"collapse: the model cannot be run at several values of {self.names} together, or not be differentiated twice in "
-                    f"them ({type(error).__name__}: {first_line(error)}). It may not decide by their values, leave torch or write "
-                    "into tensors."
-                ) from error
+        try:
+            self.value_and_gradient(anchors[0], self.share, self.share.tensors)
+        except torch.linalg.LinAlgError:  # of the model at these latents
+            pass
+        except FAILURES as error:
+            raise ValueError(
+                f"collapse: the model cannot be run at several values of {self.names} together, or not be differentiated twice in them "
+                f"({type(error).__name__}: {first_line(error)}). It may not decide by their values, leave torch or write into tensors."
+            ) from error
         for anchor in anchors:
             self.require_gaussian(anchor)
 

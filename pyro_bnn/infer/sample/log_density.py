@@ -37,7 +37,8 @@ class LogDensity(Described):
     Called with ``u`` of shape ``(p,)`` or, for ``C`` chains, ``(C, p)``, it returns the density, of shape ``()`` or ``(C,)`` and
     the type of ``u``; the result can be differentiated once by autograd. The sum over data points is formed in double precision.
 
-    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``; without latents that are integrated out.
+    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``; without latents that are integrated out, which
+        ``packed.space`` has too.
     :ivar size: its length ``p``.
     :ivar dtype: the type in which the model computes.
     :ivar device: where its latents are.
@@ -173,8 +174,9 @@ class LogDensity(Described):
         """
         The latents that are not integrated out.
 
-        :param u: packed vectors of all latents, shape ``(..., p)``.
-        :return: packed vectors of this density, shape ``(..., size)``; ``u`` itself where nothing is integrated out.
+        :param u: packed vectors of all latents, shape ``(..., P)``, in the order of ``packed.space``.
+        :return: packed vectors of this density, shape ``(..., p)``; ``u`` itself where nothing is integrated out.
+        :raises ValueError: if ``u`` does not have such a shape.
         """
         self._require_width(u, self.packed.space.dim)
         return self._evaluator.joint.restrict(u)
@@ -183,8 +185,10 @@ class LogDensity(Described):
         """
         All latents, those that are integrated out drawn given the others: with ``u`` from this density they are from the posterior.
 
-        :param u: packed vectors of this density, shape ``(..., size)``.
-        :return: packed vectors of all latents, shape ``(..., p)``, and the log density of what was drawn, shape ``(...)``.
+        :param u: packed vectors of this density, shape ``(..., p)``.
+        :return: packed vectors of all latents, shape ``(..., P)``, in the order of ``packed.space``, and the log density of what was
+            drawn, float64, shape ``(...)``; NaN where the density is.
+        :raises ValueError: if ``u`` does not have such a shape, or what is drawn is not Gaussian.
 
         Example::
 
@@ -276,12 +280,14 @@ def log_density(
     :param guide: a guide over the packed latents of the same model, to make sure that its vectors are those of the density.
     :param collapse: names of latent sites, or of modules for all of their sites, that are integrated out in closed form: given all other
         latents they are Gaussian, as the weights of the last layer of a network with Gaussian noise and a Gaussian prior. This is
-        compared with the model, at first and again and again, up to a thousand standard deviations from the mode.
-        :meth:`LogDensity.complete` draws them. A gradient takes second derivatives in them and a decomposition of their precision.
+        compared with the model on random lines, both ways, up to a thousand standard deviations from the mode: at first, at chains in
+        turn later on, and at vectors of which they are drawn (:meth:`LogDensity.complete`). What is not Gaussian farther away or elsewhere only
+        is not seen. A gradient takes second derivatives in them and a decomposition of their precision; where this is not positive
+        definite beyond rounding errors, value and gradient are NaN.
     :return: the density.
     :raises ValueError: if the model observes nothing in the data, or data that are not finite; if the data are a part of a
         plate only; if a latent is discrete, or its support depends on other latents; if the model is not a function of its
-        latents, or the likelihood of none; if what is to be integrated out is not Gaussian.
+        latents, or the likelihood of none; if what is to be integrated out is not Gaussian, or the model cannot be run at several of its values together.
 
     Example::
 

@@ -121,9 +121,9 @@ def mclmc(
         since it was not finite or its energy error was beyond all bounds; the chain then left in a new direction), ``mode`` (its index); of
         adjusted chains ``path_length`` in place of the momentum length, ``acceptance_rate``, ``accepted``, ``n_steps``. ``info`` has the
         gradients of all chains together, the seconds, and by mode the energy variance reached and the effective sample size (of up to 100
-        latents the median, chains of the mode added).
+        latents in which the chains move the median, chains of the mode added).
     :raises ValueError: for fewer than two latents, for starting points where the log density is not finite, for whitening or weights that the
-        guide does not have.
+        guide does not have, for ``whiten="guide"`` with ``collapse``, for sites that are not Gaussian given the others.
     :raises MemoryError: before the run, if the draws do not fit.
     :raises KeyboardInterrupt: if Ctrl-C comes before the first draw; later, it ends the run, and the draws so far are returned.
 
