@@ -51,9 +51,13 @@ REFERENCE_DRAWS = 1500
 BASE = Recipe()
 #: The recipe of ``MCLMC`` and its controls: some 21,000 steps each, but for short ones and adjusted ones.
 RECIPES = {
+    "MCLMC": BASE,
+    "MCLMC, 10,000 gradients": replace(BASE, warmup=200, steps=400, draws=100),
+    "MCLMC, output layer not integrated out": BASE.with_options(collapse=None),
     "MCLMC, whitened by the prior": BASE.with_options(whiten="prior"),
-    "MCLMC, whitened by Laplace": replace(BASE, laplace=True).with_options(whiten="guide"),
-    "MCLMC, energy variance 0.002": BASE.with_options(energy_variance=0.002),
+    "MCLMC, whitened by Laplace": replace(BASE, laplace=True).with_options(whiten="guide", collapse=None),
+    "MCLMC, energy variance 0.0005": BASE.with_options(energy_variance=0.0005),
+    "MCLMC, energy variance 0.02": BASE.with_options(energy_variance=0.02),
     "MCLMC, energy variance 0.2": BASE.with_options(energy_variance=0.2),
     "MCLMC, modes near prior draws": replace(BASE, spread=1.0),
     "MCLMC, at Laplace draws": replace(BASE, laplace=True).with_options(start="draws"),
@@ -167,7 +171,7 @@ def run(name: str, args: argparse.Namespace, done: set[tuple[str, str]]) -> Iter
             **scores(thinned.mean, thinned.variance, split.y_test, split.scale),
             **report,
         }
-    for method in [*METHODS, *RECIPES]:
+    for method in METHODS | RECIPES:
         if method == "NUTS" or (name, method) in done or method not in args.methods:
             continue
         found, costs = predict_once(method, fits, args.cache and args.cache / f"{name} {method}.pt")
@@ -193,7 +197,7 @@ def main() -> None:
     )
     parser.add_argument("--sets", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS, *RECIPES], default=[*METHODS, *RECIPES], help="which rows"
+        "--methods", nargs="+", choices=METHODS | RECIPES, default=[*(METHODS | RECIPES)], help="which rows"
     )
     parser.add_argument(
         "--cache", type=Path, help="keep chains and predictions in this folder and take them from there"

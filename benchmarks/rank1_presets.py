@@ -6,7 +6,7 @@ The presets of rank-1 networks on the small data sets that ship with scikit-lear
 ``digits``: 8 x 8 images, 1,000 for training and 500 for testing, a perceptron 64-64-64-10. ``diabetes``: 10 inputs, 221
 rows for training and 221 for testing, a perceptron 10-50-1 with an unknown noise scale. Every seed has its own split.
 Reported: NLL, and accuracy and ECE or the root mean squared error, of mixtures of four with 8 draws per component, and of
-a MAP network under the prior N(0, 1 / fan-in).
+a MAP network, five modes and chains from them under the prior N(0, 1 / fan-in).
 
     python benchmarks/rank1_presets.py --out results.json
 """
@@ -31,7 +31,7 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 from pyro_bnn.diagnostics import diversity
-from pyro_bnn.infer import default_preset, dusenberry2020, fit
+from pyro_bnn.infer import default_preset, dusenberry2020, fit, mclmc
 from pyro_bnn.model.handlers import SubstituteMessenger
 from pyro_bnn.nn import FanInNormal
 
@@ -39,10 +39,31 @@ TRAIN, TEST = {"digits": 1000, "diabetes": 221}, {"digits": 500, "diabetes": 221
 RATE = {"digits": 5e-3, "diabetes": 1e-2}
 
 
+class Chains(Posterior):
+    """Short microcanonical chains from the components of point masses, the output layer of a regression integrated out."""
+
+    def draws(self, model: Any, guide: Any, data: tuple[Tensor, Tensor], task: str, steps: int) -> Any:
+        """Draws of all latents, 50 of each chain, and how many gradients they took."""
+        run = mclmc(
+            model,
+            guide,
+            data,
+            warmup_steps=steps,
+            num_samples=min(50, steps),
+            thinning=max(1, 2 * steps // 50),
+            energy_variance=0.005,
+            collapse="2" if task == "diabetes" else None,
+            progress_bar=False,
+        )
+        return run.get_samples(), run.info["gradients"]
+
+
 def methods(task: str) -> dict[str, Any]:
     default, paper = default_preset(), dusenberry2020(TRAIN[task])
     return {
         "MAP": Posterior("delta"),
+        "five modes": Posterior("delta", 5),
+        "MCLMC": Chains("delta", 5),
         "default preset": FromPreset(default),
         "default, weights N(0, 1/fan-in)": FromPreset(replace(default, weight_prior=FanInNormal())),
         "dusenberry2020": FromPreset(paper),
@@ -95,6 +116,10 @@ def run(task: str, method: Any, seed: int, steps: int) -> dict[str, Any]:
         row["report"] = str(diversity(model, guide, (x_test, y_test)))
     number = guide.num_components * (1 if guide.component == "delta" else 8)
     draws = guide.sample_posterior((number,))
+    if isinstance(method, Chains):
+        draws, row["gradients"] = method.draws(model, guide, (x, y), task, steps)
+        number = len(next(iter(draws.values())))
+        row["cpu_seconds"] = time.process_time() - start
     sigma = draws.pop("sigma", torch.zeros(())).unsqueeze(-1)
     with torch.no_grad(), SubstituteMessenger({k: v.unsqueeze(1) for k, v in draws.items()}):
         f = net(x_test)

@@ -7,7 +7,8 @@ Cost of the log density of a Pyro model and its gradient, in evaluations of the 
     python benchmarks/sampling_speed.py --smoke
 
 Two networks with standard normal weights: 13-50-1 with 455 rows (tanh, noise 0.2) and 784-100-10 with 1,000 rows (ReLU, ten
-classes), at one vector of weights and at those of 20 chains. Rows: ``log_density`` (pyro_bnn), one of its minibatches of a
+classes), at one vector of weights and at those of 20 chains. Rows: ``log_density`` (pyro_bnn), the same of the first layer of the
+regression alone, whose output layer is integrated out, one of its minibatches of a
 tenth of the rows, against as much by hand, the potential of Pyro's NUTS and of NumPyro's (jitted, where it is installed), and
 steps of NUTS with Pyro's potential and with ``log_density``.
 
@@ -102,6 +103,10 @@ def works(problem: Problem, chains: int) -> Iterator[tuple[str, Work, Work]]:
     hand: Work = lambda: problem.by_hand(u, x, y)  # noqa: E731
     agree(density.value_and_gradient(u)[1], hand()[1])
     yield "log_density", lambda: density.value_and_gradient(u), hand
+    if problem.is_regression:
+        rest = log_density(problem.model, (x, y), collapse="2")
+        v = rest.restrict(u)
+        yield "log_density, output layer integrated out", lambda: rest.value_and_gradient(v), hand
     part = len(x) // 10
     yield (
         "log_density, minibatch",

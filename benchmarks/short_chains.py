@@ -36,12 +36,16 @@ class Recipe:
     modes: int = 10
     chains: int = 1
     warmup: int = 600
-    steps: int = 1500
-    draws: int = 150
+    steps: int = 1400
+    draws: int = 140
     spread: float = 0.1
     iterations: int = 200
     laplace: bool = False
-    options: tuple[tuple[str, Any], ...] = (("whiten", "diagonal"),)
+    options: tuple[tuple[str, Any], ...] = (
+        ("whiten", "diagonal"),
+        ("collapse", "net.2"),
+        ("energy_variance", 0.005),
+    )
 
     def with_options(self, **options: Any) -> "Recipe":
         return replace(self, options=tuple((dict(self.options) | options).items()))

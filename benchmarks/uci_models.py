@@ -44,6 +44,7 @@ class Settings:
     :param settle_noise: whether the noise of a rank-1 mixture is set to its optimum after the steps.
     :param nuts: chains, steps of adaptation and draws per chain.
     :param short: modes, steps of adaptation and steps of the microcanonical chains that start there.
+    :param collapse: what is integrated out of them: the output layer.
     """
 
     hidden: int = 50
@@ -59,7 +60,8 @@ class Settings:
     draws: int = 100
     settle_noise: bool = False
     nuts: tuple[int, int, int] = (2, 300, 200)
-    short: tuple[int, int, int] = (10, 600, 1500)
+    short: tuple[int, int, int] = (10, 250, 500)
+    collapse: str | None = "net.2"
 
 
 class Regression(PyroModule):

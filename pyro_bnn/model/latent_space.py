@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packed latent vector: all latent sites of a model, unconstrained, flattened and concatenated."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
+from typing import Self
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -40,19 +42,29 @@ class LatentSpace:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self.slices: dict[str, slice] = {}
         self._supports: dict[str, Constraint] = {}
         self._shapes: dict[str, torch.Size] = {}
-        start = 0
         for name in latent_names(trace):
             site: Site = trace.nodes[name]
-            support = site["fn"].support
-            shape = biject_to(support).inv(site["value"]).shape
-            self._supports[name] = support
-            self._shapes[name] = shape
-            self.slices[name] = slice(start, start + shape.numel())
-            start += shape.numel()
-        self.dim = start
+            self._supports[name] = site["fn"].support
+            self._shapes[name] = biject_to(self._supports[name]).inv(site["value"]).shape
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The places of the sites, one after the other."""
+        self.slices: dict[str, slice] = {}
+        self.dim = 0
+        for name, shape in self._shapes.items():
+            self.slices[name] = slice(self.dim, self.dim + shape.numel())
+            self.dim += shape.numel()
+
+    def only(self, names: Collection[str]) -> Self:
+        """The space of some of the sites, in the same order."""
+        found = copy.copy(self)
+        found._supports = {name: support for name, support in self._supports.items() if name in names}
+        found._shapes = {name: shape for name, shape in self._shapes.items() if name in names}
+        found._lay_out()
+        return found
 
     def is_constrained(self, name: str) -> bool:
         """Whether the support of a site is not all of real space."""

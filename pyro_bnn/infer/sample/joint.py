@@ -69,6 +69,19 @@ class Joint:
 
     def __init__(self, packed: PackedModel, moving: frozenset[str] = frozenset()) -> None:
         self.packed, self.moving = packed, moving
+        #: of the vectors at which it is evaluated
+        self.space = packed.space
+
+    def restrict(self, u: Tensor) -> Tensor:
+        """The vectors at which it is evaluated, ``(..., q)``, of those of all latents, ``(..., p)``."""
+        return u
+
+    def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Vectors of all latents, ``(..., p)``, of those at which it is evaluated, ``(..., q)``, those that are integrated out drawn from
+        their distribution given the others, and the log density of what was drawn, shape ``(...)``.
+        """
+        return u, u.new_zeros(u.shape[:-1], dtype=torch.float64)
 
     def log_prob(
         self, parts: Mapping[str, Tensor], share: Share, batch: Batch, factor: Tensor | None
@@ -106,7 +119,7 @@ class Joint:
         """
         batch = share.with_tensors(tensors)
         u = u.clone() if u.is_inference() else u.detach()  # those cannot take part in a graph
-        parts = {n: x.detach().requires_grad_() for n, x in self.packed.space.split(u).items()}
+        parts = {n: x.detach().requires_grad_() for n, x in self.space.split(u).items()}
 
         def log_prob(parts: Mapping[str, Tensor]) -> Tensor:
             return self.log_prob(parts, share, batch, factor)
@@ -114,7 +127,7 @@ class Joint:
         if u.dim() == 1:
             values = log_prob(parts)
         else:
-            with _Leaves():  # random numbers that are used make a recording impossible
+            with Leaves():  # random numbers that are used make a recording impossible
                 values = torch.func.vmap(log_prob, randomness="different")(parts)
         gradient = [torch.zeros_like(x) for x in parts.values()]
         if values.requires_grad:
@@ -130,17 +143,15 @@ class Joint:
             return u.new_full((), torch.nan, dtype=torch.float64), torch.full_like(u, torch.nan)
 
 
-class _Leaves(TorchFunctionMode):
-    """Lets Pyro ask parameters that require gradients to require them, which batching refuses."""
+class Leaves(TorchFunctionMode):
+    """Lets parameters, frozen ones too, be asked to require gradients or not to, which batching refuses; they stay as they are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is Tensor.requires_grad_
-            and args[0].requires_grad
-            and not kwargs
-            and args[1:] in ((), (True,))
-        ):
-            return args[0]
+        if func is Tensor.requires_grad_ and not kwargs:
+            frozen = isinstance(args[0], torch.nn.Parameter) and not args[0].requires_grad
+            asked = args[1:] in ((), (True,))
+            if (asked and args[0].requires_grad) or frozen:
+                return args[0]
         return func(*args, **(kwargs or {}))
 
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The log density of any Pyro model on its packed latent vector: what samplers run on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ from torch.distributions import biject_to
 
 from pyro_bnn.infer.initialize import check_observations, run_model
 from pyro_bnn.infer.sample.callbacks import Arrays, on_arrays, on_jax
+from pyro_bnn.infer.sample.collapse import collapsed
 from pyro_bnn.infer.sample.evaluation import Evaluator
 from pyro_bnn.infer.sample.joint import Joint, Share, moving_supports, unvalidated
 from pyro_bnn.model.data import Arguments, Batch, Batches, as_batch
@@ -36,7 +37,8 @@ class LogDensity(Described):
     Called with ``u`` of shape ``(p,)`` or, for ``C`` chains, ``(C, p)``, it returns the density, of shape ``()`` or ``(C,)`` and
     the type of ``u``; the result can be differentiated once by autograd. The sum over data points is formed in double precision.
 
-    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``.
+    :ivar space: the packed vector: ``dim``, ``slices``, ``pack`` and ``unpack``; without latents that are integrated out, which
+        ``packed.space`` has too.
     :ivar size: its length ``p``.
     :ivar dtype: the type in which the model computes.
     :ivar device: where its latents are.
@@ -58,10 +60,9 @@ class LogDensity(Described):
         True
     """
 
-    def __init__(self, evaluator: Evaluator, shares: list[Share], first: Batch) -> None:
-        self._evaluator, self._shares, self._first = evaluator, shares, first
-        self.packed = evaluator.joint.packed
-        self.space = self.packed.space
+    def __init__(self, evaluator: Evaluator, shares: list[Share], kept: list[Batch]) -> None:
+        self._evaluator, self._shares, self._first, self._batches = evaluator, shares, kept[0], len(kept)
+        self.packed, self.space = evaluator.joint.packed, evaluator.joint.space
         self.size = self.space.dim
         self.dtype, self.device = evaluator.anchors.dtype, evaluator.anchors.device
         self.gradients = 0
@@ -73,7 +74,7 @@ class LogDensity(Described):
 
     def described(self) -> tuple[str, dict[str, str]]:
         """What it is, for its ``repr``."""
-        rows = {"batches": str(len(self._shares)), "gradients": f"{self.gradients:,}"}
+        rows = {"batches": str(self._batches), "gradients": f"{self.gradients:,}"}
         return f"log density of {self.size:,} latents", rows | (
             {"reason": self.reason} if self.reason else {}
         )
@@ -115,6 +116,7 @@ class LogDensity(Described):
         :param once: names of observed sites and factors; by default :attr:`repeated`.
         :return: as :meth:`value_and_gradient`.
         """
+        self._require_batches("batch_value_and_gradient")
         rows = self._rows(u)
         names = self.repeated if once is None else frozenset(once)
         share = Share(as_batch(batch), scaled=True, once=names)
@@ -168,15 +170,65 @@ class LogDensity(Described):
         """
         return on_jax(self)
 
+    def restrict(self, u: Tensor) -> Tensor:
+        """
+        The latents that are not integrated out.
+
+        :param u: packed vectors of all latents, shape ``(..., P)``, in the order of ``packed.space``.
+        :return: packed vectors of this density, shape ``(..., p)``; ``u`` itself where nothing is integrated out.
+        :raises ValueError: if ``u`` does not have such a shape.
+        """
+        self._require_width(u, self.packed.space.dim)
+        return self._evaluator.joint.restrict(u)
+
+    def complete(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        All latents, those that are integrated out drawn given the others: with ``u`` from this density they are from the posterior.
+
+        :param u: packed vectors of this density, shape ``(..., p)``.
+        :return: packed vectors of all latents, shape ``(..., P)``, in the order of ``packed.space``, and the log density of what was
+            drawn, float64, shape ``(...)``; NaN where the density is.
+        :raises ValueError: if ``u`` does not have such a shape, or what is drawn is not Gaussian.
+
+        Example::
+
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(y):
+            ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("data", len(y)):
+            ...         pyro.sample("obs", dist.Normal(z, scale), obs=y)
+            >>> whole, part = (log_density(model, torch.ones(3), collapse=names) for names in (None, "z"))
+            >>> u = torch.zeros(part.size)
+            >>> v, log_prob = part.complete(u)
+            >>> part.size, v.shape, bool(abs(part(u) + log_prob - whole(v)) < 1e-5)
+            (1, torch.Size([2]), True)
+        """
+        self._require_width(u, self.size)
+        whole, log_prob = self._evaluator.joint.complete(u.detach().to(self.dtype))
+        return self._given(whole, u), log_prob
+
+    @staticmethod
+    def _require_width(u: Tensor, size: int) -> None:
+        if not u.dim() or u.shape[-1] != size:
+            raise ValueError(f"u must have shape (..., {size}), found {tuple(u.shape)}.")
+
     @cached_property
     def repeated(self) -> frozenset[str]:
         """The observed sites and factors that do not belong to rows of the data, and count once whatever the batches are."""
+        self._require_batches("repeated")
         if len(self._shares) > 1:
             return frozenset.intersection(*(share.left_out for share in self._shares[1:]))
         latent, packed = self._evaluator.anchors[0], self.packed
         found = packed.rows(latent, self._first, 1)
         names = packed.likelihood_names(packed.trace(latent, self._first))
         return frozenset(n for n in names if found and n not in found[0].axes)
+
+    def _require_batches(self, what: str) -> None:
+        if self.space is not self.packed.space:
+            raise ValueError(
+                f"{what}: latents that are integrated out depend on all data: make the log density without collapse."
+            )
 
     def _rows(self, u: Tensor) -> Tensor:
         if u.dim() not in (1, 2) or u.shape[-1] != self.size:
@@ -209,7 +261,9 @@ class _Value(torch.autograd.Function):
 
 @torch.inference_mode(False)
 @torch.enable_grad()  # some models take derivatives themselves
-def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> LogDensity:
+def log_density(
+    model: Callable[..., Any], data: Any, *, guide: Any = None, collapse: str | Sequence[str] | None = None
+) -> LogDensity:
     r"""
     The log density of a model given data, on the packed vector of its latents in unconstrained space.
 
@@ -224,10 +278,16 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     :param callable model: a Pyro model with continuous latents.
     :param data: the data, with observations: one batch, or several, whose densities are added; they are kept in memory.
     :param guide: a guide over the packed latents of the same model, to make sure that its vectors are those of the density.
+    :param collapse: names of latent sites, or of modules for all of their sites, that are integrated out in closed form: given all other
+        latents they are Gaussian, as the weights of the last layer of a network with Gaussian noise and a Gaussian prior. This is
+        compared with the model on random lines, both ways, up to a thousand standard deviations from the mode: at first, at chains in
+        turn later on, and at vectors of which they are drawn (:meth:`LogDensity.complete`). What is not Gaussian farther away or elsewhere only
+        is not seen. A gradient takes second derivatives in them and a decomposition of their precision; where this is not positive
+        definite beyond rounding errors, value and gradient are NaN.
     :return: the density.
     :raises ValueError: if the model observes nothing in the data, or data that are not finite; if the data are a part of a
         plate only; if a latent is discrete, or its support depends on other latents; if the model is not a function of its
-        latents, or the likelihood of none.
+        latents, or the likelihood of none; if what is to be integrated out is not Gaussian, or the model cannot be run at several of its values together.
 
     Example::
 
@@ -249,7 +309,12 @@ def log_density(model: Callable[..., Any], data: Any, *, guide: Any = None) -> L
     shares = _shares(packed, latent, kept, batches.is_single)
     if packed.likelihood_names(packed.trace(latent, kept[0])):
         packed.require_function(latent, _again(kept, batches.is_single), derivatives=False)
-    return LogDensity(evaluator, shares, kept[0])
+    if collapse is None:
+        return LogDensity(evaluator, shares, kept)
+    joint = collapsed(evaluator.joint, collapse, shares)
+    anchors = joint.restrict(evaluator.anchors)
+    joint.require(anchors)
+    return LogDensity(Evaluator(joint, anchors), [joint.share], kept)
 
 
 @torch.inference_mode(False)

@@ -48,6 +48,7 @@ def mclmc(
     step_size: float | None = None,
     momentum_length: float | None = None,
     per_mode: bool = False,
+    collapse: str | Sequence[str] | None = None,
     energy_variance: float = 0.02,
     target_accept_prob: float = 0.8,
     thinning: int = 1,
@@ -105,6 +106,9 @@ def mclmc(
     :param float momentum_length: L, in whitened units; by default found in the warm-up.
     :param bool per_mode: whether each mode has a step size and a momentum length of its own, as modes of very different widths need; by default
         all chains share them.
+    :param collapse: sites that are integrated out in closed form (:func:`~pyro_bnn.infer.log_density`), in which the chains do not move: they are
+        drawn given the others in the end. The weights of a last layer under Gaussian noise follow every move of the other layers; without them
+        steps are several times as long.
     :param float energy_variance: the variance of the energy error of unadjusted steps per dimension: 0.02 explores, 0.0005 is accurate.
     :param float target_accept_prob: the mean acceptance probability of adjusted transitions.
     :param int thinning: steps, or adjusted transitions, from one draw that is kept to the next.
@@ -117,9 +121,9 @@ def mclmc(
         since it was not finite or its energy error was beyond all bounds; the chain then left in a new direction), ``mode`` (its index); of
         adjusted chains ``path_length`` in place of the momentum length, ``acceptance_rate``, ``accepted``, ``n_steps``. ``info`` has the
         gradients of all chains together, the seconds, and by mode the energy variance reached and the effective sample size (of up to 100
-        latents the median, chains of the mode added).
+        latents in which the chains move the median, chains of the mode added).
     :raises ValueError: for fewer than two latents, for starting points where the log density is not finite, for whitening or weights that the
-        guide does not have.
+        guide does not have, for ``whiten="guide"`` with ``collapse``, for sites that are not Gaussian given the others.
     :raises MemoryError: before the run, if the draws do not fit.
     :raises KeyboardInterrupt: if Ctrl-C comes before the first draw; later, it ends the run, and the draws so far are returned.
 
@@ -163,18 +167,21 @@ def mclmc(
         momentum_length, whiten, per_mode,
     )  # fmt: skip
     batch = Batches(data).first
-    density = log_density(model, data)
+    density = log_density(model, data, collapse=collapse)
     if density.size < 2:
         raise ValueError(
-            f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}: use nuts."
+            f"mclmc: microcanonical dynamics needs at least two latents, found {density.size}"
+            f"{' beside those that are integrated out: leave collapse out, or' if collapse is not None else ':'} use nuts."
         )
-    modes = [] if guide is None else modes_of(guide, density.space, batch)
-    points = chain_starts(model, modes, density.space, batch, start, num_chains).to(density.dtype)
+    space = density.packed.space
+    modes = [] if guide is None else modes_of(guide, space, batch)
+    whole = chain_starts(model, modes, space, batch, start, num_chains).to(density.dtype)
+    points = density.restrict(whole)
     _require_finite(density, points)
     num_modes = len(modes) or num_chains
     shares = _evidence(modes) if weights == "evidence" else None
-    units = _units(whiten, model, modes, density, batch, points[:: len(points) // num_modes])
-    records = Records(plan.warmup_draws + num_samples, points, memory_limit)
+    units = _units(whiten, model, modes, density, batch, whole[:: len(points) // num_modes])
+    records = Records(plan.warmup_draws + num_samples, points, memory_limit, space.dim)
     run = Run(plan, density, units, points, records)
     files = _files(checkpoint, plan, start, run)
     files.load(run)
@@ -235,15 +242,16 @@ def _stacked(model: Callable[..., Any], data: Any, result: ChainResult, num_mode
 def _units(
     whiten: str | None, model: Any, modes: Sequence[Mode], density: Any, batch: Batch, points: Tensor
 ) -> Units:
-    """In what the chains of modes at points ``(K, p)`` are whitened."""
-    space = density.space
-    sizes = torch.tensor([part.stop - part.start for part in space.slices.values()])
+    """In what the chains of modes at points ``(K, p)`` of all latents are whitened."""
+    sizes = torch.tensor([part.stop - part.start for part in density.space.slices.values()])
     site = torch.arange(len(sizes)).repeat_interleave(sizes).to(points.device)
     with local_parameters(), poutine.block(), torch.no_grad():
-        centre, scale = prior_units(model, batch, space, points)
+        centre, scale = map(density.restrict, prior_units(model, batch, density.packed.space, points))
         if whiten == "guide":
             if not modes:
                 raise ValueError("whiten='guide': there is none. Use whiten='diagonal' or 'prior'.")
+            if density.space is not density.packed.space:
+                raise ValueError("whiten='guide' whitens all latents: use whiten='diagonal' with collapse.")
             return Units(Gaussians([mode.gaussian() for mode in modes]), centre, None, site)
     scale = torch.ones_like(scale) if whiten is None else scale
     return Units(Scales(scale), centre, scale, site)
@@ -254,6 +262,7 @@ def _files(
 ) -> Resumption:
     chains, point = run.chains, run.chains.position[0]
     settings = vars(plan) | {"start": start, "modes": run.num_modes, "chains": len(chains.position)}
+    settings |= {"space": list(run.density.space.slices)}
     settings |= {"dtype": str(point.dtype), "guide": fingerprint(run.units.whitener, run.chains.position)}
 
     def density(at: Tensor) -> float:
@@ -276,15 +285,20 @@ def _result(run: Run, shares: Tensor | None) -> ChainResult:
         )
     positions, stats = run.records.part(first, last)
     early, early_stats = run.records.part(0, first)
-    unpack = run.density.space.unpack
+    unpack, complete = run.density.packed.space.unpack, run.density.complete
     each = len(positions) // run.num_modes
     mode = torch.arange(run.num_modes).repeat_interleave(each)
     stats = _typed(stats) | {"mode": mode.unsqueeze(-1).expand(-1, positions.shape[1]).contiguous()}
     _warn(positions, stats, mode)
     weights = None if shares is None else (spread(shares, len(positions)) / each).cpu()
+    whole, log_prob = complete(positions)
+    stats["lp"] = stats["lp"] + log_prob.cpu()
+    if first:
+        early, log_prob = complete(early)
+        early_stats["lp"] = early_stats["lp"] + log_prob.cpu()
     early_samples = unpack(early) if first else {}
     return ChainResult(
-        unpack(positions), stats, early_samples, _typed(early_stats), weights, _info(run, positions)
+        unpack(whole), stats, early_samples, _typed(early_stats), weights, _info(run, positions)
     )
 
 

@@ -24,14 +24,18 @@ class Records:
     :param number: of draws that are kept, those of the warm-up among them.
     :param start: positions, shape ``(C, p)``.
     :param memory_limit: bytes that they may take, by default what is free.
+    :param whole: the latents of a draw in the result, of which positions may be a part; by default p.
     :ivar positions: shape ``(number, C, p)``, of which ``count`` are filled.
     :ivar stats: by name, shape ``(number, C)``, the same; NaN where a statistic was not recorded.
     """
 
-    def __init__(self, number: int, start: Tensor, memory_limit: float | None) -> None:
+    def __init__(self, number: int, start: Tensor, memory_limit: float | None, whole: int = 0) -> None:
         self.count = 0
+        size = start.shape[-1]
+        # once more, by site, in the result; where latents are added, these are put together before
+        values = 2 * size if whole in (0, size) else size + 2 * whole
         require_memory(
-            2.0 * number * start.numel() * start.element_size(),  # once more, by site, in the result
+            float(number) * len(start) * values * start.element_size(),
             f"num_samples and warmup_steps: {number} draws of {len(start)} chains in {start.shape[-1]} dimensions",
             start.device,
             "Keep fewer draws: a smaller num_samples with as many steps between them by thinning.",
