@@ -3,12 +3,15 @@
 """Assertions that every test shares."""
 
 import os
+import random
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyro
 import pytest
 import torch
 
@@ -18,6 +21,16 @@ def assert_close(actual: Any, expected: Any, *, rtol: float = 1e-7, atol: float 
     torch.testing.assert_close(
         torch.as_tensor(actual), torch.as_tensor(expected), rtol=rtol, atol=atol, check_dtype=False
     )
+
+
+def seed(number: int) -> None:
+    """:func:`pyro.set_rng_seed`; without devices to seed, without the copy of the stack that torch makes for each of them."""
+    if torch.cuda.is_available():
+        pyro.set_rng_seed(number)
+        return
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)  # noqa: NPY002
 
 
 @contextmanager

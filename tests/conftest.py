@@ -11,6 +11,8 @@ import pyro
 import pytest
 import torch
 
+from tests.common import seed
+
 torch.set_num_threads(1)  # two pytest-xdist workers share two cores
 
 
@@ -23,7 +25,7 @@ def _pyro_state(request: pytest.FixtureRequest) -> Iterator[None]:
     """Pyro's own habits: float64, validation on, an empty parameter store, a seed."""
     marker = request.node.get_closest_marker("init")
     pyro.clear_param_store()
-    pyro.set_rng_seed(marker.kwargs["rng_seed"] if marker else 0)
+    seed(marker.kwargs["rng_seed"] if marker else 0)
     old_dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     with pyro.validation_enabled(True):

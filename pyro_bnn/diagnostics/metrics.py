@@ -167,8 +167,7 @@ def interval_coverage(
         0.5
     """
     value, y = draws_and_observations(samples, observed, site, "samples")
-    low, high = _interval(value, check_probability(level, "level"))
-    return float(((y >= low) & (y <= high)).double().mean())
+    return float(_coverage(value, y, [check_probability(level, "level")])[0])
 
 
 def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None) -> float:
@@ -187,14 +186,23 @@ def interval_width(samples: Any, level: float = 0.9, *, site: str | None = None)
         0.9
     """
     value = Scored(samples, site, "samples").draws("samples")
-    low, high = _interval(value, check_probability(level, "level"))
+    low, high = _intervals(value, [check_probability(level, "level")])
     return float((high - low).mean())
 
 
-def _interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=samples.dtype, device=samples.device)
-    low, high = torch.quantile(samples, levels, dim=0)
-    return low, high
+def _intervals(samples: Tensor, levels: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The ends of central intervals, shape ``(levels, *shape)`` each; the draws ``(S, *shape)`` are sorted once."""
+    tails = [(1 - level) / 2 for level in levels] + [(1 + level) / 2 for level in levels]
+    where = torch.tensor(tails, dtype=samples.dtype, device=samples.device)
+    ends = torch.quantile(samples, where, dim=0)
+    return ends[: len(levels)], ends[len(levels) :]
+
+
+def _coverage(samples: Tensor, y: Tensor, levels: Sequence[float]) -> np.ndarray:
+    """The fractions of observations inside central intervals, shape ``(levels,)``."""
+    low, high = _intervals(samples, levels)
+    inside = ((y >= low) & (y <= high)).double()
+    return inside.unsqueeze(-1).flatten(1).mean(1).cpu().numpy()
 
 
 def calibration_curve(
@@ -218,9 +226,8 @@ def calibration_curve(
         array([1., 1.])
     """
     value, y = draws_and_observations(samples, observed, site, "samples")
-    for level in levels:
-        check_probability(level, "levels")
-    return np.asarray(levels), np.asarray([interval_coverage(value, y, level) for level in levels])
+    checked = [check_probability(level, "levels") for level in levels]
+    return np.asarray(levels), _coverage(value, y, checked)
 
 
 def pit(samples: Any, observed: Any = None, *, site: str | None = None) -> np.ndarray:

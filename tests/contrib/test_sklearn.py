@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import inspect
 import os
 import pickle
 import re
@@ -245,12 +246,12 @@ def test_pickles_in_a_fresh_process(tmp_path):
     X, y = curve()
     fitted = [BayesianRegressor(**SMALL | {"method": method}).fit(X, y) for method in METHODS]
     (tmp_path / "reg.pkl").write_bytes(pickle.dumps(fitted))
-    code = """
-import joblib, numpy, pickle
-from tests.contrib.test_sklearn import answers
+    code = f"""
+import joblib, numpy as np, pickle
+{inspect.getsource(answers)}
 fitted = pickle.load(open("reg.pkl", "rb"))
 joblib.dump(fitted, "reg.joblib")
-numpy.save("found.npy", [answers(reg) for reg in fitted])
+np.save("found.npy", [answers(reg) for reg in fitted])
 """
     path = {"PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=os.environ | path)

@@ -73,6 +73,17 @@ def test_calibrated_predictions() -> None:
     np.testing.assert_array_less(np.abs(counts - 500), 4 * np.sqrt(450))
 
 
+def test_calibration_curve_counts_level_by_level() -> None:
+    samples, y = torch.randn(30, 7, 2), torch.randn(7, 2)
+    levels = [0.1, 0.5, 0.95]
+    nominal, empirical = metrics.calibration_curve(samples, y, levels)
+    assert nominal.tolist() == levels
+    for level, found in zip(levels, empirical, strict=True):
+        low, high = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
+        assert found == pytest.approx(((low <= y.numpy()) & (y.numpy() <= high)).mean(), rel=1e-12)
+        assert found == metrics.interval_coverage(samples, y, level)
+
+
 def test_classification_scores() -> None:
     probs = torch.softmax(torch.randn(6, 200, 2), -1)
     labels = torch.randint(2, (200,))

@@ -116,20 +116,22 @@ def network_part(rank: int, world: int) -> tuple[Tensor, Tensor, list[tuple[Tens
 def laplace(rank: int, world: int) -> dict[str, Tensor]:
     """Polishing, every structure that adds up, and their evidence."""
     targets, _, batches = network_part(rank, world)
-    found = {}
+    pyro.set_rng_seed(1)
+    guide = AutoLaplace(network).initialize(*batches[0])
+    with torch.no_grad():
+        guide.loc.copy_(0.5 * torch.sin(torch.arange(20.0)))
+    mode = guide.polish(batches).loc.detach()
+    found = {"loc": mode}
     for structure in ("full", "block", "kronecker", "diagonal", "low_rank"):
         pyro.set_rng_seed(1)
-        guide = AutoLaplace(network, structure=structure, rank=6)
-        guide.initialize(*batches[0])
+        guide = AutoLaplace(network, structure=structure, rank=6).initialize(*batches[0])
         with torch.no_grad():
-            guide.loc.copy_(0.5 * torch.sin(torch.arange(20.0)))
-        guide.polish(batches).laplace_approximation(batches)
-        found[f"{structure} loc"] = guide.loc.detach()
+            guide.loc.copy_(mode)
+        guide.laplace_approximation(batches)
         found[f"{structure} variances"] = guide.posterior.variance
         found[f"{structure} evidence"] = guide.log_evidence().detach()
         found[f"{structure} loss"] = guide.negative_log_joint(batches)[0]
         found[f"{structure} variance"] = guide.linearized_outputs(targets)["obs"].covariance
-    mode = guide.loc.detach()
     for subnetwork in ("random", "largest_variance", "largest_magnitude"):
         pyro.set_rng_seed(1 + rank)  # the choice is that of the first process
         guide = AutoLaplace(network, subnetwork=subnetwork, subnetwork_size=8).initialize(*batches[0])

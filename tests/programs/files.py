@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.infer import load_guide, posterior_predictive, save_guide
 from pyro_bnn.infer.autoguide import AutoEmpirical, AutoLaplace, AutoMixture
+from tests.common import seed
 from tests.programs.facts import Facts, Pairs, few, is_function, operation
 from tests.programs.laplace import approximation
 from tests.programs.predictions import compare_prediction
@@ -36,7 +36,7 @@ def restored(facts: Facts, build: Callable[[Case], Any]) -> Pairs:
         fresh.net.load_state_dict(case.net.state_dict())  # type: ignore[union-attr]
     predictions = []
     for model, g, args in ((case.model, guide, case.inputs), (fresh.model, loaded, fresh.inputs)):
-        pyro.set_rng_seed(2)
+        seed(2)
         predictions.append(posterior_predictive(model, g, args, num_samples=3))
     for name in predictions[0]:
         for field in ("samples", "mean"):

@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from tests.common import seed
 from tests.programs.dense import Undefined
 from tests.programs.operations import OPERATIONS, Facts, Operation
 from tests.programs.program import PROGRAMS, Case, Program
@@ -105,7 +106,7 @@ def judge(operation: Operation, facts: Facts) -> Verdict:
     """Runs one operation on one program."""
     case, worst, note = facts.case, 0.0, ""
     must_refuse = any(operation.name.startswith(prefix) for prefix in case.must_refuse)
-    torch.manual_seed(0)
+    seed(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

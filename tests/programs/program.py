@@ -12,6 +12,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from tests.common import seed
+
 
 @dataclass
 class Case:
@@ -98,7 +100,7 @@ class Program:
     def make(self) -> Case:
         """A fresh case: same numbers every time."""
         pyro.clear_param_store()
-        pyro.set_rng_seed(11)
+        seed(11)
         case = self.build()
         for module in (case.net, case.model):
             if isinstance(module, nn.Module):
