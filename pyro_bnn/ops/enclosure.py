@@ -103,8 +103,9 @@ class Enclosure:
         if len(self._gram):
             root = self._root()
             steps = self._products(directions, images) @ root @ root.mT
-            directions = torch.addmm(directions, steps, self.directions, alpha=-1)
-            images = torch.addmm(images, steps, self.images, alpha=-1)
+            # one after the other: vectors may be so long that each of them matters
+            directions = self.directions = torch.addmm(directions, steps, self.directions, alpha=-1)
+            images = self.images = torch.addmm(images, steps, self.images, alpha=-1)
         self._gram, self.is_recursive = torch.empty(0, 0), True
         self.directions = self.images = directions[:0]
         self.extend(directions, images)

@@ -54,17 +54,14 @@ def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:
     solver = task.solver
     assert solver.metric is not None
     scale = (D * (G + R)).sum(-1).clamp(min=0).rsqrt()
-    scale = torch.where(scale.isfinite(), scale, 0.0)[:, None]
-    G, D, R = scale * G, scale * D, scale * R
+    weights = torch.diag(torch.where(scale.isfinite(), scale, 0.0))
     number = max(1, min(len(D), solver.products // 20))
     exact = number == len(D)
     if not exact:
         generator = torch.Generator(device=D.device).manual_seed(0)
-        signs = (
-            torch.randint(0, 2, (number, len(D)), generator=generator, device=D.device).to(D.dtype) * 2 - 1
-        )
-        G, D, R = signs @ G, signs @ D, signs @ R
-    error = G - R - task.problem.operator(D)
+        signs = torch.randint(0, 2, (number, len(D)), generator=generator, device=D.device)
+        weights = (signs.to(D.dtype) * 2 - 1) @ weights
+    error = weights @ G - weights @ R - task.problem.operator(weights @ D)
     solver.products += number
     squares = (error * solver.metric(error)).sum(-1).clamp(min=0)
     return 2 * float((squares.max() if exact else squares.mean()).sqrt()) if len(D) else 0.0
