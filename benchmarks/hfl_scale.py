@@ -16,7 +16,7 @@ Wider layers with seeded weights that were not trained (``--steps 0``) have 1e7 
 
     PYRO_BNN_DATA=../shared/data python benchmarks/hfl_scale.py --steps-of --test 100 --out results.json
     python benchmarks/hfl_scale.py --steps 0 --hidden 6300 --train 200 --test 16 --out results.json
-    python benchmarks/hfl_scale.py --steps 0 --hidden 63200 --train 100 --test 2 --out results.json
+    python benchmarks/hfl_scale.py --steps 0 --hidden 63400 --train 200 --test 2 --block 1 --chunk 1 --out results.json
 
 A run replaces the row of its number of parameters and preconditioner in the file.
 """
@@ -266,7 +266,7 @@ def main() -> None:
             tolerance=args.tolerance,
             preconditioner=args.preconditioner,
             rank=args.rank,
-            block_size=args.test + 1,  # the targets and the gradient, for the Newton decrement
+            block_size=args.block or args.test + 1,  # the targets and the gradient, for the Newton decrement
             chunk_size=args.chunk,
             max_iter=max_iter,
         )
@@ -289,6 +289,7 @@ def main() -> None:
         "train": args.train,
         "test": args.test,
         "steps": args.steps,
+        "block": args.block or args.test + 1,
         "accuracy": accuracy if args.steps else None,
         "median_prior_over_posterior_variance": reduction,
         "preconditioner": args.preconditioner,
@@ -364,6 +365,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=1000)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--block", type=int, help="right-hand sides that share a Krylov space; default all")
     parser.add_argument("--chunk", type=int, default=4, help="products at once")
     parser.add_argument("--tolerance", type=float, default=1e-2, help="certified relative width")
     parser.add_argument(
