@@ -204,5 +204,28 @@ def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return root @ directions, root @ images
 
 
+def gaining(rows: Tensor, steps: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    The steps that raise lower bounds. The others, along directions that rounding has made dependent, are not taken: they would
+    leave more than upper bounds of what was left before.
+
+    :param rows: residuals R, shape ``(m, p)``.
+    :param steps: D, shape ``(m, p)``.
+    :param left: :math:`R - DP`, shape ``(m, p)``.
+    :return: the steps, zero where they do not gain, and what is left then.
+
+    Example::
+
+        >>> R, D = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.5], [3.0]])
+        >>> gaining(R, D, R - 2 * D)[1]  # the second goes too far
+        tensor([[0.],
+                [1.]])
+    """
+    gains = ((steps * (rows + left)).sum(-1) > 0)[:, None]
+    if bool(gains.all()):
+        return steps, left
+    return steps * gains, torch.where(gains, left, rows)
+
+
 def _even(matrix: Tensor) -> Tensor:
     return 0.5 * (matrix + matrix.mT)

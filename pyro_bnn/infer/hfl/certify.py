@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.hfl.certificate import Certificate, covariance_bounds, variance_bounds
 from pyro_bnn.infer.hfl.task import Found, Task
-from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.enclosure import Enclosure, gaining
 
 
 def certify(task: Task, found: Found) -> Certificate | None:
@@ -19,8 +19,9 @@ def certify(task: Task, found: Found) -> Certificate | None:
         R = G - task.problem.operator(D)
         solver.products += len(D)
     enclosure, remainders = solver.enclosing(D, G - R), R
-    steps, R = enclosure.solve(R)
-    D = D + steps
+    if not enclosure.is_recursive:
+        steps, R = gaining(R, *enclosure.solve(R))
+        D = D + steps
     gap = residual_gap(task, G, D, R)
     others = max(gap, image_gap(task, enclosure))
     if found.captured is None:

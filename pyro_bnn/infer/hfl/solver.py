@@ -12,7 +12,7 @@ from pyro_bnn.curvature.definite import hierarchy_hint
 from pyro_bnn.infer.hfl.bound import Bound, prior_of
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.ops.block_cg import BlockCGResult, ConjugateBasis, block_conjugate_gradient
-from pyro_bnn.ops.enclosure import Enclosure, conjugate_rows
+from pyro_bnn.ops.enclosure import Enclosure, conjugate_rows, gaining
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.krylov import nystrom_below, nystrom_preconditioner
 
@@ -111,7 +111,8 @@ class Solver:
         self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
         solutions, remainder = _joined([r.solution for r in results]), _joined([r.remainder for r in results])
         if self._basis is not None and self._basis.keeps_all and len(blocks) > 1:
-            steps, remainder = self._basis.solve(remainder)  # by the directions of later blocks
+            # by the directions of later blocks
+            steps, remainder = gaining(remainder, *self._basis.solve(remainder))
             solutions += steps
         self._several = len(blocks) > 1
         self.remainder, self.rest = remainder, torch.cat(parts)
