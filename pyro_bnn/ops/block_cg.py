@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.single_cg import conjugate_gradient
 
@@ -98,7 +99,7 @@ class ConjugateBasis:
         """
         if not self.count:
             return torch.zeros_like(rhs), rhs.clone()
-        coefficients = rhs @ self.directions.mT
+        coefficients = inner(rhs, self.directions)
         return coefficients @ self.directions, torch.addmm(rhs, coefficients, self.images, alpha=-1)
 
     def conjugate(self, vectors: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class ConjugateBasis:
         found, size = vectors, vectors.norm(dim=-1)
         for repeat in range(2):
             for directions, images, norms in blocks:
-                coefficients = found @ images.mT
+                coefficients = inner(found, images)
                 found = torch.addmm(found, coefficients, directions, alpha=-1)
                 if not repeat:
                     size = size + coefficients.abs() @ norms
@@ -312,7 +313,7 @@ class _BlockSolve:
             raise ValueError("a product with the operator is not finite")
         self.iterations += 1
         self.products += q.shape[0]
-        values, vectors = _eigenpairs(q @ image.mT)
+        values, vectors = _eigenpairs(inner(q, image))
         least, largest = float(values[0]), float(values[-1])
         self.largest = max(self.largest, largest)
         # Ritz values below the rounding error of the products say nothing, not even their sign
@@ -329,7 +330,7 @@ class _BlockSolve:
         scaled = (vectors / values.sqrt()).mT
         q, image = scaled @ q, scaled @ image  # now q P q' = 1
         self.append(q, image)
-        step = self.r @ q.mT
+        step = inner(self.r, q)
         self.x.addmm_(step, q)
         self.r.addmm_(step, image, alpha=-1)
         self.judge()
@@ -375,7 +376,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     if len(rows) == 1:
         return rows / norm if bool(norm > 0) else rows[:0]
     unit = rows / torch.where(norm > 0, norm, torch.ones_like(norm))
-    values, vectors = torch.linalg.eigh(unit @ unit.mT)
+    values, vectors = torch.linalg.eigh(inner(unit, unit))
     keep = values > 100 * torch.finfo(rows.dtype).eps * values[-1].clamp(min=1)
     return (vectors[:, keep] / values[keep].sqrt()).mT @ unit
 

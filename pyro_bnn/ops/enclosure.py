@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 
 
@@ -129,7 +130,7 @@ class Enclosure:
         """
         if self.is_recursive or not len(self._gram):
             return torch.zeros_like(rows), rows
-        coefficients = rows @ self.directions.mT
+        coefficients = inner(rows, self.directions)
         return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
     def above(self, rows: Tensor, *, diagonal: bool = False, sharp: bool = True) -> Tensor:
@@ -140,10 +141,10 @@ class Enclosure:
         :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
         """
         scaled = self.metric(rows)
-        whole = (rows * scaled).sum(-1) if diagonal else _even(rows @ scaled.mT)
+        whole = (rows * scaled).sum(-1) if diagonal else _even(inner(rows, scaled))
         if not sharp or not len(self._gram):
             return whole
-        half = (scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
+        half = (inner(scaled, self.images) - inner(rows, self.directions)) @ self._root()
         if not diagonal:
             return (1 + self._noise()) * whole - half @ half.mT
         return ((1 + self._noise()) * whole - half.square().sum(-1)).clamp(min=0)
@@ -154,7 +155,7 @@ class Enclosure:
 
     def _products(self, directions: Tensor, images: Tensor) -> Tensor:
         """Rows of N: of some directions with all of them."""
-        return self.metric(images) @ self.images.mT - directions @ self.images.mT
+        return inner(self.metric(images), self.images) - inner(directions, self.images)
 
     def _root(self) -> Tensor:
         r"""R with :math:`R R^\top \preceq N^{-1}`, shape (k, k): smaller than rounding could make N^-1 larger."""
@@ -194,7 +195,7 @@ def conjugate_rows(directions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     scale = (directions * images).sum(-1).clamp(min=0).rsqrt()
     scale = torch.where(scale.isfinite(), scale, 0.0)
     directions, images = directions * scale[:, None], images * scale[:, None]
-    values, vectors = torch.linalg.eigh(_even((directions @ images.mT).double()))
+    values, vectors = torch.linalg.eigh(_even(inner(directions, images).double()))
     keep = (
         values > 1e3 * torch.finfo(images.dtype).eps * values.clamp(min=0).max()
         if len(values)

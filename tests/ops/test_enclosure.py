@@ -7,6 +7,7 @@ import torch
 
 from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
 from pyro_bnn.ops.enclosure import Enclosure, gaining
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.krylov import nystrom_below
 from tests.common import assert_close
 from tests.ops.quadrature import bracket
@@ -183,6 +184,14 @@ def test_a_nystrom_bound_in_single_precision_stays_below_what_it_approximates(la
     )  # of the bound beside the inverse
     assert sizes[0] >= 1 - 1e-5
     assert largest > 1e2 or rank < 6 or sizes[-1] < 3  # close to it where all is captured
+
+
+def test_inner_products_of_long_vectors():
+    a = torch.rand(2, 2**22 + 5, dtype=torch.float32)
+    exact = a.double() @ a.double().mT
+    assert_close(inner(a, a), exact.float(), rtol=1e-6, atol=0)
+    assert inner(a, a[:1]).shape == (2, 1)
+    assert inner(a.double(), a.double()).dtype == torch.float64
 
 
 def test_an_inverse_that_rounds_to_zero_is_bounded():

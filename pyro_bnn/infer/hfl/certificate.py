@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.ops.enclosure import Bracket, Enclosure
+from pyro_bnn.ops.inner import inner
 
 #: Where rounding makes larger gaps, products are no longer used to sharpen the bound of what they leave over.
 _SHARP = 1e-2
@@ -96,7 +97,7 @@ def variance_bounds(
 
 def covariance_bounds(enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap: float) -> Bracket:
     """Of the covariance of functionals, shape (m, m), in the order of positive semi-definite matrices; see above."""
-    value = G @ D.mT + D @ R.mT
+    value = inner(G, D) + inner(D, R)
     value = 0.5 * (value + value.mT)
     # errors of m residuals in one combination a: (sum |a_j| gap sd_j)^2 <= m gap^2 sum a_j^2 sd_j^2
     spread = len(G) * gap * torch.diag(value.diagonal().clamp(min=0))
