@@ -11,8 +11,8 @@ def cg(task: Task) -> Found:
     J = task.functionals.gradients
     decrement, D = task.solve(J)
     remainders, rest = task.left_over
-    responses = inner(D, J)
-    if remainders is not None:  # orthogonal to D, but for rounding
+    responses = inner(J, D)
+    if remainders is not None:  # orthogonal to D in one Krylov space, but for rounding
         responses = responses + inner(D, remainders)
     return Found.from_responses(
         J,
