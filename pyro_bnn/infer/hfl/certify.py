@@ -25,8 +25,8 @@ def certify(task: Task, found: Found) -> Certificate | None:
     gap = residual_gap(task, G, D, R)
     others = max(gap, image_gap(task, enclosure))
     if found.captured is None:
-        joint = covariance_bounds(enclosure, G, D, R, gap)
-        diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest)
+        joint = covariance_bounds(enclosure, G, D, R, gap, others)
+        diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest, images=others)
         return Certificate(*diagonal, joint, others, enclosure, remainders, solver.precision)
     parts = [variance_bounds(enclosure, g, *enclosure.solve(g), others) for g in task.functionals.rows()]
     lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
