@@ -222,6 +222,62 @@ def hfl() -> None:
         f: {k: (statistics.mean(v), min(v), max(v)) for k, v in found.items()} for f, found in covered.items()
     }
     save(panels(spans, across=2, size=(9.5, 2.6), mark=0.95), "hfl_coverage")
+    scale = json.loads((RESULTS / "hfl_scale.json").read_text())
+    save(hfl_width(rows, scale), "hfl_width")
+    save(hfl_scaling(json.loads((RESULTS / "hfl_speed.json").read_text()), scale), "hfl_scaling")
+
+
+def hfl_width(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> Figure:
+    """Certified widths, and the errors they bound, against products: single targets, and blocks of long vectors."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), sharey=True, layout="constrained")
+    steps = defaultdict(list)
+    for row in rows:
+        if row["part"] == "certificate" and "steps" in row and row["data"] == "boston":
+            steps[row["products"]].append((row["width"], row["error"]))
+    for index, (label, colour) in enumerate((("certified width", DARK), ("error", RED))):
+        worst = [max(pair[index] for pair in found) for found in steps.values()]
+        left.loglog(list(steps), worst, "o-", ms=3, color=colour, label=label)
+    left.set_title("boston, one target at a time, 751 latents", fontsize=9)
+    for row, marker in zip(scale, "os^vD", strict=False):
+        products, errors = zip(*row["errors_by_products"], strict=True)
+        share = [number / (row["test"] + 1) for number in products]
+        label = f"{row['parameters']:,} parameters, {row['test']} targets"
+        right.semilogy(share, errors, f"{marker}-", ms=3, color=RED, label=f"{label}: error")
+        found = [(stop["products"] / (row["test"] + 1), stop["largest width"]) for stop in row["stops"]]
+        right.semilogy(*zip(*found, strict=True), marker, ms=5, color=DARK, label=f"{label}: width")
+    right.set_title("convolutional networks, blocks", fontsize=9)
+    left.set(xlabel="products", ylabel="relative", ylim=(1e-9, 10))
+    right.set(xlabel="products per right-hand side")
+    for ax in (left, right):
+        ax.axhline(1e-2, color=GREY, lw=0.8, ls="--")
+        ax.legend(fontsize=7)
+    return figure
+
+
+def hfl_scaling(speed: list[dict[str, Any]], scale: list[dict[str, Any]]) -> Figure:
+    """Seconds and memory against the number of parameters."""
+    rows = [row for row in speed if row["part"] == "scaling"]
+    dense = [row for row in rows if "seconds_dense" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    p, large = [row["parameters"] for row in rows], [row["parameters"] for row in scale]
+    left.loglog(p, [row["seconds_per_target"] for row in rows], "o-", label="HFL, per target")
+    certified = [row["cpu_seconds_hfl"] / row["test"] for row in scale]
+    left.loglog(large, certified, "D", label="HFL, certified to 1 %, per target")
+    left.loglog(
+        p, [row["seconds_gradient"] for row in rows], ":", color="grey", label="a gradient of the loss"
+    )
+    seconds = [row["seconds_dense"] for row in dense]
+    left.loglog([row["parameters"] for row in dense], seconds, "s-", label="dense GGN, all targets")
+    left.set(xlabel="parameters", ylabel="CPU seconds", ylim=(None, 5e3))
+    per_target = [row["megabytes_hfl"] / (row["targets"] + 1) for row in rows]
+    right.loglog(p, per_target, "o-", label="HFL, per target, by count")
+    right.loglog(large, [row["megabytes_peak"] for row in scale], "D", label="HFL, certified, whole process")
+    right.loglog(p, [row["megabytes_dense"] for row in rows], "s--", label="dense")
+    right.axhline(16e3, color="grey", lw=0.8, label="16 GB")
+    right.set(xlabel="parameters", ylabel="megabytes")
+    left.legend(loc="upper left", fontsize=7)
+    right.legend(fontsize=7)
+    return figure
 
 
 def workflow() -> None:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Certified bounds of Hessian-free Laplace variances against dense matrices: the part ``certificate`` of hfl_accuracy.py."""
 
+import statistics
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from pyro_bnn.infer.hfl.certify import certify
 from pyro_bnn.infer.hfl.direct import cg
 from pyro_bnn.infer.hfl.solver import Solver
 from pyro_bnn.infer.hfl.task import Task
+from pyro_bnn.ops.jacobian import LinearMap
 
 Rows = Iterator[dict[str, Any]]
 
@@ -41,12 +43,12 @@ def random_case(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, dic
 
 
 def solve_linear(
-    P: Tensor, prior: Tensor, targets: Tensor, tolerance: float, **options: Any
+    operator: LinearMap, prior: Tensor, targets: Tensor, tolerance: float, **options: Any
 ) -> tuple[Any, int]:
     """The certificate of a linear model, by the same solver, without the model around it, and the products."""
     latent = torch.zeros_like(prior)
     problem: Any = SimpleNamespace(
-        operator=lambda v: v @ P, latent=latent, gradient=latent, curvature="ggn", proximal=0.0
+        operator=operator, latent=latent, gradient=latent, curvature="ggn", proximal=0.0
     )
     functionals: Any = SimpleNamespace(gradients=targets)
     solver = Solver(problem, tolerance=1e-6, width=tolerance, bound=Bound(prior), **options)
@@ -70,12 +72,13 @@ def linear_models(number: int) -> Rows:
     generator = torch.Generator().manual_seed(0)
     counts = {"models": 0, "variances": 0, "outside": 0, "covariances outside": 0, "wider than asked": 0}
     products = latents = 0
+    gaps: list[float] = []
     for index in range(number):
         P, prior, targets, _ = random_case(generator)
         tolerance = (0.5, 0.05, 0.01, 1e-4)[index % 4]
         preconditioner = (None, "prior", "nystrom", lambda r, P=P: r / P.diagonal())[index // 4 % 4]
         certificate, cost = solve_linear(
-            P,
+            lambda v, P=P: v @ P,
             prior,
             targets,
             tolerance,
@@ -87,12 +90,78 @@ def linear_models(number: int) -> Rows:
         exact = targets @ torch.linalg.solve(P, targets.mT)
         outside, joint = violations(certificate, 0.5 * (exact + exact.mT), rounding)
         products, latents = products + cost, latents + len(P)
+        gaps.append(certificate.gap)
         counts["models"] += 1
         counts["variances"] += len(targets)
         counts["outside"] += outside
         counts["covariances outside"] += joint
         counts["wider than asked"] += certificate.width > 2 * tolerance
-    yield {"case": "random linear models", **counts, "products per latent": products / latents}
+    yield {
+        "case": "random linear models",
+        **counts,
+        "products per latent": products / latents,
+        "median gap": statistics.median(gaps),
+        "largest gap": max(gaps),
+    }
+
+
+def single_case(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, a prior's precision and targets in float32, whose variances span up to twelve magnitudes and more."""
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    p, n, m = pick(2, 25), pick(1, 40), pick(1, 7)
+    scale = torch.logspace(0, -pick(0, 7), p)[torch.randperm(p, generator=generator)] * 10.0 ** pick(-2, 4)
+    prior = torch.logspace(0, pick(0, 18), p)[torch.randperm(p, generator=generator)] * 10.0 ** pick(-3, 2)
+    targets = torch.randn(m, p, generator=generator)
+    if pick(0, 2):  # along the axes, where variances differ most
+        targets = 1e-3 * targets[:p] * pick(0, 2) + torch.eye(p)[torch.randperm(p, generator=generator)[:m]]
+    return (torch.randn(n, p, generator=generator) * scale).float(), prior.float(), targets.float()
+
+
+def single_models(number: int) -> Rows:
+    """Random linear models in float32, against the dense matrices of the same numbers in float64."""
+    generator = torch.Generator().manual_seed(0)
+    counts = {"models": 0, "variances": 0, "outside": 0, "covariances outside": 0}
+    gaps, ranges, wide = [], [], 0
+    for index in range(number):
+        features, prior, targets = single_case(generator)
+        certificate, _ = solve_linear(
+            lambda v, F=features, T=prior: (v @ F.mT) @ F + v * T,
+            prior,
+            targets,
+            (0.5, 0.05, 0.01, 1e-4)[index % 4],
+            preconditioner=(None, "nystrom")[index // 4 % 2],
+            rank=3,
+            block_size=(64, 2)[index // 8 % 2],
+        )
+        white = features.double() * prior.double().rsqrt()
+        P = white.mT @ white + torch.eye(len(prior))
+        G = targets.double() * prior.double().rsqrt()
+        exact = G @ torch.linalg.solve(P, G.mT)
+        rounding = 1e-14 * float(torch.linalg.cond(P)) + 1e-6
+        found = SimpleNamespace(
+            lower=certificate.lower.double(),
+            upper=certificate.upper.double(),
+            joint=[side.double() for side in certificate.joint],
+        )
+        outside, joint = violations(found, 0.5 * (exact + exact.mT), rounding)
+        counts["models"] += 1
+        counts["variances"] += len(targets)
+        counts["outside"] += outside
+        counts["covariances outside"] += joint
+        wide += not certificate.width <= 0.5
+        gaps.append(certificate.gap)
+        ranges.append(float(exact.diagonal().max() / exact.diagonal().min()))
+    yield {
+        "case": "random linear models, float32",
+        **counts,
+        "wider than a half": wide,
+        "models whose variances differ by 1e12": sum(size >= 1e12 for size in ranges),
+        "median gap": statistics.median(gaps),
+        "largest gap": max(gaps),
+    }
 
 
 def against_dense(guide: Any, data: Any, targets: Tensor, precision: Tensor, row: dict[str, Any]) -> Rows:
@@ -174,6 +243,7 @@ def cases(smoke: bool, tools: Any) -> Iterator[tuple[dict[str, Any], Any, Any, T
 
 def certificate(smoke: bool, tools: Any) -> Rows:
     """All of it, with the cases of a module."""
+    yield from single_models(100 if smoke else 2_000)
     yield from linear_models(100 if smoke else 10_000)
     for case, guide, data, targets in cases(smoke, tools):
         precision = tools.same_point(guide, data, curvature="ggn").precision

@@ -4,15 +4,21 @@
 Hessian-free Laplace variances for a convolutional network with a million parameters, checked in function space.
 
 A network with 1.0 million weights is trained on n Fashion-MNIST images; the posterior is the Laplace approximation
-with the GGN of these images at the trained weights. Variances of the predicted
-class's logit at the test images come from block conjugate gradients with GGN-vector products, which know nothing of
-the network's structure. They stop where the certified relative width of every variance is below the tolerance; the table says
-how many products that took, and how many an error of that size needs, which only the check knows. The prior is the
-preconditioner, so that the number of block iterations is at most about the
-rank n (K - 1) of the likelihood's part over the block size. The check forms the n K × n K kernel of the same network from its layers (Hadamard products of
-activations and output gradients) and solves with it: exact, and possible only because n is small.
+with the GGN of these images at the trained weights. Variances of the predicted class's logit at the test images come from block
+conjugate gradients with GGN-vector products, which know nothing of the network's structure. They stop where the certified
+relative width of every variance is below the tolerance; the table says how many products that took, and how many an error of
+that size needs, which only the check knows. The prior is the preconditioner, so that the number of block iterations is at most
+about the rank n (K - 1) of the likelihood's part over the block size. The check forms the n K × n K kernel of the same network
+from its layers (Hadamard products of activations and output gradients) and solves with it: exact, and possible only because n
+is small.
 
-    PYRO_BNN_DATA=../shared/data python benchmarks/hfl_scale.py --out results.json
+Wider layers with seeded weights that were not trained (``--steps 0``) have 1e7 and 1e8 parameters:
+
+    PYRO_BNN_DATA=../shared/data python benchmarks/hfl_scale.py --steps-of --test 100 --out results.json
+    python benchmarks/hfl_scale.py --steps 0 --hidden 6300 --train 200 --test 16 --out results.json
+    python benchmarks/hfl_scale.py --steps 0 --hidden 63400 --train 200 --test 2 --block 1 --chunk 1 --out results.json
+
+A run replaces the row of its number of parameters and preconditioner in the file.
 """
 
 import argparse
@@ -32,11 +38,15 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 from torch.func import functional_call, jacrev, vmap
 
 from pyro_bnn.infer import hfl
 from pyro_bnn.infer.autoguide import AutoLaplace
+from pyro_bnn.infer.hfl import run
+from pyro_bnn.infer.hfl.direct import cg
+from pyro_bnn.infer.hfl.task import Found, Task
 
 DATA = Path(os.environ.get("PYRO_BNN_DATA", Path(__file__).parents[1] / "../shared/data")) / "images"
 CLASSES = 10
@@ -71,7 +81,7 @@ def bayesian(network: Network):
 
     def model(x: Tensor, y: Tensor | None = None) -> Tensor:
         weights = {
-            name: pyro.sample(name, dist.Normal(torch.zeros(shape), prior_scale(shape)).to_event(len(shape)))
+            name: pyro.sample(name, dist.Normal(0.0, prior_scale(shape)).expand(shape).to_event(len(shape)))
             for name, shape in shapes.items()
         }
         logits = functional_call(network, weights, (x,))
@@ -138,8 +148,49 @@ def function_space(network: Network, x: Tensor, x_test: Tensor, chosen: Tensor) 
     return own - half.square().sum(0), own
 
 
-def stop_of(result: hfl.HFLResult, exact: Tensor) -> dict[str, float]:
+class Watch:
+    """
+    The products of a solve by conjugate gradients, and what they know of the variances.
+
+    In exact arithmetic b'x is the sum over blocks Q of directions, which are conjugate to each other, of (bQ')(QPQ')^-1(Qb').
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.watching = 0.0
+        self.number = 0
+        self.steps: list[tuple[int, Tensor]] = []  # products so far, and the lower bounds they give
+
+    def __call__(self, task: Task) -> Found:
+        rows, operator = task.functionals.gradients, task.problem.operator
+        self.number, self.within = task.solver.products, True
+        known = torch.zeros(len(rows), dtype=torch.float64)
+
+        def counted(v: Tensor) -> Tensor:
+            nonlocal known
+            start = time.process_time()
+            image = operator(v)
+            middle = time.process_time()
+            self.number += len(v)
+            if self.within:
+                share, gram = (rows @ v.mT).double(), (v @ image.mT).double()
+                known = known + (share * torch.linalg.solve(gram, share.mT).mT).sum(-1)
+                self.steps.append((self.number, known))
+            self.seconds += middle - start
+            self.watching += time.process_time() - middle
+            return image
+
+        task.problem.operator = counted  # type: ignore[method-assign]
+        start = time.process_time()
+        found = cg(task)
+        self.seconds_cg = time.process_time() - start - self.watching
+        self.seconds_products = self.seconds
+        self.within = False
+        return found
+
+
+def stop_of(result: hfl.HFLResult, exact: Tensor) -> dict[str, Any]:
     """Where a solve stopped: products, certified width, and the error that it may not know."""
+    assert result.certificate is not None
     return {
         "iterations": result.iterations,
         "products": result.products,
@@ -149,67 +200,61 @@ def stop_of(result: hfl.HFLResult, exact: Tensor) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--train", type=int, default=1000)
-    parser.add_argument("--test", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--chunk", type=int, default=4, help="products at once")
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="certified relative width")
-    parser.add_argument(
-        "--hidden", type=int, default=640, help="units of the widest layer: 640 are a million weights"
-    )
-    parser.add_argument("--preconditioner", choices=["prior", "nystrom"], default="prior")
-    parser.add_argument("--rank", type=int, default=64, help="of the Nyström preconditioner")
-    parser.add_argument("--steps-of", action="store_true", help="also the errors of every earlier stop")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    hidden = args.hidden
-    if args.smoke:
-        args.train, args.test, args.steps, hidden = 60, 8, 20, 32
+def load(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test images and labels, of shapes (n, 1, 28, 28) and (n,)."""
     path = DATA / "fashion_mnist.npz"
     if not path.exists():
         print(f"{path} is missing: set PYRO_BNN_DATA to the folder that holds images/", file=sys.stderr)
         sys.exit(2)
     raw = np.load(path)
-    pyro.set_rng_seed(0)
 
-    def images(name: str, number: int) -> Tensor:
-        return ((torch.from_numpy(raw[name][:number]).float() / 255 - 0.2860) / 0.3530).unsqueeze(1)
+    def part(name: str, number: int) -> tuple[Tensor, Tensor]:
+        x = ((torch.from_numpy(raw[f"x_{name}"][:number]).float() / 255 - 0.2860) / 0.3530).unsqueeze(1)
+        return x, torch.from_numpy(raw[f"y_{name}"][:number]).long()
 
-    x, y = images("x_train", args.train), torch.from_numpy(raw["y_train"][: args.train]).long()
-    x_test, y_test = images("x_test", args.test), torch.from_numpy(raw["y_test"][: args.test]).long()
-    network = Network(hidden)
-    model = bayesian(network)
-    start = time.perf_counter()
+    return *part("train", args.train), *part("test", args.test)
+
+
+def train(network: Network, x: Tensor, y: Tensor, steps: int) -> None:
+    """MAP training by Adam."""
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    for _ in range(args.steps):
+    for _ in range(steps):
         batch = torch.randint(0, len(x), (100,))
         penalty = sum((p / prior_scale(p.shape)).square().sum() for p in network.parameters()) / 2
         loss = F.cross_entropy(network(x[batch]), y[batch]) + penalty / len(x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    network.zero_grad()
     network.requires_grad_(False)
-    guide = AutoLaplace(model).initialize(x, y)
-    with torch.no_grad():
-        guide.loc.copy_(torch.cat([p.flatten() for p in network.parameters()]))
-    print(f"{guide.loc.shape[0]} parameters", flush=True)
-    train_seconds = time.perf_counter() - start
-    accuracy = float((network(x_test).argmax(-1) == y_test).float().mean())
-    chosen = network(x_test).argmax(-1)
-    print(f"loss {float(loss.detach()):.3f}, test accuracy {accuracy:.3f}, {train_seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    pyro.set_rng_seed(0)
+    x, y, x_test, y_test = load(args)
+    network = Network(args.hidden)
+    start = time.perf_counter()
+    train(network, x, y, args.steps)
+    predicted = network(x_test)
+    chosen = predicted.argmax(-1)
+    accuracy = float((chosen == y_test).float().mean())
+    number = sum(p.numel() for p in network.parameters())
+    print(
+        f"{number} parameters, test accuracy {accuracy:.3f}, {time.perf_counter() - start:.0f} s", flush=True
+    )
 
     start = time.perf_counter()
     exact, prior = function_space(network, x, x_test, chosen)
     exact_seconds = time.perf_counter() - start
     reduction = float((prior / exact).median())
     print(f"function space: {exact_seconds:.0f} s; prior over posterior variance {reduction:.3g}", flush=True)
+
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    guide = AutoLaplace(bayesian(network), init_loc_fn=init_to_value(values=weights)).initialize(x, y)
+    del weights
+    network.to("meta")  # its weights are the guide's from now on
 
     def logit(latents: dict[str, Tensor], inputs: Tensor, classes: Tensor) -> Tensor:
         return functional_call(network, latents, (inputs,)).gather(-1, classes[:, None]).squeeze(-1)
@@ -224,50 +269,44 @@ def main() -> None:
             tolerance=args.tolerance,
             preconditioner=args.preconditioner,
             rank=args.rank,
-            block_size=args.test + 1,  # the targets and the gradient, for the Newton decrement
+            block_size=args.block or args.test + 1,  # the targets and the gradient, for the Newton decrement
             chunk_size=args.chunk,
             max_iter=max_iter,
         )
 
+    run.METHODS["cg"] = watch = Watch()
     start, cpu_start = time.perf_counter(), time.process_time()
     result = solve()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    run.METHODS["cg"] = cg
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(result)
-    lower, upper = result.lower.double(), result.upper.double()
-    contained = int(((lower <= exact) & (exact <= upper)).sum())
     stops = [stop_of(result, exact)]
     for max_iter in range(result.iterations - 1, 0, -1) if args.steps_of else ():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", hfl.HFLWarning)  # that it stopped early
             stops.insert(0, stop_of(solve(max_iter), exact))
-    needed = [stop["products"] for stop in stops if stop["largest error"] <= args.tolerance]
-    error = (result.variance.double() / exact - 1).abs()
     row = {
-        "parameters": guide.loc.shape[0],
+        "parameters": number,
+        "hidden": args.hidden,
         "train": args.train,
         "test": args.test,
-        "accuracy": accuracy,
-        "max_relative_error": float(error.max()),
-        "median_relative_error": float(error.median()),
-        "sd_min": float(exact.sqrt().min()),
-        "sd_max": float(exact.sqrt().max()),
+        "steps": args.steps,
+        "block": args.block or args.test + 1,
+        "accuracy": accuracy if args.steps else None,
         "median_prior_over_posterior_variance": reduction,
         "preconditioner": args.preconditioner,
         "rank": args.rank if args.preconditioner == "nystrom" else None,
         "tolerance": args.tolerance,
-        "certified_width": result.certificate.width,
-        "contained": contained,
-        "gap": result.certificate.gap,
-        "products_of_an_error_below_the_tolerance": min(needed) if needed else None,
-        "stops": stops,
-        "residual": result.residual,
-        "iterations": result.iterations,
+        **what_was_found(result, exact),
+        **what_it_took(watch, exact, args.tolerance),
         "products": result.products,
+        "stops": stops,
         "seconds_hfl": seconds,
         "cpu_seconds_hfl": cpu_seconds,
-        "megabytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "megabytes_peak": peak / 1e6,
+        "vectors_peak": peak / 4 / number,
         "seconds_function_space": exact_seconds,
-        "newton_decrement": result.newton_decrement,
         "dtype": "float32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -276,7 +315,73 @@ def main() -> None:
     }
     print(json.dumps(row, indent=1))
     if args.out:
-        args.out.write_text(json.dumps([row], indent=1) + "\n")
+        write(args.out, row)
+
+
+def what_was_found(result: hfl.HFLResult, exact: Tensor) -> dict[str, Any]:
+    """Errors and bounds against the solve in function space."""
+    assert result.certificate is not None
+    assert result.lower is not None
+    assert result.upper is not None
+    error = (result.variance.double() / exact - 1).abs()
+    inside = (result.lower.double() <= exact) & (exact <= result.upper.double())
+    return {
+        "max_relative_error": float(error.max()),
+        "median_relative_error": float(error.median()),
+        "sd_min": float(exact.sqrt().min()),
+        "sd_max": float(exact.sqrt().max()),
+        "certified_width": result.certificate.width,
+        "contained": int(inside.sum()),
+        "gap": result.certificate.gap,
+        "residual": result.residual,
+        "iterations": result.iterations,
+        "newton_decrement": result.newton_decrement,
+    }
+
+
+def what_it_took(watch: Watch, exact: Tensor, tolerance: float) -> dict[str, Any]:
+    """The products of an error below the tolerance, of which only the check knows, and seconds."""
+    errors = [(number, float((known / exact - 1).abs().max())) for number, known in watch.steps]
+    needed = [number for number, error in errors if error <= tolerance]
+    return {
+        "products_of_an_error_below_the_tolerance": min(needed) if needed else None,
+        "errors_by_products": errors,
+        "cpu_seconds_cg": watch.seconds_cg,
+        "cpu_seconds_products_of_cg": watch.seconds_products,
+    }
+
+
+def write(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file, in place of one of the same run."""
+    keys = ("parameters", "preconditioner", "rank", "train", "test")
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [old for old in rows if any(old.get(key) != row[key] for key in keys)]
+    path.write_text(json.dumps(sorted([*rows, row], key=lambda row: row["parameters"]), indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--train", type=int, default=1000)
+    parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--block", type=int, help="right-hand sides that share a Krylov space; default all")
+    parser.add_argument("--chunk", type=int, default=4, help="products at once")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="certified relative width")
+    parser.add_argument(
+        "--hidden", type=int, default=640, help="units of the widest layer: 640 are a million weights"
+    )
+    parser.add_argument("--preconditioner", choices=["prior", "nystrom"], default="prior")
+    parser.add_argument("--rank", type=int, default=64, help="of the Nyström preconditioner")
+    parser.add_argument("--steps-of", action="store_true", help="also the widths of every earlier stop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    if args.smoke:
+        args.train, args.test, args.steps, args.hidden = 60, 8, 20, 32
+    return args
 
 
 if __name__ == "__main__":

@@ -140,8 +140,9 @@ def methods(smoke: bool, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
 
 
 def overhead(smoke: bool) -> Iterator[dict[str, Any]]:
-    for hidden, n, m in ((32, 200, 1), (32, 200, 32), (256, 500, 1), (256, 500, 32))[: 1 if smoke else None]:
-        guide, data = problem(5, (hidden,), n, polish=False)
+    sizes = (((32,), 200), ((256,), 500), ((128, 128), 500), ((128, 128), 2000))
+    for (hidden, n), m in itertools.product(sizes[: 1 if smoke else None], (1, 32)):
+        guide, data = problem(5, hidden, n, polish=False)
         operator = CurvatureAccumulator(guide.packed, guide.loc, "ggn").operator(data)
         rhs = torch.randn(m, guide.loc.shape[0])
         inside = 0.0
@@ -158,11 +159,12 @@ def overhead(smoke: bool) -> Iterator[dict[str, Any]]:
             for _ in range(5):
                 inside = 0.0
                 start = time.process_time()
-                solver(counted, rhs, tolerance=1e-6, max_iter=60)
+                solver(counted, rhs, tolerance=1e-6, max_iter=30)
                 ratios.append((time.process_time() - start) / inside)
             yield {
                 "solver": name,
                 "parameters": guide.loc.shape[0],
+                "n": n,
                 "targets": m,
                 "total_over_products": statistics.median(ratios),
                 "spread": max(ratios) - min(ratios),
@@ -284,36 +286,6 @@ def scaling(smoke: bool) -> Iterator[dict[str, Any]]:
     torch.set_default_dtype(torch.float64)
 
 
-def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds and memory against the number of parameters."""
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if row["part"] == "scaling"]
-    dense = [row for row in rows if "seconds_dense" in row]
-    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    p = [row["parameters"] for row in rows]
-    left.loglog(p, [row["seconds_per_target"] for row in rows], "o-", label="HFL, per target")
-    left.loglog(
-        p, [row["seconds_gradient"] for row in rows], ":", color="grey", label="a gradient of the loss"
-    )
-    left.loglog(
-        [row["parameters"] for row in dense],
-        [row["seconds_dense"] for row in dense],
-        "s-",
-        label="dense GGN, all targets",
-    )
-    left.set(xlabel="parameters", ylabel="seconds")
-    per_target = [row["megabytes_hfl"] / (row["targets"] + 1) for row in rows]
-    right.loglog(p, per_target, "o-", label="HFL, per target")
-    right.loglog(p, [row["megabytes_dense"] for row in rows], "s--", label="dense")
-    right.axhline(DENSE_LIMIT / 1e6, color="grey", lw=0.8, label="4 GB")
-    right.set(xlabel="parameters", ylabel="megabytes")
-    left.set_ylim(top=5e3)
-    left.legend(loc="upper left")
-    right.legend()
-    plt.savefig(path)
-
-
 def main() -> None:
     parts: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
         "methods": methods,
@@ -329,7 +301,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--methods", nargs="+", default=[], help="of the first part; default all")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--figure", type=Path, help="where to draw the scaling part")
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)  # CPU seconds are those of one thread
@@ -343,8 +314,6 @@ def main() -> None:
             print({k: v for k, v in rows[-1].items() if k not in versions}, flush=True)
             if args.out:
                 args.out.write_text(json.dumps(rows, indent=1) + "\n")
-    if args.figure:
-        figure(rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ Conjugate gradients for many right-hand sides that share one Krylov space, and o
 product with a matrix is spent twice on the same one.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.single_cg import conjugate_gradient
 
@@ -97,7 +99,7 @@ class ConjugateBasis:
         """
         if not self.count:
             return torch.zeros_like(rhs), rhs.clone()
-        coefficients = rhs @ self.directions.mT
+        coefficients = inner(rhs, self.directions)
         return coefficients @ self.directions, torch.addmm(rhs, coefficients, self.images, alpha=-1)
 
     def conjugate(self, vectors: Tensor) -> Tensor:
@@ -113,12 +115,13 @@ class ConjugateBasis:
         found, size = vectors, vectors.norm(dim=-1)
         for repeat in range(2):
             for directions, images, norms in blocks:
-                coefficients = found @ images.mT
+                coefficients = inner(found, images)
                 found = torch.addmm(found, coefficients, directions, alpha=-1)
                 if not repeat:
                     size = size + coefficients.abs() @ norms
         noise = 10 * torch.finfo(found.dtype).eps * size
-        return found * (found.norm(dim=-1) > noise)[:, None]
+        heard = found.norm(dim=-1) > noise
+        return found if bool(heard.all()) else found * heard[:, None]
 
 
 def _grown(kept: Tensor, like: Tensor, rows: int) -> Tensor:
@@ -214,8 +217,8 @@ def block_conjugate_gradient(
         # a block mixes large and small curvatures and so feels rounding earlier than single vectors do
         solve.finish_one_by_one()
     return BlockCGResult(
-        solve.x * norm,
-        solve.r * norm,
+        solve.x.mul_(norm),
+        solve.r.mul_(norm),
         solve.residual,
         solve.iterations,
         solve.products,
@@ -283,12 +286,14 @@ class _BlockSolve:
     def iterate(self) -> None:
         """Iterations until the solve is over, or does not get on any more."""
         best, stalled = torch.inf, 0
-        while stalled <= 20 and not self.is_over() and len(q := self.directions()):
+        while stalled <= 20 and not self.is_over():
             before = self.value
-            if not self.advance(q):
+            if not self.advance():
                 break
             worst = float(self.residual.max())
-            grows = bool((self.value - before > 1e-2 * self.tolerance * self.value).any())
+            grows = self.enclosure is not None and bool(
+                (self.value - before > 1e-2 * self.tolerance * self.value).any()
+            )
             stalled = 0 if worst < 0.9 * best or grows else stalled + 1
             best = min(best, worst)
 
@@ -297,30 +302,37 @@ class _BlockSolve:
         r = self.r if self.preconditioner is None else self.preconditioner(self.r)
         return orthonormal_rows(self.basis.conjugate(r))
 
-    def advance(self, q: Tensor) -> bool:
+    def advance(self) -> bool:
         """One iteration along a block of directions; whether there was anything to gain."""
+        q = self.directions()
+        if not len(q):
+            return False
         image = self.operator(q)
         # comparisons with NaN would end the loop as if it had converged
-        if not torch.isfinite(image).all():
+        if not math.isfinite(image.sum()):
             raise ValueError("a product with the operator is not finite")
         self.iterations += 1
         self.products += q.shape[0]
-        values, vectors = torch.linalg.eigh(_symmetric(q @ image.mT))
-        self.largest = max(self.largest, float(values[-1]))
+        values, vectors = _eigenpairs(inner(q, image))
+        least, largest = float(values[0]), float(values[-1])
+        self.largest = max(self.largest, largest)
         # Ritz values below the rounding error of the products say nothing, not even their sign
-        noise = 10 * torch.finfo(q.dtype).eps * values.abs().max()
-        keep = values > noise
-        self.indefinite = bool(values[0] < -noise)
-        if self.indefinite or not keep.any():
-            self.smallest = min(self.smallest, float(values[0])) if self.indefinite else self.smallest
+        noise = 10 * torch.finfo(q.dtype).eps * max(abs(least), abs(largest))
+        self.indefinite = least < -noise
+        if self.indefinite or not largest > noise:
+            self.smallest = min(self.smallest, least) if self.indefinite else self.smallest
             return False
-        self.smallest = min(self.smallest, float(values[keep][0]))
-        scaled = vectors[:, keep] / values[keep].sqrt()
-        q, image = scaled.mT @ q, scaled.mT @ image  # now q P q' = 1
+        if not least > noise:
+            keep = values > noise
+            values, vectors = values[keep], vectors[:, keep]
+            least = float(values[0])
+        self.smallest = min(self.smallest, least)
+        scaled = (vectors / values.sqrt()).mT
+        q, image = scaled @ q, scaled @ image  # now q P q' = 1
         self.append(q, image)
-        step = self.r @ q.mT
-        self.x = torch.addmm(self.x, step, q)
-        self.r = torch.addmm(self.r, step, image, alpha=-1)
+        step = inner(self.r, q)
+        self.x.addmm_(step, q)
+        self.r.addmm_(step, image, alpha=-1)
         self.judge()
         return True
 
@@ -361,13 +373,16 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
     :return: shape ``(r, p)`` with r ≤ S.
     """
     norm = rows.norm(dim=-1, keepdim=True)
+    if len(rows) == 1:
+        return rows / norm if bool(norm > 0) else rows[:0]
     unit = rows / torch.where(norm > 0, norm, torch.ones_like(norm))
-    if unit.shape[0] == 1:
-        return unit[norm.squeeze(-1) > 0]
-    values, vectors = torch.linalg.eigh(unit @ unit.mT)
+    values, vectors = torch.linalg.eigh(inner(unit, unit))
     keep = values > 100 * torch.finfo(rows.dtype).eps * values[-1].clamp(min=1)
     return (vectors[:, keep] / values[keep].sqrt()).mT @ unit
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    return 0.5 * (matrix + matrix.mT)
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the symmetric part of a matrix, in ascending order."""
+    if len(matrix) == 1:
+        return matrix[0], torch.ones_like(matrix)
+    return torch.linalg.eigh(0.5 * (matrix + matrix.mT))

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 
 #: From what a process contributes to inner products of rows to these products: a sum over processes, where rows are sharded.
@@ -114,8 +115,9 @@ class Enclosure:
         if len(self._gram):
             root = self._root()
             steps = self._products(directions, images) @ root @ root.mT
-            directions = torch.addmm(directions, steps, self.directions, alpha=-1)
-            images = torch.addmm(images, steps, self.images, alpha=-1)
+            # one after the other: vectors may be so long that each of them matters
+            directions = self.directions = torch.addmm(directions, steps, self.directions, alpha=-1)
+            images = self.images = torch.addmm(images, steps, self.images, alpha=-1)
         self._gram, self.is_recursive = torch.empty(0, 0), True
         self.directions = self.images = directions[:0]
         self.extend(directions, images)
@@ -139,7 +141,7 @@ class Enclosure:
         """
         if self.is_recursive or not len(self._gram):
             return torch.zeros_like(rows), rows
-        coefficients = self.total(rows @ self.directions.mT)
+        coefficients = self.total(inner(rows, self.directions))
         return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
     def above(self, rows: Tensor, *, diagonal: bool = False, sharp: bool = True) -> Tensor:
@@ -150,10 +152,10 @@ class Enclosure:
         :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
         """
         scaled = self.metric(rows)
-        size = self.total((rows * scaled).sum(-1)) if diagonal else _even(self.total(rows @ scaled.mT))
+        size = self.total((rows * scaled).sum(-1)) if diagonal else _even(self.total(inner(rows, scaled)))
         if not sharp or not len(self._gram):
             return size
-        half = self.total(scaled @ self.images.mT - rows @ self.directions.mT) @ self._root()
+        half = self.total(inner(scaled, self.images) - inner(rows, self.directions)) @ self._root()
         if not diagonal:
             return (1 + self._noise()) * size - half @ half.mT
         return ((1 + self._noise()) * size - half.square().sum(-1)).clamp(min=0)
@@ -164,7 +166,7 @@ class Enclosure:
 
     def _products(self, directions: Tensor, images: Tensor) -> Tensor:
         """Rows of N: of some directions with all of them."""
-        return self.total(self.metric(images) @ self.images.mT - directions @ self.images.mT)
+        return self.total(inner(self.metric(images), self.images) - inner(directions, self.images))
 
     def _root(self) -> Tensor:
         r"""R with :math:`R R^\top \preceq N^{-1}`, shape (k, k): smaller than rounding could make N^-1 larger."""
@@ -208,11 +210,34 @@ def conjugate_rows(
     scale = total((directions * images).sum(-1)).clamp(min=0).rsqrt()
     scale = torch.where(scale.isfinite(), scale, 0.0)
     directions, images = directions * scale[:, None], images * scale[:, None]
-    values, vectors = torch.linalg.eigh(_even(total(directions @ images.mT).double()))
+    values, vectors = torch.linalg.eigh(_even(total(inner(directions, images)).double()))
     floor = max(floor, 1e3 * torch.finfo(images.dtype).eps)
     keep = values > floor * values.clamp(min=0).max() if len(values) else values > 0
     root = (vectors[:, keep] / values[keep].sqrt()).mT.to(images.dtype)
     return root @ directions, root @ images
+
+
+def gaining(rows: Tensor, steps: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    r"""
+    The steps that raise lower bounds. The others, along directions that rounding has made dependent, are not taken: they would
+    leave more than upper bounds of what was left before.
+
+    :param rows: residuals R, shape ``(m, p)``.
+    :param steps: D, shape ``(m, p)``.
+    :param left: :math:`R - DP`, shape ``(m, p)``.
+    :return: the steps, zero where they do not gain, and what is left then.
+
+    Example::
+
+        >>> R, D = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.5], [3.0]])
+        >>> gaining(R, D, R - 2 * D)[1]  # the second goes too far
+        tensor([[0.],
+                [1.]])
+    """
+    gains = ((steps * (rows + left)).sum(-1) > 0)[:, None]
+    if bool(gains.all()):
+        return steps, left
+    return steps * gains, torch.where(gains, left, rows)
 
 
 def _even(matrix: Tensor) -> Tensor:

@@ -201,8 +201,8 @@ def nystrom_below(operator: LinearMap, diagonal: Tensor, rank: int, *, passes: i
 
     With :math:`A = T^{-1/2} P T^{-1/2} - 1`, positive semi-definite, and random orthonormal rows :math:`\Omega`, the Nyström
     approximation :math:`\hat A = A\Omega^\top(\Omega A\Omega^\top)^+\Omega A` never exceeds A, so that
-    :math:`M = T^{1/2}(1 + \hat A)T^{1/2}` never exceeds P. M is reduced by what rounding may have added. It costs
-    ``rank * passes`` products.
+    :math:`M = T^{1/2}(1 + \hat A)T^{1/2}` never exceeds P. M is reduced by what rounding may have added, and eigenvalues that
+    the precision of the numbers does not resolve beside 1 are cut off. It costs ``rank * passes`` products.
 
     :param operator: the map :math:`v \mapsto P v` from ``(S, p)`` to ``(S, p)``.
     :param diagonal: T, shape ``(p,)``.
@@ -237,6 +237,8 @@ def nystrom_below(operator: LinearMap, diagonal: Tensor, rank: int, *, passes: i
     half = (vectors[:, keep] / values[keep].sqrt()).mT @ image  # its square is the approximation
     sizes, vectors = torch.linalg.eigh(half @ half.mT)
     directions = (vectors / sizes.sqrt()).mT @ half
+    # the difference below loses an inverse that is smaller than its rounding; a smaller M stays below P
+    sizes = sizes.clamp(max=eps**-0.75)
     shrink = sizes / (1 + sizes)
     # images are rounded by eps, over values above its root
     reduced = 1 + eps**0.75 * float(sizes.max() if len(sizes) else 0.0)

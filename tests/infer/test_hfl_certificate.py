@@ -335,3 +335,39 @@ def test_more_targets_than_memory_keeps(monkeypatch):
         low, high = result.certificate.joint
         assert is_below(low, case.covariance)
         assert is_below(case.covariance, high)
+
+
+@pytest.mark.parametrize("preconditioner", ["prior", "nystrom"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+def test_single_precision_where_variances_differ_by_twelve_magnitudes(preconditioner, size):
+    generator = torch.Generator().manual_seed(0)
+    precision = torch.logspace(-2, 14, 8, dtype=torch.float64)
+    x = (size * torch.randn(1, 8, generator=generator, dtype=torch.float64)).float()
+    scale = precision.rsqrt().float()
+
+    def model(x, y=None):
+        w = pyro.sample("w", dist.Normal(torch.zeros(8, dtype=torch.float32), scale).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ w, 1.0), obs=y)
+
+    y = torch.zeros(1, dtype=torch.float32)
+    guide = AutoLaplace(model, curvature="ggn").initialize(x, y)
+    targets = torch.cat([torch.eye(8)[[0, 3, 7]], torch.ones(1, 8)]).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HFLWarning)  # float32 resolves no such curvatures to 1 %
+        result = hfl.solve(
+            guide,
+            (x, y),
+            functional=lambda z: targets @ z["w"],
+            curvature="ggn",
+            preconditioner=preconditioner,
+        )
+    white = x.double() * scale.double()
+    rows = targets.double() * scale.double()
+    exact = rows @ torch.linalg.solve(white.mT @ white + torch.eye(8, dtype=torch.float64), rows.mT)
+    sd = exact.diagonal().sqrt()
+    assert sd.max() / sd.min() > 1e6
+    assert (result.lower.double() <= exact.diagonal() * (1 + 1e-6)).all()
+    assert (result.upper.double() >= exact.diagonal() * (1 - 1e-6)).all()
+    for gap in (exact - result.certificate.joint[0].double(), result.certificate.joint[1].double() - exact):
+        assert torch.linalg.eigvalsh(gap / sd / sd[:, None])[0] > -1e-6

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
-from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.enclosure import Enclosure, gaining
+from pyro_bnn.ops.inner import inner
+from pyro_bnn.ops.krylov import nystrom_below
 from tests.common import assert_close
 from tests.ops.quadrature import bracket
 
@@ -165,3 +167,52 @@ def test_directions_of_earlier_solves_serve_the_bounds_of_later_ones():
     again = block_conjugate_gradient(lambda v: v @ P, rows[:2] + rows[2:4], **options)
     assert first.products > 0
     assert again.products == 0
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e5, 1e8, 1e11])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_nystrom_bound_in_single_precision_stays_below_what_it_approximates(largest, rank):
+    features = torch.randn(20, 6) * torch.logspace(0, -4, 6)[torch.randperm(6)] * largest**0.5 / 4
+    prior = torch.logspace(-1, 2, 6)[torch.randperm(6)].float()
+    features = (features * prior.double().sqrt()).float()
+    inverse = nystrom_below(lambda v: (v @ features.mT) @ features + v * prior, prior, rank)
+    bound = inverse(torch.eye(6, dtype=torch.float32)).double()
+    P = features.double().mT @ features.double() + torch.diag(prior.double())
+    root = torch.linalg.cholesky(P)
+    sizes = torch.linalg.eigvalsh(
+        root.mT @ (0.5 * (bound + bound.mT)) @ root
+    )  # of the bound beside the inverse
+    assert sizes[0] >= 1 - 1e-5
+    assert largest > 1e2 or rank < 6 or sizes[-1] < 3  # close to it where all is captured
+
+
+def test_inner_products_of_long_vectors():
+    a = torch.rand(2, 2**22 + 5, dtype=torch.float32)
+    exact = a.double() @ a.double().mT
+    assert_close(inner(a, a), exact.float(), rtol=1e-6, atol=0)
+    assert inner(a, a[:1]).shape == (2, 1)
+    assert inner(a.double(), a.double()).dtype == torch.float64
+
+
+def test_an_inverse_that_rounds_to_zero_is_bounded():
+    features = torch.tensor([[822.302551, 8.71134363e-03], [-1287.49976, -4.19501960e-03]]).float()
+    prior = torch.tensor([0.1, 10.0]).float()
+    inverse = nystrom_below(lambda v: (v @ features.mT) @ features + v * prior, prior, 2)
+    exact = torch.linalg.inv(features.double().mT @ features.double() + torch.diag(prior.double()))
+    assert inverse(torch.eye(2, dtype=torch.float32))[0, 0] >= exact[0, 0]
+
+
+def test_steps_along_dependent_directions_are_not_taken_where_they_lose():
+    P, _, rows = problem("even")
+    Q = torch.randn(1, 40)
+    Q = Q / (Q @ P @ Q.mT).sqrt()
+    twice = torch.cat([Q, Q])  # conjugate only in the belief of who keeps them
+    steps = rows @ twice.mT @ twice
+    taken, left = gaining(rows, steps, rows - steps @ P)
+    assert_close(left, rows - taken @ P, rtol=0, atol=1e-10)
+    values = (taken * (rows + left)).sum(-1)
+    assert (values >= 0).all()
+    assert (values == 0).any()
+    inverse = torch.linalg.inv(P)
+    rest = ((left @ inverse) * left).sum(-1)
+    assert (rest <= ((rows @ inverse) * rows).sum(-1) * (1 + 1e-10)).all()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_bnn.infer.hfl.certificate import Certificate, covariance_bounds, variance_bounds
 from pyro_bnn.infer.hfl.task import Found, Task
-from pyro_bnn.ops.enclosure import Enclosure
+from pyro_bnn.ops.enclosure import Enclosure, gaining
 
 
 def certify(task: Task, found: Found) -> Certificate | None:
@@ -19,13 +19,14 @@ def certify(task: Task, found: Found) -> Certificate | None:
         R = G - task.problem.operator(D)
         solver.products += len(D)
     enclosure, remainders = solver.enclosing(D, G - R), R
-    steps, R = enclosure.solve(R)
-    D = D + steps
+    if not enclosure.is_recursive:
+        steps, R = gaining(R, *enclosure.solve(R))
+        D = D + steps
     gap = residual_gap(task, G, D, R)
     others = max(gap, image_gap(task, enclosure))
     if found.captured is None:
-        joint = covariance_bounds(enclosure, G, D, R, gap)
-        diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest)
+        joint = covariance_bounds(enclosure, G, D, R, gap, images=others)
+        diagonal = variance_bounds(enclosure, G, D, R, gap, rest=found.rest, images=others)
         return Certificate(*diagonal, joint, others, enclosure, remainders, solver.precision)
     parts = [variance_bounds(enclosure, g, *enclosure.solve(g), others) for g in task.functionals.rows()]
     lower, upper = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -54,17 +55,14 @@ def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:
     solver = task.solver
     assert solver.metric is not None
     scale = (D * (G + R)).sum(-1).clamp(min=0).rsqrt()
-    scale = torch.where(scale.isfinite(), scale, 0.0)[:, None]
-    G, D, R = scale * G, scale * D, scale * R
+    weights = torch.diag(torch.where(scale.isfinite(), scale, 0.0))
     number = max(1, min(len(D), solver.products // 20))
     exact = number == len(D)
     if not exact:
         generator = torch.Generator(device=D.device).manual_seed(0)
-        signs = (
-            torch.randint(0, 2, (number, len(D)), generator=generator, device=D.device).to(D.dtype) * 2 - 1
-        )
-        G, D, R = signs @ G, signs @ D, signs @ R
-    error = G - R - task.problem.operator(D)
+        signs = torch.randint(0, 2, (number, len(D)), generator=generator, device=D.device)
+        weights = (signs.to(D.dtype) * 2 - 1) @ weights
+    error = weights @ G - weights @ R - task.problem.operator(weights @ D)
     solver.products += number
     squares = (error * solver.metric(error)).sum(-1).clamp(min=0)
     return 2 * float((squares.max() if exact else squares.mean()).sqrt()) if len(D) else 0.0

@@ -105,8 +105,8 @@ def certificate_of(
     gap = yield from _gap(owner, ritz, scale * D, scale * (G - R), precision, image)
     others = yield from _gap(owner, ritz, ritz.directions, ritz.images, precision, image)
     others = max(gap, len(ritz.directions) ** 0.5 * others)
-    diagonal = variance_bounds(enclosure, G, D, R, gap)
-    joint = covariance_bounds(enclosure, G, D, R, gap)
+    diagonal = variance_bounds(enclosure, G, D, R, gap, images=others)
+    joint = covariance_bounds(enclosure, G, D, R, gap, images=others)
     return Certificate(*diagonal, joint, others, enclosure, R, precision)
 
 

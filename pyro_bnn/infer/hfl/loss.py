@@ -30,7 +30,18 @@ from pyro_bnn.ops.newton import Terms, value_and_gradient
 
 def by_chunks(operator: LinearMap, chunk_size: int) -> LinearMap:
     """A linear map that gives another at most ``chunk_size`` vectors at once."""
-    return lambda v: torch.cat([operator(part) for part in v.split(chunk_size)])
+
+    def multiply(v: Tensor) -> Tensor:
+        first = operator(v[:chunk_size])
+        if len(v) <= chunk_size:
+            return first
+        found = first.new_empty(len(v), *first.shape[1:])
+        found[:chunk_size] = first
+        for part, rows in zip(v.split(chunk_size)[1:], found.split(chunk_size)[1:], strict=True):
+            rows.copy_(operator(part))
+        return found
+
+    return multiply
 
 
 class Problem:
@@ -102,7 +113,8 @@ class Problem:
                 f"products with the {self.curvature} are not finite: the model has no second derivative at the point "
                 "estimate, or the data are not finite"
             )
-        return product + self.ridge * v
+        ridge = self.ridge
+        return product if isinstance(ridge, float) and not ridge else product + ridge * v
 
     def gradients(self, offsets: Tensor) -> Tensor:
         r"""Gradients of the loss, corrected and with the proximal term, at :math:`\hat u` + offsets, shape ``(S, p)``."""

@@ -5,6 +5,8 @@
 import torch
 from torch import Tensor
 
+_STRETCH = 2**20  # columns that are made float64 at once
+
 
 def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: float) -> Tensor:
     r"""
@@ -18,20 +20,30 @@ def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: flo
     truncating covariances instead would lose the functionals whose variance is small.
     |A| is the largest antisymmetric entry of the responses that C came from: their noise.
     """
-    dtype, floor = J.dtype, max(antisymmetry, 1e-9 if J.dtype == torch.float64 else 1e-5)
+    floor = max(antisymmetry, 1e-9 if J.dtype == torch.float64 else 1e-5)
     # in float32 the rounding of this product alone has singular values above the floor where m is large
-    J, D, correlation = J.double(), D.double(), correlation.double()
     if len(J) > J.shape[1]:  # the rank is p at most
-        (left, J_), (right, D_) = torch.linalg.qr(J), torch.linalg.qr(D)
+        (left, J_), (right, D_) = torch.linalg.qr(J.double()), torch.linalg.qr(D.double())
         Q, singular, Zt = torch.linalg.svd(J_ @ D_.mT)
         Q, Zt = left @ Q, Zt @ right.mT
     else:
-        Q, singular, Zt = torch.linalg.svd(J @ D.mT)
+        Q, singular, Zt = torch.linalg.svd(_double_product(J, D))
     keep = singular > floor
     Q = Q[:, keep]
-    values, vectors = torch.linalg.eigh(Q.mT @ correlation @ Q)
-    root = vectors * values.clamp(min=0).sqrt()
-    return (D.mT @ (Zt[keep].mT / singular[keep]) @ root).to(dtype)
+    values, vectors = torch.linalg.eigh(Q.mT @ correlation.double() @ Q)
+    weights = (Zt[keep].mT / singular[keep]) @ (vectors * values.clamp(min=0).sqrt())
+    factor = D.new_empty(D.shape[1], weights.shape[1])
+    for rows, part in zip(factor.split(_STRETCH), D.split(_STRETCH, -1), strict=True):
+        rows.copy_(part.mT.double() @ weights)
+    return factor
+
+
+def _double_product(J: Tensor, D: Tensor) -> Tensor:
+    """J D' in float64, a stretch of columns at a time."""
+    total = J.new_zeros(len(J), len(D), dtype=torch.float64)
+    for left, right in zip(J.split(_STRETCH, -1), D.split(_STRETCH, -1), strict=True):
+        total += left.double() @ right.double().mT
+    return total
 
 
 def unit_scale(variances: Tensor) -> Tensor:

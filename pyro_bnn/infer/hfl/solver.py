@@ -12,7 +12,7 @@ from pyro_bnn.curvature.definite import hierarchy_hint
 from pyro_bnn.infer.hfl.bound import Bound, prior_of
 from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.ops.block_cg import BlockCGResult, ConjugateBasis, block_conjugate_gradient
-from pyro_bnn.ops.enclosure import Enclosure, conjugate_rows
+from pyro_bnn.ops.enclosure import Enclosure, conjugate_rows, gaining
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.krylov import nystrom_below, nystrom_preconditioner
 
@@ -96,9 +96,9 @@ class Solver:
         results = [self._block(block, goal) for block in rhs.split(self.block_size)]
         if tolerance is None:
             self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
-        self.remainder = None if self.metric is None else torch.cat([result.remainder for result in results])
+        self.remainder = None if self.metric is None else _joined([result.remainder for result in results])
         self.rest = None
-        return torch.cat([result.solution for result in results])
+        return _joined([result.solution for result in results])
 
     def enclosed(self, rhs: Tensor, widths: Tensor) -> Tensor:
         """Solutions, with bounds of the variances that are as narrow as widths of shape ``(S,)``; see :meth:`__call__`."""
@@ -109,12 +109,10 @@ class Solver:
             results.append(self._block(block, width, enclosure))
             parts.append(enclosure.above(results[-1].remainder, diagonal=True))
         self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
-        solutions, remainder = (
-            torch.cat([r.solution for r in results]),
-            torch.cat([r.remainder for r in results]),
-        )
+        solutions, remainder = _joined([r.solution for r in results]), _joined([r.remainder for r in results])
         if self._basis is not None and self._basis.keeps_all and len(blocks) > 1:
-            steps, remainder = self._basis.solve(remainder)  # by the directions of later blocks
+            # by the directions of later blocks
+            steps, remainder = gaining(remainder, *self._basis.solve(remainder))
             solutions += steps
         self._several = len(blocks) > 1
         self.remainder, self.rest = remainder, torch.cat(parts)
@@ -218,3 +216,8 @@ class Solver:
         if not largest > 0:
             return torch.ones_like(diagonal)
         return diagonal.clamp(min=1e-4 * largest)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Blocks below each other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
