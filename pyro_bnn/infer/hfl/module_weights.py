@@ -23,6 +23,8 @@ class ModuleWeights:
     :param module: any module; fully sharded ones keep their weights sharded.
     :ivar names: of the parameters that require a gradient.
     :ivar parameters: these.
+    :ivar dtype: of vectors, the finest of the weights.
+    :ivar coarsest: what resolves displacements of all weights.
     :raises ValueError: for weights other than float32 and float64, or on a part of the processes.
     """
 
@@ -41,6 +43,7 @@ class ModuleWeights:
                     "displacements: use float32 or float64, and no autocast in the runs"
                 )
         self.dtype = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
+        self.coarsest = min((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         self.is_sharded = any(is_distributed(p) for p in self.parameters)
         self.sizes = [local(p).numel() for p in self.parameters]
         self.starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]

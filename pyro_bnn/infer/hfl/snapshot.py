@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Sequence
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -24,9 +25,15 @@ class Snapshot:
     def __init__(self, weights: ModuleWeights, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.weights = weights
         self.point = weights.read()
-        self._buffers = [(b, b.detach().clone()) for b in weights.module.buffers()]
-        self._optimizers = [(o, copy.deepcopy(o.state_dict())) for o in optimizers]
+        self._buffers = [(name, b, b.detach().clone()) for name, b in weights.module.named_buffers()]
+        self._optimizers: list[tuple[ReferenceType[torch.optim.Optimizer], dict[str, Any]]] = []
+        for optimizer in optimizers:
+            self.add(optimizer)
         self._random = _random_state()
+
+    def add(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimiser that is to be restored, too, as long as something else holds it."""
+        self._optimizers.append((ref(optimizer), copy.deepcopy(optimizer.state_dict())))
 
     @torch.no_grad()
     def restore(self, *, random_state: bool, offset: Tensor | None = None) -> None:
@@ -34,10 +41,15 @@ class Snapshot:
         self.weights.write(self.point if offset is None else self.point + offset)
         for p in self.weights.parameters:
             p.grad = None
-        for buffer, value in self._buffers:
+        for path, buffer, value in self._buffers:
+            owner, name = self.weights.module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            if getattr(owner, name) is not buffer:  # a forward pass may put another tensor in its place
+                setattr(owner, name, buffer)
             buffer.copy_(value)
-        for optimizer, state in self._optimizers:
-            optimizer.load_state_dict(copy.deepcopy(state))
+        for found, state in self._optimizers:
+            optimizer = found()
+            if optimizer is not None:
+                optimizer.load_state_dict(copy.deepcopy(state))
         if random_state:
             _set_random_state(self._random)
 

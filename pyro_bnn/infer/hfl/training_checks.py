@@ -59,6 +59,22 @@ def weight_decays(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     return found
 
 
+def require_no_others(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """
+    That a step moves no parameter of which runs do not know, and which nothing would put back.
+
+    :raises ValueError: if an optimiser has one with a gradient.
+    """
+    known = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in known and p.grad is not None:
+                raise ValueError(
+                    f"{type(optimizer).__name__} has a gradient of a parameter of shape {tuple(p.shape)} that is none of the "
+                    "trained ones of the module: give the module that has all, or take it out of the loss and the optimiser"
+                )
+
+
 def require_plain_gradients(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None]) -> None:
     """
     That gradients at the time of a step are those of the loss.

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_bnn.infer.hfl.module_weights import ModuleWeights, local
 from pyro_bnn.infer.hfl.training_checks import (
     require_function,
+    require_no_others,
     require_plain_gradients,
     require_unclipped,
     weight_decays,
@@ -89,6 +90,7 @@ class TrainingRun:
             weight_decays(optimizer)
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         index = [i for i, p in enumerate(self._weights.parameters) if id(p) in own]
+        require_no_others(optimizer, self._weights.parameters)
         require_plain_gradients(optimizer, [self._weights.parameters[i].grad for i in index])
         return index
 
