@@ -177,3 +177,23 @@ def test_weights_of_two_precisions() -> None:
     result = go(net, sgd(net), outputs, sweeps=8, tolerance=1e-3)
     assert result.epsilon == 1e-2
     assert_close(result.covariance, exact, rtol=1e-3)
+
+
+def test_paired_runs_of_a_functional_without_a_slope() -> None:
+    import pyro
+    import pyro.distributions as dist
+    from pyro.infer.autoguide import AutoDelta
+
+    x, y = data()
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(x @ w, 0.5), obs=y)
+
+    P = x.mT @ x / 0.25 + torch.eye(3)
+    guide = AutoDelta(model, init_loc_fn=lambda _: torch.linalg.solve(P, x.mT @ y[:, 0] / 0.25))
+    guide(x, y[:, 0])
+    A = torch.cat([torch.zeros(1, 3), TARGETS])
+    found = hfl.solve(guide, (x, y[:, 0]), functional=lambda z: A @ z["w"], method="paired")
+    assert_close(found.variances, (A @ torch.linalg.solve(P, A.mT)).diagonal(), rtol=1e-6)

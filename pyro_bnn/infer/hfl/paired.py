@@ -110,7 +110,10 @@ def paired(task: Task) -> Found:
     offsets = fine_tune(problem, solver, len(J) + 1, push, num_epochs=epochs, rounds=rounds)
     difference = (offsets[:-1] - offsets[-1]) / shift
     ritz = RayleighRitz(J)
-    measure(problem, ritz, ritz.steps(difference, task.epsilon, (difference * J).sum(-1)))
+    apart = (difference != 0).any(-1)  # a functional without a slope has the run of its twin
+    if bool(apart.any()):
+        curvatures = (difference * J).sum(-1)[apart]
+        measure(problem, ritz, ritz.steps(difference[apart], task.epsilon, curvatures))
     refine(problem, solver, ritz, task.epsilon, (task.num_epochs - epochs) // 2)
     left = ritz.remainders
     share = (left * task.solver(left, tolerance=1e-1)).sum(-1).clamp(min=0) / ritz.variances.clamp(
