@@ -42,7 +42,6 @@ LARGE = (5, 200, 400)
 #: The numbers of rounds were chosen by ``--choose``, on a fifth of the training part of split 0; ARD by the same scores,
 #: ``settle_noise`` on those of splits 0 and 2.
 SETTINGS = {
-    "yacht": replace(SMALL, short=(10, 600, 1400)),
     "wine": replace(SMALL, rounds=2, short=LARGE),
     "concrete": replace(SMALL, short=LARGE),
     "kin8nm": replace(SMALL, iterations=150, short=LARGE),
