@@ -15,7 +15,7 @@ use belong to one example each. Three things are looked at, each before the batc
   each autograd graph, told apart by the names of its nodes, and in every batch whose scores show too little, which are those
   where more than half of the examples have a score of zero beside the largest, as an interpolating fit does.
 
-Both sides of a comparison come from one and the same backward pass, and are compared through one random linear functional
+Both sides of a comparison come from one and the same backward pass, and are compared through a random linear functional, or two more
 per block. What none of them sees are uses whose gradient is zero for the combinations that were tried, or within their
 rounding, or, where no scores are given, that a graph known by the names of its nodes has for some batches only.
 """
@@ -177,7 +177,8 @@ def _compared(
         expected.index_add_(0, index.reshape(-1), g.reshape(-1).to(expected.dtype))
     wrong, eps = _unseen(jacobian, roots, expected), _precision(jacobian)
     for block in jacobian.blocks:
-        if not _agrees(block, gradients, chosen, expected, eps, generator):
+        # the terms of a random functional may cancel by chance, and rounding errors show then; not in three of three
+        if not any(_agrees(block, gradients, chosen, expected, eps, generator) for _ in range(3)):
             wrong[block.index.reshape(-1)] = True
     return (wrong if bool(wrong.any()) else None), expected, gradients
 

@@ -139,7 +139,8 @@ def test_class_probabilities_are_differentiable(method):
         return found.components.probs.mean(0) if method == "monte_carlo" else found.probs
 
     guide = laplace(classifier, torch.arange(7) % 2)
-    assert gradcheck(probabilities, torch.randn(3, 2, requires_grad=True))
+    # roots of singular covariances are rounded to 1e-10, which smaller steps would show
+    assert gradcheck(probabilities, torch.randn(3, 2, requires_grad=True), eps=1e-4)
 
 
 @pytest.mark.parametrize("kind", GUIDES)

@@ -130,7 +130,8 @@ def test_quantiles_invert_the_weighted_distribution_function() -> None:
             np.testing.assert_array_equal(found[name].numpy(), expected, err_msg=name)
         assert_close(found["probs"].sum(-1), torch.ones(5), rtol=1e-12)
         middle = guide(weights).median()
-        assert all(torch.equal(middle[n], found[n][2]) for n in found)
+        for name, value in middle.items():  # of one row or five: constraints round in another way
+            assert_close(value, found[name][2], rtol=1e-14)
     assert_close(guide(None).median()["scale"], draws()["scale"].median(), rtol=0)
     with pytest.raises(ValueError, match="between 0 and 1"):
         guide().quantiles([1.5])
