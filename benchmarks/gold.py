@@ -7,7 +7,8 @@ The model is a network of 50 tanh units on the first standard split, with the pr
 ``HYPERPARAMETERS``, which the evidence chose (``uci.py``) once: all posteriors approximate one distribution, which is the
 same on every machine (the search of the evidence ends elsewhere where sums are rounded in another way). Mean-field
 variational inference and the rank-1 mixtures fit their noise by the bound. How the chains run is in ``chains.py``; they
-start at draws of the prior and need the extra ``gold``.
+start at draws of the prior and need the extra ``gold``. Their predictions are kept in ``results/``, so that another method is
+compared in minutes; ``--chains`` runs them anew.
 
     PYRO_BNN_DATA=../shared/data python benchmarks/gold.py --out benchmarks/results/gold.jsonl
 """
@@ -28,6 +29,7 @@ import torch
 from chains import MISSING, available, chains, mixing
 from gold_distances import HALVES, agreement
 from short_chains import Recipe
+from torch import Tensor
 from uci import METHODS, SMALL, SMOKE, Fits, Prediction
 from uci_data import Split, load, scores
 from uci_models import Member, Settings
@@ -46,8 +48,9 @@ HYPERPARAMETERS = {
 }
 #: On yacht, whose noise is smallest, chains adapt step sizes of 0.006 to 0.02 and diverge with the larger ones.
 SAMPLER: dict[str, dict[str, Any]] = {"yacht": {"depth": 8, "max_step": 0.006}}
-#: Draws of the reference that enter distances and scores, evenly spaced; R-hat is that of all.
+#: Draws of the reference that are kept and enter distances and scores, evenly spaced; R-hat is that of all.
 REFERENCE_DRAWS = 1500
+RESULTS = Path(__file__).parent / "results"
 BASE = Recipe()
 #: The recipe of ``MCLMC`` and its controls: some 21,000 steps each, but for short ones and adjusted ones.
 RECIPES = {
@@ -119,14 +122,33 @@ class SharedFits(Fits):
 
 def reference(
     fits: SharedFits, shape: tuple[int, int, int], cache: Path | None, options: dict[str, Any]
-) -> tuple[Prediction, dict[str, Any]]:
-    """The predictions of all chains, and what the chains say about themselves."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """Predictions of evenly spaced draws of all chains, and what the chains say about themselves."""
     draws, report = chains(fits.first, fits.data, shape, cache=cache, **options)
     report |= options
     sites = fits.first.guide.packed.space.unpack(draws.flatten(0, 1))
     found = posterior_predictive(fits.first.model, sites, (fits.x_test,))
     report |= mixing(found.mean.reshape(*draws.shape[:2], -1))
-    return Prediction(found.mean, found.variance.expand_as(found.mean), found.variance[:, :1]), report
+    return found.mean[:: math.ceil(len(found.mean) / REFERENCE_DRAWS)], report
+
+
+def kept_reference(
+    name: str, fits: SharedFits, args: argparse.Namespace
+) -> tuple[Prediction, dict[str, Any]]:
+    """The reference from the file that keeps it, or of chains that are run, which takes an hour of a core for each set."""
+    path = RESULTS / f"gold_reference_{name}.pt"
+    if args.smoke or args.chains or not path.exists():
+        if not (available() or args.smoke):
+            raise SystemExit(f"{MISSING}; Pyro's NUTS would take days for the chains")
+        shape = (2, 20, 20) if args.smoke else SHAPES[name]
+        mean, report = reference(fits, shape, args.cache and args.cache / name, SAMPLER.get(name, {}))
+        if not args.smoke:
+            torch.save({"mean": mean.float(), "report": report}, path)
+    else:
+        found = torch.load(path)
+        mean, report = found["mean"].double(), found["report"]
+    variance = torch.full_like(mean, fits.noise**2)
+    return Prediction(mean, variance, variance[:, :1]), report
 
 
 def predict_once(method: str, fits: SharedFits, path: Path | None) -> tuple[Prediction, dict[str, Any]]:
@@ -155,14 +177,12 @@ def part(prediction: Prediction, rows: slice) -> Prediction:
 def run(name: str, args: argparse.Namespace, done: set[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     split = load(name, "standard", 0)
     settings = replace(SMALL, draws=400, targets=10_000)
-    shape = SHAPES[name]
     if args.smoke:
-        settings, shape = replace(SMALL, **SMOKE), (2, 20, 20)
+        settings = replace(SMALL, **SMOKE)
         args.methods = [m for m in args.methods if m not in RECIPES]
     fits = SharedFits(name, split, settings, seed=0)
-    gold, report = reference(fits, shape, args.cache and args.cache / name, SAMPLER.get(name, {}))
+    thinned, report = kept_reference(name, fits, args)
     row = {"set": name, "n": len(split.x), "n_test": len(split.x_test), "noise": fits.first.model.noise}
-    thinned = part(gold, slice(None, None, math.ceil(len(gold.mean) / REFERENCE_DRAWS)))
     halves = len(thinned.mean) // 2
     if (name, HALVES) not in done:
         yield row | {
@@ -200,16 +220,17 @@ def main() -> None:
         "--methods", nargs="+", choices=METHODS | RECIPES, default=[*(METHODS | RECIPES)], help="which rows"
     )
     parser.add_argument(
+        "--chains",
+        action="store_true",
+        help="run the reference's chains anew, in place of the predictions in results/",
+    )
+    parser.add_argument(
         "--cache", type=Path, help="keep chains and predictions in this folder and take them from there"
     )
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if not available():
-        print(f"{MISSING}; Pyro's NUTS would take days for the chains" if not args.smoke else MISSING)
-        if not args.smoke:
-            return
     done = set()
     if args.out and args.out.exists():
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
