@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from chains import MISSING, available, chains, mixing
@@ -136,17 +137,17 @@ def kept_reference(
     name: str, fits: SharedFits, args: argparse.Namespace
 ) -> tuple[Prediction, dict[str, Any]]:
     """The reference from the file that keeps it, or of chains that are run, which takes an hour of a core for each set."""
-    path = RESULTS / f"gold_reference_{name}.pt"
+    path = RESULTS / f"gold_reference_{name}.npz"
     if args.smoke or args.chains or not path.exists():
         if not (available() or args.smoke):
             raise SystemExit(f"{MISSING}; Pyro's NUTS would take days for the chains")
         shape = (2, 20, 20) if args.smoke else SHAPES[name]
         mean, report = reference(fits, shape, args.cache and args.cache / name, SAMPLER.get(name, {}))
         if not args.smoke:
-            torch.save({"mean": mean.float(), "report": report}, path)
+            np.savez_compressed(path, mean=mean.float().numpy(), report=json.dumps(report))
     else:
-        found = torch.load(path)
-        mean, report = found["mean"].double(), found["report"]
+        found = np.load(path)
+        mean, report = torch.from_numpy(found["mean"]).double(), json.loads(str(found["report"]))
     variance = torch.full_like(mean, fits.noise**2)
     return Prediction(mean, variance, variance[:, :1]), report
 
