@@ -211,7 +211,8 @@ class Fits:
     def microcanonical(self, recipe: Recipe | None = None) -> Prediction:
         """Short microcanonical chains under the evidence's prior and noise."""
         number, warmup, steps = self.settings.short
-        recipe = recipe or Recipe(modes=number, warmup=warmup, steps=steps).with_options(
+        # scores compare all pairs of draws
+        recipe = recipe or Recipe(modes=number, warmup=warmup, steps=steps, draws=500 // number).with_options(
             collapse=self.settings.collapse
         )
         run, report = short_chains(self.first, self.data, recipe, self.seed + 100)
