@@ -19,15 +19,6 @@ from pyro_bnn.infer.sample.collapse import _simplex
 N, D, H = 12, 2, 5
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 class Network(PyroModule):
     """A layer of tanh units with their own scale of the prior, a linear layer, unknown noise."""
 

@@ -17,15 +17,6 @@ from pyro_bnn.nn import lora_
 N, D = 10, 2
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 def wide(likelihood=dist.Normal, rows=300, units=30, noise=0.01):
     """A regression on random tanh units with correlated columns, and its data in float32."""
     torch.manual_seed(0)

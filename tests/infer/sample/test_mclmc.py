@@ -28,15 +28,6 @@ from pyro_bnn.infer.sample.whitening import prior_units
 QUIET = {"progress_bar": False}
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    yield
-    torch.set_default_dtype(before)
-
-
 def linear(x, y=None):
     w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     b = pyro.sample("b", dist.Normal(0.0, 1.0))
