@@ -38,7 +38,8 @@ def interval(cell: str) -> Interval | None:
         value, _, ends = text.partition(" (")
         low, _, high = ends.rstrip(")").partition(" to ")
         return float(value), float(low), float(high)
-    value, _, error = text.split(" (")[0].partition(" ± ")
+    # a number of splits that is not that of the column stands in brackets
+    value, _, error = text.split(" (")[0].split(" [")[0].partition(" ± ")
     return float(value), float(value) - float(error or 0), float(value) + float(error or 0)
 
 
