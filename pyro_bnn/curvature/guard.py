@@ -15,9 +15,10 @@ use belong to one example each. Three things are looked at, each before the batc
   each autograd graph, told apart by the names of its nodes, and in every batch whose scores show too little, which are those
   where more than half of the examples have a score of zero beside the largest, as an interpolating fit does.
 
-Both sides of a comparison come from one and the same backward pass, and are compared through a random linear functional
-per block, or two more where terms cancel by chance. What none of them sees are uses whose gradient is zero for the combinations that were tried, or within their
-rounding, or, where no scores are given, that a graph known by the names of its nodes has for some batches only.
+Both sides of a comparison come from one and the same backward pass, and are compared through a random linear functional per
+block, or two more where terms cancel by chance. What none of them sees are uses whose gradient is zero for the combinations
+that were tried, or within their rounding, or, where no scores are given, that a graph known by the names of its nodes has for
+some batches only.
 """
 
 import re

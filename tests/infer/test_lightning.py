@@ -19,6 +19,14 @@ from tests.infer.models import TextbookNet, linear_data
 lightning = pytest.importorskip("lightning")
 
 
+def trainer(epochs: int, folder: Path) -> Any:
+    """A trainer that writes and shows nothing."""
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", default_root_dir=folder, **dict.fromkeys(shown, False)
+    )
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_takes_the_steps_of_fit(tmp_path: Path) -> None:
     from pyro_bnn.infer.lightning import ElboModule
@@ -33,16 +41,7 @@ def test_takes_the_steps_of_fit(tmp_path: Path) -> None:
 
     guide = build()
     module = ElboModule(net, guide, optim=0.01).initialize(next(iter(loader)))
-    trainer = lightning.Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, loader)
+    trainer(3, tmp_path).fit(module, loader)
     other = build()
     fit(net, other, loader, num_epochs=3, optim=0.01, progress_bar=False)
     for name, value in guide.named_parameters():
@@ -95,14 +94,5 @@ def test_first_order_runs(tmp_path: Path) -> None:
     runs = hfl.FirstOrder(net, lambda net: net(TARGETS), scale=N, method="paired", curvature="ggn")
     module, loader = Module(), DataLoader(TensorDataset(*data()), batch_size=6, shuffle=True)
     for run in runs:
-        trainer = lightning.Trainer(
-            max_epochs=run.epochs(2),
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-        )
-        trainer.fit(module, loader)
+        trainer(run.epochs(2), tmp_path).fit(module, loader)
     assert_close(runs.result().covariance, reference(linear), rtol=1e-7)

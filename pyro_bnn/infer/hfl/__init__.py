@@ -16,12 +16,12 @@ from pyro_bnn.infer.hfl.api import covariance, regvar, solve, variance
 from pyro_bnn.infer.hfl.certificate import Certificate
 from pyro_bnn.infer.hfl.diagnostics import HFLWarning
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
-from pyro_bnn.infer.hfl.first_order import FirstOrder
 from pyro_bnn.infer.hfl.influence import Influence, influence
 from pyro_bnn.infer.hfl.regvar import RegVarScore
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import Method
-from pyro_bnn.infer.hfl.training_run import TrainingRun
+from pyro_bnn.infer.hfl.training.first_order import FirstOrder
+from pyro_bnn.infer.hfl.training.run import TrainingRun
 
 __all__ = [
     "Certificate",

@@ -5,6 +5,8 @@
 import torch
 from torch import Tensor
 
+from pyro_bnn.ops.inner import inner
+
 _STRETCH = 2**20  # columns that are made float64 at once
 
 
@@ -27,7 +29,7 @@ def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: flo
         Q, singular, Zt = torch.linalg.svd(J_ @ D_.mT)
         Q, Zt = left @ Q, Zt @ right.mT
     else:
-        Q, singular, Zt = torch.linalg.svd(_double_product(J, D))
+        Q, singular, Zt = torch.linalg.svd(inner(J, D, double=True))
     keep = singular > floor
     Q = Q[:, keep]
     values, vectors = torch.linalg.eigh(Q.mT @ correlation.double() @ Q)
@@ -36,14 +38,6 @@ def low_rank_factor(J: Tensor, D: Tensor, correlation: Tensor, antisymmetry: flo
     for rows, part in zip(factor.split(_STRETCH), D.split(_STRETCH, -1), strict=True):
         rows.copy_(part.mT.double() @ weights)
     return factor
-
-
-def _double_product(J: Tensor, D: Tensor) -> Tensor:
-    """J D' in float64, a stretch of columns at a time."""
-    total = J.new_zeros(len(J), len(D), dtype=torch.float64)
-    for left, right in zip(J.split(_STRETCH, -1), D.split(_STRETCH, -1), strict=True):
-        total += left.double() @ right.double().mT
-    return total
 
 
 def unit_scale(variances: Tensor) -> Tensor:

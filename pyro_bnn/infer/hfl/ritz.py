@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import NotAMinimumError
 from pyro_bnn.ops.enclosure import Total, conjugate_rows, whole
+from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 
 
@@ -73,12 +74,12 @@ class RayleighRitz:
         rows = rows * self.squares(rows).clamp(min=torch.finfo(rows.dtype).tiny).rsqrt()[:, None]
         floor = (1e3 * torch.finfo(rows.dtype).eps) ** 2
         for _ in range(2):  # the second time for what rounding left
-            rows = rows - self.total(rows @ self.images.mT) @ self.directions
+            rows = rows - self.total(inner(rows, self.images)) @ self.directions
             squares = self.squares(rows)
             rows = rows[squares > floor] * squares[squares > floor].rsqrt()[:, None]
         if len(rows) < 2:
             return rows
-        values, vectors = torch.linalg.eigh(self.total(rows @ rows.mT).double())
+        values, vectors = torch.linalg.eigh(self.total(inner(rows, rows)).double())
         keep = values > 1e3 * torch.finfo(rows.dtype).eps * values.max()
         return (vectors[:, keep] / values[keep].sqrt()).mT.to(rows.dtype) @ rows
 
@@ -113,19 +114,19 @@ class RayleighRitz:
         scale = curvatures.rsqrt()[:, None]
         directions, images = directions * scale, images * scale
         # what the images say of older directions should be what the older images say of these
-        old = self.total(directions @ self.images.mT)
-        gram = self.total(directions @ images.mT)
-        noise = [gram - gram.mT, old - self.total(images @ self.directions.mT)]
+        old = self.total(inner(directions, self.images))
+        gram = self.total(inner(directions, images))
+        noise = [gram - gram.mT, old - self.total(inner(images, self.directions))]
         self.noise = max([self.noise, *(0.5 * float(part.abs().max()) for part in noise if part.numel())])
         directions = torch.addmm(directions, old, self.directions, alpha=-1)
         images = torch.addmm(images, old, self.images, alpha=-1)
-        gram = self.total(directions @ images.mT)
+        gram = self.total(inner(directions, images))
         self._require_minimum(torch.linalg.eigvalsh(0.5 * (gram + gram.mT)))
         keep = gram.diagonal() > 10 * self.noise
         before = self.variances
         Q, W = conjugate_rows(directions[keep], images[keep], floor=10 * self.noise, total=self.total)
         self.directions, self.images = torch.cat([self.directions, Q]), torch.cat([self.images, W])
-        more = self.total(self.gradients @ Q.mT)
+        more = self.total(inner(self.gradients, Q))
         self.coefficients = torch.cat([self.coefficients, more], -1)
         self.remainders = torch.addmm(self.remainders, more, W, alpha=-1)
         now = self.variances

@@ -287,7 +287,8 @@ def log_density(
     :return: the density.
     :raises ValueError: if the model observes nothing in the data, or data that are not finite; if the data are a part of a
         plate only; if a latent is discrete, or its support depends on other latents; if the model is not a function of its
-        latents, or the likelihood of none; if what is to be integrated out is not Gaussian, or the model cannot be run at several of its values together.
+        latents, or the likelihood of none; if what is to be integrated out is not Gaussian, or the model cannot be run at
+        several of its values together.
 
     Example::
 

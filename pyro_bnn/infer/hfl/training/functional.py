@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.hfl.module_weights import ModuleWeights, reshard
+from pyro_bnn.infer.hfl.training.weights import ModuleWeights, reshard
 from pyro_bnn.model.evaluation import evaluation_mode
 from pyro_bnn.ops.distributed import any_process, broadcast
 

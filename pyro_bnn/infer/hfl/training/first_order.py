@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.curvature.accumulate import Curvature, NotAMinimumError, check_option
-from pyro_bnn.infer.hfl.first_order_result import result_of
-from pyro_bnn.infer.hfl.module_functional import ModuleFunctional
-from pyro_bnn.infer.hfl.module_weights import ModuleWeights
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.ritz import RayleighRitz
-from pyro_bnn.infer.hfl.snapshot import Snapshot
-from pyro_bnn.infer.hfl.training_run import GradientRun, PulledRun, TrainingRun
+from pyro_bnn.infer.hfl.training.functional import ModuleFunctional
+from pyro_bnn.infer.hfl.training.result import result_of
+from pyro_bnn.infer.hfl.training.run import GradientRun, PulledRun, TrainingRun
+from pyro_bnn.infer.hfl.training.snapshot import Snapshot
+from pyro_bnn.infer.hfl.training.weights import ModuleWeights
 from pyro_bnn.ops.options import require_count
 
 #: Which runs train: both sides of the point estimate, one side and a twin, or none.

@@ -12,7 +12,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.hfl.module_weights import ModuleWeights
+from pyro_bnn.infer.hfl.training.weights import ModuleWeights
 
 
 class Snapshot:

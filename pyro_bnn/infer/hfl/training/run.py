@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.infer.hfl.module_weights import ModuleWeights, local
-from pyro_bnn.infer.hfl.training_checks import (
+from pyro_bnn.infer.hfl.training.checks import (
     require_function,
     require_no_others,
     require_plain_gradients,
     require_unclipped,
     weight_decays,
 )
+from pyro_bnn.infer.hfl.training.weights import ModuleWeights, local
 
 #: Iterate t of a run has weight t^7 or so in the average: the last eighth of the run makes most of it.
 _POWER = 7
