@@ -7,6 +7,7 @@ product with a matrix is spent twice on the same one.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,38 @@ from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.single_cg import conjugate_gradient
 
 
+#: Share of a vector that another pass need not follow: what rounding leaves behind of so little is rounding of the rest.
+LITTLE = 0.1
+
+
+class _Directions(NamedTuple):
+    """
+    Directions q of unit P-norm, conjugate to each other.
+
+    :param directions: shape (n, p).
+    :param images: their products with P, shape (n, p).
+    :param norms: their lengths, shape (n,).
+    """
+
+    directions: Tensor
+    images: Tensor
+    norms: Tensor
+
+    def remove(self, vectors: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors (S, p) without their parts along the directions, and ``size`` (S,) with the lengths of these parts added."""
+        if not len(self.norms):
+            return vectors, size
+        coefficients = inner(vectors, self.images)
+        found = torch.addmm(vectors, coefficients, self.directions, alpha=-1)
+        return found, size + coefficients.abs() @ self.norms
+
+
 class ConjugateBasis:
     r"""
     Directions Q with :math:`Q P Q^\top = 1`, for a positive definite P of shape (p, p), and their images :math:`QP`.
 
     The Galerkin solution in their span is :math:`x = Q^\top Q b`. New directions are made conjugate to all that are
-    kept, twice, so that p of them are a basis whatever the condition of P, and further right-hand sides need no more
+    kept, again where much was removed, so that p of them are a basis whatever the condition of P, and further right-hand sides need no more
     products; the three-term recursion of conjugate gradients keeps the last block only and loses conjugacy to
     rounding.
 
@@ -49,7 +76,7 @@ class ConjugateBasis:
         self.capacity = min(p, limit // p)
         self.count = 0
         self._directions = self._images = self._norms = torch.empty(0)
-        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
+        self._latest: _Directions | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -77,7 +104,7 @@ class ConjugateBasis:
         norms = directions.norm(dim=-1)
         end = self.count + len(directions)
         if end > self.capacity:
-            self._latest = directions, images, norms
+            self._latest = _Directions(directions, images, norms)
             return False
         if end > len(self._norms):
             room = min(max(2 * end, 64), self.capacity)
@@ -109,16 +136,17 @@ class ConjugateBasis:
         :param vectors: shape (S, p).
         :return: shape (S, p); zero where nothing but rounding is left.
         """
-        blocks = [(self.directions, self.images, self._norms[: self.count])] if self.count else []
-        if self._latest:
-            blocks.append(self._latest)
-        found, size = vectors, vectors.norm(dim=-1)
-        for repeat in range(2):
-            for directions, images, norms in blocks:
-                coefficients = inner(found, images)
-                found = torch.addmm(found, coefficients, directions, alpha=-1)
-                if not repeat:
-                    size = size + coefficients.abs() @ norms
+        everything = _Directions(self.directions, self.images, self._norms[: self.count])
+        last = self._latest or _Directions(*(kept[-len(vectors) :] for kept in everything))
+        # in exact arithmetic a residual has parts along the last block alone: without them the others are small
+        found, size = last.remove(vectors, vectors.norm(dim=-1))
+        for _ in range(2):
+            found, after = everything.remove(found, size)
+            if self._latest:
+                found, after = self._latest.remove(found, after)
+            removed, size = after - size, after
+            if bool((removed <= LITTLE * found.norm(dim=-1)).all()):
+                break
         noise = 10 * torch.finfo(found.dtype).eps * size
         heard = found.norm(dim=-1) > noise
         return found if bool(heard.all()) else found * heard[:, None]
