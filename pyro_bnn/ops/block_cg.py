@@ -17,7 +17,6 @@ from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.single_cg import conjugate_gradient
 
-
 #: Share of a vector that another pass need not follow: what rounding leaves behind of so little is rounding of the rest.
 LITTLE = 0.1
 

@@ -11,11 +11,12 @@ Gaussian prior. For directions Q, one per row, and their images :math:`W = QP`, 
    Q^\top Q \;\preceq\; P^{-1} \;\preceq\; M^{-1} - H^\top N^{-1} H, \qquad H = W M^{-1} - Q,\quad N = W M^{-1} W^\top - 1.
 
 For any d with residual :math:`r = g - Pd` one has :math:`g^\top P^{-1} g = g^\top d + d^\top r + r^\top P^{-1} r`, so that
-:math:`h(d) = g^\top d + d^\top r + r^\top M^{-1} r` is an upper bound. Its minimum over d in the span of Q is
-:math:`g^\top` times the right-hand side times :math:`g`, which proves it; for the Krylov space of one vector and :math:`M = \tau`
-it is the Gauss-Radau rule with a node at :math:`\tau`, as the maximum of
+:math:`h(d) = g^\top d + d^\top r + r^\top M^{-1} r` is an upper bound. Its minimum over d in the span of Q, at
+:math:`d = Q^\top N^{-1} H g`, is :math:`g^\top` times the right-hand side times :math:`g`, which proves it; for the Krylov space of
+one vector and :math:`M = \tau` it is the Gauss-Radau rule with a node at :math:`\tau`, as the maximum of
 :math:`g^\top d + d^\top r`, on the left, is the Gauss rule. Neither asks for a Krylov space: blocks, directions of
-earlier solves and any preconditioner serve as well.
+earlier solves and any preconditioner serve as well. What is computed is h(d): it holds for every d, so that the rounding of N and
+H, which differences of large numbers make large, costs width only; the errors of images enter it by :attr:`Enclosure.gap`.
 
 Source: Golub and Meurant (1994), "Matrices, moments and quadrature", for one vector; the argument above for any span.
 """
@@ -66,6 +67,8 @@ class Enclosure:
     :ivar directions: Q, shape ``(k, p)``; none at first.
     :ivar images: :math:`QP`, shape ``(k, p)``.
     :ivar is_recursive: whether directions follow a recursion, :meth:`follow`, and are orthogonal in N rather than in P.
+    :ivar gap: how far images are from the true ones at most, in the norm of :math:`M^{-1}`, for a combination of directions whose
+        coefficients, times their P-norms, have unit length; ``None`` before it is measured: rounding of unit roundoffs then.
 
     Example::
 
@@ -86,6 +89,7 @@ class Enclosure:
         self._size = torch.empty(0)  # Q P Q', the diagonal
         self._factor: Tensor | None = None  # R with R R' close to N^-1 from below
         self.is_recursive = False
+        self.gap: float | None = None
         self._largest = 0.0  # what is known of the largest eigenvalue of M^-1 P, from below
 
     def extend(self, directions: Tensor, images: Tensor) -> None:
@@ -96,6 +100,7 @@ class Enclosure:
         old, self.directions, self.images = len(self._gram), directions, images
         if old == len(directions):
             return
+        self.gap = None
         rows = self._products(directions[old:], images[old:])
         gram = rows.new_empty(len(directions), len(directions))
         gram[:old, :old] = self._gram
@@ -118,6 +123,9 @@ class Enclosure:
             # one after the other: vectors may be so long that each of them matters
             directions = self.directions = torch.addmm(directions, steps, self.directions, alpha=-1)
             images = self.images = torch.addmm(images, steps, self.images, alpha=-1)
+            # directions of unit P-norm of which a difference is that long come from rounding
+            sound = self.total((directions * images).sum(-1)) < torch.finfo(images.dtype).eps ** -0.5
+            directions, images = directions[sound], images[sound]
         self._gram, self.is_recursive = torch.empty(0, 0), True
         self.directions = self.images = directions[:0]
         self.extend(directions, images)
@@ -144,48 +152,122 @@ class Enclosure:
         coefficients = self.total(inner(rows, self.directions))
         return coefficients @ self.directions, torch.addmm(rows, coefficients, self.images, alpha=-1)
 
-    def above(self, rows: Tensor, *, diagonal: bool = False, sharp: bool = True) -> Tensor:
+    def measure(self, operator: LinearMap, number: int) -> int:
+        """
+        Finds the gap, where it is not known, by products of so many combinations of directions at most.
+
+        :return: how many products it took.
+        """
+        if self.gap is not None or not len(self.directions):
+            return 0
+        number = min(number, len(self.directions))
+        unit = self._size.rsqrt()[:, None]
+        self._factor = None
+        error = residual_error(
+            operator, self.metric, unit * self.directions, unit * self.images, number, self.total
+        )
+        self.gap = len(self.directions) ** 0.5 * error
+        return number
+
+    def above(self, rows: Tensor, *, diagonal: bool = False) -> Tensor:
         r"""
         :param rows: R, shape ``(m, p)``.
         :param diagonal: whether the diagonal is enough.
-        :param sharp: whether the images are trusted; else the bound is :math:`R M^{-1} R^\top`.
-        :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal.
+        :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal; that of M where it is less.
         """
         scaled = self.metric(rows)
-        size = self.total((rows * scaled).sum(-1)) if diagonal else _even(self.total(inner(rows, scaled)))
-        if not sharp or not len(self._gram):
-            return size
-        half = self.total(inner(scaled, self.images) - inner(rows, self.directions)) @ self._root()
-        if not diagonal:
-            return (1 + self._noise()) * size - half @ half.mT
-        return ((1 + self._noise()) * size - half.square().sum(-1)).clamp(min=0)
+        crude = self.total((rows * scaled).sum(-1))
+        if not len(self._gram):
+            return crude if diagonal else _even(self.total(inner(rows, scaled)))
+        root = self._root()
+        weights = self.total(inner(scaled, self.images) - inner(rows, self.directions)) @ root @ root.mT
+        found = self._bound(rows, scaled, weights, diagonal=True)
+        if diagonal:
+            return torch.minimum(found, crude)
+        return _even(self._bound(rows, scaled, weights * (found < crude)[:, None], diagonal=False))
 
-    def _noise(self) -> float:
-        """The relative error of an image in the metric, were it rounded in the worst of directions."""
-        return 8 * torch.finfo(self._gram.dtype).eps * self._largest
+    def _bound(self, rows: Tensor, scaled: Tensor, weights: Tensor, *, diagonal: bool) -> Tensor:
+        r"""
+        h(d) at :math:`d = XQ`, shape ``(m, m)`` or its diagonal, what an error e of its residual r adds,
+        :math:`|d^\top e| + 2 |r| |e| + |e|^2`, where :math:`|e|` is at most the gap times the length of X, and rounding of
+        :math:`d^\top (g + r)`, products of lengths all.
+        """
+
+        def product(left: Tensor, right: Tensor) -> Tensor:
+            return self.total((left * right).sum(-1) if diagonal else inner(left, right))
+
+        def trace(product: Tensor) -> Tensor:
+            return (product if diagonal else product.trace()).clamp(min=number.tiny)
+
+        gap, number = self._known_gap(), torch.finfo(rows.dtype)
+        steps, size = weights @ self.directions, weights * self._size.sqrt()
+        left = torch.addmm(rows, weights, self.images, alpha=-1)
+        length = size.square().sum(-1) if diagonal else inner(size, size)
+        rest = product(left, self.metric(left))
+        found = (1 + gap) * rest + product(steps, rows + left)
+        found = found + gap * (0.5 * product(steps, rows - left) + (1.5 + gap) * length)
+        # 2 |d| |g + r| <= |d|^2 / c + c |g + r|^2 for any c
+        whole = product(rows, scaled) + rest
+        ratio = (trace(length) / trace(whole)).sqrt()
+        return found + 4 * number.eps * (length / ratio + whole * ratio)
+
+    def _known_gap(self) -> float:
+        """The gap, or before it is measured that of images which were rounded once in the worst of directions."""
+        noise = 8 * torch.finfo(self._gram.dtype).eps * self._largest
+        return noise if self.gap is None else max(self.gap, torch.finfo(self._gram.dtype).eps)
 
     def _products(self, directions: Tensor, images: Tensor) -> Tensor:
         """Rows of N: of some directions with all of them."""
         return self.total(inner(self.metric(images), self.images) - inner(directions, self.images))
 
     def _root(self) -> Tensor:
-        r"""R with :math:`R R^\top \preceq N^{-1}`, shape (k, k): smaller than rounding could make N^-1 larger."""
+        r"""R with :math:`R R^\top` close to the inverse of N, shape (k, k)."""
         if self._factor is None:
             gram, k = self._gram.double(), len(self._gram)
             # entries of N are differences of W M^-1 W' and Q W', where W is rounded
-            size, diagonal = self._size.double(), gram.diagonal().clamp(min=0)
-            noise = self._noise() * (size.clamp(min=1) * (diagonal + size)).sqrt()
+            size, diagonal, gap = self._size.double(), gram.diagonal().clamp(min=0), self._known_gap()
+            noise = gap * (size.clamp(min=1) * (diagonal + size)).sqrt()
             scale = (diagonal + noise).rsqrt()
             unit = _even(gram * scale * scale[:, None]) + torch.diag(noise * scale * scale)
             lower, failed = torch.linalg.cholesky_ex(unit)
             if int(failed):
                 values, vectors = torch.linalg.eigh(unit)
-                root = vectors * values.clamp(min=self._noise()).rsqrt()
+                root = vectors * values.clamp(min=gap).rsqrt()
             else:
                 eye = torch.eye(k, dtype=unit.dtype, device=unit.device)
                 root = torch.linalg.solve_triangular(lower, eye, upper=False).mT
             self._factor = (scale[:, None] * root).to(self._gram.dtype)
         return self._factor
+
+
+def residual_error(
+    operator: LinearMap, metric: LinearMap, rows: Tensor, images: Tensor, number: int, total: Total = whole
+) -> float:
+    r"""
+    The largest difference of images from products that are made again, in the norm of the metric, doubled; of random combinations
+    where there are fewer products than rows: the expected square of one is the sum of the squares of all.
+
+    :param operator: the map :math:`v \mapsto P v`, of shape (S, p) both.
+    :param metric: the map :math:`r \mapsto M^{-1} r`, of that shape.
+    :param rows: shape (m, p).
+    :param images: what their products with P are said to be, shape (m, p).
+    :param number: of products.
+
+    Example::
+
+        >>> residual_error(lambda v: 2 * v, lambda r: r, torch.eye(2), 2.5 * torch.eye(2), number=2)
+        1.0
+    """
+    if not len(rows):
+        return 0.0
+    exact = number == len(rows)
+    if not exact:
+        generator = torch.Generator(device=rows.device).manual_seed(0)
+        weights = torch.randn(number, len(rows), generator=generator, device=rows.device).to(rows.dtype)
+        rows, images = weights @ rows, weights @ images
+    error = images - operator(rows)
+    squares = total((error * metric(error)).sum(-1)).clamp(min=0)
+    return 2 * float((squares.max() if exact else squares.mean()).sqrt())
 
 
 def conjugate_rows(

@@ -92,7 +92,8 @@ def test_added_targets_tighten_the_bounds(tolerance):
     for bounds in (few, many):
         assert (bounds.lower <= exact * (1 + 1e-9)).all()
         assert (exact <= bounds.upper * (1 + 1e-9)).all()
-    assert (many.upper <= few.upper * (1 + 1e-9)).all()
+    # but for rounding, which directions that nearly depend on each other enlarge, and which is measured
+    assert (many.upper <= few.upper * (1 + 1e-6)).all()
     if tolerance is None:  # displacements that are exact span more and more
         assert (many.captured >= few.captured - 1e-6).all()
     certificate = guide.result.certificate

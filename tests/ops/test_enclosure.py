@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyro_bnn.ops.block_cg import ConjugateBasis, block_conjugate_gradient
-from pyro_bnn.ops.enclosure import Enclosure, gaining
+from pyro_bnn.ops.enclosure import Enclosure, gaining, residual_error
 from pyro_bnn.ops.inner import inner
 from pyro_bnn.ops.krylov import nystrom_below
 from tests.common import assert_close
@@ -60,6 +60,46 @@ def test_any_span_encloses_the_inverse(spectrum, directions):
     if directions == 40 and spectrum != "condition 1e12":
         assert_close(low, inverse, rtol=0, atol=1e-8)
         assert_close(high, inverse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("spectrum", ["even", "low rank", "nothing"])
+@pytest.mark.parametrize("error", [1e-9, 1e-5, 1e-3, 0.3])
+@pytest.mark.parametrize("directions", [1, 20, 40])
+def test_errors_of_images_widen_the_bounds(spectrum, error, directions):
+    P, prior, rows = problem(spectrum)
+    values, vectors = torch.linalg.eigh(P)
+    Q = torch.linalg.qr(torch.randn(40, directions)).Q.mT @ (vectors / values.sqrt()) @ vectors.mT
+    noise = torch.randn(directions, 40) * prior.sqrt()
+    images = Q @ P + error * noise / noise.norm(dim=-1, keepdim=True)
+    enclosure = Enclosure(lambda r: r / prior)
+    enclosure.extend(Q, images)
+    assert enclosure.measure(lambda v: v @ P, 3) == min(3, directions)
+    assert enclosure.gap > error * 0.9
+    assert enclosure.measure(lambda v: v @ P, 3) == 0  # it is known
+    rows = torch.cat(
+        [rows, 10 * Q @ P]
+    )  # what the span explains whole, where differences of large numbers would be left
+    high = enclosure.above(rows)
+    assert is_below(rows @ torch.linalg.solve(P, rows.mT), high, P)
+    assert (enclosure.above(rows, diagonal=True) <= (rows.square() / prior).sum(-1) * (1 + 1e-12)).all()
+
+
+def test_errors_that_are_alike_do_not_cancel():
+    q, image = torch.ones(4, 3), torch.full((4, 3), 2.5)
+    assert residual_error(lambda v: 2 * v, lambda r: r, q, image, number=2) > 0.5
+    assert residual_error(lambda v: 2 * v, lambda r: r, q, image, number=4) == pytest.approx(
+        3**0.5
+    )  # |0.5| of each, twice
+
+
+def test_directions_that_rounding_made_are_left_out():
+    enclosure = Enclosure(lambda r: r)
+    P, q = torch.eye(3) * 2, torch.eye(3)[:1] / 2**0.5
+    enclosure.follow(q, q @ P)
+    enclosure.follow(q * (1 + 1e-13), q @ P)
+    enclosure.follow(q * 1e9, q @ P * 1e9)  # of no unit P-norm
+    assert len(enclosure.directions) == 0
+    assert_close(enclosure.above(torch.eye(3)), torch.eye(3))
 
 
 @pytest.mark.parametrize("recursion", [False, True])

@@ -55,16 +55,17 @@ def join(result: HFLResult, directions: Tensor | None, images: Tensor | None) ->
     return conjugate_rows(torch.cat([directions, found[0]]), torch.cat([images, found[1]]))
 
 
-def enclosure_of(precision: Tensor, directions: Tensor, images: Tensor) -> Enclosure:
-    """Bounds of the inverse of a precision that exceeds a diagonal one, of shape (p,)."""
+def enclosure_of(precision: Tensor, directions: Tensor, images: Tensor, gap: float | None) -> Enclosure:
+    """Bounds of the inverse of a precision that exceeds a diagonal one, of shape (p,); ``gap`` is that of the images."""
     enclosure = Enclosure(lambda r: r / precision)
     enclosure.extend(directions, images)
+    enclosure.gap = gap
     return enclosure
 
 
-def certificate_at(precision: Tensor, enclosure: Enclosure, rows: Tensor, gap: float) -> Certificate:
+def certificate_at(precision: Tensor, enclosure: Enclosure, rows: Tensor) -> Certificate:
     """The bounds for gradients of shape (m, p) by solutions in the span of the directions."""
-    solved, left = enclosure.solve(rows)
+    (solved, left), gap = enclosure.solve(rows), enclosure.gap or 0.0
     joint = covariance_bounds(enclosure, rows, solved, left, gap)
     bounds = variance_bounds(enclosure, rows, solved, left, gap)
     return Certificate(*bounds, joint, gap, enclosure, left, precision)
@@ -82,11 +83,11 @@ def site_functionals(
         yield site.name, Functionals(outputs, latent, chunk_size=chunk_size)
 
 
-def bounds_at(functionals: Functionals, posterior: Any, enclosure: Enclosure, gap: float) -> VarianceBounds:
+def bounds_at(functionals: Functionals, posterior: Any, enclosure: Enclosure) -> VarianceBounds:
     """Of functionals, of their shape, a part of their gradients at a time."""
     parts: list[tuple[Tensor, ...]] = []
     for rows in functionals.rows():
-        lower, upper = variance_bounds(enclosure, rows, *enclosure.solve(rows), gap)
+        lower, upper = variance_bounds(enclosure, rows, *enclosure.solve(rows), enclosure.gap or 0.0)
         parts.append((lower, upper, posterior.quadratic_form(rows).diagonal()))
     joined = (torch.cat(side).reshape(functionals.shape) for side in zip(*parts, strict=True))
     return VarianceBounds(*joined)

@@ -29,6 +29,7 @@ from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import solve_for
 from pyro_bnn.infer.hfl.setup import set_proximal, set_up
 from pyro_bnn.model.arguments import takes_data
+from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.ops.block_cg import ConjugateBasis
 from pyro_bnn.ops.enclosure import Enclosure
 from pyro_bnn.ops.notice import warn_user
@@ -167,7 +168,7 @@ class CertifiedGuide(LinearizedGuide):
     def _next(self, functionals: Functionals, number: int) -> tuple[Tensor, float]:
         """Which of some functionals to solve for next, and the smallest fraction of a variance that the guide has."""
         enclosure = self._enclosure(self.result)
-        bounds = bounds_at(functionals, self.posterior, enclosure, float(self.gap or 0.0))
+        bounds = bounds_at(functionals, self.posterior, enclosure)
         flat = VarianceBounds(*(side.reshape(-1) for side in bounds))
         assert self.factor is not None
         chosen = most_missed(functionals.gradients, enclosure, self.factor, flat, number)
@@ -212,9 +213,9 @@ class CertifiedGuide(LinearizedGuide):
         posterior: Any = self.posterior
         self._refuse_sandwich()
         require_number("least", least, least=0)
-        enclosure, gap = self._enclosure(self.result), float(self.gap or 0.0)
+        enclosure = self._enclosure(self.result)
         found = {
-            name: bounds_at(functionals, posterior, enclosure, gap)
+            name: bounds_at(functionals, posterior, enclosure)
             for name, functionals in site_functionals(self.packed, self.loc.detach(), batch, self.chunk_size)
         }
         captured = torch.cat([bounds.captured.reshape(-1) for bounds in found.values()])
@@ -233,7 +234,7 @@ class CertifiedGuide(LinearizedGuide):
         if precision is None or directions is None or images is None:
             why = "it was fitted by an earlier version" if result is None else result.uncertified
             raise ValueError(f"the guide's variances are not certified: {why}.")
-        return enclosure_of(precision, directions, images)
+        return enclosure_of(precision, directions, images, float(self.gap or 0.0))
 
     def _refuse_sandwich(self) -> None:
         if self.robust:
@@ -253,15 +254,21 @@ class CertifiedGuide(LinearizedGuide):
         rows = {"captured at the targets": f"at least {float(captured.min()):.4f} of the variance"}
         return rows | ({"captured at the validation inputs": self._covered} if self._covered else {})
 
-    def _certify(self, result: HFLResult) -> None:
-        """Keeps what bounds all variances: the prior's precision, and the directions of all solves."""
+    def _certify(self, data: Any, result: HFLResult) -> None:
+        """Keeps what bounds all variances: the prior's precision, and the directions of all solves with the gap of their images."""
         certificate = result.certificate
         assert certificate is not None
         self.bound_precision = certificate.precision
         self.directions, self.images = join(result, self.directions, self.images)
-        gap = max(certificate.gap, 0.0 if self.gap is None else float(self.gap))
-        self.gap = torch.tensor(gap, device=self.loc.device)
+        enclosure = enclosure_of(self.bound_precision, self.directions, self.images, None)
+        enclosure.measure(self._problem(data, result).operator, 3)
+        self.gap = torch.tensor(enclosure.gap or 0.0, device=self.loc.device)
+
+    def _problem(self, data: Any, result: HFLResult) -> Problem:
+        """The loss of which a result has the curvature."""
+        known: dict[str, Any] = {"proximal": result.proximal, "tau": self.tau, "chunk_size": self.chunk_size}
+        return Problem(self.packed, self.loc, repeatable_batches(data), self.curvature, **known)
 
     def _certificate(self, rows: Tensor) -> Certificate:
         assert self.bound_precision is not None
-        return certificate_at(self.bound_precision, self._enclosure(None), rows, float(self.gap or 0.0))
+        return certificate_at(self.bound_precision, self._enclosure(None), rows)

@@ -20,7 +20,6 @@ from pyro_bnn.infer.autoguide.remainder import Remainder, precision_of, split
 from pyro_bnn.infer.hfl.api import solve
 from pyro_bnn.infer.hfl.checks import check_accuracy, check_sizes
 from pyro_bnn.infer.hfl.evidence import HFLEvidence, log_evidence, optimize_hyperparameters
-from pyro_bnn.infer.hfl.loss import Problem
 from pyro_bnn.infer.hfl.low_rank import low_rank_factor, unit_scale
 from pyro_bnn.infer.hfl.result import HFLResult
 from pyro_bnn.infer.hfl.run import Method
@@ -28,7 +27,6 @@ from pyro_bnn.infer.hfl.sandwich import sandwich
 from pyro_bnn.infer.hfl.solver import Preconditioner
 from pyro_bnn.infer.hyperparameters import Groups, HyperparameterReport
 from pyro_bnn.model.arguments import takes_data
-from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.ops.options import require_number
 
 #: What ``laplace_approximation`` makes: the Gaussian, what it is made of, and what bounds the variances of all else.
@@ -192,13 +190,7 @@ class AutoHessianFreeLaplace(CertifiedGuide):
             )
         result = self._solve(data, targets, options)
         if self.directions is not None:
-            known: dict[str, Any] = {
-                "proximal": result.proximal,
-                "tau": self.tau,
-                "chunk_size": self.chunk_size,
-            }
-            problem = Problem(self.packed, self.loc, repeatable_batches(data), self.curvature, **known)
-            self._require_same_precision(problem)
+            self._require_same_precision(self._problem(data, result))
         self._add(data, result)
         return self
 
@@ -247,7 +239,7 @@ class AutoHessianFreeLaplace(CertifiedGuide):
             own |= {"half": J @ factor, "variances": K.diagonal().clone()}
             own |= {} if len(result.variances) == len(J) else {"shape": torch.Size([len(J)])}
         if result.certificate is not None:
-            self._certify(result)
+            self._certify(data, result)
             if self.method != "probe":
                 own["certificate"] = self._certificate(J)
         self.result = replace(result, **own)

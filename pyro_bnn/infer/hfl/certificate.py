@@ -22,9 +22,6 @@ from torch import Tensor
 from pyro_bnn.ops.enclosure import Bracket, Enclosure
 from pyro_bnn.ops.inner import inner
 
-#: Where rounding makes larger gaps, products are no longer used to sharpen the bound of what they leave over.
-_SHARP = 1e-2
-
 
 @dataclass(repr=False)
 class Certificate:
@@ -87,14 +84,13 @@ def variance_bounds(
     gap: float,
     *,
     rest: Tensor | None = None,
-    images: float = 0.0,
 ) -> Bracket:
     """
     Of the variances of functionals, shape (m,), from their gradients, displacements and residuals, shape (m, p) each; ``rest``
-    is another upper bound of what residuals leave over, ``images`` the gap of solutions in the span of all directions.
+    is another upper bound of what residuals leave over.
     """
     value = enclosure.total((D * (G + R)).sum(-1)).clamp(min=0)
-    left = enclosure.above(R, diagonal=True, sharp=max(gap, images) <= _SHARP)
+    left = enclosure.above(R, diagonal=True)
     left = left if rest is None else torch.minimum(left, rest)
     # with e the error of a residual, of length gap * sd: v = value + d'e + |r + e|^2 in the norm of the inverse
     error = gap * value.sqrt()
@@ -102,18 +98,12 @@ def variance_bounds(
     return Bracket((value * (1 - gap)).clamp(min=0), upper)
 
 
-def covariance_bounds(
-    enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap: float, *, images: float = 0.0
-) -> Bracket:
+def covariance_bounds(enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap: float) -> Bracket:
     """Of the covariance of functionals, shape (m, m), in the order of positive semi-definite matrices; see above."""
     value = enclosure.total(inner(G, D) + inner(D, R))
     value = 0.5 * (value + value.mT)
     # errors of m residuals in one combination a: (sum |a_j| gap sd_j)^2 <= m gap^2 sum a_j^2 sd_j^2
     spread = len(G) * gap * torch.diag(value.diagonal().clamp(min=0))
     lower = (1 - gap / 2) * value - spread / 2
-    upper = (
-        (1 + gap / 2) * value
-        + (1 + gap) * enclosure.above(R, sharp=max(gap, images) <= _SHARP)
-        + (1.5 + gap) * spread
-    )
+    upper = (1 + gap / 2) * value + (1 + gap) * enclosure.above(R) + (1.5 + gap) * spread
     return Bracket(lower, upper)

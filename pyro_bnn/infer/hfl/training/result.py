@@ -104,24 +104,24 @@ def certificate_of(
     scale = torch.where(ritz.variances[:, None] > 0, scale, 0.0)
     gap = yield from _gap(owner, ritz, scale * D, scale * (G - R), precision, image)
     others = yield from _gap(owner, ritz, ritz.directions, ritz.images, precision, image)
-    others = max(gap, len(ritz.directions) ** 0.5 * others)
-    diagonal = variance_bounds(enclosure, G, D, R, gap, images=others)
-    joint = covariance_bounds(enclosure, G, D, R, gap, images=others)
-    return Certificate(*diagonal, joint, others, enclosure, R, precision)
+    enclosure.gap = len(ritz.directions) ** 0.5 * others
+    diagonal = variance_bounds(enclosure, G, D, R, gap)
+    joint = covariance_bounds(enclosure, G, D, R, gap)
+    return Certificate(*diagonal, joint, max(gap, enclosure.gap), enclosure, R, precision)
 
 
 def _gap(
     owner: Any, ritz: RayleighRitz, D: Tensor, images: Tensor, precision: Tensor, image: Image
 ) -> Generator[Any, None, float]:
     """
-    How far images are from the true ones in the norm of the bound, doubled: of a combination with random signs, whose expected
-    square is the sum of all squares.
+    How far images are from the true ones in the norm of the bound, doubled: of a random combination, whose expected square is the
+    sum of all squares.
     """
     if not len(D):
         return 0.0
     generator = torch.Generator().manual_seed(0)
-    signs = (torch.randint(0, 2, (len(D),), generator=generator) * 2 - 1).to(D)
-    direction, expected = signs @ D, signs @ images
+    weights = torch.randn(len(D), generator=generator).to(D)
+    direction, expected = weights @ D, weights @ images
     size = float(ritz.total(direction @ expected))
     if not size > 0:
         return 0.0
