@@ -172,6 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="append rows to this file; what it holds is not run again")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--ways", nargs="+", choices=["exact", "whole"], default=["exact", "whole"])
     parser.add_argument("--simulations", type=int, default=400)
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
@@ -181,7 +182,7 @@ def main() -> None:
     done = {(row["model"], row["way"], row["adjusted"]) for row in map(json.loads, lines)}
     for name in args.models:
         for way, adjusted in (("exact", True), ("exact", False), ("whole", True)):
-            if (name, way, adjusted) in done:
+            if way not in args.ways or (name, way, adjusted) in done:
                 continue
             for row in rows(name, way, adjusted, args.simulations):
                 print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
