@@ -39,6 +39,10 @@ def whole(products: Tensor) -> Tensor:
     return products
 
 
+#: Numbers in the vectors that are checked at once.
+_TOGETHER = 2**24
+
+
 class Bracket(NamedTuple):
     """
     A lower and an upper bound, tensors of one shape.
@@ -161,10 +165,15 @@ class Enclosure:
         if self.gap is not None or not len(self.directions):
             return 0
         number = min(number, len(self.directions))
-        unit = self._size.rsqrt()[:, None]
         self._factor = None
         error = residual_error(
-            operator, self.metric, unit * self.directions, unit * self.images, number, self.total
+            operator,
+            self.metric,
+            self.directions,
+            lambda w: w @ self.images,
+            self._size.rsqrt(),
+            number,
+            self.total,
         )
         self.gap = len(self.directions) ** 0.5 * error
         return number
@@ -176,22 +185,26 @@ class Enclosure:
         :return: the upper bound of :math:`R P^{-1} R^\top`, shape ``(m, m)``, or its diagonal; that of M where it is less.
         """
         scaled = self.metric(rows)
-        crude = self.total((rows * scaled).sum(-1))
+        crude = self.total(_even(inner(rows, scaled)) if not diagonal else (rows * scaled).sum(-1))
         if not len(self._gram):
-            return crude if diagonal else _even(self.total(inner(rows, scaled)))
+            return crude
         root = self._root()
         weights = self.total(inner(scaled, self.images) - inner(rows, self.directions)) @ root @ root.mT
-        found = self._bound(rows, scaled, weights, diagonal=True)
+        del scaled  # rows may be so long that each of them matters
         if diagonal:
-            return torch.minimum(found, crude)
-        return _even(self._bound(rows, scaled, weights * (found < crude)[:, None], diagonal=False))
+            return torch.minimum(self._bound(rows, crude, weights), crude)
+        variances = crude.diagonal()
+        return _even(
+            self._bound(rows, crude, weights * (self._bound(rows, variances, weights) < variances)[:, None])
+        )
 
-    def _bound(self, rows: Tensor, scaled: Tensor, weights: Tensor, *, diagonal: bool) -> Tensor:
+    def _bound(self, rows: Tensor, crude: Tensor, weights: Tensor) -> Tensor:
         r"""
-        h(d) at :math:`d = XQ`, shape ``(m, m)`` or its diagonal, what an error e of its residual r adds,
+        h(d) at :math:`d = XQ`, shape ``(m, m)`` or its diagonal as the crude one, what an error e of its residual r adds,
         :math:`|d^\top e| + 2 |r| |e| + |e|^2`, where :math:`|e|` is at most the gap times the length of X, and rounding of
         :math:`d^\top (g + r)`, products of lengths all.
         """
+        diagonal = crude.dim() == 1
 
         def product(left: Tensor, right: Tensor) -> Tensor:
             return self.total((left * right).sum(-1) if diagonal else inner(left, right))
@@ -200,14 +213,15 @@ class Enclosure:
             return (product if diagonal else product.trace()).clamp(min=number.tiny)
 
         gap, number = self._known_gap(), torch.finfo(rows.dtype)
-        steps, size = weights @ self.directions, weights * self._size.sqrt()
-        left = torch.addmm(rows, weights, self.images, alpha=-1)
+        size = weights * self._size.sqrt()
         length = size.square().sum(-1) if diagonal else inner(size, size)
+        left = torch.addmm(rows, weights, self.images, alpha=-1)
         rest = product(left, self.metric(left))
-        found = (1 + gap) * rest + product(steps, rows + left)
-        found = found + gap * (0.5 * product(steps, rows - left) + (1.5 + gap) * length)
+        steps = weights @ self.directions
+        before, after = product(steps, rows), product(steps, left)
+        found = (1 + gap) * rest + before + after + gap * (0.5 * (before - after) + (1.5 + gap) * length)
         # 2 |d| |g + r| <= |d|^2 / c + c |g + r|^2 for any c
-        whole = product(rows, scaled) + rest
+        whole = crude + rest
         ratio = (trace(length) / trace(whole)).sqrt()
         return found + 4 * number.eps * (length / ratio + whole * ratio)
 
@@ -241,7 +255,13 @@ class Enclosure:
 
 
 def residual_error(
-    operator: LinearMap, metric: LinearMap, rows: Tensor, images: Tensor, number: int, total: Total = whole
+    operator: LinearMap,
+    metric: LinearMap,
+    rows: Tensor,
+    images: LinearMap,
+    scale: Tensor,
+    number: int,
+    total: Total = whole,
 ) -> float:
     r"""
     The largest difference of images from products that are made again, in the norm of the metric, doubled; of random combinations
@@ -250,24 +270,29 @@ def residual_error(
     :param operator: the map :math:`v \mapsto P v`, of shape (S, p) both.
     :param metric: the map :math:`r \mapsto M^{-1} r`, of that shape.
     :param rows: shape (m, p).
-    :param images: what their products with P are said to be, shape (m, p).
+    :param images: from weights, shape (S, m), to what products of P with these combinations of rows are said to be, shape (S, p).
+    :param scale: of rows, shape (m,).
     :param number: of products.
 
     Example::
 
-        >>> residual_error(lambda v: 2 * v, lambda r: r, torch.eye(2), 2.5 * torch.eye(2), number=2)
+        >>> residual_error(lambda v: 2 * v, lambda r: r, torch.eye(2), lambda w: 2.5 * w, torch.ones(2), number=2)
         1.0
     """
     if not len(rows):
         return 0.0
     exact = number == len(rows)
+    weights = torch.diag(scale)
     if not exact:
         generator = torch.Generator(device=rows.device).manual_seed(0)
-        weights = torch.randn(number, len(rows), generator=generator, device=rows.device).to(rows.dtype)
-        rows, images = weights @ rows, weights @ images
-    error = images - operator(rows)
-    squares = total((error * metric(error)).sum(-1)).clamp(min=0)
-    return 2 * float((squares.max() if exact else squares.mean()).sqrt())
+        drawn = torch.randn(number, len(rows), generator=generator, device=rows.device)
+        weights = drawn.to(rows.dtype) * scale
+    squares = []
+    for part in weights.split(max(1, _TOGETHER // rows.shape[-1])):
+        error = images(part) - operator(part @ rows)
+        squares.append(total((error * metric(error)).sum(-1)).clamp(min=0))
+    found = torch.cat(squares)
+    return 2 * float((found.max() if exact else found.mean()).sqrt())
 
 
 def conjugate_rows(

@@ -85,11 +85,9 @@ def test_errors_of_images_widen_the_bounds(spectrum, error, directions):
 
 
 def test_errors_that_are_alike_do_not_cancel():
-    q, image = torch.ones(4, 3), torch.full((4, 3), 2.5)
-    assert residual_error(lambda v: 2 * v, lambda r: r, q, image, number=2) > 0.5
-    assert residual_error(lambda v: 2 * v, lambda r: r, q, image, number=4) == pytest.approx(
-        3**0.5
-    )  # |0.5| of each, twice
+    maps = (lambda v: 2 * v, lambda r: r, torch.ones(4, 3), lambda w: w @ torch.full((4, 3), 2.5))
+    assert residual_error(*maps, torch.ones(4), number=2) > 0.5
+    assert residual_error(*maps, torch.ones(4), number=4) == pytest.approx(3**0.5)  # |0.5| of each, twice
 
 
 def test_directions_that_rounding_made_are_left_out():

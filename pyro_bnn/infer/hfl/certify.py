@@ -22,7 +22,7 @@ def certify(task: Task, found: Found) -> Certificate | None:
     enclosure, remainders = solver.enclosing(D, G - R), R
     if not enclosure.is_recursive:
         steps, R = gaining(R, *enclosure.solve(R))
-        D = D + steps
+        D = steps.add_(D)  # of large models every vector matters
     gap = residual_gap(task, G, D, R)
     solver.products += enclosure.measure(task.problem.operator, _affordable(solver))
     others = gap if enclosure.is_recursive else max(gap, enclosure.gap or 0.0)
@@ -40,10 +40,10 @@ def residual_gap(task: Task, G: Tensor, D: Tensor, R: Tensor) -> float:
     solver = task.solver
     assert solver.metric is not None
     scale = (D * (G + R)).sum(-1).clamp(min=0).rsqrt()
-    scale = torch.where(scale.isfinite(), scale, 0.0)[:, None]
+    scale = torch.where(scale.isfinite(), scale, 0.0)
     number = min(len(D), _affordable(solver))
     solver.products += number
-    return residual_error(task.problem.operator, solver.metric, scale * D, scale * (G - R), number)
+    return residual_error(task.problem.operator, solver.metric, D, lambda w: w @ G - w @ R, scale, number)
 
 
 def _affordable(solver: Solver) -> int:
