@@ -17,6 +17,7 @@ from pyro_bnn.model.arguments import arguments_of, explain_arrays, is_container,
 from pyro_bnn.model.data import Arguments, Batch, check_finite, map_tensors
 from pyro_bnn.model.flat import StartFlatSites, is_flat
 from pyro_bnn.model.handlers import Site, is_factor, latent_names, observed_names, sample_sites
+from pyro_bnn.model.latent_space import bijection
 from pyro_bnn.model.observations import check_labels, check_shape, check_values
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.model.prototype import detach_prototypes
@@ -196,6 +197,8 @@ def check_latents(trace: Trace, guide: Any, *, continuous: bool = False) -> None
             "without a Laplace approximation, mark it infer={'enumerate': 'parallel'}, hide it from the guide with "
             "poutine.block(model, hide=[...]), and use TraceEnum_ELBO."
         )
+    for n in latents if continuous else ():
+        bijection(n, sample_sites(trace)[n])
 
 
 def initialize_with(guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

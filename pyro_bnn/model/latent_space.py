@@ -11,9 +11,25 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.constraints import Constraint
-from torch.distributions.transforms import ComposeTransform, IndependentTransform
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 from pyro_bnn.model.handlers import Site, latent_names
+
+
+def bijection(name: str, site: Site) -> Transform:
+    """
+    From vectors to the support of a site.
+
+    :raises NotImplementedError: where torch has none, such as for positive definite matrices.
+    """
+    fn = site["fn"]
+    try:
+        return biject_to(fn.support)
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"latent site {name!r} ({type(fn).__name__}): torch has no bijection from vectors to its support, {fn.support}. Write it "
+            "in terms of sites that have one: a covariance or precision matrix by LKJCholesky and scales."
+        ) from None
 
 
 class LatentSpace:
@@ -47,7 +63,7 @@ class LatentSpace:
         for name in latent_names(trace):
             site: Site = trace.nodes[name]
             self._supports[name] = site["fn"].support
-            self._shapes[name] = biject_to(self._supports[name]).inv(site["value"]).shape
+            self._shapes[name] = bijection(name, site).inv(site["value"]).shape
         self._lay_out()
 
     def _lay_out(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics import diversity, to_datatree
-from pyro_bnn.infer import NotAMinimumError, hfl, posterior_draws, posterior_predictive
+from pyro_bnn.infer import NotAMinimumError, hfl, log_density, posterior_draws, posterior_predictive
 from pyro_bnn.infer.autoguide import AutoHessianFreeLaplace, AutoLaplace, AutoMixture
 from pyro_bnn.nn import bayesian_
 from tests.infer.models import linear_data, linear_model
@@ -121,3 +121,18 @@ def test_a_container_that_fits_in_no_way_says_both() -> None:
         with pytest.raises(AttributeError, match="dict") as caught:
             guide.initialize({"X": x, "y": y})
         assert any("unexpected keyword argument 'X'" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")  # of torch
+@pytest.mark.parametrize("door", ["guide", "log_density"])
+def test_supports_without_a_bijection_are_named(door: str) -> None:
+    def model(y: Tensor | None = None) -> None:
+        precision = pyro.sample("precision", dist.Wishart(torch.tensor(5.0), torch.eye(2)))
+        with pyro.plate("data", 1 if y is None else len(y)):
+            pyro.sample("obs", dist.MultivariateNormal(torch.zeros(2), precision_matrix=precision), obs=y)
+
+    y = torch.ones(3, 2)
+    with pytest.raises(
+        NotImplementedError, match=r"'precision' \(Wishart\): torch has no bijection.*LKJCholesky"
+    ):
+        AutoLaplace(model).initialize(y) if door == "guide" else log_density(model, (y,))

@@ -282,7 +282,11 @@ def collapsed(joint: Joint, sites: str | Sequence[str], shares: Sequence[Share])
     :raises ValueError: if a name is that of no latent site, if a site is constrained, or if none is left.
     """
     known = list(joint.space.slices)
-    asked = [sites] if isinstance(sites, str) else list(sites)
+    asked = [sites] if isinstance(sites, str) else list(sites) if isinstance(sites, Sequence) else [sites]
+    if not all(isinstance(name, str) for name in asked):
+        raise TypeError(
+            f"collapse: expected the name of a latent site or module, or several, found {sites!r}; the sites are {known}."
+        )
     by_name = {a: [n for n in known if n == a or n.startswith(f"{a}.")] for a in asked}
     unknown = [a for a, found in by_name.items() if not found]
     if unknown or not asked:

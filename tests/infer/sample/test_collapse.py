@@ -284,6 +284,15 @@ def test_names_are_checked(names, message):
         log_density(regression(dist.Normal), (x, x.sum(-1)), collapse=names)
 
 
+@pytest.mark.parametrize("names", [True, 3, ["w", 0]])
+def test_names_are_strings(names):
+    x = torch.randn(N, 2)
+    with pytest.raises(
+        TypeError, match=r"collapse: expected the name of a latent site.*the sites are \['tau', 'w'\]"
+    ):
+        log_density(regression(dist.Normal), (x, x.sum(-1)), collapse=names)
+
+
 def test_other_refusals():
     x, y = network_data()
     linear = bayesian_(nn.Linear(D, 1))
