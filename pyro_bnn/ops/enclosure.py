@@ -21,6 +21,7 @@ H, which differences of large numbers make large, costs width only; the errors o
 Source: Golub and Meurant (1994), "Matrices, moments and quadrature", for one vector; the argument above for any span.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ def whole(products: Tensor) -> Tensor:
     return products
 
 
+#: A length of vectors that are checked.
+_OTHER = 0.7
 #: Numbers in the vectors that are checked at once.
 _TOGETHER = 2**24
 
@@ -90,7 +93,9 @@ class Enclosure:
         self.total = total
         self.directions = self.images = torch.empty(0, 0)
         self._gram = torch.empty(0, 0)  # N
-        self._size = torch.empty(0)  # Q P Q', the diagonal
+        self._size = self._unit = torch.empty(
+            0
+        )  # Q P Q', the diagonal, and what makes it 1; zeros where it is not positive
         self._factor: Tensor | None = None  # R with R R' close to N^-1 from below
         self.is_recursive = False
         self.gap: float | None = None
@@ -111,8 +116,11 @@ class Enclosure:
         gram[old:], gram[:, old:] = rows, rows.mT
         gram[old:, old:] = 0.5 * (rows[:, old:] + rows[:, old:].mT)
         self._gram, self._factor = gram, None
-        self._size = self.total((directions * images).sum(-1)).clamp(min=torch.finfo(gram.dtype).tiny)
-        self._largest = max(self._largest, float((1 + gram.diagonal() / self._size).max()))
+        size = self.total((directions * images).sum(-1))
+        # without curvature, by rounding, they are of no use
+        self._size = torch.where(size > torch.finfo(gram.dtype).eps ** 2, size, 0.0)
+        self._unit = torch.where(self._size > 0, self._size.rsqrt(), 0.0)
+        self._largest = max(self._largest, float((1 + gram.diagonal() * self._unit.square()).max()))
 
     def follow(self, directions: Tensor, images: Tensor) -> None:
         """
@@ -128,7 +136,8 @@ class Enclosure:
             directions = self.directions = torch.addmm(directions, steps, self.directions, alpha=-1)
             images = self.images = torch.addmm(images, steps, self.images, alpha=-1)
             # directions of unit P-norm of which a difference is that long come from rounding
-            sound = self.total((directions * images).sum(-1)) < torch.finfo(images.dtype).eps ** -0.5
+            size = self.total((directions * images).sum(-1))
+            sound = (size > 0) & (size < torch.finfo(images.dtype).eps ** -0.5)
             directions, images = directions[sound], images[sound]
         self._gram, self.is_recursive = torch.empty(0, 0), True
         self.directions = self.images = directions[:0]
@@ -171,11 +180,11 @@ class Enclosure:
             self.metric,
             self.directions,
             lambda w: w @ self.images,
-            self._size.rsqrt(),
+            self._unit,
             number,
             self.total,
         )
-        self.gap = len(self.directions) ** 0.5 * error
+        self.gap = len(self.directions) ** 0.5 * error if math.isfinite(error) else math.inf
         return number
 
     def above(self, rows: Tensor, *, diagonal: bool = False) -> Tensor:
@@ -186,7 +195,7 @@ class Enclosure:
         """
         scaled = self.metric(rows)
         crude = self.total(_even(inner(rows, scaled)) if not diagonal else (rows * scaled).sum(-1))
-        if not len(self._gram):
+        if not len(self._gram) or not math.isfinite(self._known_gap()):
             return crude
         root = self._root()
         weights = self.total(inner(scaled, self.images) - inner(rows, self.directions)) @ root @ root.mT
@@ -194,36 +203,27 @@ class Enclosure:
         if diagonal:
             return torch.minimum(self._bound(rows, crude, weights), crude)
         variances = crude.diagonal()
-        return _even(
-            self._bound(rows, crude, weights * (self._bound(rows, variances, weights) < variances)[:, None])
-        )
+        gains = self._bound(rows, variances, weights) < variances
+        return _even(self._bound(rows, crude, weights * gains[:, None]))
 
     def _bound(self, rows: Tensor, crude: Tensor, weights: Tensor) -> Tensor:
         r"""
         h(d) at :math:`d = XQ`, shape ``(m, m)`` or its diagonal as the crude one, what an error e of its residual r adds,
-        :math:`|d^\top e| + 2 |r| |e| + |e|^2`, where :math:`|e|` is at most the gap times the length of X, and rounding of
-        :math:`d^\top (g + r)`, products of lengths all.
+        :math:`|d^\top e| + 2 |r| |e| + |e|^2`, where :math:`|e|` is at most the gap times the length of X, and rounding.
         """
         diagonal = crude.dim() == 1
 
         def product(left: Tensor, right: Tensor) -> Tensor:
             return self.total((left * right).sum(-1) if diagonal else inner(left, right))
 
-        def trace(product: Tensor) -> Tensor:
-            return (product if diagonal else product.trace()).clamp(min=number.tiny)
-
-        gap, number = self._known_gap(), torch.finfo(rows.dtype)
-        size = weights * self._size.sqrt()
+        gap, size = self._known_gap(), weights * self._size.sqrt()
         length = size.square().sum(-1) if diagonal else inner(size, size)
         left = torch.addmm(rows, weights, self.images, alpha=-1)
         rest = product(left, self.metric(left))
         steps = weights @ self.directions
         before, after = product(steps, rows), product(steps, left)
         found = (1 + gap) * rest + before + after + gap * (0.5 * (before - after) + (1.5 + gap) * length)
-        # 2 |d| |g + r| <= |d|^2 / c + c |g + r|^2 for any c
-        whole = crude + rest
-        ratio = (trace(length) / trace(whole)).sqrt()
-        return found + 4 * number.eps * (length / ratio + whole * ratio)
+        return (found + _rounding(found, length, crude + rest, rest)).nan_to_num(torch.inf)
 
     def _known_gap(self) -> float:
         """The gap, or before it is measured that of images which were rounded once in the worst of directions."""
@@ -241,8 +241,8 @@ class Enclosure:
             # entries of N are differences of W M^-1 W' and Q W', where W is rounded
             size, diagonal, gap = self._size.double(), gram.diagonal().clamp(min=0), self._known_gap()
             noise = gap * (size.clamp(min=1) * (diagonal + size)).sqrt()
-            scale = (diagonal + noise).rsqrt()
-            unit = _even(gram * scale * scale[:, None]) + torch.diag(noise * scale * scale)
+            scale = torch.where(self._size > 0, (diagonal + noise).rsqrt(), 0.0)
+            unit = _even(gram * scale * scale[:, None]) + torch.diag(noise * scale * scale + (scale == 0))
             lower, failed = torch.linalg.cholesky_ex(unit)
             if int(failed):
                 values, vectors = torch.linalg.eigh(unit)
@@ -252,6 +252,13 @@ class Enclosure:
                 root = torch.linalg.solve_triangular(lower, eye, upper=False).mT
             self._factor = (scale[:, None] * root).to(self._gram.dtype)
         return self._factor
+
+
+def random_weights(number: int, scale: Tensor) -> Tensor:
+    """Combinations of rows of some scale (m,), shape (number, m): none is left out, and alike ones do not cancel."""
+    generator = torch.Generator(device=scale.device).manual_seed(0)
+    drawn = torch.randn(number, len(scale), generator=generator, device=scale.device).to(scale.dtype)
+    return torch.where(drawn < 0, drawn - 1, drawn + 1) * scale
 
 
 def residual_error(
@@ -265,7 +272,7 @@ def residual_error(
 ) -> float:
     r"""
     The largest difference of images from products that are made again, in the norm of the metric, doubled; of random combinations
-    where there are fewer products than rows: the expected square of one is the sum of the squares of all.
+    where there are fewer products than rows: the square of one is, in the mean, more than the sum of the squares of all.
 
     :param operator: the map :math:`v \mapsto P v`, of shape (S, p) both.
     :param metric: the map :math:`r \mapsto M^{-1} r`, of that shape.
@@ -282,17 +289,30 @@ def residual_error(
     if not len(rows):
         return 0.0
     exact = number == len(rows)
-    weights = torch.diag(scale)
-    if not exact:
-        generator = torch.Generator(device=rows.device).manual_seed(0)
-        drawn = torch.randn(number, len(rows), generator=generator, device=rows.device)
-        weights = drawn.to(rows.dtype) * scale
+    weights = torch.diag(scale) if exact else random_weights(number, scale)
     squares = []
     for part in weights.split(max(1, _TOGETHER // rows.shape[-1])):
-        error = images(part) - operator(part @ rows)
+        # other numbers than those of the products so far, which would be rounded in the same way
+        error = images(part) - operator(_OTHER * part @ rows) / _OTHER
         squares.append(total((error * metric(error)).sum(-1)).clamp(min=0))
     found = torch.cat(squares)
     return 2 * float((found.max() if exact else found.mean()).sqrt())
+
+
+def _rounding(found: Tensor, length: Tensor, whole: Tensor, rest: Tensor) -> Tensor:
+    r"""
+    A bound of the rounding of h(d), of the shape of ``found``: its entries are off by :math:`\epsilon` times the lengths of what they are
+    products of, d with g and r, r with r, and their sum; a matrix of such errors is below a diagonal one that has the sums of its rows, in
+    units of the variances.
+    """
+    eps = 4 * torch.finfo(found.dtype).eps
+    if found.dim() == 1:
+        return eps * (2 * (length * whole).clamp(min=0).sqrt() + rest + found.abs())
+    d, t, r, v = (m.diagonal().clamp(min=0).sqrt() for m in (length, whole, rest, found))
+    r = torch.maximum(r, v)
+    unit = v.clamp(min=torch.finfo(v.dtype).tiny ** 0.5)
+    errors = d[:, None] * t + t[:, None] * d + r[:, None] * r
+    return torch.diag(eps * (errors @ unit) / unit)
 
 
 def conjugate_rows(

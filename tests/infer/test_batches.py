@@ -334,7 +334,7 @@ def test_rows_that_interact_are_not_taken_apart() -> None:
             pyro.sample("obs", dist.Normal(((x - x.mean(0)) * w).sum(-1), 1.0), obs=y)
 
     draws = {"w": torch.randn(S, 3)}
-    with pytest.raises(ValueError, match="site 'obs' depends on which rows of plate 'data' run together"):
+    with pytest.raises(ValueError, match=r"site .obs. depends on which rows of plate 'data' run together"):
         posterior_predictive(model, draws, (X, Y), batch_size=3)
 
 
@@ -560,3 +560,25 @@ def test_changed_data_are_all_of_the_data() -> None:
         values = [args[0] for args, _ in changed]
         assert_close(torch.stack(values), torch.stack(parts[: len(values)]) + 10)
         assert len(values) == (1 if batches.is_single else 3)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_rounding_under_a_narrow_density_is_no_coupling_of_rows(coupled: bool) -> None:
+    """Large weights that cancel, and a noise of 1e-6: a density feels rounding of its mean that depends on how many rows run."""
+    first, last = torch.randn(3, 50), 100 * torch.randn(50)
+    x, w = torch.randn(200, 3), torch.full((5, 50), 1.0) + 1e-9 * torch.randn(5, 50)
+
+    def model(x: torch.Tensor) -> None:
+        scale = pyro.sample("w", dist.Normal(torch.ones(50), 1.0).to_event(1))
+        h = torch.tanh(x @ first) * (1 + 1e-9 * x.abs().max() if coupled else 1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal(h @ (scale * last), 1e-6))
+
+    if coupled:
+        with pytest.raises(ValueError, match=r"site .obs. depends on which rows.*run together"):
+            posterior_predictive(model, {"w": w}, (x,), batch_size=30)
+        return
+    found = posterior_predictive(model, {"w": w}, (x,), batch_size=30)
+    assert_close(
+        found.mean, (torch.tanh(x @ first) @ (w * last).mT).mT.expand_as(found.mean), rtol=1e-9, atol=1e-9
+    )

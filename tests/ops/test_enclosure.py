@@ -90,6 +90,43 @@ def test_errors_that_are_alike_do_not_cancel():
     assert residual_error(*maps, torch.ones(4), number=4) == pytest.approx(3**0.5)  # |0.5| of each, twice
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_beyond_the_directions_have_the_bound_of_the_prior(dtype):
+    """However large they are beside the numbers' range, and whatever the directions know."""
+    eye = torch.eye(2, dtype=dtype)
+    enclosure = Enclosure(lambda r: r)
+    enclosure.extend(eye[:1] / 2**0.5, eye[:1] * 2**0.5)
+    for size in (3e3, 1e6, 1e9):
+        assert_close(
+            enclosure.above(size * eye[1:], diagonal=True), torch.tensor([size**2], dtype=dtype), rtol=1e-5
+        )
+        assert_close(enclosure.above(size * eye[1:]), torch.tensor([[size**2]], dtype=dtype), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.0, -1e-9, 2e-308])
+def test_directions_without_curvature_say_nothing(size):
+    eye = torch.eye(3)
+    enclosure = Enclosure(lambda r: r)
+    enclosure.extend(torch.stack([eye[0] / 2**0.5, eye[1]]), torch.stack([eye[0] * 2**0.5, size * eye[1]]))
+    enclosure.measure(lambda v: v * torch.tensor([2.0, size, 1.0]), 2)
+    assert_close(enclosure.above(eye), torch.diag(torch.tensor([0.5, 1.0, 1.0])), rtol=1e-9, atol=1e-9)
+
+
+def test_the_joint_bound_has_room_for_the_rounding_of_its_entries():
+    """Parallel residuals: of some combination nothing is left but rounding."""
+    features = torch.tensor([[-0.014057976489239293, -0.0014437830684990998]])
+    rows = torch.tensor(
+        [[0.325796331701863, -1.2525331543017826], [-0.10217220330579906, -0.6224634064902412]]
+    )
+    q = torch.tensor([[0.3234115656466589, -3.1456962598087395]])
+    P = features.mT @ features + 0.1 * torch.eye(2)
+    enclosure = Enclosure(lambda r: r / 0.1)
+    enclosure.extend(q, q @ P)
+    enclosure.measure(lambda v: v @ P, 3)
+    gap = enclosure.above(rows) - rows @ torch.linalg.solve(P, rows.mT)
+    assert torch.linalg.eigvalsh(gap)[0] >= -1e-13
+
+
 def test_directions_that_rounding_made_are_left_out():
     enclosure = Enclosure(lambda r: r)
     P, q = torch.eye(3) * 2, torch.eye(3)[:1] / 2**0.5

@@ -37,8 +37,8 @@ class VarianceBounds(NamedTuple):
     @property
     def captured(self) -> Tensor:
         """The fraction of v that the guide is certain to have; 1 where v is zero."""
-        fraction = (self.variance / self.upper).clamp(max=1)
-        return torch.where(self.upper > 0, fraction, torch.ones_like(fraction))
+        fraction = (self.variance / self.upper).clamp(max=1).nan_to_num()
+        return torch.where(self.upper == 0, torch.ones_like(fraction), fraction)
 
 
 def join(result: HFLResult, directions: Tensor | None, images: Tensor | None) -> tuple[Tensor, Tensor]:

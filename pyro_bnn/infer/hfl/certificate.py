@@ -95,7 +95,7 @@ def variance_bounds(
     # with e the error of a residual, of length gap * sd: v = value + d'e + |r + e|^2 in the norm of the inverse
     error = gap * value.sqrt()
     upper = value * (1 + gap) + (left.sqrt() + error).square()
-    return Bracket((value * (1 - gap)).clamp(min=0), upper)
+    return Bracket((value * (1 - gap)).nan_to_num().clamp(min=0), upper.nan_to_num(torch.inf))
 
 
 def covariance_bounds(enclosure: Enclosure, G: Tensor, D: Tensor, R: Tensor, gap: float) -> Bracket:

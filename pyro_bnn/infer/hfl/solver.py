@@ -107,9 +107,11 @@ class Solver:
         for block, width in zip(blocks, widths.split(self.block_size), strict=True):
             enclosure = self._grown_enclosure()
             results.append(self._block(block, width, enclosure))
+            rest = torch.full_like(width, torch.inf)
             if enclosure.is_recursive:  # it knows the latest directions alone, and is about to be lost
                 self.products += enclosure.measure(self.problem.operator, 3)
-            parts.append(enclosure.above(results[-1].remainder, diagonal=True))
+                rest = enclosure.above(results[-1].remainder, diagonal=True)
+            parts.append(rest)
         self.residual = max([self.residual, *(float(result.residual.max()) for result in results)])
         solutions, remainder = _joined([r.solution for r in results]), _joined([r.remainder for r in results])
         if self._basis is not None and self._basis.keeps_all and len(blocks) > 1:
