@@ -240,10 +240,10 @@ def hfl_width(rows: list[dict[str, Any]], scale: list[dict[str, Any]]) -> Figure
         left.loglog(list(steps), worst, "o-", ms=3, color=colour, label=label)
     left.set_title("boston, one target at a time, 751 latents", fontsize=9)
     for row, marker in zip(scale, "os^vD", strict=False):
-        products, errors = zip(*row["errors_by_products"], strict=True)
-        share = [number / (row["test"] + 1) for number in products]
+        errors = row["errors_by_products"] or [(s["products"], s["largest error"]) for s in row["stops"]]
+        share = [number / (row["test"] + 1) for number, _ in errors]
         label = f"{row['parameters']:,} parameters, {row['test']} targets"
-        right.semilogy(share, errors, f"{marker}-", ms=3, color=RED, label=f"{label}: error")
+        right.semilogy(share, [e for _, e in errors], f"{marker}-", ms=3, color=RED, label=f"{label}: error")
         found = [(stop["products"] / (row["test"] + 1), stop["largest width"]) for stop in row["stops"]]
         right.semilogy(*zip(*found, strict=True), marker, ms=5, color=DARK, label=f"{label}: width")
     right.set_title("convolutional networks, blocks", fontsize=9)
