@@ -93,10 +93,9 @@ class Enclosure:
         self.total = total
         self.directions = self.images = torch.empty(0, 0)
         self._gram = torch.empty(0, 0)  # N
-        self._size = self._unit = torch.empty(
-            0
-        )  # Q P Q', the diagonal, and what makes it 1; zeros where it is not positive
-        self._factor: Tensor | None = None  # R with R R' close to N^-1 from below
+        self._size = torch.empty(0)  # Q P Q', the diagonal; zero where it is not positive
+        self._unit = torch.empty(0)  # what makes it 1
+        self._factor: Tensor | None = None  # R with R R' close to N^-1
         self.is_recursive = False
         self.gap: float | None = None
         self._largest = 0.0  # what is known of the largest eigenvalue of M^-1 P, from below
