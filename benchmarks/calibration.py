@@ -92,7 +92,7 @@ class Kind(NamedTuple):
 MODELS = {
     "straight line": Kind(straight_line, 6, 0.35, 1.5),
     "network": Kind(network, 8, 0.5, 2.0),
-    "hierarchy": Kind(hierarchy, 8, 1.2, 3.0),
+    "hierarchy": Kind(hierarchy, 8, 0.7, 2.0),
     "counts": Kind(counts, 8, 0.9, 2.0),
 }
 
