@@ -290,7 +290,7 @@ def residual_error(
     exact = number == len(rows)
     weights = torch.diag(scale) if exact else random_weights(number, scale)
     squares = []
-    for part in weights.split(max(1, _TOGETHER // rows.shape[-1])):
+    for part in weights.split(max(1, _TOGETHER // max(1, rows.shape[-1]))):
         # other numbers than those of the products so far, which would be rounded in the same way
         error = images(part) - operator(_OTHER * part @ rows) / _OTHER
         squares.append(total((error * metric(error)).sum(-1)).clamp(min=0))

@@ -119,7 +119,7 @@ def _gap(
     """
     if not len(D):
         return 0.0
-    (weights,) = random_weights(1, torch.ones_like(D[:, 0]))
+    (weights,) = random_weights(1, D.new_ones(len(D)))
     direction, expected = weights @ D, weights @ images
     size = float(ritz.total(direction @ expected))
     if not size > 0:
