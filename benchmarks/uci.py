@@ -346,7 +346,8 @@ def tasks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.out and args.out.exists():
         for line in args.out.read_text().splitlines():
             row = json.loads(line)
-            done.add((row["set"], row["kind"], row["split"], row["method"]))
+            if "log_likelihood" in row:  # else it failed, and is tried again
+                done.add((row["set"], row["kind"], row["split"], row["method"]))
     overrides = overrides_of(args)
     splits = args.splits if args.splits is not None else range(20)
     for split in splits:
