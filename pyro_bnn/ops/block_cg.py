@@ -18,7 +18,7 @@ from pyro_bnn.ops.jacobian import LinearMap
 from pyro_bnn.ops.single_cg import conjugate_gradient
 
 #: Share of a vector that another pass need not follow: what rounding leaves behind of so little is rounding of the rest.
-LITTLE = 0.1
+_LITTLE = 0.1
 
 
 class _Directions(NamedTuple):
@@ -144,7 +144,7 @@ class ConjugateBasis:
             if self._latest:
                 found, after = self._latest.remove(found, after)
             removed, size = after - size, after
-            if bool((removed <= LITTLE * found.norm(dim=-1)).all()):
+            if bool((removed <= _LITTLE * found.norm(dim=-1)).all()):
                 break
         noise = 10 * torch.finfo(found.dtype).eps * size
         heard = found.norm(dim=-1) > noise

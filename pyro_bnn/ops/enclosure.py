@@ -298,16 +298,16 @@ def residual_error(
     return 2 * float((found.max() if exact else found.mean()).sqrt())
 
 
-def _rounding(found: Tensor, length: Tensor, whole: Tensor, rest: Tensor) -> Tensor:
+def _rounding(found: Tensor, length: Tensor, size: Tensor, rest: Tensor) -> Tensor:
     r"""
-    A bound of the rounding of h(d), of the shape of ``found``: its entries are off by :math:`\epsilon` times the lengths of what they are
-    products of, d with g and r, r with r, and their sum; a matrix of such errors is below a diagonal one that has the sums of its rows, in
+    A bound of the rounding of h(d), of the shape of ``found``, from the squared lengths of d, of g and r together, and of r: its entries
+    are off by :math:`\epsilon` times the lengths of what they are products of, d with g and r, r with r, and their sum; a matrix of such errors is below a diagonal one that has the sums of its rows, in
     units of the variances.
     """
     eps = 4 * torch.finfo(found.dtype).eps
     if found.dim() == 1:
-        return eps * (2 * (length * whole).clamp(min=0).sqrt() + rest + found.abs())
-    d, t, r, v = (m.diagonal().clamp(min=0).sqrt() for m in (length, whole, rest, found))
+        return eps * (2 * (length * size).clamp(min=0).sqrt() + rest + found.abs())
+    d, t, r, v = (m.diagonal().clamp(min=0).sqrt() for m in (length, size, rest, found))
     r = torch.maximum(r, v)
     unit = v.clamp(min=torch.finfo(v.dtype).tiny ** 0.5)
     errors = d[:, None] * t + t[:, None] * d + r[:, None] * r

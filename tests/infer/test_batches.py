@@ -334,7 +334,7 @@ def test_rows_that_interact_are_not_taken_apart() -> None:
             pyro.sample("obs", dist.Normal(((x - x.mean(0)) * w).sum(-1), 1.0), obs=y)
 
     draws = {"w": torch.randn(S, 3)}
-    with pytest.raises(ValueError, match=r"site .obs. depends on which rows of plate 'data' run together"):
+    with pytest.raises(ValueError, match="site 'obs' depends on which rows of plate 'data' run together"):
         posterior_predictive(model, draws, (X, Y), batch_size=3)
 
 
@@ -575,7 +575,7 @@ def test_rounding_under_a_narrow_density_is_no_coupling_of_rows(coupled: bool) -
             pyro.sample("obs", dist.Normal(h @ (scale * last), 1e-6))
 
     if coupled:
-        with pytest.raises(ValueError, match=r"site .obs. depends on which rows.*run together"):
+        with pytest.raises(ValueError, match="site 'obs' depends on which rows of plate 'data' run together"):
             posterior_predictive(model, {"w": w}, (x,), batch_size=30)
         return
     found = posterior_predictive(model, {"w": w}, (x,), batch_size=30)

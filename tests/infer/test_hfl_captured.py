@@ -92,8 +92,9 @@ def test_added_targets_tighten_the_bounds(tolerance):
     for bounds in (few, many):
         assert (bounds.lower <= exact * (1 + 1e-9)).all()
         assert (exact <= bounds.upper * (1 + 1e-9)).all()
-    # but for rounding, which directions that nearly depend on each other enlarge, and which is measured
-    assert (many.upper <= few.upper * (1 + 1e-6)).all()
+    # but for the error of images, which is measured: directions that nearly depend on each other enlarge it
+    assert (many.upper <= few.upper * (1 + 1e-9 + 4 * float(guide.gap))).all(), guide.gap
+    assert float(guide.gap) < 1e-6
     if tolerance is None:  # displacements that are exact span more and more
         assert (many.captured >= few.captured - 1e-6).all()
     certificate = guide.result.certificate

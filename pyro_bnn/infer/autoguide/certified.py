@@ -254,15 +254,19 @@ class CertifiedGuide(LinearizedGuide):
         rows = {"captured at the targets": f"at least {float(captured.min()):.4f} of the variance"}
         return rows | ({"captured at the validation inputs": self._covered} if self._covered else {})
 
-    def _certify(self, data: Any, result: HFLResult) -> None:
-        """Keeps what bounds all variances: the prior's precision, and the directions of all solves with the gap of their images."""
+    def _certify(self, data: Any, result: HFLResult) -> int:
+        """
+        Keeps what bounds all variances: the prior's precision, and the directions of all solves with the gap of their images;
+        returns how many products that took.
+        """
         certificate = result.certificate
         assert certificate is not None
         self.bound_precision = certificate.precision
         self.directions, self.images = join(result, self.directions, self.images)
         enclosure = enclosure_of(self.bound_precision, self.directions, self.images, None)
-        enclosure.measure(self._problem(data, result).operator, 3)
+        number = enclosure.measure(self._problem(data, result).operator, 3)
         self.gap = torch.tensor(enclosure.gap or 0.0, device=self.loc.device)
+        return number
 
     def _problem(self, data: Any, result: HFLResult) -> Problem:
         """The loss of which a result has the curvature."""

@@ -239,7 +239,7 @@ class AutoHessianFreeLaplace(CertifiedGuide):
             own |= {"half": J @ factor, "variances": K.diagonal().clone()}
             own |= {} if len(result.variances) == len(J) else {"shape": torch.Size([len(J)])}
         if result.certificate is not None:
-            self._certify(data, result)
+            own["products"] = result.products + self._certify(data, result)
             if self.method != "probe":
                 own["certificate"] = self._certificate(J)
         self.result = replace(result, **own)
