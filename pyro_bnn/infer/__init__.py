@@ -27,6 +27,7 @@ from pyro_bnn.infer.train.persist import load_guide, save_guide
 from pyro_bnn.infer.train.state import FitResult, FitState, NonFiniteLossError
 from pyro_bnn.infer.train.stopping import ConvergenceTest, EarlyStopping
 from pyro_bnn.model.networks import network_at
+from pyro_bnn.ops.stochastic_lbfgs import StochasticLBFGS
 
 __all__ = [
     "ChainResult",
@@ -58,6 +59,7 @@ __all__ = [
     "SitePrediction",
     "Stacking",
     "StepSchedule",
+    "StochasticLBFGS",
     "default_preset",
     "dusenberry2020",
     "fit",

@@ -230,7 +230,12 @@ class ComponentParameters(_Guide):
         )
 
     def draw(
-        self, nesting: int | None, num_particles: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        nesting: int | None,
+        num_particles: int,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        mirrored: bool = False,
     ) -> dict[str, Tensor]:
         r"""
         Draws :math:`\mu + \sigma \epsilon` of every component for all sites but low-rank ones, in a few operations on long
@@ -240,6 +245,8 @@ class ComponentParameters(_Guide):
         :param int num_particles: draws per component.
         :param args: arguments of the model.
         :param kwargs: keyword arguments of the model.
+        :param bool mirrored: whether the noise of the second half of the particles is minus that of the first; the noise
+            of a single one is minus what it would be.
         :return: by site, shape ``(*particles, K, 1, ..., 1, *site)`` with as many dimensions between as plates, the last
             one that of the examples for draws per example.
         """
@@ -255,8 +262,11 @@ class ComponentParameters(_Guide):
             if per_example:
                 rows = (num_rows(self._row_sources if nesting else (), args, kwargs),)
                 loc, scale = loc.unsqueeze(1), scale.unsqueeze(1)
-            noise = loc.new_empty((*particles, len(loc), *rows, loc.shape[-1]))
-            z = torch.addcmul(loc, sites[0].family.noise(noise), scale)
+            half = (num_particles // 2,) if mirrored and particles else particles
+            noise = sites[0].family.noise(loc.new_empty((*half, len(loc), *rows, loc.shape[-1])))
+            if mirrored:
+                noise = torch.cat([noise, -noise]) if particles else -noise
+            z = torch.addcmul(loc, noise, scale)
             for site, piece in zip(sites, z.split([site.size for site in sites], -1), strict=True):
                 lead = self._layout(site, nesting, len(loc))
                 lead = (*particles, *lead[: len(lead) - len(rows)], *rows) if lead else lead

@@ -134,6 +134,7 @@ class AutoMixture(ComponentParameters):
         self._component: int | None = None
         self._is_stratified = False
         self._particles = 1
+        self._mirrored = False
 
     def __repr__(self) -> str:
         """What the guide is: its components and their family, and the number of latents."""
@@ -245,7 +246,7 @@ class AutoMixture(ComponentParameters):
 
     @contextmanager
     def stratified(
-        self, dim: int | None, num_particles: int = 1, component: int | None = None
+        self, dim: int | None, num_particles: int = 1, component: int | None = None, mirrored: bool = False
     ) -> Iterator[None]:
         """
         Within this context a call of the guide draws every component once, component k in slot k of batch
@@ -255,13 +256,15 @@ class AutoMixture(ComponentParameters):
             a dimension.
         :param int num_particles: draws per component, in the dimension left of it, inside a plate of this size.
         :param component: draw this component only, in a dimension of size 1, or without one if ``dim`` is ``None``.
+        :param bool mirrored: see :meth:`draw`.
         """
         self._stratum, self._is_stratified, self._component = dim, True, component
-        self._particles = num_particles
+        self._particles, self._mirrored = num_particles, mirrored
         try:
             yield
         finally:
             self._stratum, self._is_stratified, self._component = None, False, None
+            self._mirrored = False
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -307,7 +310,9 @@ class AutoMixture(ComponentParameters):
         self._sample_low_rank(
             values, plates, lambda t: t[0] if nesting is None else t.unflatten(0, (-1, *ones))
         )
-        drawn = self.draw(nesting, self._particles, args, kwargs) if self._is_stratified else {}
+        drawn: dict[str, Tensor] = {}
+        if self._is_stratified:
+            drawn = self.draw(nesting, self._particles, args, kwargs, self._mirrored)
         with SubstituteMessenger(drawn):
             for site, loc, scale in self._blocks():
                 if site.kind == "low_rank":
@@ -358,9 +363,18 @@ class AutoMixture(ComponentParameters):
         joint = dist.LowRankMultivariateNormal(
             place(joint.loc), place(joint.cov_factor), place(joint.cov_diag)
         )
-        latent = pyro.sample(f"_{module_path(self)}_low_rank", joint, infer={"is_auxiliary": True})
+        name = f"_{module_path(self)}_low_rank"
+        with SubstituteMessenger({name: self._mirror_images(joint)} if self._mirrored else {}):
+            latent = pyro.sample(name, joint, infer={"is_auxiliary": True})
         for site, raw in self._split_low_rank(latent):
             values[site.name] = self._sample_piece(site, raw, plates)
+
+    def _mirror_images(self, joint: Any) -> Tensor:
+        """The draws of all particles, the second half of them mirrored at the location; of one its mirror image."""
+        if self._particles == 1:
+            return 2 * joint.loc - joint.rsample()
+        half = joint.rsample((self._particles // 2,))
+        return torch.cat([half, 2 * joint.loc - half])
 
     def _sample_piece(self, site: LatentSite, raw: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """Registers a site's part of the joint Gaussian, whose density is that of the auxiliary site."""

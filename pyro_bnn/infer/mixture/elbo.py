@@ -95,6 +95,9 @@ class Mixture_ELBO(_Elbo):
     :param kl_scale: the factor :math:`\beta`, or a schedule ``callable(step) -> float``, the steps being the
         evaluations of the loss with gradients, counted from 0 in :attr:`step`.
     :param int num_particles: draws per component, vectorised.
+    :param bool antithetic: whether draws come in pairs :math:`\mu \pm \sigma \epsilon` (before a bijection to the
+        support), for an even number of them. The expectation stays; what is odd in the noise cancels, which takes most of
+        the variance from the gradients of locations and of shared weights.
     :param str batch: ``"repeat"`` runs every example through every component; ``"split"`` gives each component its
         own part of the batch (networks that were converted by :func:`~pyro_bnn.nn.rank1_` only), at the cost of one
         pass and the variance of the smaller part.
@@ -138,6 +141,7 @@ class Mixture_ELBO(_Elbo):
         *,
         kl_scale: float | Callable[[int], float] = 1.0,
         num_particles: int = 1,
+        antithetic: bool = False,
         batch: str = "repeat",
         entropy_weight: float = 0.0,
         max_plate_nesting: int | None = None,
@@ -147,6 +151,10 @@ class Mixture_ELBO(_Elbo):
         require_choice("batch", batch, "repeat", "split")
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be an integer of at least 1, found {num_particles!r}.")
+        if antithetic and num_particles % 2:
+            raise ValueError(
+                f"antithetic draws come in pairs: num_particles must be even, found {num_particles}."
+            )
         super().__init__(
             num_particles=num_particles,
             max_plate_nesting=float("inf") if max_plate_nesting is None else max_plate_nesting,
@@ -156,6 +164,7 @@ class Mixture_ELBO(_Elbo):
             raise ValueError(
                 "batch='split' shows an example to one component only: it needs likelihood='average'."
             )
+        self.antithetic = antithetic
         self.batch = batch
         self.likelihood = likelihood
         self.kl = kl
@@ -280,7 +289,7 @@ class Mixture_ELBO(_Elbo):
         points = {name for trace in prototypes if trace for name, _ in trace.iter_stochastic_nodes()}
         return Step(
             model, guide, args, kwargs, mixtures, points, K, self.num_particles, nesting, self.likelihood, self.kl,
-            self.entropy_weight != 0.0, self.batch == "split", self._is_direct(guide, mixtures),
+            self.entropy_weight != 0.0, self.batch == "split", self._is_direct(guide, mixtures), self.antithetic,
         )  # fmt: skip
 
     def _plate_nesting(self, model: Any, guide: Any, args: Any, kwargs: Any) -> int:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bound of a mixture as what it is by definition: the components one after the other, each with its own run."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pyro_bnn.infer.mixture.runs import Step, subsamples
 from pyro_bnn.infer.mixture.terms import Terms, observed, pointwise, scaled_values
 from pyro_bnn.model.handlers import Site, sample_sites
 from pyro_bnn.nn.sites import SITE_KEY
+from pyro_bnn.ops.randomness import random_numbers_from, random_state
 
 
 class ComponentLoop(Terms):
@@ -30,8 +32,12 @@ class ComponentLoop(Terms):
         draws: list[dict[str, Tensor]] = []
         points: list[dict[Any, tuple[Any, Tensor]]] = []
         frozen: dict[str, Tensor] = {}
+        states: list[dict[str, Any]] = []  # of the random numbers, before each draw that has a mirror image
         for index in range(step.S * step.K):
-            model_sites, guide_sites = self._run(index % step.K, frozen)
+            states.append(random_state(()) if step.antithetic else {})
+            partner = index - step.S // 2 * step.K if step.antithetic else -1
+            image = states[partner] if partner >= 0 else None
+            model_sites, guide_sites = self._run(index % step.K, frozen, image)
             draws.append(scaled_values(step, guide_sites))
             if step.mixes:
                 points.append(pointwise(model_sites, min(step.nesting, 1)))
@@ -44,9 +50,15 @@ class ComponentLoop(Terms):
         for group in zip(*(run.values() for run in points), strict=True):
             self.mix(group[0][0], self._stack([log_prob for _, log_prob in group]), 1)
 
-    def _run(self, k: int, frozen: dict[str, Tensor]) -> tuple[dict[str, Site], dict[str, Site]]:
-        """One component: adds its terms and returns the nodes of model and guide."""
-        guide_trace = self.step.guide_trace(k, frozen)
+    def _run(
+        self, k: int, frozen: dict[str, Tensor], image: dict[str, Any] | None
+    ) -> tuple[dict[str, Site], dict[str, Site]]:
+        """
+        One component: adds its terms and returns the nodes of model and guide. Its draw may be the mirror ``image`` of
+        one that began at a state of the random numbers.
+        """
+        with nullcontext() if image is None else random_numbers_from(image):
+            guide_trace = self.step.guide_trace(k, frozen, image is not None)
         frozen.update(subsamples(guide_trace))
         guide_sites = sample_sites(guide_trace)
         values = {name: site["value"] for name, site in guide_sites.items()}

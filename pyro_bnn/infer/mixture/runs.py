@@ -41,6 +41,7 @@ class Step:
     :ivar entropy: whether the entropy of the guide is needed.
     :ivar split: whether every component sees its own part of the batch.
     :ivar direct: whether the draws are taken from the guide's parameters without calling it.
+    :ivar antithetic: whether the noise of the second half of the draws is minus that of the first.
     """
 
     model: Any
@@ -57,6 +58,7 @@ class Step:
     entropy: bool
     split: bool
     direct: bool
+    antithetic: bool = False
 
     @property
     def dim(self) -> int:
@@ -80,18 +82,22 @@ class Step:
 
     def of_one(self) -> "Step":
         """The same for one draw of one component, whose likelihood and divergence are those of a mixture of one."""
-        return replace(self, K=1, S=1, kl="mean", likelihood="average")
+        return replace(self, K=1, S=1, kl="mean", likelihood="average", antithetic=False)
 
-    def guide_trace(self, component: int | None = None, frozen: Mapping[str, Tensor] = {}) -> Trace:
+    def guide_trace(
+        self, component: int | None = None, frozen: Mapping[str, Tensor] = {}, mirrored: bool = False
+    ) -> Trace:
         """
         Calls the guide for all components in their plates, or for one without a dimension of components; a value per
-        example, which needs one, has a component dimension of size 1. ``frozen`` are the rows that plates take.
+        example, which needs one, has a component dimension of size 1. ``frozen`` are the rows that plates take;
+        ``mirrored`` turns the noise of a single draw round.
         """
         plated = not self.is_single if component is None else self.per_example
         S, K = (self.S, self.K) if component is None else (1, 1)
+        mirrored = self.antithetic if component is None else mirrored
         with ExitStack() as stack:
             for mixture in self.mixtures:
-                stack.enter_context(mixture.stratified(self.dim if plated else None, S, component))
+                stack.enter_context(mixture.stratified(self.dim if plated else None, S, component, mirrored))
             stack.enter_context(self.layout(split=component is None))
             stack.enter_context(SubstituteMessenger(frozen))
             trace = stack.enter_context(poutine.trace())
@@ -147,7 +153,8 @@ class JointRun:
         step = self.step
         if step.direct:
             points = {site.name: value for site, value in step.guide.point_values()}
-            self.values = points | step.guide.draw(self._nesting, step.S, step.args, step.kwargs)
+            drawn = step.guide.draw(self._nesting, step.S, step.args, step.kwargs, step.antithetic)
+            self.values = points | drawn
         else:
             trace = step.guide_trace()
             self._nodes, self.frozen = sample_sites(trace), subsamples(trace)

@@ -33,9 +33,9 @@ from pyro_bnn.infer.sample.microcanonical import (
 from pyro_bnn.infer.sample.records import Records
 from pyro_bnn.infer.sample.whitening import Scales
 from pyro_bnn.infer.train.progress import shows_bars
-from pyro_bnn.infer.train.randomness import random_state, set_random_state
 from pyro_bnn.infer.train.state import deferred_interrupt
 from pyro_bnn.ops.notice import logger
+from pyro_bnn.ops.randomness import random_state, set_random_state
 
 #: Steps that a path of an adjusted transition has at most.
 MOST_STEPS = 1000

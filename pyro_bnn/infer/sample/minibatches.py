@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pyro_bnn.infer.sample.evaluation import Evaluator
 from pyro_bnn.infer.sample.joint import Share
-from pyro_bnn.infer.train.randomness import random_state, set_random_state
 from pyro_bnn.model.data import Batch, Batches
 from pyro_bnn.model.packed import moved_from
 from pyro_bnn.model.plates import Rows, close, plates_of
 from pyro_bnn.ops.options import require_choice, require_count
+from pyro_bnn.ops.randomness import random_state, set_random_state
 
 #: What a latent in a plate may be.
 _LOCAL = (

@@ -21,13 +21,13 @@ from pyro_bnn.infer.sample.starts import Mode, Start, chain_starts, modes_of, po
 from pyro_bnn.infer.sample.steps import StepSchedule, as_schedule
 from pyro_bnn.infer.sample.whitening import Gaussians, Scales, fingerprint, prior_scales
 from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint
-from pyro_bnn.infer.train.randomness import loader_generators, same_random_numbers
 from pyro_bnn.model.data import repeatable_batches
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.described import first_of
 from pyro_bnn.ops.distributed import world_size
 from pyro_bnn.ops.notice import warn_user
 from pyro_bnn.ops.options import require_choice, require_count
+from pyro_bnn.ops.randomness import loader_generators, same_random_numbers
 
 SchemeName = Literal["baoa", "sghmc", "sgld"]
 

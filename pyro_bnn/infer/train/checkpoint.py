@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from pyro_bnn.infer.train.files import atomic_save, checked_load
-from pyro_bnn.infer.train.randomness import random_state, same_random_numbers, set_random_state
 from pyro_bnn.infer.train.settings import (
     describe,
     describe_elbo,
@@ -26,6 +25,7 @@ from pyro_bnn.infer.train.settings import (
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.distributed import rank
 from pyro_bnn.ops.notice import warn_user
+from pyro_bnn.ops.randomness import random_state, same_random_numbers, set_random_state
 
 if TYPE_CHECKING:
     from pyro_bnn.infer.train.loop import Run

@@ -29,12 +29,6 @@ from pyro_bnn.infer.train.failures import (
 )
 from pyro_bnn.infer.train.optimizer import make_optimizer, make_scheduler
 from pyro_bnn.infer.train.progress import shows_bars
-from pyro_bnn.infer.train.randomness import (
-    loader_generators,
-    random_state,
-    same_random_numbers,
-    set_random_state,
-)
 from pyro_bnn.infer.train.state import Callback, FitResult, FitState, NonFiniteLossError, deferred_interrupt
 from pyro_bnn.infer.train.step import GradientStep, Tensors
 from pyro_bnn.model.data import Batch, as_batches, coincidences
@@ -44,6 +38,13 @@ from pyro_bnn.model.parameters import local_parameters, named_parameters
 from pyro_bnn.ops.distributed import any_process, rank, share_random_state, world_size
 from pyro_bnn.ops.notice import logger
 from pyro_bnn.ops.options import require_count, require_number
+from pyro_bnn.ops.randomness import (
+    loader_generators,
+    random_state,
+    same_random_numbers,
+    set_random_state,
+)
+from pyro_bnn.ops.stochastic_lbfgs import StochasticLBFGS
 
 #: Seconds between two lines of the log where no bar is shown.
 NOTE_EVERY = 30.0
@@ -81,6 +82,7 @@ def fit(
     :param int num_epochs: passes over the data.
     :param int num_steps: optimisation steps. Exactly one of the two must be given.
     :param optim: see :func:`~pyro_bnn.infer.train.optimizer.make_optimizer`; Adam with learning rate 0.005 by default.
+        :class:`~pyro_bnn.infer.StochasticLBFGS` takes several iterations per step, on one draw of the noise.
     :param elbo: a Pyro bound; by default :class:`~pyro_bnn.infer.Mixture_ELBO` for mixtures and
         :class:`~pyro.infer.Trace_ELBO` for all other guides.
     :param scheduler: a function of the optimiser returning a torch scheduler, which takes one step after each
@@ -141,6 +143,11 @@ def fit(
     run = Run(model, guide, data, default_elbo(guide) if elbo is None else elbo)
     step = run.prepare(optim, scheduler)
     step.clip_grad_norm, step.kl_scale, step.autocast = clip_grad_norm, kl_scale, autocast
+    if clip_grad_norm is not None and isinstance(step.optimizer, StochasticLBFGS):
+        raise ValueError(
+            "clip_grad_norm: StochasticLBFGS measures curvature by gradients, which clipping would falsify; limit the length of "
+            "its steps by max_step."
+        )
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     run.checkpoint = as_checkpoint(checkpoint)
     run.num_epochs, run.num_steps = num_epochs, num_steps
@@ -352,7 +359,7 @@ class Run:
             value, cause = math.nan, error
         if not math.isfinite(value):
             self.give_up(batch, rng_state, value, cause)
-        self.descent.descend(loss, value)
+        self.descent.descend(batch, self.step, loss, value)
         self.step += 1
         self.losses.append(value)
         if self.batches.is_single:

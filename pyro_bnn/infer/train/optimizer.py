@@ -63,7 +63,8 @@ def make_optimizer(optim: Any, params: Sequence[Tensor], *, fused: bool = True) 
     found = cast(Callable[..., torch.optim.Optimizer], optim)(params)
     if isinstance(found, torch.optim.LBFGS):
         raise ValueError(
-            "optim: LBFGS needs a loss without noise. Fit with Adam; Laplace guides have polish(data), which runs L-BFGS."
+            "optim: LBFGS needs a loss without noise. Use pyro_bnn.infer.StochasticLBFGS, or Adam; Laplace guides have "
+            "polish(data), which runs L-BFGS."
         )
     return found
 

@@ -7,15 +7,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_bnn.infer.train.optimizer import ScaleLatents
-from pyro_bnn.infer.train.randomness import same_random_numbers
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.networks import unchanged_buffers
 from pyro_bnn.ops.distributed import all_reduce_mean, broadcast, share_statistics, world_size
 from pyro_bnn.ops.options import require_number
+from pyro_bnn.ops.randomness import random_numbers_from, random_state, same_random_numbers
+from pyro_bnn.ops.stochastic_lbfgs import StochasticLBFGS
 
 #: Steps between two snapshots of the parameters in memory, the state to which a failed run goes back.
 SNAPSHOT_EVERY = 50
@@ -95,6 +97,7 @@ class GradientStep:
 
     :param elbo: the bound.
     :param loss_fn: the bound as a function of the arguments of the model.
+    :ivar before: the random numbers, and the bound's own count of steps, before the loss of the present step.
     """
 
     tensors: Tensors
@@ -105,6 +108,7 @@ class GradientStep:
     clip_grad_norm: float | None = None
     kl_scale: float | Callable[[int], float] | None = None
     autocast: torch.dtype | None = None
+    before: tuple[dict[str, Any], int | None] = field(init=False, repr=False)
 
     def loss(self, batch: Batch, number: int) -> Tensor:
         """The loss of a batch after ``number`` steps."""
@@ -131,14 +135,29 @@ class GradientStep:
         """The loss of a batch with its graph, and its mean over processes."""
         if number % SNAPSHOT_EVERY == 0:
             self.tensors.propose()
+        if isinstance(self.optimizer, StochasticLBFGS):
+            self.before = random_state(()), getattr(self.elbo, "step", None)
         loss = self.loss(batch, number)
         shown = loss.detach().clone() if world_size() > 1 else loss.detach()
         all_reduce_mean([shown])
         return loss, float(shown)
 
-    def descend(self, loss: Tensor, value: float) -> None:
-        """Takes a step down a finite loss, whose mean over processes is ``value``."""
+    def descend(self, batch: Batch, number: int, loss: Tensor, value: float) -> None:
+        """Takes a step down the finite loss of a batch, whose mean over processes is ``value``."""
         self.tensors.confirm()
+        self.backward(loss)
+        if isinstance(self.optimizer, StochasticLBFGS):
+            self.optimizer.step(self.same_draw(batch, number, value))
+        else:
+            self.optimizer.step()
+        if world_size() > 1:
+            share_statistics(self.tensors.statistics())
+        if self.scheduler is not None:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(*((value,) if plateau else ()))
+
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a loss, averaged over processes and clipped."""
         trained = self.tensors.trained
         for p in trained:  # what zero_grad does, without the records for a profiler
             p.grad = None
@@ -149,9 +168,25 @@ class GradientStep:
             all_reduce_mean([p.grad for p in trained if p.grad is not None])
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.clip_grad_norm)
-        self.optimizer.step()
-        if world_size() > 1:
-            share_statistics(self.tensors.statistics())
-        if self.scheduler is not None:
-            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            self.scheduler.step(*((value,) if plateau else ()))
+
+    def same_draw(self, batch: Batch, number: int, value: float) -> Callable[[], float]:
+        """
+        The loss of a batch and its gradients as a function of the parameters, for the random numbers of its first
+        evaluation, which has been made. Statistics of the batch count once.
+        """
+        known = iter([value])
+        random, count = self.before
+
+        def closure() -> float:
+            for first in known:
+                return first
+            if count is not None:
+                self.elbo.step = count
+            with random_numbers_from(random), unchanged_buffers(), pyro.validation_enabled(False):
+                loss = self.loss(batch, number)
+                shown = loss.detach().clone()
+                all_reduce_mean([shown])
+                self.backward(loss)
+            return float(shown)
+
+        return closure

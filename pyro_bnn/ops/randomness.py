@@ -49,6 +49,14 @@ def same_random_numbers(generators: Sequence[torch.Generator]) -> Iterator[None]
         set_random_state(state, generators)
 
 
+@contextmanager
+def random_numbers_from(state: dict[str, Any]) -> Iterator[None]:
+    """A block that draws the numbers that came after a state, and leaves those to come as they were."""
+    with same_random_numbers(()):
+        set_random_state(state, ())
+        yield
+
+
 def loader_generators(data: Any) -> list[torch.Generator]:
     """The random number generators that a data loader holds itself, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
