@@ -142,7 +142,7 @@ def test_resumed_runs_take_the_same_steps(tmp_path):
 
 def test_clipping_is_refused():
     x, y = linear_data(10)
-    with pytest.raises(ValueError, match="max_step"):
+    with pytest.raises(ValueError, match="clip_grad_norm"):
         fit(
             linear_model,
             AutoMixture(linear_model, 1),

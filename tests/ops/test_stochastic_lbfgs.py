@@ -47,7 +47,7 @@ def test_condition_number_of_a_million():
 def test_directions_are_those_of_dense_matrices():
     """The first trial of each iteration against the textbook's recursion of the inverse, from its scaled identity."""
     x = torch.ones(7, requires_grad=True)
-    optimizer = StochasticLBFGS([x], max_iter=1, max_step=1e9)
+    optimizer = StochasticLBFGS([x], max_iter=1)
     pairs, last = [], None
     for _ in range(6):
         seen = Recorder(quadratic, x)
@@ -93,20 +93,8 @@ def test_iterations_meet_the_weak_wolfe_conditions():
         if float(step.abs().max()) < 1e-9:
             break
         assert rosen(new) <= rosen(old) + 1e-4 * slope
-        if float(step.abs().max()) < 0.999:  # the longest step allowed need not meet the second one
-            assert float(torch.from_numpy(rosen_der(new)) @ step) >= 0.9 * slope
+        assert float(torch.from_numpy(rosen_der(new)) @ step) >= 0.9 * slope
     assert_close(x.detach(), torch.ones(3), atol=1e-6)
-
-
-def test_no_trial_is_longer_than_allowed():
-    x = torch.zeros(2, requires_grad=True)
-    seen = Recorder(lambda u: ((u - 100.0) ** 2).sum(), x)
-    StochasticLBFGS([x], max_iter=20, max_step=0.5).step(seen)
-    iterations = [seen.points[0]]
-    for point in seen.points[1:]:
-        assert min(float((point - old).abs().max()) for old in iterations) <= 0.5 + 1e-12
-        iterations.append(point)
-    assert x[0].item() > 5.0  # and yet it goes far
 
 
 def test_points_without_a_value_are_too_far():
@@ -127,7 +115,6 @@ def test_where_nothing_improves_it_stays():
     ("settings", "message"),
     [
         ({"lr": 0.0}, "lr"),
-        ({"max_step": -1.0}, "max_step"),
         ({"max_iter": 0}, "max_iter"),
         ({"history_size": 0}, "history_size"),
     ],

@@ -145,8 +145,7 @@ def fit(
     step.clip_grad_norm, step.kl_scale, step.autocast = clip_grad_norm, kl_scale, autocast
     if clip_grad_norm is not None and isinstance(step.optimizer, StochasticLBFGS):
         raise ValueError(
-            "clip_grad_norm: StochasticLBFGS measures curvature by gradients, which clipping would falsify; limit the length of "
-            "its steps by max_step."
+            "clip_grad_norm: StochasticLBFGS measures curvature by gradients, which clipping would falsify. Leave it out."
         )
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     run.checkpoint = as_checkpoint(checkpoint)
