@@ -56,6 +56,7 @@ def identical(found: xr.DataTree, expected: xr.DataTree) -> None:
             assert left[key].dims == right[key].dims, (name, key)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings(
     "ignore:Estimated shape parameter of Pareto"
 )  # twenty draws far from the posterior

@@ -106,7 +106,11 @@ def factor_beside(weight: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("beside", "curvature"),
-    [(beside_the_plate, "ggn"), (beside_the_plate, "hessian"), (factor_beside, "hessian")],
+    [
+        (beside_the_plate, "ggn"),
+        pytest.param(beside_the_plate, "hessian", marks=pytest.mark.slow),
+        (factor_beside, "hessian"),
+    ],
 )
 def test_what_is_beside_the_plate_counts_once(beside: Callable[[Tensor], None], curvature: Any) -> None:
     def anchored(x: Tensor, y: Tensor | None = None) -> Tensor:

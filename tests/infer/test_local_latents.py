@@ -71,7 +71,7 @@ def test_all_rows_in_one_batch(guide: Any) -> None:
     assert_close(made.median()["e"].detach(), EXACT, atol=0.2, rtol=0.0)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta], ids=lambda g: g.__name__)
+@pytest.mark.parametrize("guide", [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoDelta], ids=lambda g: g.__name__)
 def test_rows_that_the_plate_chooses(guide: Any) -> None:
     """Pyro's own way: the model has all data, and the plate takes some rows."""
 

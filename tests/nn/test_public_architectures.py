@@ -96,6 +96,7 @@ def encoder(name: str) -> tuple[Any, dict[str, torch.Tensor], Any]:
     return getattr(transformers, family + kind)(config).double().eval(), given, logits
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("conversion", ["rank1", "bayesian"])
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_encoders(name: str, conversion: str) -> None:
@@ -103,6 +104,7 @@ def test_encoders(name: str, conversion: str) -> None:
     check(plain, logits, tuple(given.values()), conversion)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["Bert", "DistilBert", "GPT2", "ViT", "Llama", "T5"])
 def test_laplace_of_encoders(name: str) -> None:
     """All weights, the last layer, and the linearised predictive, by dense autograd of the network before conversion."""

@@ -127,7 +127,7 @@ def test_completed_draws_have_the_conditional():
     )
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("adjusted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_chains_have_the_posterior_of_all_latents(adjusted):
     """A regression whose two hyperparameters the chains move, against a grid over them."""
     x = torch.randn(15, 3)

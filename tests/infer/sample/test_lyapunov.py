@@ -127,6 +127,7 @@ def test_passes_through_a_fixed_partition(scheme: str, order: str, control: bool
     assert_moments(state(run), S)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("order", ["independent", "forward", "symmetric"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_random_batches(scheme: str, order: str) -> None:
