@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_bnn project.
 # SPDX-License-Identifier: Apache-2.0
 
+import gc
 from collections.abc import Iterator
 
 import matplotlib
@@ -14,6 +15,7 @@ import torch
 from tests.common import seed
 
 torch.set_num_threads(1)  # two pytest-xdist workers share two cores
+gc.disable()  # nothing that collection makes can be freed
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +48,10 @@ def position(item: pytest.Function) -> int:
         given = [item.callspec.params[name] for name in names]
         total += next(i for i, row in enumerate(rows) if all(a is b for a, b in zip(row, given, strict=True)))
     return total
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

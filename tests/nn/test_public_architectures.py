@@ -104,7 +104,6 @@ def test_encoders(name: str, conversion: str) -> None:
     check(plain, logits, tuple(given.values()), conversion)
 
 
-@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["Bert", "DistilBert", "GPT2", "ViT", "Llama", "T5"])
 def test_laplace_of_encoders(name: str) -> None:
     """All weights, the last layer, and the linearised predictive, by dense autograd of the network before conversion."""

@@ -53,7 +53,7 @@ def marginal(u, x, y, space):
     return total + prior + Normal(-1.0, 0.5).log_prob(noise.log()).sum()
 
 
-@pytest.mark.parametrize(("outputs", "split"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("outputs", "split"), [pytest.param(1, False, marks=pytest.mark.slow), (3, True)])
 def test_density_and_gradient_are_those_of_the_marginal(outputs, split):
     x, y = network_data(outputs)
     data = [(x[:7], y[:7]), (x[7:], y[7:])] if split else (x, y)

@@ -101,6 +101,7 @@ def steps_of(on: list[Affine], scheme: str, h: float, root: Tensor) -> list[tupl
 ROOT = torch.tensor([[0.25, 0.0], [0.1, 0.3]], dtype=torch.float64)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("order", ["forward", "symmetric"])
 @pytest.mark.parametrize("scheme", SCHEMES)
