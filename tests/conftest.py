@@ -15,7 +15,7 @@ import torch
 from tests.common import seed
 
 torch.set_num_threads(1)  # two pytest-xdist workers share two cores
-gc.disable()  # nothing that collection makes can be freed
+gc.disable()  # modules and tests that are collected stay: looking for garbage among them is in vain
 
 
 def pytest_configure(config: pytest.Config) -> None:
