@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     Tables of many combinations are whole only with the slow tests. A sum of positions, as in a Latin square, leaves every
-    value of a parameter in the fast ones.
+    value in the fast ones where the other parameters have as many values as are skipped.
     """
     for item in items:
         marker = item.get_closest_marker("every")
