@@ -61,10 +61,11 @@ def test_full_disk_is_an_error_and_keeps_the_old_file(suffix: str, tmp_path: Pat
             assert tree["log_likelihood"].sizes["draw"] == 60
 
 
-def test_every_size_of_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [690, pytest.param(230, marks=pytest.mark.slow)])
+def test_every_size_of_disk(step: int, tmp_path: Path) -> None:
     """Whatever write is the first that does not fit, it is an error of the operating system and nothing worse."""
     outcomes = set()
-    for kilobytes in range(100, 1500, 230):
+    for kilobytes in range(100, 1500, step):
         folder = tmp_path / str(kilobytes)
         folder.mkdir()
         with small_disk(folder, f"{kilobytes}k"):

@@ -56,6 +56,7 @@ def identical(found: xr.DataTree, expected: xr.DataTree) -> None:
             assert left[key].dims == right[key].dims, (name, key)
 
 
+@pytest.mark.every(2)
 @pytest.mark.filterwarnings(
     "ignore:Estimated shape parameter of Pareto"
 )  # twenty draws far from the posterior
@@ -129,14 +130,14 @@ def test_no_block_exceeds_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
     posterior = posteriors("mixture", x, y)
     # of both components: weights, sigma, two likelihoods and two predictions per row
     per_draw = 2 * 8 * (3 + 1 + 4 * ROWS)
-    for draws in (1, 3, 10):
+    for draws in (1, 3, 6):
         sizes.clear()
-        options: dict[str, Any] = {"num_samples": 60, "weights": True, "max_block_memory": draws * per_draw}
+        options: dict[str, Any] = {"num_samples": 24, "weights": True, "max_block_memory": draws * per_draw}
         with to_datatree(model, posterior, (x, y), path=tmp_path / "t.nc", **options) as tree:
-            assert tree["posterior"].sizes["draw"] == 30
+            assert tree["posterior"].sizes["draw"] == 12
         grown = [s for n, s in sizes if n in ("posterior", "log_likelihood", "posterior_predictive")]
         blocks = [sum(grown[i : i + 3]) for i in range(0, len(grown), 3)]
-        assert len(blocks) == 30 // draws
+        assert len(blocks) == 12 // draws
         assert set(blocks) == {draws * per_draw}
     with pytest.raises(ValueError, match=r"max_block_memory: one draw of each chain \(2\) takes 1.15 kB"):
         to_datatree(model, posterior, (x, y), path=tmp_path / "t.nc", max_block_memory=per_draw - 1)

@@ -67,7 +67,7 @@ def test_scores_are_those_of_the_mixture_in_original_units():
     assert found["coverage"] == 0.5
 
 
-@pytest.mark.parametrize("ard", [False, True])
+@pytest.mark.parametrize("ard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_potential_is_the_model_and_updates_converge_to_the_maximum_of_the_evidence(ard):
     torch.manual_seed(0)
     x = torch.randn(60, 2, dtype=torch.float64)

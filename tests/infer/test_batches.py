@@ -96,6 +96,7 @@ def cut(y: torch.Tensor, dim: int, sizes: tuple[int, ...]) -> list[tuple[torch.T
     return list(zip(X.split(sizes), y.split(sizes, dim), strict=True))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
 @pytest.mark.parametrize(("model", "y", "dim"), CASES, ids=lambda v: getattr(v, "__name__", ""))
 def test_results_do_not_depend_on_the_batches(

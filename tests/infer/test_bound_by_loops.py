@@ -85,6 +85,7 @@ class Loop:
         self.kl, self.entropy = torch.stack(self.kl), torch.stack(self.entropy)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("num_particles", [1, 2])
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("kl", ["mean", "sum", "exact"])

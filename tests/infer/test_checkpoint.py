@@ -61,6 +61,7 @@ def test_killed_at_random_points_and_resumed(tmp_path: Path) -> None:
         assert torch.equal(value, killed["guide"][name])
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", ["tensors", "loader", "loader with generator", "mixture"])
 @pytest.mark.parametrize("stop", [1, 7, 10, 23])
 def test_stopped_and_resumed(tmp_path: Path, form: str, stop: int) -> None:

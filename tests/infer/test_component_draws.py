@@ -41,6 +41,7 @@ def guide_of(component: str, K: int = 2) -> AutoMixture:
     return guide
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("long_rows", [False, True])
 @pytest.mark.parametrize("component", ["normal", "low_rank", "lognormal"])
 def test_moments_of_components(component: str, long_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:

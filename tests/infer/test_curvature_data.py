@@ -94,7 +94,7 @@ def test_a_table_without_a_subsampled_plate_counts_once():
     assert_close(precisions[1], precisions[0], rtol=1e-10)
 
 
-@pytest.mark.parametrize("rows", [40, 200])
+@pytest.mark.parametrize("rows", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_factor_counts_once(rows):
     x, y, x2, y2 = tables(rows)
 

@@ -93,6 +93,7 @@ def test_batches(name, error):
         assert_close(quietly(case.fit, order).precision, dense, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["gated", "chosen_where", "chosen_by_index"])
 @pytest.mark.parametrize("error", [0.3, 0.0])
 def test_parts_of_one_batch(name, error):

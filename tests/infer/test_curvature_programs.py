@@ -263,8 +263,16 @@ def program(name, n):
     return Program(forward, shapes, torch.randn(n, 3))
 
 
-@pytest.mark.parametrize("n", [9, 150])
-@pytest.mark.parametrize("name", ALL)
+def with_sizes(names):
+    """Programs and numbers of rows; hundreds of backward passes through a loop over 150 rows are slow."""
+    return [
+        pytest.param(name, n, marks=pytest.mark.slow if (name, n) == ("time_recurrence", 150) else ())
+        for name in names
+        for n in (9, 150)
+    ]
+
+
+@pytest.mark.parametrize(("name", "n"), with_sizes(ALL))
 def test_full_precision_is_that_of_dense_autograd(name, n):
     case = program(name, n)
     with warnings.catch_warnings():
@@ -273,6 +281,7 @@ def test_full_precision_is_that_of_dense_autograd(name, n):
     assert_close(guide.precision, case.precision(), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["inplace_scales", "derivative", "experts", "attention"])
 @pytest.mark.parametrize("structure", ["diagonal", "block", "function_space", "low_rank"])
 def test_every_structure(name, structure):
@@ -292,9 +301,9 @@ def test_every_structure(name, structure):
 
 
 @pytest.mark.parametrize(
-    "name", ["inplace_relu", "inplace_entries", "second_derivative", "experts", "time_recurrence"]
+    ("name", "n"),
+    with_sizes(["inplace_relu", "inplace_entries", "second_derivative", "experts", "time_recurrence"]),
 )
-@pytest.mark.parametrize("n", [9, 150])
 def test_predictions_and_gradient_are_those_of_dense_autograd(name, n):
     case = program(name, n)
     with warnings.catch_warnings():

@@ -107,6 +107,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_only_the_third_batch_is_bad(operation, bad):

@@ -85,6 +85,7 @@ def regression_evidence(case: str, prior: float, noise: float) -> float:
     return top + math.log(value)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("structure", ["full", "diagonal", "low_rank"])
 def test_regression_is_exact_in_value_and_derivative(case: str, structure: Any) -> None:

@@ -56,6 +56,7 @@ GUIDES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("change", MODELS)
 def test_models_of_the_same_tensors_are_told_apart(change: str, guide: str, tmp_path: Path) -> None:

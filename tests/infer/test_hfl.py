@@ -42,6 +42,7 @@ def fitted_pair(seed, **options):
     return exact, guide, data
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     ("options", "rtol"),

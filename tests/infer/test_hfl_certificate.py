@@ -69,6 +69,7 @@ def is_below(A, B):
     return bool(gap[0] >= -1e-9 * torch.linalg.eigvalsh(B.double())[-1])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("block_size", [1, 3, 64])
 @pytest.mark.parametrize("preconditioner", [None, "prior", "nystrom", "diagonal"])

@@ -244,6 +244,7 @@ def _regression(dtype):
     return AutoLaplace(model).initialize(x, y).polish((x, y)), (x, y)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["cg", "probe"])
 @pytest.mark.parametrize("name", CUT)
@@ -253,6 +254,7 @@ def test_functionals_that_are_partly_detached(name, method, dtype):
         hfl.solve(guide, data, functional=CUT[name], method=method)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["cg", "probe"])
 @pytest.mark.parametrize("name", WHOLE)

@@ -220,6 +220,7 @@ def scaled(scale):
     return model
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 @pytest.mark.parametrize(
     ("method", "remainder"),

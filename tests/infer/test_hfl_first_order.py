@@ -91,6 +91,7 @@ def test_a_linear_network_in_closed_form() -> None:
     assert "3 of 4 latents" in str(result)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["central", "paired", "gradients"])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_a_network_against_its_dense_hessian(method: Any, kind: Any) -> None:

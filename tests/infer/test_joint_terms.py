@@ -62,6 +62,7 @@ def test_closed_forms():
         assert_close(divergence(loc, scale, loc_0, scale_0), expected, rtol=1e-12)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("noise", ["shared", "per_example"])
 @pytest.mark.parametrize(("K", "particles"), [(1, 1), (3, 1), (2, 4)])
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ PAIRS = [(n, k) for n in BASIC for k in LIKELIHOODS] + [
 ]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("network", "likelihood"), PAIRS)
 def test_exact_structures(network, likelihood):
     case = Case(network, likelihood)
@@ -288,6 +289,7 @@ def kronecker_by_definition(case, sharing):
     return total
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize(
     "likelihood", ["normal", "heteroscedastic", "vector", "poisson", "categorical", "masked"]
@@ -299,6 +301,7 @@ def test_kronecker_equals_its_definition(network, likelihood, sharing):
     check(case, case.guide(structure="kronecker", sharing=sharing), expected)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("likelihood", ["heteroscedastic", "categorical", "vector"])
 def test_empirical_fisher_equals_per_example_gradients(network, likelihood):
@@ -311,6 +314,7 @@ def test_empirical_fisher_equals_per_example_gradients(network, likelihood):
         check(case, guide, project(case, dense, structure) + torch.diag(case.prior))
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("likelihood", ["categorical", "heteroscedastic"])
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "kronecker"])
 def test_monte_carlo_fisher_in_distribution(structure, likelihood):

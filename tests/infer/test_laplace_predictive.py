@@ -287,6 +287,7 @@ def half_network(dtype):
     return model
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("structure", ["full", "block", "kronecker", "diagonal", "low_rank", "nystrom"])
 def test_networks_in_half_precision(structure, dtype):

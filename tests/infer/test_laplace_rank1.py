@@ -54,6 +54,7 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("weights", [None, dist.Normal(0.0, 0.5)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_rank1_layers_of_every_kind(name, weights):

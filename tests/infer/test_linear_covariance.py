@@ -87,6 +87,7 @@ def jacobian(guide, network, x):
     )
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("only", ONLY)
 @pytest.mark.parametrize("structure", ["full", "block", "diagonal", "low_rank"])
 @pytest.mark.parametrize("network", NETWORKS)

@@ -64,14 +64,20 @@ def test_a_part_of_the_rows_alone_is_refused() -> None:
         fit(declared, AutoNormal(declared), (Y[:4],), num_steps=2, progress_bar=False)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta, AutoDiagonalNormal], ids=lambda g: g.__name__)
+@pytest.mark.parametrize(
+    "guide",
+    [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoDelta, AutoDiagonalNormal],
+    ids=lambda g: g.__name__,
+)
 def test_all_rows_in_one_batch(guide: Any) -> None:
     made = guide(declared)
     fit(declared, made, (Y,), num_steps=1000, optim=0.15, progress_bar=False)
     assert_close(made.median()["e"].detach(), EXACT, atol=0.2, rtol=0.0)
 
 
-@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta], ids=lambda g: g.__name__)
+@pytest.mark.parametrize(
+    "guide", [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoDelta], ids=lambda g: g.__name__
+)
 def test_rows_that_the_plate_chooses(guide: Any) -> None:
     """Pyro's own way: the model has all data, and the plate takes some rows."""
 

@@ -40,7 +40,7 @@ def schools(y: Tensor) -> None:
         pyro.sample("obs", dist.Normal(effect, ERRORS), obs=y)
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("curvature", [pytest.param("ggn", marks=pytest.mark.slow), "hessian"])
 def test_a_centred_hierarchy_has_no_mode(curvature: Any) -> None:
     guide = AutoLaplace(schools, curvature=curvature).initialize(EFFECTS)
     start = guide.loc.detach().clone()

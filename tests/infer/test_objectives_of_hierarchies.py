@@ -19,6 +19,7 @@ from tests.common import assert_close
 K, S, B, N, D = 3, 2, 5, 20, 4
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("noise", ["shared", "per_example"])
 @pytest.mark.parametrize("likelihood", ["average", "log_mixture"])
 @pytest.mark.parametrize("kl", ["mean", "sum", "exact"])

@@ -26,6 +26,7 @@ FAMILIES = {
 K = 2
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("family", "form"),
     [*((f, "multiplicative") for f in FAMILIES), ("normal", "residual"), ("normal", "additive")],

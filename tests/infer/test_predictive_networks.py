@@ -61,6 +61,7 @@ def _loops_of_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "_ONE_RUN", 0)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("conversion", list(CONVERSIONS))
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("one_by_one", [True, False])

@@ -51,6 +51,7 @@ def batches(order: list[int], sizes: tuple[int, ...]) -> Any:
 ORDERS = [([0, 1], (4, 4)), ([1, 0], (4, 4)), ([2, 1, 0], (3, 3, 2))]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("order", "sizes"), ORDERS, ids=str)
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])

@@ -21,7 +21,7 @@ from tests.infer.models import NOISE, TextbookNet, linear_data, linear_model
 quiet = partial(fit, progress_bar=False)
 
 
-@pytest.mark.parametrize("correlation", [0.0, 0.95])
+@pytest.mark.parametrize("correlation", [pytest.param(0.0, marks=pytest.mark.slow), 0.95])
 def test_false_alarm_rate(correlation: float) -> None:
     """
     On stationary losses the rate of each false alarm in any of 20 checks stays below alpha, also where the noise

@@ -47,6 +47,7 @@ def closed_form(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return sum(MultivariateNormal(loc, cov).log_prob(values[:, k]) for k in range(GROUPS))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("sizes", [(8,), (3, 5), (4, 4), (1,) * 8], ids=str)
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("data_last", [True, False])

@@ -66,6 +66,7 @@ def draw(net, x, batch_shape=()):
     }  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_unit_factors_change_nothing(name, training):
@@ -84,6 +85,7 @@ def test_unit_factors_change_nothing(name, training):
         assert_close(net(x), original(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("convert", [rank1_, bayesian_, lambda net: rank1_(net, apply="materialise")])
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_folding_equals_the_loop(name, convert):
@@ -127,6 +129,7 @@ def test_training_step_through_the_bound(name):
     assert torch.isfinite(guide.loc_unconstrained.grad).all()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_are_independent(name, copier):

@@ -50,6 +50,7 @@ def test_levels(level, names):
             assert_close(site["fn"].base_dist.scale, nodes[key]["value"].expand(site["value"].shape))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("hyperprior", "variance"),
     [(dist.HalfCauchy(0.2), False), (dist.HalfNormal(0.2), False), (dist.InverseGamma(3.0, 0.1), True)],
@@ -80,6 +81,7 @@ def test_density_and_inference(hyperprior, variance, family):
     assert_close(model_trace.nodes["0.r"]["fn"].base_dist.scale[:, 0, 0], tau)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kl", ["mean", "sum"])
 @pytest.mark.parametrize("component", ["normal", "cauchy", "low_rank", "delta"])
 @pytest.mark.parametrize("level", ["global", "layer", "site"])

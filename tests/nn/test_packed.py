@@ -111,6 +111,7 @@ def test_packed_equals_the_plain_network(name):
         assert_close(net(x), original(x), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("structure", ["full", "kronecker"])
 def test_laplace_of_packed_equals_laplace_of_sites(name, structure):

@@ -96,6 +96,7 @@ def encoder(name: str) -> tuple[Any, dict[str, torch.Tensor], Any]:
     return getattr(transformers, family + kind)(config).double().eval(), given, logits
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("conversion", ["rank1", "bayesian"])
 @pytest.mark.parametrize("name", list(ENCODERS))
 def test_encoders(name: str, conversion: str) -> None:

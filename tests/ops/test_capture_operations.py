@@ -229,6 +229,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", RECURRENT)
 @pytest.mark.parametrize("states", [False, True])
 def test_recurrent_layers_with_their_states(name, states):

@@ -448,12 +448,13 @@ def test_lbfgs_is_never_worse_than_its_start():
 
 
 def brute_force(matrix, gradient, radius):
-    """The minimum over a fine grid of directions and lengths of the quadratic model in the plane."""
+    """The minimum over a fine grid of directions, by the best length of each, of the quadratic model in the plane."""
     angles = torch.linspace(0, 2 * torch.pi, 20_001)
-    lengths = torch.linspace(0, radius, 301)
-    points = lengths[:, None, None] * torch.stack([angles.cos(), angles.sin()], -1)
-    values = points @ gradient + 0.5 * ((points @ matrix) * points).sum(-1)
-    return values.min()
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    slopes, curvatures = directions @ gradient, ((directions @ matrix) * directions).sum(-1)
+    inside = torch.where(curvatures > 0, -slopes / curvatures, radius).clamp(0, radius)
+    lengths = torch.stack([torch.zeros_like(slopes), inside, torch.full_like(slopes, radius)])
+    return (lengths * slopes + 0.5 * lengths.square() * curvatures).min()
 
 
 @pytest.mark.parametrize("radius", [0.1, 1.0, 10.0])

@@ -7,6 +7,7 @@ import math
 import re
 import traceback
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +142,8 @@ def from_package(error: BaseException) -> bool:
     return bool(frames) and any(part in frames[-1].filename for part in ("pyro_bnn", "pyro/infer/autoguide"))
 
 
-def run(program: Program, only: str = "") -> dict[str, Verdict]:
-    """All cells of a program that its rules do not leave out."""
+def run(program: Program, operations: Collection[str] = OPERATIONS.keys()) -> dict[str, Verdict]:
+    """The cells of a program and these operations, all by default, that its rules do not leave out."""
     old = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -155,7 +156,7 @@ def run(program: Program, only: str = "") -> dict[str, Verdict]:
             return {
                 name: judge(operation, facts)
                 for name, operation in OPERATIONS.items()
-                if only in name and applies(operation, facts)
+                if name in operations and applies(operation, facts)
             }
     finally:
         torch.set_default_dtype(old)

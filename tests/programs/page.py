@@ -160,7 +160,7 @@ def main() -> None:
         Path(options.report).write_text("")
     for name, program in programs.items():
         if options.only is None or name in options.only:
-            cells[name] = run(program, options.operation)
+            cells[name] = run(program, [o for o in OPERATIONS if options.operation in o])
             for operation, verdict in cells[name].items():
                 if not verdict.is_right or options.only is not None:
                     print(f"{name} | {operation} | {verdict}"[:400], flush=True)

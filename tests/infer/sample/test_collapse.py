@@ -53,7 +53,7 @@ def marginal(u, x, y, space):
     return total + prior + Normal(-1.0, 0.5).log_prob(noise.log()).sum()
 
 
-@pytest.mark.parametrize(("outputs", "split"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("outputs", "split"), [pytest.param(1, False, marks=pytest.mark.slow), (3, True)])
 def test_density_and_gradient_are_those_of_the_marginal(outputs, split):
     x, y = network_data(outputs)
     data = [(x[:7], y[:7]), (x[7:], y[7:])] if split else (x, y)
@@ -127,7 +127,7 @@ def test_completed_draws_have_the_conditional():
     )
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("adjusted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_chains_have_the_posterior_of_all_latents(adjusted):
     """A regression whose two hyperparameters the chains move, against a grid over them."""
     x = torch.randn(15, 3)

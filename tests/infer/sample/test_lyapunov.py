@@ -101,6 +101,7 @@ def steps_of(on: list[Affine], scheme: str, h: float, root: Tensor) -> list[tupl
 ROOT = torch.tensor([[0.25, 0.0], [0.1, 0.3]], dtype=torch.float64)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("order", ["forward", "symmetric"])
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -127,6 +128,7 @@ def test_passes_through_a_fixed_partition(scheme: str, order: str, control: bool
     assert_moments(state(run), S)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("order", ["independent", "forward", "symmetric"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_random_batches(scheme: str, order: str) -> None:

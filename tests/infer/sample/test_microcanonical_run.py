@@ -43,6 +43,7 @@ def z_scores(values, expected):
 WIDE = torch.tensor([0.01, 0.09, 1.0, 4.0, 25.0], dtype=DOUBLE)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("whiten", ["prior", "diagonal"])
 @pytest.mark.parametrize("adjusted", [False, True])
 def test_warm_up_reaches_what_it_aims_at(whiten, adjusted):
@@ -119,6 +120,7 @@ def test_thinned_draws_are_some_of_all_draws():
     assert thinned.density.gradients == plain.density.gradients
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("adjusted", [False, True])
 @pytest.mark.parametrize("stop", [5, 18, 37, 55, 90, 110])
 def test_resumed_runs_take_the_same_steps(adjusted, stop):

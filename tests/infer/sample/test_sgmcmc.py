@@ -158,6 +158,7 @@ def test_modes_have_chains_of_their_own() -> None:
     assert run.info["gradients"] == 70 * 4
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", ["rows", "loader", "independent"])
 @pytest.mark.parametrize("stop", [3, 13])
 def test_interrupted_runs_go_on_bit_by_bit(tmp_path: Path, form: str, stop: int, monkeypatch: Any) -> None:
