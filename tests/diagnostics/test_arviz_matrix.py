@@ -66,7 +66,6 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.every(2)
 @pytest.mark.parametrize("name", ["svi", "mixture", "ensemble", "laplace", "hfl", "nuts"])
 def test_functions_run(name: str, tmp_path: Path) -> None:
     x, y = linear_data(20)

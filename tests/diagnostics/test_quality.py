@@ -111,10 +111,10 @@ def test_calibration_of_a_fit_and_of_quantities() -> None:
         return guide
 
     found = simulation_based_calibration(
-        normal_mean, recipe, (x,), num_simulations=10, quantities=lambda d: {"square": d["z"] ** 2}
+        normal_mean, recipe, (x,), num_simulations=20, quantities=lambda d: {"square": d["z"] ** 2}
     )
     assert isinstance(found, CalibrationRanks)
-    assert found.ranks["square"].shape == (10, 1)
+    assert found.ranks["square"].shape == (20, 1)
     assert 10 < found.ranks["square"].mean() < 90
 
 

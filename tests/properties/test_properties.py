@@ -13,6 +13,7 @@ from tests.properties.generator import Spec, draw_spec, spec_of_seed
 
 #: no shrinking: a program is named by its choices, of which the plain ones are not printed
 SETTINGS = settings(
+    max_examples=34,
     deadline=None,
     derandomize=True,
     database=None,
@@ -26,10 +27,9 @@ def specs(draw: Any) -> Spec:
     return draw_spec(lambda name, options: draw(st.sampled_from(options)))
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(34, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(PROPERTIES))
-def test_property(name: str, examples: int) -> None:
-    @settings(SETTINGS, max_examples=examples)
+def test_property(name: str) -> None:
+    @SETTINGS
     @given(specs())
     def holds(spec: Spec) -> None:
         found = check(spec, name, most=2)
