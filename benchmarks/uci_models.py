@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,14 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_bnn.infer import LinearAnnealing, Mixture_ELBO, fit, posterior_predictive
+from pyro_bnn.infer import (
+    ConvergenceTest,
+    LinearAnnealing,
+    Mixture_ELBO,
+    StochasticLBFGS,
+    fit,
+    posterior_predictive,
+)
 from pyro_bnn.infer.autoguide import AutoLaplace, AutoMixture
 from pyro_bnn.nn import bayesian_, rank1_
 from pyro_bnn.ops.newton import lbfgs
@@ -37,8 +45,10 @@ class Settings:
     :param rounds: of L-BFGS and an approximation, with an update of the hyperparameters in between.
     :param iterations: of L-BFGS per round.
     :param members: of the ensemble and the mixture.
-    :param steps: of variational inference.
-    :param batch: rows per step of Adam and of variational inference.
+    :param steps: of variational inference by Adam.
+    :param batch: rows per step of Adam.
+    :param noise_draws: steps of variational inference by stochastic L-BFGS, of ten iterations each.
+    :param large_batch: rows per step of it.
     :param targets: test inputs for which Hessian-free Laplace solves.
     :param draws: of the weights at test time.
     :param settle_noise: whether the noise of a rank-1 mixture is set to its optimum after the steps.
@@ -56,6 +66,8 @@ class Settings:
     members: int = 5
     steps: int = 800
     batch: int = 1000
+    noise_draws: int = 160
+    large_batch: int = 2000
     targets: int = 256
     draws: int = 100
     settle_noise: bool = False
@@ -66,16 +78,21 @@ class Settings:
 
 class Regression(PyroModule):
     """
-    A network as the mean of a Normal whose standard deviation is a parameter.
+    A network as the mean of a Normal with one standard deviation.
 
     :param net: the network.
-    :param noise: initial standard deviation.
+    :param noise: the standard deviation, or where it starts.
+    :param learn_noise: whether it is a parameter.
     """
 
-    def __init__(self, net: nn.Module, noise: float = 1.0) -> None:
+    def __init__(self, net: nn.Module, noise: float = 1.0, learn_noise: bool = True) -> None:
         super().__init__()
         self.net = net
-        self.log_noise = nn.Parameter(torch.tensor(math.log(noise)))
+        log_noise = torch.tensor(math.log(noise))
+        if learn_noise:
+            self.log_noise = nn.Parameter(log_noise)
+        else:
+            self.register_buffer("log_noise", log_noise)
         self.size: int | None = None  # of the whole data, while minibatches are in use
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -273,10 +290,39 @@ def mean_field(member: Member, data: tuple[Tensor, Tensor]) -> tuple[Regression,
     return model, variational(model, guide, data, s, 0.01)
 
 
+def stochastic_lbfgs(
+    model: Regression, guide: AutoMixture, data: tuple[Tensor, Tensor], settings: Settings
+) -> dict[str, Any]:
+    """
+    Fits a guide by stochastic L-BFGS, with antithetic draws and the sum of the components' divergences.
+
+    :return: what the convergence test says of the last half of the steps, and the mean of the last losses.
+    """
+    loader: Any = data
+    if len(data[0]) > settings.large_batch:
+        model.size = len(data[0])
+        loader = Batches(*data, settings.large_batch)
+    steps = settings.noise_draws
+    losses = fit(
+        model,
+        guide,
+        loader,
+        num_steps=steps,
+        optim=partial(StochasticLBFGS, max_iter=10),
+        progress_bar=False,
+        elbo=Mixture_ELBO(kl="sum", num_particles=2, antithetic=True),
+    ).losses
+    model.size = None
+    return {
+        "bound": ConvergenceTest(window=max(16, steps // 2)).status(losses),
+        "loss": float(losses[-steps // 8 :].mean()),
+    }
+
+
 def rank1(
-    member: Member, data: tuple[Tensor, Tensor], family: str, components: int = 4
+    member: Member, data: tuple[Tensor, Tensor], family: str, components: int = 4, *, learn_noise: bool = True
 ) -> tuple[Regression, AutoMixture]:
-    """A rank-1 mixture whose shared weights and biases have the member's priors and start at its MAP."""
+    """A rank-1 mixture before its training; shared weights and biases have the member's priors and start at its MAP."""
     assert member.guide is not None
     s, start = member.settings, member.guide.median()
     priors = member.priors()
@@ -292,11 +338,8 @@ def rank1(
         weight_prior={n: p for n, p in priors.items() if "weight" in n},
         bias_prior={n: p for n, p in priors.items() if "bias" in n},
     )
-    model = Regression(net, member.model.noise)
+    model = Regression(net, member.model.noise, learn_noise)
     kind = "cauchy" if family == "cauchy" else "normal"
     scale = 0.003 if family == "cauchy" else 0.03
     guide = AutoMixture(model, components, kind, rest="normal", noise="per_example", init_scale=scale)
-    variational(model, guide, data, s, 0.01)
-    if s.settle_noise:
-        settle_noise(model, guide, data, s.draws)
     return model, guide
