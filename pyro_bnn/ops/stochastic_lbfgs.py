@@ -104,26 +104,26 @@ class StochasticLBFGS(Optimizer):
         settings, memory = self.param_groups[0], self.state[self._params[0]]
         first = evaluate()
         point, value, gradient = self._point(), float(first), self._gradient()
-        for _ in range(settings["max_iter"]):
-            direction = self._direction(gradient)
-            slope = float(gradient.dot(direction))
-            if -slope <= torch.finfo(point.dtype).eps * abs(
-                value
-            ):  # no decrease of this draw's loss could be seen
-                break
-            found = self._search(evaluate, point, value, direction, slope)
-            if found is None:
-                self._put(point)
-                memory["steps"].clear(), memory["changes"].clear()
-                break
-            new_point, value, new_gradient = found
-            step, change = new_point - point, new_gradient - gradient
-            if step.dot(change) > _COSINE * step.norm() * change.norm():
-                memory["steps"].append(step)
-                memory["changes"].append(change)
-                if len(memory["steps"]) > settings["history_size"]:
-                    del memory["steps"][0], memory["changes"][0]
-            point, gradient = new_point, new_gradient
+        try:
+            for _ in range(settings["max_iter"]):
+                direction = self._direction(gradient)
+                slope = float(gradient.dot(direction))
+                if abs(slope) <= torch.finfo(point.dtype).eps * abs(value):  # no decrease could be seen
+                    break
+                found = self._search(evaluate, point, value, direction, slope)
+                if found is None:
+                    memory["steps"].clear(), memory["changes"].clear()
+                    break
+                new_point, value, new_gradient = found
+                step, change = new_point - point, new_gradient - gradient
+                if step.dot(change) > _COSINE * step.norm() * change.norm():
+                    memory["steps"].append(step)
+                    memory["changes"].append(change)
+                    if len(memory["steps"]) > settings["history_size"]:
+                        del memory["steps"][0], memory["changes"][0]
+                point, gradient = new_point, new_gradient
+        finally:  # not where the last trial was, whatever ended it
+            self._put(point)
         return first
 
     def _search(

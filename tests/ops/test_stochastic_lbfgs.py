@@ -130,3 +130,29 @@ def test_groups_and_missing_closures_are_refused():
         StochasticLBFGS([{"params": [a]}, {"params": [b]}])
     with pytest.raises(ValueError, match="closure"):
         StochasticLBFGS([a]).step()
+
+
+def test_parameters_are_those_of_the_last_iteration_after_an_error():
+    """Also after an interruption: not those of a trial."""
+    x = torch.ones(7, requires_grad=True)
+    seen = Recorder(quadratic, x)
+
+    def closure():
+        if len(seen.values) == 6:
+            raise KeyboardInterrupt
+        return seen()
+
+    with pytest.raises(KeyboardInterrupt):
+        StochasticLBFGS([x]).step(closure)
+    assert any(torch.equal(x.detach(), point) for point in seen.points)
+    assert quadratic(x.detach()).item() == min(seen.values)
+    assert quadratic(x.detach()).item() < seen.values[0]
+
+
+def test_a_search_that_ends_far_away_keeps_what_was_better():
+    """A loss that has no minimum along its line: it falls by steps that no trial satisfies."""
+    x = torch.tensor([0.0], requires_grad=True)
+    seen = Recorder(lambda u: -u.sum() if u.item() < 3.0 else u.sum() + math.inf, x)
+    StochasticLBFGS([x], max_iter=1).step(seen)
+    assert -x.item() == min(seen.values)
+    assert x.item() > 2.0
