@@ -151,3 +151,49 @@ def test_clipping_is_refused():
             optim=StochasticLBFGS,
             clip_grad_norm=1.0,
         )
+
+
+def test_a_singular_matrix_at_a_trial_is_too_far():
+    """Where a factorisation fails the loss is infinite; the run goes on and finds the optimum."""
+    pyro.set_rng_seed(0)
+    y = torch.randn(300, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.3]])
+    failed = [0]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.correlation = nn.Parameter(torch.tensor(0.0))
+
+        def forward(self, y):
+            off = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+            try:
+                root = torch.linalg.cholesky(torch.eye(2) + self.correlation * off)
+            except torch.linalg.LinAlgError:
+                failed[0] += 1
+                raise
+            mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            with pyro.plate("data", len(y)):
+                pyro.sample("obs", dist.MultivariateNormal(mean, scale_tril=root), obs=y)
+
+    model = Model()
+    optim = partial(StochasticLBFGS, lr=1000.0)  # a first trial far out
+    fit(
+        model,
+        AutoMixture(model, 1, "delta"),
+        y,
+        num_steps=10,
+        optim=optim,
+        elbo=Mixture_ELBO(),
+        progress_bar=False,
+    )
+    assert failed[0] > 0
+    rho = model.correlation.detach()
+    off = 1 - torch.eye(2)
+    precision = 300 * (torch.eye(2) + rho * off).inverse()
+    mean = torch.linalg.solve(torch.eye(2) + precision, precision @ y.mean(0))  # of the joint mode
+
+    def potential(r):
+        return -dist.MultivariateNormal(mean, torch.eye(2) + r * off).log_prob(y).sum()
+
+    slope = torch.autograd.functional.jacobian(potential, rho)
+    assert abs(float(slope)) < 1e-3

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of training: the loss of a batch, its gradients over all processes, the new parameters."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -183,7 +184,10 @@ class GradientStep:
             if count is not None:
                 self.elbo.step = count
             with random_numbers_from(random), unchanged_buffers(), pyro.validation_enabled(False):
-                loss = self.loss(batch, number)
+                try:
+                    loss = self.loss(batch, number)
+                except torch.linalg.LinAlgError:  # a matrix that is singular out there
+                    loss = sum((0 * p).sum() for p in self.tensors.trained) + math.inf
                 shown = loss.detach().clone()
                 all_reduce_mean([shown])
                 self.backward(loss)
