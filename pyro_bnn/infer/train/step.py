@@ -187,7 +187,7 @@ class GradientStep:
                 try:
                     loss = self.loss(batch, number)
                 except torch.linalg.LinAlgError:  # a matrix that is singular out there
-                    loss = sum((0 * p).sum() for p in self.tensors.trained) + math.inf
+                    loss = torch.stack([0 * p.sum() for p in self.tensors.trained]).sum() + math.inf
                 shown = loss.detach().clone()
                 all_reduce_mean([shown])
                 self.backward(loss)
