@@ -52,6 +52,23 @@ def add_overhead(rows: list[dict[str, Any]]) -> None:
             row["overhead"] = 100 * (row["parameters"] / least - 1)
 
 
+def convergence(path: Path) -> None:
+    """Minus the bound after each number of steps, with its standard error, and the seconds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    found = {(row["problem"], row["method"], row["steps"]): row for row in rows}
+    table = []
+    for method, steps in dict.fromkeys((row["method"], row["steps"]) for row in rows):
+        line = [method if method.startswith(("Adam", "fixed")) else f"{method}, {steps} steps"]
+        for problem in problems:
+            row = found.get((problem, method, steps))
+            shown = "—" if row is None else f"{row['loss']:.1f} ± {row['error']:.1f} ({row['seconds']:.0f} s)"
+            line.append(shown.replace("-", "−"))
+        table.append(line)
+    if table:
+        write("rank1_convergence", ["", *problems], table)
+
+
 def paired(rows: list[dict[str, Any]], first: str, second: str, key: str) -> list[float]:
     """Differences ``first`` − ``second`` of a score, seed by seed."""
     found = {(row["method"], row["seed"]): row[key] for row in rows}
@@ -160,6 +177,7 @@ def main() -> None:
             if row["method"] in end:
                 path = TABLES / f"rank1_diversity_{end[row['method']]}.txt"
                 path.write_text(row["report"] + "\n")
+    convergence(RESULTS / "rank1_convergence.jsonl")
     training, prediction, memory = [], [], []
     for row in read("rank1_speed"):
         if row["what"] == "training step":
