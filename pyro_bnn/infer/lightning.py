@@ -12,6 +12,7 @@ from pyro_bnn.infer.mixture.elbo import default_elbo
 from pyro_bnn.infer.train.optimizer import make_optimizer, make_scheduler
 from pyro_bnn.model.data import as_batch
 from pyro_bnn.model.parameters import local_parameters
+from pyro_bnn.ops.stochastic_lbfgs import StochasticLBFGS
 
 try:
     import lightning
@@ -69,6 +70,10 @@ class ElboModule(_Module):
         """The optimiser and, if there is one, its scheduler."""
         # Lightning's mixed precision does not clip the gradients of the fused kernel
         optimizer = make_optimizer(self.optim, [p for p in self.parameters() if p.requires_grad], fused=False)
+        if isinstance(optimizer, StochasticLBFGS):
+            raise ValueError(
+                "optim: StochasticLBFGS needs fit, which evaluates a step under one draw of the noise."
+            )
         scheduler = make_scheduler(self.scheduler, optimizer)
         if scheduler is None:
             return optimizer

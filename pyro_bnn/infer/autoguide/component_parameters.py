@@ -278,6 +278,17 @@ class ComponentParameters(_Guide):
             values[site.name] = value.expand((*particles, *value.shape)) if particles else value
         return values
 
+    def num_draws(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """
+        Draws of the noise per component and particle.
+
+        :param args: arguments of the model.
+        :param kwargs: keyword arguments of the model.
+        :return: the number of examples if every random site has noise per example, else one.
+        """
+        everywhere = self._groups and all(per_example for per_example, _, _ in self._groups)
+        return num_rows(self._row_sources, args, kwargs) if everywhere else 1
+
     def component_distributions(self) -> dict[str, Any]:
         """
         The components of each site, without the sites that all components share.

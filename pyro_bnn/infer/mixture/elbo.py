@@ -3,7 +3,8 @@
 """Evidence lower bounds of mixture guides, with all components in one vectorised pass."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,7 +174,7 @@ class Mixture_ELBO(_Elbo):
         require_number("entropy_weight", entropy_weight, least=0)
         self.kl_scale = kl_scale
         self.entropy_weight = float(entropy_weight)
-        self.step = 0
+        self.step = self._last = 0
         self._parts: dict[str, Any] = {}
         self._nestings: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._decisions: weakref.WeakKeyDictionary[Any, dict[Any, Decision]] = weakref.WeakKeyDictionary()
@@ -243,8 +244,22 @@ class Mixture_ELBO(_Elbo):
             "entropy": _detach(terms.entropy),
         }
         if torch.is_grad_enabled():
+            self._last = self.step
             self.step += 1
         return loss
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """
+        Evaluations in this block are at the place of the last one in every schedule, and leave the count of steps and the
+        parts as they are.
+        """
+        step, parts, last = self.step, self._parts, self._last
+        self.step = last
+        try:
+            yield
+        finally:
+            self.step, self._parts, self._last = step, parts, last
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """:return: an estimate of the negative objective."""

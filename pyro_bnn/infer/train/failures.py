@@ -7,20 +7,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_bnn.infer.autoguide.mixture import AutoMixture
 from pyro_bnn.infer.initialize import run_model
 from pyro_bnn.infer.mixture.runs import rehearsal
 from pyro_bnn.infer.train.state import NonFiniteLossError
 from pyro_bnn.infer.train.step import GradientStep
 from pyro_bnn.model.data import Batch, check_finite
-from pyro_bnn.model.handlers import sample_sites, subsample_scale
+from pyro_bnn.model.handlers import base_distribution, sample_sites, subsample_scale
 from pyro_bnn.model.networks import unchanged_buffers
 from pyro_bnn.model.observations import check_run
 from pyro_bnn.model.parameters import local_parameters
 from pyro_bnn.ops.distributed import world_size
+
+#: Independent draws of the noise that a loss needs whose scales are to be fitted several iterations at a time.
+LEAST_DRAWS = 50
 
 
 def check_batch(model: Callable[..., Any], batch: Batch) -> None:
@@ -69,6 +74,37 @@ def check_autocast(
         raise ValueError(
             f"autocast={low_precision}: the loss of the first batch is {low:.6g} in low and {full:.6g} in full "
             "precision. This model needs full precision; leave autocast out."
+        )
+
+
+def check_draws(guide: Callable[..., Any], elbo: Any, batch: Batch) -> None:
+    """
+    Refuses a loss to whose noise the iterations of one step would adapt: an average over few draws, or one whose gradient is
+    not that of the draw.
+    """
+    args, kwargs = batch
+    with poutine.block(), local_parameters(), rehearsal(guide), torch.no_grad():
+        sites = sample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+    random = {n: s for n, s in sites.items() if not isinstance(base_distribution(s["fn"]), dist.Delta)}
+    rough = [n for n, s in random.items() if not s["fn"].has_rsample and not s["infer"].get("enumerate")]
+    if rough:
+        raise ValueError(
+            f"StochasticLBFGS: site {rough[0]!r} of the guide has no reparametrised draws, so that the gradient is not that of one "
+            "draw's loss. Use Adam."
+        )
+    if not random:
+        return
+    mixtures = (
+        [m for m in guide.modules() if isinstance(m, AutoMixture)] if isinstance(guide, nn.Module) else []
+    )
+    rows = mixtures[0].num_draws(*batch) if mixtures == [guide] else 1
+    particles = getattr(elbo, "num_particles", 1)
+    draws = rows * (particles // 2 if getattr(elbo, "antithetic", False) else particles)
+    if draws < LEAST_DRAWS:
+        raise ValueError(
+            f"StochasticLBFGS: the loss is an average over {draws} independent draws of the noise, to which the scales of the guide "
+            f"would adapt within a step; it needs {LEAST_DRAWS}. Use Mixture_ELBO(num_particles={2 * LEAST_DRAWS}, antithetic=True), "
+            "AutoMixture(..., noise='per_example') for rank-1 networks, which counts rows, or Adam."
         )
 
 

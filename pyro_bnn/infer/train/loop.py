@@ -22,6 +22,7 @@ from pyro_bnn.infer.train.checkpoint import Checkpoint, as_checkpoint, resume, s
 from pyro_bnn.infer.train.failures import (
     check_autocast,
     check_batch,
+    check_draws,
     check_scale,
     explain,
     is_finite,
@@ -143,10 +144,12 @@ def fit(
     run = Run(model, guide, data, default_elbo(guide) if elbo is None else elbo)
     step = run.prepare(optim, scheduler)
     step.clip_grad_norm, step.kl_scale, step.autocast = clip_grad_norm, kl_scale, autocast
-    if clip_grad_norm is not None and isinstance(step.optimizer, StochasticLBFGS):
-        raise ValueError(
-            "clip_grad_norm: StochasticLBFGS measures curvature by gradients, which clipping would falsify. Leave it out."
-        )
+    if isinstance(step.optimizer, StochasticLBFGS):
+        if clip_grad_norm is not None:
+            raise ValueError(
+                "clip_grad_norm: StochasticLBFGS measures curvature by gradients, which clipping would falsify. Leave it out."
+            )
+        check_draws(guide, run.elbo, run.batches.first)
     run.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     run.checkpoint = as_checkpoint(checkpoint)
     run.num_epochs, run.num_steps = num_epochs, num_steps
@@ -358,7 +361,17 @@ class Run:
             value, cause = math.nan, error
         if not math.isfinite(value):
             self.give_up(batch, rng_state, value, cause)
-        self.descent.descend(batch, self.step, loss, value)
+        try:
+            self.descent.descend(batch, self.step, loss, value)
+        except FloatingPointError as error:
+            bad = [
+                n for n, p in self.tensors.parameters.items() if p.grad is not None and not is_finite(p.grad)
+            ]
+            reason = (
+                f"fit: the loss is {value} at step {self.step + 1}, but its gradient is not finite, in {bad}: the slope of a root "
+                "or norm at zero? The parameters are those before the step."
+            )
+            raise NonFiniteLossError(reason, self.result(reason)) from error
         self.step += 1
         self.losses.append(value)
         if self.batches.is_single:

@@ -32,8 +32,17 @@ def make_optimizer(optim: Any, params: Sequence[Tensor], *, fused: bool = True) 
         >>> make_optimizer(0.1, [torch.zeros(2, requires_grad=True)]).param_groups[0]["lr"]
         0.1
     """
-    if optim is None:
-        optim = 5e-3
+    found = _build(5e-3 if optim is None else optim, params, fused)
+    if isinstance(found, torch.optim.LBFGS):
+        raise ValueError(
+            "optim: LBFGS needs a loss without noise. Use pyro_bnn.infer.StochasticLBFGS, or Adam; Laplace guides have "
+            "polish(data), which runs L-BFGS."
+        )
+    return found
+
+
+def _build(optim: Any, params: Sequence[Tensor], fused: bool) -> torch.optim.Optimizer:
+    """The optimiser that an argument means."""
     if isinstance(optim, (int, float)):
         # the fused kernel is one call for all parameters; it exists for floating-point tensors only
         fused = fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
@@ -60,13 +69,7 @@ def make_optimizer(optim: Any, params: Sequence[Tensor], *, fused: bool = True) 
         return cast(torch.optim.Optimizer, build(params, **optim.pt_optim_args))
     if not callable(optim):
         raise TypeError(f"optim must be a number, a callable or an optimiser, not {type(optim).__name__}.")
-    found = cast(Callable[..., torch.optim.Optimizer], optim)(params)
-    if isinstance(found, torch.optim.LBFGS):
-        raise ValueError(
-            "optim: LBFGS needs a loss without noise. Use pyro_bnn.infer.StochasticLBFGS, or Adam; Laplace guides have "
-            "polish(data), which runs L-BFGS."
-        )
-    return found
+    return cast(Callable[..., torch.optim.Optimizer], optim)(params)
 
 
 def make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:

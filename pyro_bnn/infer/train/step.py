@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.infer.mixture.elbo import Mixture_ELBO
 from pyro_bnn.infer.train.optimizer import ScaleLatents
 from pyro_bnn.model.data import Batch
 from pyro_bnn.model.networks import unchanged_buffers
@@ -98,7 +99,8 @@ class GradientStep:
 
     :param elbo: the bound.
     :param loss_fn: the bound as a function of the arguments of the model.
-    :ivar before: the random numbers, and the bound's own count of steps, before the loss of the present step.
+    :ivar before: the random numbers and the running statistics before the loss of the present step.
+    :ivar is_function: whether two evaluations under the same random numbers have been seen to agree.
     """
 
     tensors: Tensors
@@ -109,7 +111,8 @@ class GradientStep:
     clip_grad_norm: float | None = None
     kl_scale: float | Callable[[int], float] | None = None
     autocast: torch.dtype | None = None
-    before: tuple[dict[str, Any], int | None] = field(init=False, repr=False)
+    before: tuple[dict[str, Any], list[Tensor]] = field(init=False, repr=False)
+    is_function: bool = False
 
     def loss(self, batch: Batch, number: int) -> Tensor:
         """The loss of a batch after ``number`` steps."""
@@ -137,7 +140,7 @@ class GradientStep:
         if number % SNAPSHOT_EVERY == 0:
             self.tensors.propose()
         if isinstance(self.optimizer, StochasticLBFGS):
-            self.before = random_state(()), getattr(self.elbo, "step", None)
+            self.before = random_state(()), [s.detach().clone() for s in self.tensors.statistics()]
         loss = self.loss(batch, number)
         shown = loss.detach().clone() if world_size() > 1 else loss.detach()
         all_reduce_mean([shown])
@@ -148,7 +151,7 @@ class GradientStep:
         self.tensors.confirm()
         self.backward(loss)
         if isinstance(self.optimizer, StochasticLBFGS):
-            self.optimizer.step(self.same_draw(batch, number, value))
+            self.search(self.optimizer, batch, number, value)
         else:
             self.optimizer.step()
         if world_size() > 1:
@@ -170,27 +173,57 @@ class GradientStep:
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(trained, self.clip_grad_norm)
 
-    def same_draw(self, batch: Batch, number: int, value: float) -> Callable[[], float]:
+    def search(self, optimizer: StochasticLBFGS, batch: Batch, number: int, value: float) -> None:
         """
-        The loss of a batch and its gradients as a function of the parameters, for the random numbers of its first
-        evaluation, which has been made. Statistics of the batch count once.
+        Takes several iterations on the loss of a batch for the random numbers and statistics of its first evaluation, which
+        has been made and is the one that counts. Points without a value are too far.
         """
-        known = iter([value])
-        random, count = self.before
+        failures: list[Exception] = []
+        random, before = self.before
 
-        def closure() -> float:
-            for first in known:
-                return first
-            if count is not None:
-                self.elbo.step = count
-            with random_numbers_from(random), unchanged_buffers(), pyro.validation_enabled(False):
+        after = [s.detach().clone() for s in self.tensors.statistics()]
+
+        def again() -> float:
+            place = self.elbo.again() if isinstance(self.elbo, Mixture_ELBO) else nullcontext()
+            self.set_statistics(before)
+            with place, random_numbers_from(random), pyro.validation_enabled(False):
                 try:
                     loss = self.loss(batch, number)
-                except torch.linalg.LinAlgError:  # a matrix that is singular out there
+                except (ValueError, RuntimeError) as failure:  # such as a matrix that is singular out there
+                    failures.append(failure)
                     loss = torch.stack([0 * p.sum() for p in self.tensors.trained]).sum() + math.inf
                 shown = loss.detach().clone()
                 all_reduce_mean([shown])
                 self.backward(loss)
+            self.set_statistics(after)
             return float(shown)
 
-        return closure
+        if not self.is_function:
+            self.check_function(again(), value, failures)
+        known = iter([value])
+        start = [p.detach().clone() for p in self.tensors.trained]
+        optimizer.step(lambda: next(known, None) or again())
+        if failures and all(map(torch.equal, start, self.tensors.trained)):
+            failures[-1].add_note(
+                "StochasticLBFGS: at a trial point of its line search, where no point was better."
+            )
+            raise failures[-1]
+
+    @torch.no_grad()
+    def set_statistics(self, values: Sequence[Tensor]) -> None:
+        """Gives the running statistics these values."""
+        for held, value in zip(self.tensors.statistics(), values, strict=True):
+            held.copy_(value)
+
+    def check_function(self, second: float, first: float, failures: Sequence[Exception]) -> None:
+        """Refuses a loss that differs between two evaluations with the same parameters and random numbers."""
+        if failures:
+            raise failures[0]
+        tolerance = 1e3 * max(torch.finfo(p.dtype).eps for p in self.tensors.trained)
+        if not abs(second - first) <= tolerance * max(abs(first), 1.0):
+            raise ValueError(
+                f"StochasticLBFGS: two evaluations of the loss with the same parameters and random numbers gave {first:.8g} and "
+                f"{second:.8g}. It needs a function: does the model draw from a generator of its own, or change a state that no "
+                "buffer holds? Use Adam."
+            )
+        self.is_function = True

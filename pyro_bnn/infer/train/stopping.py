@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -212,10 +213,11 @@ class EarlyStopping:
         """The loss on the data held out, at the end of every schedule: the mean over ``num_samples`` evaluations."""
         elbo, total = state.elbo, 0.0
         own = elbo.kl_scale if isinstance(elbo, Mixture_ELBO) else None
+        place = elbo.again() if isinstance(elbo, Mixture_ELBO) else nullcontext()
         try:
             if own is not None:
                 elbo.kl_scale = final_scale(own)
-            with evaluation_mode(state.model), ScaleLatents(final_scale(state.kl_scale)):
+            with place, evaluation_mode(state.model), ScaleLatents(final_scale(state.kl_scale)):
                 for _ in range(self.num_samples):
                     # with gradients, which a model may take itself
                     total += sum(float(state.loss_fn(*a, **k).detach()) for a, k in Batches(self.data))
