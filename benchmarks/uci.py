@@ -197,8 +197,8 @@ class Fits:
         return self.sampled(model, guide)
 
     def rank1_lbfgs(self, family: str) -> Prediction:
-        """A rank-1 mixture by stochastic L-BFGS, under the noise of the evidence."""
-        model, guide = rank1(self.first, self.data, family, learn_noise=False)
+        """A rank-1 mixture by stochastic L-BFGS."""
+        model, guide = rank1(self.first, self.data, family, learn_noise=not self.settings.keep_noise)
         self.extra = {"noise": model.noise} | stochastic_lbfgs(model, guide, self.data, self.settings)
         return self.sampled(model, guide)
 

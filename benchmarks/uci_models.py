@@ -49,6 +49,8 @@ class Settings:
     :param batch: rows per step of Adam.
     :param noise_draws: steps of variational inference by stochastic L-BFGS, of ten iterations each.
     :param large_batch: rows per step of it.
+    :param divergence: of its bound, the "sum" over components or the "mean".
+    :param keep_noise: whether it keeps the noise of the evidence.
     :param targets: test inputs for which Hessian-free Laplace solves.
     :param draws: of the weights at test time.
     :param settle_noise: whether the noise of a rank-1 mixture is set to its optimum after the steps.
@@ -68,6 +70,8 @@ class Settings:
     batch: int = 1000
     noise_draws: int = 160
     large_batch: int = 2000
+    divergence: str = "sum"
+    keep_noise: bool = True
     targets: int = 256
     draws: int = 100
     settle_noise: bool = False
@@ -294,7 +298,7 @@ def stochastic_lbfgs(
     model: Regression, guide: AutoMixture, data: tuple[Tensor, Tensor], settings: Settings
 ) -> dict[str, Any]:
     """
-    Fits a guide by stochastic L-BFGS, with antithetic draws and the sum of the components' divergences.
+    Fits a guide by stochastic L-BFGS, with antithetic draws.
 
     :return: what the convergence test says of the last half of the steps, and the mean of the last losses.
     """
@@ -310,7 +314,7 @@ def stochastic_lbfgs(
         num_steps=steps,
         optim=partial(StochasticLBFGS, max_iter=10),
         progress_bar=False,
-        elbo=Mixture_ELBO(kl="sum", num_particles=2, antithetic=True),
+        elbo=Mixture_ELBO(kl=settings.divergence, num_particles=2, antithetic=True),
     ).losses
     model.size = None
     return {
