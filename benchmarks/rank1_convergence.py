@@ -6,8 +6,8 @@ The bound of rank-1 mixtures against time, for Adam and for stochastic L-BFGS.
     PYRO_BNN_DATA=../shared/data python benchmarks/rank1_convergence.py --out results.jsonl
     python benchmarks/rank1_convergence.py --smoke
 
-Problems: one hidden layer of 50 units on a split of three UCI sets, from the MAP of ``uci.py``, factors N(1, 0.5²), noise per
-example, the noise of the observations a parameter; and a perceptron 64-64-10 on 1,000 images of digits, from random weights,
+Problems: one hidden layer of 50 units on a split of three UCI sets, from the MAP of ``uci.py``, factors N(1, 0.5²) with noise per
+example, biases as points, the noise of the observations a parameter; and a perceptron 64-64-10 on 1,000 images of digits, from random weights,
 with the default preset but noise per example. Four components. All runs of a problem start at the same parameters; losses are minus the bound (the mean of the
 components' divergences) at the end, from 256 draws that no run has seen, in nats, with their standard error. Adam: each number of steps is a run of
 its own (rate 0.01, cosine, divergence annealed over the first half). Seconds are those of the processor, without the MAP and the evaluation.
@@ -53,7 +53,7 @@ def uci_problem(name: str) -> Problem:
 
     def make() -> tuple[Any, Any, Any]:
         pyro.set_rng_seed(0)
-        model, guide = rank1(member, data, "normal")
+        model, guide = rank1(member, data, "normal", rest="delta")
         return model, guide.initialize(*data), data
 
     return make

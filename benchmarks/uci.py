@@ -198,7 +198,9 @@ class Fits:
 
     def rank1_lbfgs(self, family: str) -> Prediction:
         """A rank-1 mixture by stochastic L-BFGS."""
-        model, guide = rank1(self.first, self.data, family, learn_noise=not self.settings.keep_noise)
+        # biases have no noise per example, and one pair of draws would not do for their scales
+        learn_noise = not self.settings.keep_noise
+        model, guide = rank1(self.first, self.data, family, rest="delta", learn_noise=learn_noise)
         self.extra = {"noise": model.noise} | stochastic_lbfgs(model, guide, self.data, self.settings)
         return self.sampled(model, guide)
 
@@ -342,7 +344,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     given = {}
     for item in args.override:
         name, _, value = item.partition("=")
-        given[name] = value if name == "activation" else json.loads(value)
+        given[name] = value if name in ("activation", "divergence") else json.loads(value)
     return (SMOKE if args.smoke else {}) | given
 
 

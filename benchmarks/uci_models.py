@@ -324,9 +324,18 @@ def stochastic_lbfgs(
 
 
 def rank1(
-    member: Member, data: tuple[Tensor, Tensor], family: str, components: int = 4, *, learn_noise: bool = True
+    member: Member,
+    data: tuple[Tensor, Tensor],
+    family: str,
+    components: int = 4,
+    *,
+    rest: str = "normal",
+    learn_noise: bool = True,
 ) -> tuple[Regression, AutoMixture]:
-    """A rank-1 mixture before its training; shared weights and biases have the member's priors and start at its MAP."""
+    """
+    A rank-1 mixture before its training; shared weights and biases have the member's priors and start at its MAP. ``rest`` is
+    the family of the biases.
+    """
     assert member.guide is not None
     s, start = member.settings, member.guide.median()
     priors = member.priors()
@@ -345,5 +354,5 @@ def rank1(
     model = Regression(net, member.model.noise, learn_noise)
     kind = "cauchy" if family == "cauchy" else "normal"
     scale = 0.003 if family == "cauchy" else 0.03
-    guide = AutoMixture(model, components, kind, rest="normal", noise="per_example", init_scale=scale)
+    guide = AutoMixture(model, components, kind, rest=rest, noise="per_example", init_scale=scale)
     return model, guide

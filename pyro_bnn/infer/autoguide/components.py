@@ -220,3 +220,11 @@ def draw_low_rank(joint: Any, where: Tensor) -> Tensor:
         mine = where == k
         draws[mine] = torch.addcmul(loc[k], draws[mine], deviation[k]) + inner[mine] @ factor[k].mT
     return draws
+
+
+def mirrored_draws(joint: Any, particles: int) -> Tensor:
+    """Draws of Gaussians, the second half of them mirrored at the location; of one particle its mirror image alone."""
+    if particles == 1:
+        return 2 * joint.loc - joint.rsample()
+    half = joint.rsample((particles // 2,))
+    return torch.cat([half, 2 * joint.loc - half])

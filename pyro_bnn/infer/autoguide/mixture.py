@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from pyro_bnn.distributions.mixture import SharedIndexMixture
 from pyro_bnn.infer.autoguide.component_parameters import ComponentParameters
-from pyro_bnn.infer.autoguide.components import LatentSite, draw_low_rank
+from pyro_bnn.infer.autoguide.components import LatentSite, draw_low_rank, mirrored_draws
 from pyro_bnn.infer.autoguide.data_rows import require_observations, row_sources
 from pyro_bnn.infer.autoguide.families import (
     ComponentLike,
@@ -58,10 +58,9 @@ class AutoMixture(ComponentParameters):
     :param int num_components: :math:`K`.
     :param component: the family of the components: ``"normal"``, ``"cauchy"``, ``"lognormal"``, ``"delta"`` (one
         value per component), ``"point"`` (one value that all components share) or ``"low_rank"`` (a Gaussian with
-        covariance :math:`\operatorname{diag} \sigma^2 + V V^\top` over the concatenation of all sites of this family in
-        unconstrained space). A mapping from site names, last
-        parts of names, or patterns such as ``"layers.*.bias"`` to families, or ``callable(name, site)``, decides per
-        site; sites that it leaves out get the default.
+        covariance :math:`\operatorname{diag} \sigma^2 + V V^\top` over all sites of this family in unconstrained space). A
+        mapping from site names, last parts of names, or patterns such as ``"layers.*.bias"`` to families, or
+        ``callable(name, site)``, decides per site; sites that it leaves out get the default.
     :param str scale: ``"free"``, one trained scale per element; ``"shared"``, one per component and site;
         ``"fixed"``, the initial one.
     :param int rank: number of columns of :math:`V` for ``"low_rank"``.
@@ -252,8 +251,7 @@ class AutoMixture(ComponentParameters):
         Within this context a call of the guide draws every component once, component k in slot k of batch
         dimension ``dim``. :class:`~pyro_bnn.infer.Mixture_ELBO` uses it.
 
-        :param dim: the batch dimension, negative, left of all plates of the model; ``None`` for one component without
-            a dimension.
+        :param dim: the batch dimension, left of all plates of the model; ``None`` for one component without any.
         :param int num_particles: draws per component, in the dimension left of it, inside a plate of this size.
         :param component: draw this component only, in a dimension of size 1, or without one if ``dim`` is ``None``.
         :param bool mirrored: see :meth:`draw`.
@@ -263,8 +261,7 @@ class AutoMixture(ComponentParameters):
         try:
             yield
         finally:
-            self._stratum, self._is_stratified, self._component = None, False, None
-            self._mirrored = False
+            self._stratum, self._is_stratified, self._component, self._mirrored = None, False, None, False
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -310,9 +307,9 @@ class AutoMixture(ComponentParameters):
         self._sample_low_rank(
             values, plates, lambda t: t[0] if nesting is None else t.unflatten(0, (-1, *ones))
         )
-        drawn: dict[str, Tensor] = {}
-        if self._is_stratified:
-            drawn = self.draw(nesting, self._particles, args, kwargs, self._mirrored)
+        drawn = (
+            self.draw(nesting, self._particles, args, kwargs, self._mirrored) if self._is_stratified else {}
+        )
         with SubstituteMessenger(drawn):
             for site, loc, scale in self._blocks():
                 if site.kind == "low_rank":
@@ -348,9 +345,8 @@ class AutoMixture(ComponentParameters):
                 raw = piece.reshape(piece.shape[:-1] + site.raw_shape)
                 values[site.name] = self._sample_piece(site, raw, plates)
                 continue
-            value = piece.reshape(
-                torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
-            )
+            shape = torch.broadcast_shapes(site.shape, latent.shape[:-1] + (1,) * site.event_dim)
+            value = piece.reshape(shape)
             values[site.name] = self._sample(site, dist.Delta(value, event_dim=site.event_dim), plates)
 
     def _sample_low_rank(
@@ -360,21 +356,13 @@ class AutoMixture(ComponentParameters):
         joint = self._low_rank()
         if joint is None:
             return
-        joint = dist.LowRankMultivariateNormal(
-            place(joint.loc), place(joint.cov_factor), place(joint.cov_diag)
-        )
+        parts: Any = map(place, (joint.loc, joint.cov_factor, joint.cov_diag))
+        joint = dist.LowRankMultivariateNormal(*parts)
         name = f"_{module_path(self)}_low_rank"
-        with SubstituteMessenger({name: self._mirror_images(joint)} if self._mirrored else {}):
+        with SubstituteMessenger({name: mirrored_draws(joint, self._particles)} if self._mirrored else {}):
             latent = pyro.sample(name, joint, infer={"is_auxiliary": True})
         for site, raw in self._split_low_rank(latent):
             values[site.name] = self._sample_piece(site, raw, plates)
-
-    def _mirror_images(self, joint: Any) -> Tensor:
-        """The draws of all particles, the second half of them mirrored at the location; of one its mirror image."""
-        if self._particles == 1:
-            return 2 * joint.loc - joint.rsample()
-        half = joint.rsample((self._particles // 2,))
-        return torch.cat([half, 2 * joint.loc - half])
 
     def _sample_piece(self, site: LatentSite, raw: Tensor, plates: Mapping[str, Any]) -> Tensor:
         """Registers a site's part of the joint Gaussian, whose density is that of the auxiliary site."""
