@@ -292,3 +292,14 @@ def test_plot() -> None:
     ax = result.plot(smooth=5)
     assert_close(ax.lines[1].get_ydata()[0], result.losses[:5].mean())
     ax.figure.clear()
+
+
+def test_early_stopping_leaves_the_schedule_of_the_bound_where_it_is():
+    x, y = linear_data(20)
+    guide = AutoMixture(linear_model, 2)
+    elbo = Mixture_ELBO(kl_scale=LinearAnnealing(100))
+    seen = []
+    look = EarlyStopping((x, y), every=2, num_samples=4)
+    fit(linear_model, guide, (x, y), num_steps=8, elbo=elbo, progress_bar=False,
+        callbacks=[look, lambda state: seen.append((elbo.step, elbo.parts["kl_scale"])) or False])  # fmt: skip
+    assert seen == [(n + 1, pytest.approx((n + 1) / 100, abs=0.011)) for n in range(8)]
