@@ -112,7 +112,7 @@ def tables(path: Path) -> None:
 
 
 def main() -> None:
-    """Appends the rows of splits that the output does not hold."""
+    """Appends the rows that the output does not hold."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -135,13 +135,15 @@ def main() -> None:
     known = set()
     if args.out is not None and args.out.exists():
         rows = map(json.loads, args.out.read_text().splitlines())
-        known = {(row["set"], row["kind"], row["split"]) for row in rows}
+        known = {(row["set"], row["kind"], row["split"], row["method"]) for row in rows}
     for number in args.splits:
         for kind in args.kinds:
             for name in ["yacht"] if args.smoke else args.sets:
-                if (name, kind, number) in known:
+                wanted = [m for m in args.methods if (name, kind, number, m) not in known]
+                if not wanted:
                     continue
-                found = run(name, kind, number, args.methods, SMOKE if args.smoke else {})
+                found = run(name, kind, number, wanted, SMOKE if args.smoke else {})
+                found = [row for row in found if (name, kind, number, row["method"]) not in known]
                 lines = [json.dumps(row, separators=(",", ":")) for row in found]
                 print("\n".join(lines), flush=True)
                 if args.out is not None:

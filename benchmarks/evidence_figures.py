@@ -44,14 +44,14 @@ def interval(cell: str) -> Interval | None:
 
 
 def columns(name: str, skip: Sequence[str] = ()) -> dict[str, dict[str, Interval]]:
-    """A table by column, then by row; rows in italics are published ones and left out."""
+    """A table by column, then by row, without published rows (in italics) and means over fewer splits (with brackets)."""
     header, *rows = csv.reader((TABLES / name).open())
     found: dict[str, dict[str, Interval]] = defaultdict(dict)
     for label, *cells in rows:
         if label in skip or label.startswith("*"):
             continue
         for column, cell in zip(header[1:], cells, strict=True):
-            value = interval(cell) if column not in skip else None
+            value = interval(cell) if column not in skip and not cell.endswith("]") else None
             if value is not None:
                 found[column][label] = value
     return found

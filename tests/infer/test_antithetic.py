@@ -41,8 +41,8 @@ def test_gradients_of_locations_have_no_noise(kind, K, S, way):
             with pyro.plate("data", len(x)):
                 pyro.sample("obs", dist.Normal((x * weight).sum(-1), NOISE), obs=y)
 
-    start = lambda site: torch.randn(3)  # noqa: E731
-    guide = AutoMixture(model, K, kind, init_loc_fn=start, init_scale=0.5).initialize(x, y)
+    guide = AutoMixture(model, K, kind, init_loc_fn=lambda site: torch.randn(3), init_scale=0.5)
+    guide.initialize(x, y)
     elbo = Mixture_ELBO(num_particles=S, antithetic=True)
     loss = elbo(model, guide)
     if way == "direct":
